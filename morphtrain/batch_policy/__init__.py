@@ -1,0 +1,1 @@
+"""Batch sizes over a run: one module an option of the `batch_policy` group."""

@@ -1,0 +1,33 @@
+"""torchvision's data sets, with its many ways to fail turned into one message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+
+
+def load(dataset: str, config: schema.Downloaded, train: bool, hint: str = "") -> Any:
+    """torchvision's data set `dataset` below `config.root`, downloaded if it is missing and `config.download`.
+
+    Raises:
+        UserError: if it is neither there nor to be had.
+    """
+    from torchvision import datasets
+
+    kind = getattr(datasets, dataset)
+    try:
+        return kind(config.root, train=train, download=False)
+    except RuntimeError as missing:
+        if not config.download:
+            raise UserError(_message(dataset, config, "data.download=false", hint)) from missing
+    try:
+        return kind(config.root, train=train, download=True)
+    except (OSError, RuntimeError) as error:  # no network: URLError; broken archive: RuntimeError
+        raise UserError(_message(dataset, config, f"the download failed ({error})", hint)) from error
+
+
+def _message(dataset: str, config: schema.Downloaded, why: str, hint: str) -> str:
+    text = f"data.root={config.root}: holds no {dataset}, and {why}; copy the files there"
+    return f"{text}, {hint}" if hint else text

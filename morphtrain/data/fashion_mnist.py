@@ -1,0 +1,36 @@
+"""Fashion-MNIST: from `data.root`, from Debian's package, or downloaded by torchvision."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+
+from morphtrain import schema
+from morphtrain.data.download import load
+from morphtrain.data.images import ImageData, from_bytes
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+
+
+def build(config: schema.Downloaded) -> ImageData:
+    """60000 training and 10000 test images of 28x28 grey pixels in 10 classes."""
+    sets = []
+    for train in (True, False):
+        if DEBIAN.is_dir() and not (Path(config.root) / "FashionMNIST").is_dir():
+            sets.append(_read_debian("train" if train else "t10k"))
+        else:
+            stored = load("FashionMNIST", config, train, hint="or install Debian's package dataset-fashion-mnist")
+            sets.append((stored.data[:, None], stored.targets))
+    return from_bytes(sets[0], sets[1], 10, config.train_samples, config.shift, config.flip)
+
+
+def _read_debian(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = _read_idx(DEBIAN / f"{part}-images-idx3-ubyte.gz", header=16).view(-1, 1, 28, 28)
+    return pixels, _read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", header=8)
+
+
+def _read_idx(path: Path, header: int) -> torch.Tensor:
+    """The bytes behind the header of an IDX file (LeCun's format)."""
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header)

@@ -1,0 +1,25 @@
+"""Made-up images for tests, and for timing where no data set is at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from morphtrain import schema
+from morphtrain.data.images import ImageData, Images
+
+
+def build(config: schema.Synthetic) -> ImageData:
+    """One random smooth pattern a class, plus noise; the same images for every seed of the run."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.num_classes, config.in_channels, 4, 4)
+    size = config.image_size
+    patterns = F.interpolate(torch.randn(shape, generator=generator), size=size, mode="bicubic")
+    patterns = patterns / patterns.std((1, 2, 3), keepdim=True)
+
+    def draw(count: int) -> Images:
+        labels = torch.randint(config.num_classes, (count,), generator=generator)
+        noise = torch.randn(count, config.in_channels, size, size, generator=generator)
+        return Images(patterns[labels] + config.noise * noise, labels)
+
+    return ImageData(draw(config.train_samples), draw(config.val_samples), config.num_classes)

@@ -1,0 +1,142 @@
+"""ResNets of any (stages, blocks, layers, bottleneck), after He et al. 2015, section 4.2.
+
+    python -m morphtrain.run model=resnet model.stages=2 model.blocks=[3,1] model.bottleneck=true model.layers=3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from morphtrain import schema
+from morphtrain.morph.layers import PadChannels
+
+EXPANSION = 4  # of a bottleneck block's output over its inner width
+
+
+class ResNet(nn.Module):
+    """A 3x3 stem, `stages` stages of residual blocks whose width doubles, global average pooling, a classifier.
+
+    Args:
+        stages: number of stages; stage k has inner width `width * 2**k`.
+        blocks: residual blocks in every stage, or one number per stage.
+        layers: convolutions in a block.
+        bottleneck: 1x1 convolutions first and last in a block, its output 4 times as wide as the inside.
+        width: channels of the stem and of the first stage's inside.
+        downsample: halve the resolution at every stage after the first. False keeps stride 1 throughout.
+        shortcut: where the width changes: "A" pads with zero channels, "B" projects with a 1x1 convolution.
+        num_classes: outputs.
+        in_channels: channels of the images.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: int = 3,
+        blocks: int | Sequence[int] = 3,
+        layers: int = 2,
+        bottleneck: bool = False,
+        width: int = 16,
+        downsample: bool = True,
+        shortcut: str = "A",
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        per_stage = [blocks] * stages if isinstance(blocks, int) else list(blocks)
+        if len(per_stage) != stages:
+            raise ValueError(f"blocks={per_stage} must have one number for each of {stages} stages")
+        if bottleneck and layers < 3:
+            raise ValueError(f"a bottleneck block has at least 3 layers, not layers={layers}")
+        self.stem = nn.Sequential(_conv(in_channels, width, 3), nn.BatchNorm2d(width))
+        self.stages = nn.Sequential()
+        channels = width
+        for stage, count in enumerate(per_stage):
+            inner = width * 2**stage
+            self.stages.append(nn.Sequential())
+            for block in range(count):
+                stride = 2 if downsample and stage > 0 and block == 0 else 1
+                self.stages[-1].append(
+                    ResidualBlock(channels, inner, layers, bottleneck, stride, shortcut)
+                )
+                channels = inner * (EXPANSION if bottleneck else 1)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))  # (B, width, H, W)
+        x = self.stages(x)  # (B, C, H', W')
+        return self.classifier(x.mean((2, 3)))  # (B, num_classes)
+
+
+class ResidualBlock(nn.Module):
+    """relu(branch(x) + shortcut(x)); the branch is a chain of convolution and norm, with relu in between."""
+
+    def __init__(
+        self, channels: int, inner: int, layers: int, bottleneck: bool, stride: int, shortcut: str
+    ) -> None:
+        super().__init__()
+        out = inner * (EXPANSION if bottleneck else 1)
+        widths = [channels, *[inner] * (layers - 1), out]
+        kernels = [1, *[3] * (layers - 2), 1] if bottleneck else [3] * layers
+        strides = [1] * layers
+        strides[1 if bottleneck else 0] = stride
+        self.branch = nn.Sequential()
+        for layer in range(layers):
+            if layer:
+                self.branch.append(nn.ReLU())
+            self.branch.append(_conv(widths[layer], widths[layer + 1], kernels[layer], strides[layer]))
+            self.branch.append(nn.BatchNorm2d(widths[layer + 1]))
+        self.shortcut = _shortcut(channels, out, stride, shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.branch(x) + self.shortcut(x))
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of He et al. 2015: take every `stride`-th pixel, pad the missing channels with zeros."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pad = PadChannels((out - channels) // 2, out - channels - (out - channels) // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pad(x[:, :, :: self.stride, :: self.stride])
+
+
+def _shortcut(channels: int, out: int, stride: int, option: str) -> nn.Module:
+    if channels == out and stride == 1:
+        return nn.Identity()
+    if option == "A":
+        return PaddedShortcut(channels, out, stride)
+    if option == "B":
+        return nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
+    raise ValueError(f"shortcut={option!r} is neither 'A' nor 'B'")
+
+
+def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build(config: schema.ResNet, num_classes: int, in_channels: int) -> ResNet:
+    """The network of the config group `model`, for data of these classes and image channels."""
+    return ResNet(
+        stages=config.stages,
+        blocks=config.blocks,
+        layers=config.layers,
+        bottleneck=config.bottleneck,
+        width=config.width,
+        downsample=config.downsample,
+        shortcut=config.shortcut,
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )

@@ -1,0 +1,26 @@
+"""Channel surgery on live networks: find what must change together, change it, keep everything else.
+
+    graph = ChannelGraph.trace(model, torch.randn(1, 3, 32, 32))
+    for space in graph.spaces:
+        graph.reindex(space, range(space.size // 2), optimizer=optimizer)
+
+Imports torch and nothing else of MorphTrain; knows no training loop.
+"""
+
+from morphtrain.morph.architecture import describe, rebuild
+from morphtrain.morph.graph import Axis, Block, ChannelGraph, Slot, Space
+from morphtrain.morph.layers import PadChannels, ZeroBranch
+from morphtrain.morph.trace import MorphError
+
+__all__ = [
+    "Axis",
+    "Block",
+    "ChannelGraph",
+    "MorphError",
+    "PadChannels",
+    "Slot",
+    "Space",
+    "ZeroBranch",
+    "describe",
+    "rebuild",
+]

@@ -1,0 +1,1 @@
+"""Optimizers: one module an option of the `optimizer` group."""

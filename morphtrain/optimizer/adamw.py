@@ -1,0 +1,14 @@
+"""AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101)."""
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from morphtrain import schema
+from morphtrain.optimizer.groups import decay_groups
+
+
+def build(config: schema.AdamW, model: nn.Module) -> Optimizer:
+    beta1, beta2 = config.betas
+    return AdamW(
+        decay_groups(model, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps
+    )

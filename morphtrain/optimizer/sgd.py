@@ -1,0 +1,16 @@
+"""Stochastic gradient descent with momentum."""
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from morphtrain import schema
+from morphtrain.optimizer.groups import decay_groups
+
+
+def build(config: schema.SGD, model: nn.Module) -> Optimizer:
+    return SGD(
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )

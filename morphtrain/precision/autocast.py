@@ -1,0 +1,57 @@
+"""Casting and loss scaling around a training step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class Precision:
+    """How a step computes: the type operations are cast to, and the loss scale that goes with it.
+
+    Args:
+        device: of the model.
+        dtype: None computes in the parameters' own type; otherwise `torch.autocast` picks per operation.
+        init_scale: first loss scale. Dynamic scaling (Micikevicius et al. 2018, arXiv 1710.03740) is on for float16
+            and off for everything else, whose range does not need it.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype | None = None, init_scale: float = 2.0**16
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        scaling = dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, enabled=scaling)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
+        """Gradients of `loss`, unscaled: regularisers and clipping may use them as they are."""
+        self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Take the optimizer's step; False if it was skipped because the scaled gradients overflowed."""
+        if not self.scaler.is_enabled():
+            optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,14 @@
+"""Mixed precision by operation (AMP level O1): float16 with loss scaling, or bfloat16 where that is not native."""
+
+import torch
+
+from morphtrain import schema
+from morphtrain.precision.autocast import Precision
+
+
+def build(config: schema.Autocast, device: torch.device) -> Precision:
+    """`dtype=auto` is float16 on CUDA and bfloat16 elsewhere: CPUs emulate float16 slowly."""
+    name = config.dtype
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "bfloat16"
+    return Precision(device, getattr(torch, name), config.init_scale)

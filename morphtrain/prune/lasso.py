@@ -1,0 +1,112 @@
+"""Group lasso over the channels of a network's weights (Lym et al. 2019, eq. 2), in closed form.
+
+    lassos = group_lassos(graph)
+    strength = strength_for_ratio(0.25, cross_entropy, penalty(lassos))
+    ...
+    optimizer.step()
+    shrink(lassos, lr * strength / (1 - momentum))
+
+For a weight W (O, I, kh, kw) the penalty is sum_o ||W[o]||_2 + sum_i ||W[:, i]||_2. Sides that cannot be pruned are
+exempt: the image side of the first convolution, the class side of the classifier, depthwise kernels, norms, biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from morphtrain.morph import ChannelGraph
+
+GroupWeight = Literal["none", "sqrt_size"]
+EPS = 1e-8  # under the root of a subgradient's norm
+
+
+@dataclass
+class GroupLasso:
+    """The penalised weight (O, I, ...) and how much its rows (outputs) and columns (inputs) count; 0 exempts a side."""
+
+    weight: torch.Tensor
+    row_weight: float
+    column_weight: float
+
+
+def group_lassos(graph: ChannelGraph, group_weight: GroupWeight = "none") -> list[GroupLasso]:
+    """Every weight of `graph` with a side that belongs to a channel space; rebuild it after a structural change."""
+    sides: dict[int, dict[str, bool]] = {}
+    weights: dict[int, torch.Tensor] = {}
+    for axis in graph.axes:
+        if axis.weight is not None:
+            weights[id(axis.weight)] = axis.weight
+            free = any(segment.space for segment in axis.segments)
+            sides.setdefault(id(axis.weight), {})[axis.role] = free
+    return [
+        GroupLasso(
+            weight,
+            row_weight=_factor(weight, 0, group_weight) if sides[key].get("produces") else 0.0,
+            column_weight=_factor(weight, 1, group_weight) if sides[key].get("consumes") else 0.0,
+        )
+        for key, weight in weights.items()
+        if any(sides[key].values())
+    ]
+
+
+def penalty(lassos: Iterable[GroupLasso]) -> torch.Tensor:
+    """The value GL, as a scalar tensor."""
+    total = torch.zeros(())
+    for lasso in lassos:
+        squares = _squares(lasso.weight)
+        rows = lasso.row_weight * squares.sum(1).sqrt().sum()
+        total = total.to(rows.device) + rows + lasso.column_weight * squares.sum(0).sqrt().sum()
+    return total
+
+
+def strength_for_ratio(ratio: float, loss: float, penalty: float) -> float:
+    """lambda such that lambda * penalty is the share `ratio` of loss + lambda * penalty."""
+    return ratio * loss / ((1 - ratio) * penalty)
+
+
+@torch.no_grad()
+def add_gradient(lassos: Iterable[GroupLasso], strength: float) -> None:
+    """Add strength * dGL/dW to `.grad`: dGL/dW = W * (1/||W[o]|| + 1/||W[:, i]||)."""
+    for lasso in lassos:
+        squares = _squares(lasso.weight)
+        rows = strength * lasso.row_weight * (squares.sum(1) + EPS).rsqrt()
+        columns = strength * lasso.column_weight * (squares.sum(0) + EPS).rsqrt()
+        grad = lasso.weight.grad
+        assert grad is not None, "the penalty's gradient is added after backward"
+        grad.addcmul_(lasso.weight, _spread(rows[:, None] + columns, lasso.weight))
+
+
+@torch.no_grad()
+def shrink(lassos: Iterable[GroupLasso], amount: float) -> None:
+    """Soft-threshold: every row, then every column, loses `amount` of its norm; shorter ones become exactly zero."""
+    for lasso in lassos:
+        squares = _squares(lasso.weight)
+        rows = _soft_threshold(squares.sum(1), amount * lasso.row_weight)  # (O,)
+        columns = _soft_threshold(rows.square() @ squares, amount * lasso.column_weight)  # (I,)
+        lasso.weight.mul_(_spread(rows[:, None] * columns, lasso.weight))
+
+
+def _squares(weight: torch.Tensor) -> torch.Tensor:
+    """(O, I): squared weights, summed over the kernel."""
+    weight = weight.detach()
+    return weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
+
+
+def _soft_threshold(squared_norms: torch.Tensor, amount: float) -> torch.Tensor:
+    """The factor that shortens each norm by `amount`, and zero where it is shorter than that."""
+    norms = squared_norms.sqrt()
+    return torch.where(norms > amount, 1 - amount / norms, 0.0)
+
+
+def _spread(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(O, I) -> (O, I, 1, ...), to be multiplied with `weight`."""
+    return factors.view(*factors.shape, *[1] * (weight.dim() - 2))
+
+
+def _factor(weight: torch.Tensor, dim: int, group_weight: GroupWeight) -> float:
+    size = weight.numel() / weight.shape[dim]
+    return size**0.5 if group_weight == "sqrt_size" else 1.0

@@ -1,0 +1,83 @@
+"""PruneTrain (Lym et al. 2019, arXiv 1901.09290): train under a group lasso, drop dead channels every few epochs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, shrink, strength_for_ratio
+from morphtrain.prune.reconfigure import reconfigure
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+
+class PruneTrain:
+    """The method as hooks of the training loop; `lasso.py` and `reconfigure.py` hold its functional form."""
+
+    def __init__(self, config: schema.PruneTrain) -> None:
+        self.config = config
+        self.strength: float | None = None  # lambda; fixed by the first batch
+
+    def before_training(self, run: Run) -> None:
+        self._find_groups(run)
+        if run.epoch == 0 and all(space.size <= self.config.min_channels for space in run.graph.spaces):
+            raise UserError(
+                f"prune.min_channels={self.config.min_channels}: no layer of the model is wider, nothing can be "
+                "pruned; choose a wider model or prune=none"
+            )
+
+    def after_backward(self, run: Run) -> None:
+        if self.strength is None:
+            gl = penalty(self.lassos).item()
+            self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
+        if self.config.update == "subgradient" and self._active(run):
+            add_gradient(self.lassos, self.strength)
+
+    def after_step(self, run: Run) -> None:
+        if self.config.update == "proximal" and self._active(run):
+            assert self.strength is not None
+            group = run.optimizer.param_groups[0]
+            # Momentum repeats a gradient 1 / (1 - momentum) times in all, the threshold has to do the same. AdamW
+            # averages gradients instead of adding them up.
+            repeats = 1 / (1 - group.get("momentum", 0.0))
+            shrink(self.lassos, group["lr"] * self.strength * repeats)
+
+    def after_epoch(self, run: Run) -> dict[str, float]:
+        assert self.strength is not None
+        if not self._active(run):
+            return {"lasso_ratio": 0.0}
+        gl = self.strength * penalty(self.lassos).item()
+        if self._due(run.epoch):
+            change = reconfigure(
+                run.graph,
+                threshold=self.config.threshold,
+                min_channels=self.config.min_channels,
+                round_to=self.config.round_to,
+                optimizer=run.optimizer,
+            )
+            if change:
+                run.shape_changed(change.summary())
+                self._find_groups(run)
+        return {"lasso_ratio": gl / (run.train_loss + gl)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strength": self.strength}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.strength = state["strength"]
+
+    def _find_groups(self, run: Run) -> None:
+        self.lassos = group_lassos(run.graph, self.config.group_weight)
+
+    def _active(self, run: Run) -> bool:
+        return self.config.stop_epoch is None or run.epoch <= self.config.stop_epoch
+
+    def _due(self, epoch: int) -> bool:
+        since = epoch - self.config.start_epoch
+        return since >= 0 and since % self.config.interval == 0
+
+
+def build(config: schema.PruneTrain) -> PruneTrain:
+    return PruneTrain(config)

@@ -1,0 +1,86 @@
+"""The command: compose a config, train, return the objective.
+
+    python -m morphtrain.run prune=prunetrain precision=o1
+    python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+# An installed wheel carries `conf` inside the package, a checkout beside it.
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+
+
+@hydra.main(config_path=str(CONF), config_name="config")
+def job(composed: DictConfig) -> float | list[float]:
+    """One run (of a multirun, perhaps)."""
+    settings = HydraConfig.get()
+    run_dir = Path(settings.runtime.output_dir)
+    try:
+        config = schema.parse(composed)
+        tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
+        tags["study"] = study(settings)
+        from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without
+
+        values = train(config, run_dir, tags)
+    except UserError:
+        discard_if_unused(run_dir)
+        raise
+    return values[0] if len(values) == 1 else values
+
+
+def study(settings: DictConfig) -> str:
+    """What the runs of one sweep have in common: the sweeper's study name, or the sweep's directory."""
+    if settings.mode != RunMode.MULTIRUN:
+        return "none"
+    return str(settings.sweeper.get("study_name") or settings.sweep.dir)
+
+
+def discard_if_unused(run_dir: Path) -> None:
+    """Remove a run directory in which nothing but Hydra's own files has come to be."""
+    entries = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if entries <= {".hydra", "run.log"}:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends it with a message and exit code 1, a bug with its traceback."""
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here, as they are
+    try:
+        job()
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        if wants_traceback:
+            raise
+        sys.exit(message(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with resume=auto and this hydra.run.dir goes on from the last epoch")
+
+
+def message(error: Exception) -> str:
+    """The error as a line or two, without a traceback."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}; choose another place with hydra.run.dir, or make room there"
+    cause = error.__cause__
+    detail = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
+    return f"{error}{detail}"
+
+
+if __name__ == "__main__":
+    main()

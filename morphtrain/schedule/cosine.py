@@ -1,0 +1,10 @@
+"""Half a cosine to zero (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts)."""
+
+import math
+
+from morphtrain import schema
+from morphtrain.schedule.warmup import Schedule, with_warmup
+
+
+def build(config: schema.Annealing, epochs: int) -> Schedule:
+    return with_warmup(lambda done: 0.5 * (1 + math.cos(math.pi * min(done / epochs, 1))), config.warmup_epochs)

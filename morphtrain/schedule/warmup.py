@@ -1,0 +1,16 @@
+"""Linear warm-up in front of any schedule."""
+
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]  # epochs done -> factor on the learning rate
+
+
+def with_warmup(schedule: Schedule, warmup_epochs: float) -> Schedule:
+    """Rise linearly over the first `warmup_epochs` to the factor of `schedule` (Goyal et al. 2017, section 2.2)."""
+
+    def factor(epochs_done: float) -> float:
+        if epochs_done < warmup_epochs:
+            return schedule(epochs_done) * epochs_done / warmup_epochs
+        return schedule(epochs_done)
+
+    return factor

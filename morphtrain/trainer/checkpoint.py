@@ -1,0 +1,178 @@
+"""Checkpoints: atomic, plain tensors and JSON, and enough of them to survive a broken one.
+
+`last.pt` is the newest; `previous.pt` the one before it. A file is written beside its place and then renamed, so
+a name never stands for a half-written file; every record in it carries a CRC-32, which is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from morphtrain import morph, schema
+from morphtrain.errors import UserError
+from morphtrain.trainer.run import Run, build_model, build_run
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+FORMAT = "morphtrain checkpoint 1"
+
+# Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
+FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download")
+
+log = logging.getLogger(__name__)
+
+
+def save(run: Run, directory: Path, tracking_id: str | None) -> None:
+    """Write `run` to `directory`/last.pt; what was there becomes previous.pt.
+
+    Raises:
+        OSError: if the disk is full or read-only; then both files are as they were.
+    """
+    buffer = io.BytesIO()
+    torch.save(_state(run, tracking_id), buffer)
+    last = directory / LAST
+    fresh = directory / f"{LAST}.{os.getpid()}.tmp"
+    try:
+        with fresh.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            os.replace(last, directory / PREVIOUS)
+        os.replace(fresh, last)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
+    facts = {
+        "config": asdict(run.config),
+        "architecture": morph.describe(run.model),
+        "num_classes": run.data.num_classes,
+        "in_channels": run.data.input_shape[0],
+        "epoch": run.epoch,
+        "progress": run.progress,
+        "batch_size": run.batch_size,
+        "initial": run.initial,
+        "history": run.history,
+        "tracking_id": tracking_id,
+    }
+    return {
+        "format": FORMAT,
+        "facts": json.dumps(facts),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "precision": run.precision.state_dict(),
+        "methods": {
+            group: method.state_dict()
+            for group, method in run.methods.items()
+            if hasattr(method, "state_dict")
+        },
+    }
+
+
+class Checkpoint:
+    """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and verify a file; raises `UserError` that says what is wrong with it."""
+        self.path = path
+        self.content = _read(path)
+        self.facts: dict[str, Any] = json.loads(self.content["facts"])
+
+    def restore(self, config: schema.Config) -> Run:
+        """The run as it was after its last full epoch; raises `UserError` if `config` asks for another one."""
+        self._check_config(config)
+        run = build_run(config, morph=self._rebuild)
+        run.model.load_state_dict(self.content["model"])
+        run.optimizer.load_state_dict(self.content["optimizer"])
+        run.precision.load_state_dict(self.content["precision"])
+        for group, state in self.content["methods"].items():
+            run.methods[group].load_state_dict(state)
+        for key in ("epoch", "progress", "batch_size", "initial", "history"):
+            setattr(run, key, self.facts[key])
+        return run
+
+    def model(self) -> nn.Module:
+        """The network alone, on the CPU."""
+        stored = dict(self.facts["config"])
+        for group, options in schema.OPTIONS.items():
+            stored[group] = options[stored[group]["name"]](**stored[group])
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(schema.Config(**stored), self.facts["num_classes"], self.facts["in_channels"])
+        model = self._rebuild(model)
+        model.load_state_dict(self.content["model"])
+        return model
+
+    def _rebuild(self, model: nn.Module) -> nn.Module:
+        return morph.rebuild(model, self.facts["architecture"])
+
+    def _check_config(self, config: schema.Config) -> None:
+        then, now = flat(self.facts["config"]), flat(asdict(config))
+        for key in sorted({*then, *now}):
+            free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
+            if not free and then.get(key) != now.get(key):
+                raise UserError(
+                    f"{key}={now.get(key)}: {self.path} was written with {key}={then.get(key)}; "
+                    "resume with the same value, or start anew with resume=never"
+                )
+
+
+def find(directory: Path) -> Checkpoint | None:
+    """The newest sound checkpoint in `directory`, None if there is none at all.
+
+    A broken one is reported and the one before it used; raises `UserError` if that is broken too.
+    """
+    present = [directory / name for name in (LAST, PREVIOUS) if (directory / name).exists()]
+    for path in present:
+        try:
+            return Checkpoint(path)
+        except UserError as error:
+            if path == present[-1]:
+                raise
+            log.warning("%s; going on from %s", error, present[-1].name)
+    return None
+
+
+def load_model(path: Path) -> nn.Module:
+    """See `morphtrain.load`."""
+    return Checkpoint(path).model().eval()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path}: damaged checkpoint ({damaged} fails its checksum)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged, or not a checkpoint ({error})") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of MorphTrain ('{FORMAT}')")
+    return content
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level of dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result

@@ -1,0 +1,57 @@
+"""One epoch of training and one of evaluation: everything a user waits for, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from morphtrain.trainer.run import Run
+
+
+def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
+    """Train over the data once; sets `run.train_loss`. `tick`, if given, hears the images of every step."""
+    after_backward, after_step = run.hooks("after_backward"), run.hooks("after_step")
+    samples = len(run.data.train)
+    total = torch.zeros((), device=run.device)
+    run.model.train()
+    for images, labels in run.data.train_batches(run.batch_size, run.generator(run.epoch)):
+        passed = len(labels) / samples
+        set_learning_rate(run, run.progress + passed / 2)
+        with run.precision.autocast():
+            run.loss = F.cross_entropy(run.model(images), labels)
+        run.precision.backward(run.loss, run.optimizer)
+        for hook in after_backward:
+            hook(run)
+        if run.precision.step(run.optimizer):
+            run.progress += passed
+            for hook in after_step:
+                hook(run)
+        run.optimizer.zero_grad()
+        total += run.loss.detach() * len(labels)
+        run.clock.step_done()
+        if tick is not None:
+            tick(len(labels))
+    run.train_loss = total.item() / samples
+
+
+def set_learning_rate(run: Run, epochs_done: float) -> None:
+    lr = run.config.optimizer.lr * run.schedule(epochs_done)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0..1) on the held-out set."""
+    run.model.eval()
+    loss = torch.zeros((), device=run.device)
+    correct = torch.zeros((), device=run.device, dtype=torch.long)
+    for images, labels in run.data.val_batches():
+        with run.precision.autocast():
+            logits = run.model(images)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    samples = len(run.data.val)
+    return loss.item() / samples, correct.item() / samples

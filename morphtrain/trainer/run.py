@@ -1,0 +1,142 @@
+"""The live state of a run, which the loop advances and the methods change."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from morphtrain.cost import count_macs, count_params
+from morphtrain.data import ImageData
+from morphtrain.errors import UserError
+from morphtrain.morph import ChannelGraph
+from morphtrain.precision import Precision
+from morphtrain.schedule import Schedule
+from morphtrain.schema import Config
+from morphtrain.trainer.clock import Clock
+
+# The order in which methods' hooks are called: batch size last, so that it reacts to what the others changed.
+METHOD_GROUPS = ("prune", "grow", "batch_policy")
+
+
+@dataclass
+class Run:
+    """Model, graph, optimizer, schedule, data, clock and methods, and how far training has come."""
+
+    config: Config
+    device: torch.device
+    data: ImageData
+    model: nn.Module
+    graph: ChannelGraph
+    optimizer: Optimizer
+    schedule: Schedule
+    precision: Precision
+    clock: Clock
+    methods: dict[str, Any]  # by group
+    initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the dense network
+    epoch: int = 0  # the current one, counted from 1; before and between epochs the last one done
+    progress: float = 0.0  # passes over the training data that led to a step; what the schedule sees
+    batch_size: int = 0
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
+    train_loss: float = 0.0  # mean over the last epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
+    change: str = ""  # what the structural change of this epoch did; "" if there was none
+    params: int = 0
+    macs: int = 0
+
+    def hooks(self, name: str) -> list[Callable[..., Any]]:
+        """The hook of this name of every method that has it, in the declared order."""
+        return [getattr(method, name) for method in self.methods.values() if hasattr(method, name)]
+
+    def shape_changed(self, summary: str) -> None:
+        """To be called by a method behind every structural change."""
+        self.change = f"{self.change}; {summary}" if self.change else summary
+
+    def count(self) -> None:
+        """Count parameters and MACs of the network as it is now."""
+        self.params = count_params(self.model)
+        self.macs = count_macs(self.model, self.data.input_shape)
+
+    def generator(self, epoch: int) -> torch.Generator:
+        """The randomness of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
+
+
+def derived_seed(seed: int, epoch: int) -> int:
+    """A 64-bit seed for an epoch; epoch 0 is the initialisation."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def option(group: str, config: Any) -> Callable[..., Any]:
+    """`build` of the module that implements the group's chosen option."""
+    build: Callable[..., Any] = importlib.import_module(f"morphtrain.{group}.{config.name}").build
+    return build
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of config key `device`; raises `UserError` if this machine has none such."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if wanted == "auto":
+        return found or torch.device("cpu")
+    device = torch.device(wanted)
+    available = ["cpu"]
+    if found is not None:
+        available += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if wanted not in available:
+        raise UserError(f"device={wanted}: not on this machine; there are auto, {', '.join(available)}")
+    return device
+
+
+def build_model(config: Config, num_classes: int, in_channels: int) -> nn.Module:
+    """The network as the config describes it, initialised from the seed, on the CPU."""
+    torch.manual_seed(derived_seed(config.seed, 0))
+    model: nn.Module = option("model", config.model)(config.model, num_classes, in_channels)
+    return model
+
+
+def build_run(config: Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
+    """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+
+    Raises:
+        UserError: for a device or data set that is not there.
+    """
+    device = pick_device(config.device)
+    data: ImageData = option("data", config.data)(config.data).to(device)
+    model = build_model(config, data.num_classes, data.input_shape[0])
+    if morph is not None:
+        model = morph(model)
+    model = model.to(device)
+    graph = ChannelGraph.trace(model, data.train.pixels[:1])
+    methods = {group: option(group, getattr(config, group))(getattr(config, group)) for group in METHOD_GROUPS}
+    run = Run(
+        config=config,
+        device=device,
+        data=data,
+        model=model,
+        graph=graph,
+        optimizer=option("optimizer", config.optimizer)(config.optimizer, model),
+        schedule=option("schedule", config.schedule)(config.schedule, config.epochs),
+        precision=option("precision", config.precision)(config.precision, device),
+        clock=Clock(device, config.timing.sync),
+        methods={group: method for group, method in methods.items() if method is not None},
+    )
+    run.count()
+    run.initial = {
+        "channels": sum(space.size for space in graph.spaces),
+        "weights": count_weights(model),
+        "params": run.params,
+        "macs": run.macs,
+    }
+    return run
+
+
+def count_weights(model: nn.Module, threshold: float = 0.0) -> int:
+    """Weights of convolutions and linear layers with |w| >= threshold."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    return sum(int((w.detach().abs() >= threshold).sum()) for w in weights)
