@@ -156,7 +156,7 @@ class ChannelGraph:
         index = torch.as_tensor(index, dtype=torch.long, device="cpu")
         self._check(space, index)
         multiplicity = torch.bincount(index, minlength=space.size)[index]
-        divisor = 1.0 / multiplicity if bool((multiplicity > 1).any()) else None
+        divisor = 1 / multiplicity.double() if bool((multiplicity > 1).any()) else None
         for slot in space.slots:
             if not slot.axis.tensors:
                 continue
@@ -237,7 +237,8 @@ def _scale(slot: Slot, divisor: torch.Tensor) -> torch.Tensor:
     """`divisor` for the slot's own entries, 1 for the rest of the axis."""
     start, end = slot.start, slot.start + slot.segment.length
     own = divisor.repeat_interleave(slot.segment.span)
-    return torch.cat([torch.ones(start), own, torch.ones(slot.axis.length - end)])
+    one = torch.ones(1, dtype=own.dtype)
+    return torch.cat([one.expand(start), own, one.expand(slot.axis.length - end)])
 
 
 def _divide(trace: Trace) -> tuple[list[Axis], list[Space]]:

@@ -23,6 +23,7 @@ from morphtrain.schema import Config
 from morphtrain.trainer import checkpoint
 from morphtrain.trainer.console import epoch_line, progress_bar, show_end
 from morphtrain.trainer.loop import evaluate, train_epoch
+from morphtrain.trainer.process import prepare_process
 from morphtrain.trainer.run import Run, build_run, count_weights, derived_seed, option
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,7 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]
         UserError: for what the user can put right.
         OSError: if `run_dir` cannot be written.
     """
-    # Weights that decay towards zero become denormal numbers, on which CPUs are several times slower. This must come
-    # before torch starts its threads, which inherit it.
-    torch.set_flush_denormal(True)
+    prepare_process()
     run, stored = _start_or_resume(config, run_dir)
     for hook in run.hooks("before_training"):
         hook(run)

@@ -1,0 +1,31 @@
+"""Settings of the process that training is faster with."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+# mallopt's parameters (malloc.h)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+ONE_GIB = 2**30
+
+
+def prepare_process() -> None:
+    """Call it before the first large tensor is made: torch's threads inherit the first setting."""
+    # Weights that decay towards zero become denormal numbers, on which CPUs are several times slower.
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees: by default every activation is a fresh mapping whose pages fault in anew.
+
+    `benchmarks/allocator.py` measures what that is worth. Without glibc (musl) nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, ONE_GIB)
+        mallopt(M_TRIM_THRESHOLD, ONE_GIB)

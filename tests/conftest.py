@@ -1,0 +1,52 @@
+"""Shared fixtures: small runs through the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# A run of a second or two that still prunes: quick to learn, quick to shrink.
+SMALL = (
+    "data=synthetic",
+    "data.train_samples=256",
+    "data.val_samples=64",
+    "data.image_size=8",
+    "model.width=8",
+    "epochs=6",
+    "prune=prunetrain",
+    "prune.lasso_ratio=0.6",
+    "prune.interval=1",
+    "prune.start_epoch=2",
+)
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Run `python -m morphtrain.run ...` in a fresh directory."""
+
+    def run(
+        *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "morphtrain.run", *overrides],
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

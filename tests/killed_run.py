@@ -1,0 +1,74 @@
+"""`python killed_run.py EVENT:N ...overrides`: the command, which kills itself with SIGKILL at the N-th EVENT.
+
+    write    half way through the file of a checkpoint
+    rename   between a checkpoint's being written and its getting its name
+    renamed  right after that
+    morph    inside a reconfiguration, some channels gone, some not
+    report   after MLflow has an epoch, before the run knows
+    step     after an optimizer step
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import SGD
+
+from morphtrain import run
+from morphtrain.morph import ChannelGraph
+from morphtrain.tracking.mlflow import MLflowTracker
+
+event, number = sys.argv.pop(1).split(":")
+count = 0
+
+
+def now() -> bool:
+    global count
+    count += 1
+    return count == int(number)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def around(owner: Any, name: str, before: Callable[..., None] | None = None, after: Callable[[], None] | None = None):
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        hit = now()
+        if hit and before:
+            before(*args)
+        result = original(*args, **kwargs)
+        if hit and after:
+            after()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def truncate_and_die(descriptor: int) -> None:
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    die()
+
+
+if event == "write":
+    around(os, "fsync", before=truncate_and_die)
+elif event == "rename":
+    around(os, "replace", before=lambda *_: die())
+elif event == "renamed":
+    around(os, "replace", after=die)
+elif event == "morph":
+    around(ChannelGraph, "reindex", after=die)
+elif event == "report":
+    around(MLflowTracker, "_send", after=die)
+elif event == "step":
+    around(SGD, "step", after=die)
+else:
+    sys.exit(f"no event '{event}'")
+
+run.main()

@@ -1,0 +1,138 @@
+"""What a user gets wrong gives a short message that names it, a non-zero exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, Command
+
+CASES = {
+    "mistyped key": (["prune=prunetrain", "prune.laso_ratio=0.2"], ["laso_ratio", "lasso_ratio"]),
+    "added key": (["+prune.strength=1", "prune=prunetrain"], ["prune.strength", "lasso_ratio"]),
+    "added top-level key": (["+epoch=3"], ["epoch:", "epochs"]),
+    "mistyped option": (["prune=prunetrian"], ["prunetrian", "prunetrain"]),
+    "mistyped group": (["prun=prunetrain"], ["prun"]),
+    "ratio 1.5": (["prune=prunetrain", "prune.lasso_ratio=1.5"], ["prune.lasso_ratio=1.5", "between 0 and 1"]),
+    "threshold -1": (["prune=prunetrain", "prune.threshold=-1"], ["prune.threshold=-1", "above 0"]),
+    "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),
+    "gating": (["prune=prunetrain", "prune.residual=gating"], ["prune.residual=gating", "union"]),
+    "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
+    "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
+    "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
+    "shortcut": (["model.shortcut=C"], ["model.shortcut=C", "A, B"]),
+    "bottleneck": (["model.bottleneck=true"], ["model.layers=2", "3 or more"]),
+    "learning rate": (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
+    "objective": (["objective=[accuracy]"], ["objective=accuracy", "val_accuracy"]),
+    "milestones": (["schedule=milestones", "schedule.milestones=[60,80]"], ["schedule.milestones", "fractions"]),
+    "unknown device": (["device=gpu"], ["device=gpu", "cuda"]),
+    "start behind the end": (["prune=prunetrain", "prune.start_epoch=9", "epochs=5"], ["prune.start_epoch=9"]),
+}
+
+# These need torch, and so a second or more each.
+SLOWER_CASES = {
+    "absent device": (["device=cuda:7"], ["device=cuda:7", "cpu"]),
+    "missing data set": (
+        ["data=cifar10", "data.root=nowhere", "data.download=false"],
+        ["data.root=nowhere", "CIFAR10", "data.download=false"],
+    ),
+    "no network": (["data=cifar10", "data.root=nowhere"], ["data.root=nowhere", "download failed"]),
+    "batch above the data": ([*SMALL, "batch_policy.batch_size=999"], ["batch_policy.batch_size=999", "256"]),
+    "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
+    "missing checkpoint": (["resume=nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
+    "divergence": ([*SMALL, "optimizer.lr=1e30", "prune=none", "schedule.warmup_epochs=0"], ["optimizer.lr=1e+30"]),
+}
+
+# Without a network a request fails at once; this keeps it so where there is one.
+OFFLINE = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+
+
+def check_failure(result: subprocess.CompletedProcess[str], parts: list[str]) -> None:
+    said = result.stdout + result.stderr
+    assert result.returncode != 0, said
+    assert "Traceback" not in said, said
+    for part in parts:
+        assert part in said, said
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) <= 12, said
+
+
+@pytest.mark.parametrize("case", {**CASES, **SLOWER_CASES})
+def test_a_mistake_is_named(case: str, command: Command, tmp_path: Path) -> None:
+    overrides, parts = {**CASES, **SLOWER_CASES}[case]
+    # What an override replaces must not be given before: prune=none drops the keys of prunetrain.
+    if "prune=none" in overrides:
+        overrides = [o for o in overrides if not o.startswith(("prune.", "prune=prunetrain"))]
+    result = command("tracking=none", *overrides, env=OFFLINE)
+    check_failure(result, parts)
+    left = {path.name for path in tmp_path.rglob("*")} - {"nowhere"}
+    assert left <= {"outputs", *(p.name for p in (tmp_path / "outputs").glob("*"))}, left
+
+
+def test_a_mistake_in_a_multirun_is_named(command: Command) -> None:
+    result = command("-m", "epochs=0,1", "tracking=none")
+    check_failure(result, ["epochs=0"])
+
+
+def test_damaged_and_foreign_checkpoints_are_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    check_failure(command("resume=text.pt"), ["text.pt", "not a checkpoint"])
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    check_failure(command("resume=foreign.pt"), ["foreign.pt", "not a checkpoint of MorphTrain"])
+    torch.save(Path("/code"), tmp_path / "pickled.pt")
+    check_failure(command("resume=pickled.pt"), ["pickled.pt", "not a checkpoint of MorphTrain"])
+
+
+def test_a_read_only_place_is_named(command: Command, tmp_path: Path) -> None:
+    """A run directory below a file cannot be made, whoever runs the test; root may write where chmod forbids it."""
+    (tmp_path / "file").write_text("")
+    check_failure(command(*SMALL, "tracking=none", "hydra.run.dir=file/run"), ["file/run", "hydra.run.dir"])
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(command: Command, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the same write fails, with another number."""
+    run = tmp_path / "run"
+    here = [*SMALL, "tracking=none", f"hydra.run.dir={run}"]
+    assert command(*here, "epochs=2").returncode == 0
+    before = (run / "last.pt").read_bytes()
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000)); from morphtrain.run import main; main()"
+    result = subprocess.run(
+        ["python", "-c", script, *here, "epochs=2", "resume=auto", "model.width=8", "hydra.output_subdir=null"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ},
+    )
+    assert result.returncode == 0  # nothing left to train, so nothing to write but a small picture
+    fresh = tmp_path / "fresh"
+    result = subprocess.run(
+        ["python", "-c", script, *SMALL, "tracking=none", f"hydra.run.dir={fresh}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )
+    check_failure(result, ["last.pt", "File too large", "hydra.run.dir"])
+    assert not list(fresh.glob("*.pt*"))
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_finished_run_directory_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    here = [*SMALL, "tracking=none", "hydra.run.dir=run", "epochs=2"]
+    assert command(*here).returncode == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    check_failure(command(*here), ["hydra.run.dir", "resume=auto"])
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_config_is_refused(command: Command) -> None:
+    here = [*SMALL, "tracking=none", "hydra.run.dir=run", "epochs=2"]
+    assert command(*here).returncode == 0
+    result = command(*here, "resume=auto", "optimizer.lr=0.01")
+    check_failure(result, ["optimizer.lr=0.01", "optimizer.lr=0.1", "resume=never"])
+
+
+def test_help_and_config_are_fast_because_they_import_little(command: Command) -> None:
+    for flag in (["--help"], ["--cfg", "job"]):
+        result = command(*flag, env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert result.returncode == 0
+        imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+        assert "hydra" in imported
+        assert not imported & {"torch", "mlflow", "optuna", "numpy", "rich"}

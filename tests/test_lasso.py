@@ -1,0 +1,117 @@
+"""The group lasso against autograd, against a numerical minimiser, and against what it must exempt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from networks import INPUT, build, trace
+from scipy.optimize import minimize
+from torch import nn
+
+from morphtrain.morph import ChannelGraph
+from morphtrain.prune.lasso import (
+    GroupLasso,
+    add_gradient,
+    group_lassos,
+    penalty,
+    shrink,
+    strength_for_ratio,
+)
+
+
+def naive_penalty(lasso: GroupLasso) -> torch.Tensor:
+    """The definition, group by group."""
+    w = lasso.weight
+    rows = sum(torch.linalg.vector_norm(w[o]) for o in range(w.shape[0]))
+    columns = sum(torch.linalg.vector_norm(w[:, i]) for i in range(w.shape[1]))
+    return lasso.row_weight * rows + lasso.column_weight * columns
+
+
+@pytest.mark.parametrize("group_weight", ["none", "sqrt_size"])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_value_and_gradient_are_those_of_the_definition(group_weight: str, bottleneck: bool) -> None:
+    model = build(2, bottleneck=bottleneck, layers=3)
+    lassos = group_lassos(trace(model), group_weight)
+    value = sum(naive_penalty(lasso) for lasso in lassos)
+    torch.testing.assert_close(penalty(lassos), value.detach())
+    value.backward()
+    expected = [lasso.weight.grad.clone() for lasso in lassos]
+    for lasso in lassos:
+        lasso.weight.grad.fill_(1.0)
+    add_gradient(lassos, strength=0.7)
+    for lasso, gradient in zip(lassos, expected, strict=True):
+        torch.testing.assert_close(lasso.weight.grad, 1.0 + 0.7 * gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_the_right_sides_are_exempt() -> None:
+    model = build(1)
+    lassos = {id(lasso.weight): lasso for lasso in group_lassos(trace(model))}
+    stem, inner, last = model.stem[0].weight, model.stages[0][0].branch[0].weight, model.classifier.weight
+    assert (lassos[id(stem)].row_weight, lassos[id(stem)].column_weight) == (1, 0)
+    assert (lassos[id(inner)].row_weight, lassos[id(inner)].column_weight) == (1, 1)
+    assert (lassos[id(last)].row_weight, lassos[id(last)].column_weight) == (0, 1)
+    assert len(lassos) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+
+
+def test_depthwise_kernels_norms_and_biases_are_exempt() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.Flatten()
+    )
+    penalised = {id(lasso.weight) for lasso in group_lassos(ChannelGraph.trace(model, INPUT[:1].float()))}
+    assert penalised == {id(model[0].weight), id(model[3].weight)}
+
+
+@pytest.mark.parametrize("group_weight", ["none", "sqrt_size"])
+def test_lambda_reproduces_the_ratio(group_weight: str) -> None:
+    lassos = group_lassos(trace(build(3)), group_weight)
+    gl, loss = penalty(lassos).item(), 2.345
+    for ratio in (0.05, 0.25, 0.9):
+        weighted = strength_for_ratio(ratio, loss, gl) * gl
+        assert abs(weighted / (loss + weighted) - ratio) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1.0, 0.0), (0.0, 1.0)])
+def test_shrinking_one_side_solves_the_proximal_problem(rows: float, columns: float) -> None:
+    weight = torch.randn(3, 2, 2, 2, dtype=torch.double)
+    weight[1] *= 0.05
+    weight[:, 1] *= 0.3
+    start = weight.clone()
+    amount = 0.8
+    lasso = GroupLasso(weight, rows, columns)
+    shrink([lasso], amount)
+
+    def objective(flat: np.ndarray) -> float:
+        candidate = torch.from_numpy(flat).view_as(start)
+        distance = 0.5 * (candidate - start).square().sum()
+        return float(distance + amount * naive_penalty(GroupLasso(candidate, rows, columns)))
+
+    found = minimize(objective, start.numpy().ravel(), method="Powell", options={"xtol": 1e-9, "ftol": 1e-13})
+    assert objective(weight.numpy().ravel()) <= found.fun + 1e-7
+    np.testing.assert_allclose(weight.numpy().ravel(), found.x, atol=1e-3)
+
+
+def test_shrinking_both_sides_goes_rows_first_and_reaches_exact_zero() -> None:
+    weight = torch.randn(4, 3, 3, 3)
+    weight[2] = 0.01
+    expected = weight.clone()
+    for o in range(4):
+        norm = expected[o].norm()
+        expected[o] *= max(0.0, 1 - 0.3 / norm)
+    for i in range(3):
+        norm = expected[:, i].norm()
+        expected[:, i] *= max(0.0, 1 - 0.3 / norm)
+    shrink([GroupLasso(weight, 1.0, 1.0)], 0.3)
+    torch.testing.assert_close(weight, expected)
+    assert weight[2].abs().max() == 0
+
+
+def test_zero_weights_give_no_nan() -> None:
+    weight = nn.Parameter(torch.zeros(3, 3, 1, 1))
+    weight.grad = torch.zeros_like(weight)
+    lasso = GroupLasso(weight, 1.0, 1.0)
+    add_gradient([lasso], 1.0)
+    shrink([lasso], 0.1)
+    shrink([lasso], 0.0)
+    assert torch.equal(weight, torch.zeros_like(weight))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))

@@ -1,0 +1,147 @@
+"""Killed at any moment and resumed, a run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, Command
+
+TIMES = ("seconds", "timestamp", "samples_per_second", "peak_memory")
+EPOCHS = 8
+RUN = (*SMALL, f"epochs={EPOCHS}", "hydra.run.dir=run", "resume=auto", "tracking.flush_seconds=0", "batch_policy.batch_size=16")
+
+
+def moments() -> list[str]:
+    """Ten moments: each kind of event at a random occurrence, and random times."""
+    draw = random.Random(20)
+    events = {"write": EPOCHS, "rename": 2 * EPOCHS - 1, "renamed": 2 * EPOCHS - 1, "morph": 12, "report": EPOCHS, "step": 16 * EPOCHS}
+    named = [f"{event}:{draw.randint(1, most)}" for event, most in events.items()]
+    return [*named, f"morph:{draw.randint(1, 12)}", *(f"time:{draw.uniform(1, 8):.2f}" for _ in range(3))]
+
+
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint without what the clock says and which MLflow run it belongs to."""
+    stored = torch.load(checkpoint, weights_only=True)
+    facts = json.loads(stored.pop("facts"))
+    facts.pop("tracking_id")
+    facts["history"] = [{k: v for k, v in r.items() if not any(t in k for t in TIMES)} for r in facts["history"]]
+    return {**stored, "facts": facts}
+
+
+def assert_same(a: Any, b: Any, path: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    command = [sys.executable, "-m", "morphtrain.run", *RUN]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    stored = contents(directory / "run" / "last.pt")
+    history = stored["facts"]["history"]
+    assert history[0]["params"] > history[EPOCHS // 2]["params"] > history[-1]["params"]
+    return stored
+
+
+@pytest.mark.parametrize("moment", moments())
+def test_killed_and_resumed_it_ends_the_same(moment: str, uninterrupted: dict, tmp_path: Path, command: Command) -> None:
+    kill(moment, tmp_path)
+    result = command(*RUN)
+    assert result.returncode == 0, result.stderr
+    assert_same(contents(tmp_path / "run" / "last.pt"), uninterrupted)
+    check_mlflow(tmp_path)
+
+
+def kill(moment: str, directory: Path) -> None:
+    event, value = moment.split(":")
+    if event == "time":
+        process = subprocess.Popen([sys.executable, "-m", "morphtrain.run", *RUN], cwd=directory, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(float(value))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        return
+    script = Path(__file__).with_name("killed_run.py")
+    result = subprocess.run([sys.executable, str(script), moment, *RUN], cwd=directory, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, f"{moment} never came: {result.stdout}{result.stderr}"
+
+
+def check_mlflow(directory: Path) -> None:
+    """One run, FINISHED, one value an epoch of every metric."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "morphtrain"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    for key in ("train_loss", "val_accuracy", "epoch_seconds", "params", "lasso_ratio"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == list(range(1, EPOCHS + 1)), key
+
+
+def test_a_broken_checkpoint_is_reported_and_the_one_before_used(uninterrupted: dict, tmp_path: Path, command: Command) -> None:
+    kill("step:100", tmp_path)
+    last = tmp_path / "run" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    last.write_bytes(content)
+    result = command(*RUN)
+    assert result.returncode == 0, result.stderr
+    assert "last.pt: damaged" in result.stdout
+    assert "previous.pt" in result.stdout
+    assert_same(contents(last), uninterrupted)
+    check_mlflow(tmp_path)
+
+
+def test_a_finished_run_only_reports(tmp_path: Path, command: Command) -> None:
+    assert command(*RUN).returncode == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    result = command(*RUN)
+    assert result.returncode == 0, result.stderr
+    assert "final / dense" in result.stdout
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    check_mlflow(tmp_path)
+
+
+def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, command: Command) -> None:
+    kill("step:100", tmp_path)
+    elsewhere = [o for o in RUN if not o.startswith(("hydra.run.dir", "resume"))]
+    result = command(*elsewhere, "hydra.run.dir=elsewhere", "resume=run/last.pt")
+    assert result.returncode == 0, result.stderr
+    assert_same(contents(tmp_path / "elsewhere" / "last.pt"), uninterrupted)
+    check_mlflow(tmp_path)
+
+
+@pytest.mark.parametrize("options", [("optimizer=adamw",), ("precision=o1",), ("precision=o1", "precision.dtype=float16"), ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02")])
+def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:
+    here = [*SMALL, "tracking=none", "hydra.run.dir=once", "epochs=4", *options]
+    assert command(*here).returncode == 0
+    script = Path(__file__).with_name("killed_run.py")
+    there = [*here, "hydra.run.dir=twice", "resume=auto"]
+    killed = subprocess.run([sys.executable, str(script), "rename:4", *there], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert command(*there).returncode == 0
+    once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
+    once["facts"]["config"]["resume"] = "auto"
+    assert_same(once, twice)
