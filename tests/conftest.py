@@ -18,12 +18,16 @@ SMALL = (
     "data.val_samples=64",
     "data.image_size=8",
     "model.width=8",
+    "model.blocks=2",
+    "batch_policy.batch_size=16",
     "epochs=6",
     "prune=prunetrain",
-    "prune.lasso_ratio=0.6",
+    "prune.lasso_ratio=0.95",
     "prune.interval=1",
     "prune.start_epoch=2",
 )
+
+KILLED_RUN = str(Path(__file__).with_name("killed_run.py"))
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

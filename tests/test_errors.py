@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Command
+from conftest import KILLED_RUN, SMALL, Command
 
 CASES = {
     "mistyped key": (["prune=prunetrain", "prune.laso_ratio=0.2"], ["laso_ratio", "lasso_ratio"]),
@@ -92,26 +93,32 @@ def test_a_read_only_place_is_named(command: Command, tmp_path: Path) -> None:
     check_failure(command(*SMALL, "tracking=none", "hydra.run.dir=file/run"), ["file/run", "hydra.run.dir"])
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(command: Command, tmp_path: Path) -> None:
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
+from morphtrain.run import main
+main()
+"""
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: the same write fails, with another number."""
-    run = tmp_path / "run"
-    here = [*SMALL, "tracking=none", f"hydra.run.dir={run}"]
-    assert command(*here, "epochs=2").returncode == 0
-    before = (run / "last.pt").read_bytes()
-    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000)); from morphtrain.run import main; main()"
-    result = subprocess.run(
-        ["python", "-c", script, *here, "epochs=2", "resume=auto", "model.width=8", "hydra.output_subdir=null"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ},
-    )
-    assert result.returncode == 0  # nothing left to train, so nothing to write but a small picture
-    fresh = tmp_path / "fresh"
-    result = subprocess.run(
-        ["python", "-c", script, *SMALL, "tracking=none", f"hydra.run.dir={fresh}"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )
-    check_failure(result, ["last.pt", "File too large", "hydra.run.dir"])
-    assert not list(fresh.glob("*.pt*"))
-    assert (run / "last.pt").read_bytes() == before
+    here = [*SMALL, "tracking=none", "hydra.run.dir=run", "resume=auto"]
+    killed = subprocess.run([sys.executable, KILLED_RUN, "step:70", *here], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    checkpoint = tmp_path / "run" / "last.pt"
+    before = checkpoint.read_bytes()
+    for place in ("run", "fresh"):
+        result = subprocess.run(
+            [sys.executable, "-c", LIMITED, *here, f"hydra.run.dir={place}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        check_failure(result, ["last.pt", "File too large", "hydra.run.dir"])
+    assert checkpoint.read_bytes() == before
+    assert not list((tmp_path / "fresh").glob("*.pt*"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_finished_run_directory_is_not_overwritten(command: Command, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
         if last.exists():
             os.replace(last, directory / PREVIOUS)
         os.replace(fresh, last)
+    except OSError as error:  # the system names no file when a write fails
+        raise OSError(error.errno, error.strerror, str(last)) from error
     finally:
         fresh.unlink(missing_ok=True)
 
