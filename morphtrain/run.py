@@ -1,7 +1,7 @@
 """The command: compose a config, train, return the objective.
 
-    python -m morphtrain.run prune=prunetrain precision=o1
-    python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
+python -m morphtrain.run prune=prunetrain precision=o1
+python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,7 +45,7 @@ def job(composed: DictConfig) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
-def study(settings: DictConfig) -> str:
+def study(settings: Any) -> str:
     """What the runs of one sweep have in common: the sweeper's study name, or the sweep's directory."""
     if settings.mode != RunMode.MULTIRUN:
         return "none"

@@ -344,7 +344,7 @@ def parse(composed: DictConfig) -> Config:
     for field in fields(Config):
         if field.name not in composed:
             raise UserError(f"{field.name}: missing from the config")
-    for key in composed:
+    for key in map(str, composed):
         if key not in {field.name for field in fields(Config)}:
             raise UserError(f"{key}: no such key; there are {', '.join(f.name for f in fields(Config))}")
     for group, options in OPTIONS.items():
@@ -370,7 +370,7 @@ def _typed(kind: type, node: DictConfig, group: str) -> Any:
     """An instance of dataclass `kind`, its fields converted from `node` by OmegaConf's rules."""
     prefix = f"{group}." if group else ""
     names = [field.name for field in fields(kind)]
-    for key in node:
+    for key in map(str, node):
         if key not in names:
             raise UserError(f"{prefix}{key}: no such key; {group} has {', '.join(names)}")
     for name in names:

@@ -1,11 +1,11 @@
 """`python killed_run.py EVENT:N ...overrides`: the command, which kills itself with SIGKILL at the N-th EVENT.
 
-    write    half way through the file of a checkpoint
-    rename   between a checkpoint's being written and its getting its name
-    renamed  right after that
-    morph    inside a reconfiguration, some channels gone, some not
-    report   after MLflow has an epoch, before the run knows
-    step     after an optimizer step
+write    half way through the file of a checkpoint
+rename   between a checkpoint's being written and its getting its name
+renamed  right after that
+morph    inside a reconfiguration, some channels gone, some not
+report   after MLflow has an epoch, before the run knows
+step     after an optimizer step
 """
 
 from __future__ import annotations

@@ -37,8 +37,21 @@ def test_every_key_is_explained(path: Path) -> None:
     assert lines[0].startswith("#")
     for line in lines[1:]:
         key = line.split(":")[0]
-        plain = key in ("name", "defaults", "blocks", "gamma", "in_channels", "num_classes", "momentum", "nesterov",
-                        "eps", "betas", "train_samples", "val_samples", "experiment")
+        plain = key in (
+            "name",
+            "defaults",
+            "blocks",
+            "gamma",
+            "in_channels",
+            "num_classes",
+            "momentum",
+            "nesterov",
+            "eps",
+            "betas",
+            "train_samples",
+            "val_samples",
+            "experiment",
+        )
         assert plain or "#" in line, line
 
 
@@ -53,7 +66,9 @@ def test_groups_folders_and_modules_are_the_same() -> None:
 
 
 def test_numbers_are_converted_as_yaml_users_expect() -> None:
-    config = schema.parse(composed("optimizer.lr=1", "prune=prunetrain", "prune.threshold=1e-3", "model.blocks=[1,2,3]"))
+    config = schema.parse(
+        composed("optimizer.lr=1", "prune=prunetrain", "prune.threshold=1e-3", "model.blocks=[1,2,3]")
+    )
     assert config.optimizer.lr == 1.0
     assert config.prune.threshold == 0.001
     assert config.model.blocks == [1, 2, 3]

@@ -53,16 +53,17 @@ def kill(model: nn.Module, fraction: float) -> None:
 @pytest.mark.parametrize("fraction", [0.3, 0.8, 0.97])
 @pytest.mark.parametrize("round_to", [1, 4])
 def test_what_is_dead_goes_and_the_function_stays(shape: str, fraction: float, round_to: int) -> None:
-    model = build(3, width=8, layers=3 if "bottleneck" in shape else 2, **{
-        key: value for key, value in SHAPES[shape].items() if key != "layers"
-    }).train()
+    model = build(
+        3,
+        width=8,
+        layers=3 if "bottleneck" in shape else 2,
+        **{key: value for key, value in SHAPES[shape].items() if key != "layers"},
+    ).train()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     step(model, optimizer)
     kill(model, fraction)
     whole_branch = {b.path for b in trace(model).blocks if not channel_strength(b.spaces[-1]).any()}
-    early = {
-        b.path for b in trace(model).blocks if any(not channel_strength(s).any() for s in b.spaces)
-    } - whole_branch
+    early = {b.path for b in trace(model).blocks if any(not channel_strength(s).any() for s in b.spaces)} - whole_branch
     before = outputs(model)
     graph = trace(model)
     change = reconfigure(graph, threshold=1e-4, round_to=round_to, optimizer=optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_an_unsupported_operation_is_named_with_path_and_line() -> None:
     assert "'cumsum'" in message
     assert "mixer" in message
     assert "test_reindex.py" in message
-    line = next(n for n, text in enumerate(open(__file__).read().splitlines(), 1) if "must name" in text)
+    line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "must name" in text)
     assert f"line {line}" in message
 
 

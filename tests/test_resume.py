@@ -23,7 +23,14 @@ RUN = (*SMALL, f"epochs={EPOCHS}", "hydra.run.dir=run", "resume=auto", "tracking
 def moments() -> list[str]:
     """Ten moments: each kind of event at a random occurrence, and random times."""
     draw = random.Random(20)
-    events = {"write": EPOCHS, "rename": 2 * EPOCHS - 1, "renamed": 2 * EPOCHS - 1, "morph": 20, "report": EPOCHS, "step": 16 * EPOCHS}
+    events = {
+        "write": EPOCHS,
+        "rename": 2 * EPOCHS - 1,
+        "renamed": 2 * EPOCHS - 1,
+        "morph": 20,
+        "report": EPOCHS,
+        "step": 16 * EPOCHS,
+    }
     named = [f"{event}:{draw.randint(1, most)}" for event, most in events.items()]
     return [*named, f"morph:{draw.randint(1, 20)}", *(f"time:{draw.uniform(1, 8):.2f}" for _ in range(3))]
 
@@ -65,7 +72,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("moment", moments())
-def test_killed_and_resumed_it_ends_the_same(moment: str, uninterrupted: dict, tmp_path: Path, command: Command) -> None:
+def test_killed_and_resumed_it_ends_the_same(
+    moment: str, uninterrupted: dict, tmp_path: Path, command: Command
+) -> None:
     kill(moment, tmp_path)
     result = command(*RUN)
     assert result.returncode == 0, result.stderr
@@ -76,7 +85,9 @@ def test_killed_and_resumed_it_ends_the_same(moment: str, uninterrupted: dict, t
 def kill(moment: str, directory: Path) -> None:
     event, value = moment.split(":")
     if event == "time":
-        process = subprocess.Popen([sys.executable, "-m", "morphtrain.run", *RUN], cwd=directory, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "morphtrain.run", *RUN], cwd=directory, stdout=subprocess.DEVNULL
+        )
         try:
             process.wait(float(value))
         except subprocess.TimeoutExpired:
@@ -100,7 +111,9 @@ def check_mlflow(directory: Path) -> None:
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == list(range(1, EPOCHS + 1)), key
 
 
-def test_a_broken_checkpoint_is_reported_and_the_one_before_used(uninterrupted: dict, tmp_path: Path, command: Command) -> None:
+def test_a_broken_checkpoint_is_reported_and_the_one_before_used(
+    uninterrupted: dict, tmp_path: Path, command: Command
+) -> None:
     kill("step:100", tmp_path)
     last = tmp_path / "run" / "last.pt"
     content = bytearray(last.read_bytes())
@@ -133,7 +146,15 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
     check_mlflow(tmp_path)
 
 
-@pytest.mark.parametrize("options", [("optimizer=adamw",), ("precision=o1",), ("precision=o1", "precision.dtype=float16"), ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("optimizer=adamw",),
+        ("precision=o1",),
+        ("precision=o1", "precision.dtype=float16"),
+        ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
+    ],
+)
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:
     here = [*SMALL, "tracking=none", "hydra.run.dir=once", "epochs=4", *options]
     assert command(*here).returncode == 0

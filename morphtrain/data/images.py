@@ -53,9 +53,7 @@ class ImageData:
         """The same data on `device`, where the augmentation then runs too."""
         return ImageData(self.train.to(device), self.val.to(device), self.num_classes, self.shift, self.flip)
 
-    def train_batches(
-        self, batch_size: int, generator: torch.Generator
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """One epoch in random order: (B, C, H, W) and (B,); the last batch may be smaller.
 
         Order and augmentation depend on `generator` (a CPU generator) alone.
@@ -74,9 +72,7 @@ class ImageData:
 
     def val_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The held-out set once, in order, as it is."""
-        yield from zip(
-            self.val.pixels.split(EVALUATION_BATCH), self.val.labels.split(EVALUATION_BATCH), strict=True
-        )
+        yield from zip(self.val.pixels.split(EVALUATION_BATCH), self.val.labels.split(EVALUATION_BATCH), strict=True)
 
     def _shifted(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Windows of the zero-padded images: one gather out of a strided view of all of them."""

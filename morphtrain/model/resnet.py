@@ -1,6 +1,6 @@
 """ResNets of any (stages, blocks, layers, bottleneck), after He et al. 2015, section 4.2.
 
-    python -m morphtrain.run model=resnet model.stages=2 model.blocks=[3,1] model.bottleneck=true model.layers=3
+python -m morphtrain.run model=resnet model.stages=2 model.blocks=[3,1] model.bottleneck=true model.layers=3
 """
 
 from __future__ import annotations
@@ -56,12 +56,11 @@ class ResNet(nn.Module):
         channels = width
         for stage, count in enumerate(per_stage):
             inner = width * 2**stage
-            self.stages.append(nn.Sequential())
+            blocks_of_stage = nn.Sequential()
+            self.stages.append(blocks_of_stage)
             for block in range(count):
                 stride = 2 if downsample and stage > 0 and block == 0 else 1
-                self.stages[-1].append(
-                    ResidualBlock(channels, inner, layers, bottleneck, stride, shortcut)
-                )
+                blocks_of_stage.append(ResidualBlock(channels, inner, layers, bottleneck, stride, shortcut))
                 channels = inner * (EXPANSION if bottleneck else 1)
         self.classifier = nn.Linear(channels, num_classes)
         self.apply(_initialise)
@@ -75,9 +74,7 @@ class ResNet(nn.Module):
 class ResidualBlock(nn.Module):
     """relu(branch(x) + shortcut(x)); the branch is a chain of convolution and norm, with relu in between."""
 
-    def __init__(
-        self, channels: int, inner: int, layers: int, bottleneck: bool, stride: int, shortcut: str
-    ) -> None:
+    def __init__(self, channels: int, inner: int, layers: int, bottleneck: bool, stride: int, shortcut: str) -> None:
         super().__init__()
         out = inner * (EXPANSION if bottleneck else 1)
         widths = [channels, *[inner] * (layers - 1), out]

@@ -16,9 +16,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     modules = dict(model.named_modules())
     return {
         "zero_branches": [path for path, m in modules.items() if isinstance(m, ZeroBranch)],
-        "paddings": {
-            path: [m.left, m.right] for path, m in modules.items() if isinstance(m, PadChannels)
-        },
+        "paddings": {path: [m.left, m.right] for path, m in modules.items() if isinstance(m, PadChannels)},
         "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,9 @@ class Axis:
     @property
     def weight(self) -> torch.Tensor | None:
         """The weight that makes or uses this axis' channels; None where they only pass through (norms, padding)."""
-        return None if self.role == "elementwise" else self.module.weight
+        weight = None if self.role == "elementwise" else self.module.weight
+        assert weight is None or isinstance(weight, torch.Tensor)
+        return weight
 
     def magnitude(self) -> torch.Tensor:
         """max |w| of each entry, over the weight's other dimensions: (length,)."""
@@ -106,7 +109,7 @@ class Block:
 
     path: str
     norm_path: str
-    norm: nn.Module
+    norm: Any
     spaces: list[Space]
 
 
@@ -140,9 +143,7 @@ class ChannelGraph:
                 return space
         raise KeyError(f"no channel space '{name}'; there are {', '.join(s.name for s in self.spaces)}")
 
-    def reindex(
-        self, space: Space, index: Sequence[int] | torch.Tensor, optimizer: Optimizer | None = None
-    ) -> None:
+    def reindex(self, space: Space, index: Sequence[int] | torch.Tensor, optimizer: Optimizer | None = None) -> None:
         """Make row j of `space` what row `index[j]` was, in every tensor that has a part in it.
 
         Dropping entries prunes. Repeating entries widens and keeps the function: consumers are divided by the
@@ -206,8 +207,7 @@ class ChannelGraph:
             raise MorphError(f"index for '{space.name}' must be one-dimensional, not of shape {tuple(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < space.size:
             raise MorphError(
-                f"index for '{space.name}' must lie in 0..{space.size - 1}, "
-                f"not {int(index.min())}..{int(index.max())}"
+                f"index for '{space.name}' must lie in 0..{space.size - 1}, not {int(index.min())}..{int(index.max())}"
             )
         if len(index) == 0:
             for slot in space.slots:
@@ -269,7 +269,7 @@ def _divide(trace: Trace) -> tuple[list[Axis], list[Space]]:
 
 def _runs(trace: Trace, labels: torch.Tensor) -> Iterator[tuple[int, int]]:
     """The channels along an axis: (class of labels, number of neighbouring entries)."""
-    values, counts = trace.roots[labels].unique_consecutive(return_counts=True)
+    values, counts = torch.unique_consecutive(trace.roots[labels], return_counts=True)
     return zip(values.tolist(), counts.tolist(), strict=True)
 
 

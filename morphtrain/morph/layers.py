@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,11 +35,14 @@ class ZeroBranch(nn.Module):
     running statistics; evaluation mode uses them: exactly what the norm behind an all-zero convolution does.
     """
 
+    norm: Any
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two positions: batch norm refuses to train on a single value per channel.
-        zeros = x.new_zeros(1, int(self.norm.num_features), 2, 1)
-        return self.norm(zeros)[:, :, :1]
+        zeros = x.new_zeros(1, self.norm.num_features, 2, 1)
+        out: torch.Tensor = self.norm(zeros)
+        return out[:, :, :1]

@@ -56,9 +56,7 @@ def forget_parameters(parameters: Iterable[nn.Parameter], optimizer: Optimizer) 
         optimizer.state.pop(parameter, None)
 
 
-def _select(
-    tensor: torch.Tensor, dim: int, rows: torch.Tensor, scale: torch.Tensor | None
-) -> torch.Tensor:
+def _select(tensor: torch.Tensor, dim: int, rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     with torch.no_grad():
         new = tensor.index_select(dim, rows.to(tensor.device))
         if scale is not None:

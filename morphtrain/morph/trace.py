@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import fx, nn
@@ -69,9 +69,7 @@ class _Tracer(fx.Tracer):
     """A symbolic trace that keeps the layers of `morphtrain.morph` whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (PadChannels, ZeroBranch)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        return isinstance(m, (PadChannels, ZeroBranch)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace_channels(model: nn.Module, example_input: torch.Tensor) -> Trace:
@@ -163,12 +161,10 @@ class _Propagator(fx.Interpreter):
             self.join(known.labels, labels)
             return known.labels
         present = tuple((t, d) for t, d in tensors if getattr(module, t, None) is not None)
-        self.axes[id(module), place] = TracedAxis(
-            str(n.target), module, role, present, labels, counter
-        )
+        self.axes[id(module), place] = TracedAxis(str(n.target), module, role, present, labels, counter)
         return labels
 
-    def refuse(self, n: fx.Node, what: str) -> Any:
+    def refuse(self, n: fx.Node, what: str) -> NoReturn:
         raise MorphError(
             f"cannot follow channels through {what} in {owner_path(n) or 'the model'} ({self.source_line(n)})"
         )
@@ -267,7 +263,7 @@ def _convolution(p: _Propagator, n: fx.Node, m: Any, x: _Channels, value: torch.
     if m.groups == m.in_channels == m.out_channels:
         tensors = (("weight", 0), ("bias", 0))
         return _Channels(1, p.axis(n, m, "channels", "elementwise", tensors, x.labels))
-    return p.refuse(n, f"a convolution of {m.groups} groups")
+    p.refuse(n, f"a convolution of {m.groups} groups")
 
 
 def _linear(p: _Propagator, n: fx.Node, m: Any, x: _Channels, value: torch.Tensor) -> _Channels:
@@ -325,12 +321,17 @@ def _unchanged(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torch.T
     return x
 
 
+def _argument(n: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, by position or by name."""
+    return n.args[position] if len(n.args) > position else n.kwargs.get(name, default)
+
+
 def _mean(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torch.Tensor) -> _Channels:
     """A mean over spatial dimensions; over all of them (no `dim`), or over the channels, is refused."""
     x = p.channels[inputs[0]]
-    dims = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
+    dims = _argument(n, 1, "dim")
     dims = (dims,) if isinstance(dims, int) else dims
-    rank = n.args[0].meta["rank"]
+    rank = inputs[0].meta["rank"]
     if dims is None or any(d % rank <= x.dim for d in dims):
         p.refuse(n, "a mean over the batch or the channels")
     return x
@@ -347,8 +348,8 @@ def _elementwise(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torch
 
 
 def _concatenated(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torch.Tensor) -> _Channels:
-    dim = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else 0)
-    parts = [p.channels[a] for a in n.args[0]]
+    dim = _argument(n, 1, "dim", 0)
+    parts = [p.channels[a] for a in _argument(n, 0, "tensors")]
     if any(part.dim != dim % value.dim() for part in parts):
         p.refuse(n, "a concatenation in another dimension than the channels'")
     return _Channels(parts[0].dim, torch.cat([part.labels for part in parts]))
@@ -356,7 +357,8 @@ def _concatenated(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torc
 
 def _indexed(p: _Propagator, n: fx.Node, inputs: list[fx.Node], value: torch.Tensor) -> _Channels:
     x = p.channels[inputs[0]]
-    index = n.args[1] if isinstance(n.args[1], tuple) else (n.args[1],)
+    index = _argument(n, 1, "index")
+    index = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(i, slice) for i in index) or index[x.dim : x.dim + 1] not in ((), (slice(None),)):
         p.refuse(n, "an index other than slices of the spatial dimensions")
     return x

@@ -9,6 +9,4 @@ from morphtrain.optimizer.groups import decay_groups
 
 def build(config: schema.AdamW, model: nn.Module) -> Optimizer:
     beta1, beta2 = config.betas
-    return AdamW(
-        decay_groups(model, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps
-    )
+    return AdamW(decay_groups(model, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps)

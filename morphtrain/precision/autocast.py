@@ -19,9 +19,7 @@ class Precision:
             and off for everything else, whose range does not need it.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype | None = None, init_scale: float = 2.0**16
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None, init_scale: float = 2.0**16) -> None:
         self.device = device
         self.dtype = dtype
         scaling = dtype is torch.float16

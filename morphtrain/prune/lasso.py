@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from morphtrain.morph import ChannelGraph
 
-GroupWeight = Literal["none", "sqrt_size"]
 EPS = 1e-8  # under the root of a subgradient's norm
 
 
@@ -33,8 +31,11 @@ class GroupLasso:
     column_weight: float
 
 
-def group_lassos(graph: ChannelGraph, group_weight: GroupWeight = "none") -> list[GroupLasso]:
-    """Every weight of `graph` with a side that belongs to a channel space; rebuild it after a structural change."""
+def group_lassos(graph: ChannelGraph, sqrt_size: bool = False) -> list[GroupLasso]:
+    """Every weight of `graph` with a side that belongs to a channel space; rebuild it after a structural change.
+
+    `sqrt_size` counts each group as often as the root of its size; otherwise all groups count alike.
+    """
     sides: dict[int, dict[str, bool]] = {}
     weights: dict[int, torch.Tensor] = {}
     for axis in graph.axes:
@@ -45,8 +46,8 @@ def group_lassos(graph: ChannelGraph, group_weight: GroupWeight = "none") -> lis
     return [
         GroupLasso(
             weight,
-            row_weight=_factor(weight, 0, group_weight) if sides[key].get("produces") else 0.0,
-            column_weight=_factor(weight, 1, group_weight) if sides[key].get("consumes") else 0.0,
+            row_weight=_factor(weight, 0, sqrt_size) if sides[key].get("produces") else 0.0,
+            column_weight=_factor(weight, 1, sqrt_size) if sides[key].get("consumes") else 0.0,
         )
         for key, weight in weights.items()
         if any(sides[key].values())
@@ -107,6 +108,5 @@ def _spread(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return factors.view(*factors.shape, *[1] * (weight.dim() - 2))
 
 
-def _factor(weight: torch.Tensor, dim: int, group_weight: GroupWeight) -> float:
-    size = weight.numel() / weight.shape[dim]
-    return size**0.5 if group_weight == "sqrt_size" else 1.0
+def _factor(weight: torch.Tensor, dim: int, sqrt_size: bool) -> float:
+    return (weight.numel() / weight.shape[dim]) ** 0.5 if sqrt_size else 1.0

@@ -69,7 +69,7 @@ class PruneTrain:
         self.strength = state["strength"]
 
     def _find_groups(self, run: Run) -> None:
-        self.lassos = group_lassos(run.graph, self.config.group_weight)
+        self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")
 
     def _active(self, run: Run) -> bool:
         return self.config.stop_epoch is None or run.epoch <= self.config.stop_epoch

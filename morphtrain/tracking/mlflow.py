@@ -113,7 +113,7 @@ class MLflowTracker:
             return
         try:
             action()
-        except Exception as error:  # noqa: BLE001: databases, servers and disks fail in too many ways to name
+        except Exception as error:  # noqa: BLE001 (databases, servers and disks fail in too many ways to name)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("MLflow (%s): %s failed, training goes on: %s", self.uri, what, reason)
 

@@ -76,9 +76,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "precision": run.precision.state_dict(),
         "methods": {
-            group: method.state_dict()
-            for group, method in run.methods.items()
-            if hasattr(method, "state_dict")
+            group: method.state_dict() for group, method in run.methods.items() if hasattr(method, "state_dict")
         },
     }
 

@@ -55,8 +55,8 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
     table.add_column("final / dense", justify="right")
     _add_row(table, "parameters", initial["params"], last[-1]["params"], "{:.0f}")
     _add_row(table, "MACs a sample", initial["macs"], last[-1]["macs"], "{:.0f}")
-    seconds = [statistics.median(r["epoch_seconds"] for r in records) for records in (first, last)]
-    _add_row(table, "seconds an epoch (median)", *seconds, "{:.3f}")
+    dense, final = (statistics.median(r["epoch_seconds"] for r in records) for records in (first, last))
+    _add_row(table, "seconds an epoch (median)", dense, final, "{:.3f}")
     _add_row(table, "validation accuracy", first[-1]["val_accuracy"], last[-1]["val_accuracy"], "{:.4f}")
     return table
 

@@ -71,10 +71,8 @@ def _start_or_resume(config: Config, run_dir: Path) -> tuple[Run, checkpoint.Che
                 f"hydra.run.dir={run_dir}: holds a checkpoint; go on from it with resume=auto, or choose another one"
             )
         return build_run(config), None
-    if config.resume == "auto":
-        stored = checkpoint.find(run_dir)
-    else:
-        stored = checkpoint.Checkpoint(Path(config.resume))
+    auto = config.resume == "auto"
+    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
     if stored is None:
         return build_run(config), None
     run = stored.restore(config)
@@ -98,7 +96,9 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
     ):
         train_epoch(run, tick)
     if not math.isfinite(run.train_loss):
-        raise UserError(f"optimizer.lr={config.optimizer.lr}: training diverged in epoch {run.epoch}; try a smaller one")
+        raise UserError(
+            f"optimizer.lr={config.optimizer.lr}: training diverged in epoch {run.epoch}; try a smaller one"
+        )
     metrics: dict[str, float] = {}
     with run.clock.timed() as morph_watch:
         for hook in run.hooks("after_epoch"):
@@ -170,4 +170,3 @@ def _leave_artifacts(run: Run, run_dir: Path, tracker: Any) -> None:
     resolved = run_dir / ".hydra" / "config.yaml"
     if resolved.exists():
         tracker.artifact(resolved, "config")
-

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which `make setup` (or any target that needs it) builds from pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test test-all lint bench ui clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# The main job: PruneTrain on a small ResNet and the embedded digits, about 90 seconds of training on two cores.
+run: setup
+	$(BIN)/python -m morphtrain.run prune=prunetrain prune.lasso_ratio=0.7 prune.interval=2
+
+test: setup
+	$(BIN)/python -m pytest
+
+# With the slow proofs, and on a machine with a GPU those that need one.
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu or gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# What the product promises about its own speed, as ratios measured interleaved.
+bench: setup
+	cd benchmarks && for b in startup regulariser reconfiguration loop tracking allocator; do ../$(BIN)/python $$b.py; done
+
+ui: setup
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,38 @@
+"""Compare variants of the same work in one process: A B B A A B B A ..., and report ratios of paired times.
+
+A machine's speed drifts by more than what is measured here; neighbours in time share the drift.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; the order is turned round after every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for number in range(warmup + rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            variants[name]()
+            spent = time.perf_counter() - start
+            if number >= warmup:
+                seconds[name].append(spent)
+    return seconds
+
+
+def report(title: str, seconds: Mapping[str, list[float]], baseline: str, limit: float | None = None) -> None:
+    """Print the median ratio of every variant to `baseline`, with its quartiles, and the limit it is held to."""
+    for name, values in seconds.items():
+        if name == baseline:
+            continue
+        ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        held = "" if limit is None else f"   limit {limit:.2f} {'ok' if middle <= limit else 'EXCEEDED'}"
+        print(
+            f"{title}: {name} / {baseline} = {middle:.4f} (quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs; "
+            f"{1e3 * statistics.median(seconds[baseline]):.1f} ms){held}"
+        )
