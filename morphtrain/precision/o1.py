@@ -3,7 +3,7 @@
 import torch
 
 from morphtrain import schema
-from morphtrain.precision.autocast import Precision
+from morphtrain.precision.autocast import Precision, warn_if_slow
 
 
 def build(config: schema.Autocast, device: torch.device) -> Precision:
@@ -11,4 +11,6 @@ def build(config: schema.Autocast, device: torch.device) -> Precision:
     name = config.dtype
     if name == "auto":
         name = "float16" if device.type == "cuda" else "bfloat16"
-    return Precision(device, getattr(torch, name), config.init_scale)
+    dtype: torch.dtype = getattr(torch, name)
+    warn_if_slow(config.name, device, dtype)
+    return Precision(device, dtype, config.init_scale)

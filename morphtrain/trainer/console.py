@@ -43,32 +43,34 @@ def epoch_line(record: Record, epochs: int, change: str) -> str:
 
 
 def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_epochs: int) -> Table:
-    """The network at the start of the run against the one at its end, each over a few epochs."""
-    clocked = list(history[warmup_epochs:]) or list(history)
+    """The dense network the run started with against the one it ended with, each clocked over a few epochs."""
+    clocked = history[warmup_epochs:] or history
     window = max(1, min(WINDOW, len(clocked) // 2))
     first, last = clocked[:window], clocked[-window:]
     table = Table(title=f"after {len(history)} epochs, {history[-1]['train_seconds']:.1f} s of training")
     table.add_column("")
-    for records, name in ((first, "dense"), (last, "final")):
-        span = f"{records[0]['epoch']:.0f}-{records[-1]['epoch']:.0f}" if window > 1 else f"{records[0]['epoch']:.0f}"
-        table.add_column(f"{name} (epoch {span})", justify="right")
-    table.add_column("final / dense", justify="right")
-    _add_row(table, "parameters", initial["params"], last[-1]["params"], "{:.0f}")
-    _add_row(table, "MACs a sample", initial["macs"], last[-1]["macs"], "{:.0f}")
+    for name in ("dense", "final", "final / dense"):
+        table.add_column(name, justify="right")
+    for key, name in (("params", "parameters"), ("macs", "MACs a sample")):
+        end = last[-1][key]
+        table.add_row(name, str(initial[key]), f"{end:.0f}", f"{end / initial[key]:.3f}")
     dense, final = (statistics.median(r["epoch_seconds"] for r in records) for records in (first, last))
-    _add_row(table, "seconds an epoch (median)", dense, final, "{:.3f}")
-    _add_row(table, "validation accuracy", first[-1]["val_accuracy"], last[-1]["val_accuracy"], "{:.4f}")
+    name = f"seconds an epoch (median of epochs {_span(first)}, {_span(last)})"
+    table.add_row(name, f"{dense:.3f}", f"{final:.3f}", f"{final / dense:.3f}")
+    early, late = first[-1], last[-1]
+    name = f"validation accuracy (after epoch {early['epoch']:.0f}, {late['epoch']:.0f})"
+    table.add_row(name, f"{early['val_accuracy']:.4f}", f"{late['val_accuracy']:.4f}", "")
     return table
 
 
-def _add_row(table: Table, name: str, dense: float, final: float, form: str) -> None:
-    ratio = f"{final / dense:.3f}" if dense else "-"
-    table.add_row(name, form.format(dense), form.format(final), ratio)
+def _span(records: Sequence[Record]) -> str:
+    first, last = records[0]["epoch"], records[-1]["epoch"]
+    return f"{first:.0f}" if first == last else f"{first:.0f}-{last:.0f}"
 
 
 def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
     """The closing table, where the results are, and what to type next."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
     print(f"checkpoint: {checkpoint}   everything else: {run_dir}")
     print(f"use it:     python -c \"import morphtrain; print(morphtrain.load('{checkpoint}'))\"")
