@@ -6,6 +6,7 @@ python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import schema
 from morphtrain.errors import UserError
+
+# What a place says that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
 
 HERE = Path(__file__).resolve().parent
 # An installed wheel carries `conf` inside the package, a checkout beside it.
@@ -39,7 +43,7 @@ def job(composed: DictConfig) -> float | list[float]:
         from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without
 
         values = train(config, run_dir, tags)
-    except UserError:
+    except (UserError, OSError):
         discard_if_unused(run_dir)
         raise
     return values[0] if len(values) == 1 else values
@@ -70,14 +74,15 @@ def main() -> None:
             raise
         sys.exit(message(error))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with resume=auto and this hydra.run.dir goes on from the last epoch")
+        sys.exit(130)  # as the shell has it: ended by SIGINT
 
 
 def message(error: Exception) -> str:
     """The error as a line or two, without a traceback."""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}; choose another place with hydra.run.dir, or make room there"
+        hint = "; make room there, or choose another place with hydra.run.dir" if error.errno in UNWRITABLE else ""
+        return f"{place}{error.strerror or error}{hint}"
     cause = error.__cause__
     detail = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
     return f"{error}{detail}"

@@ -333,9 +333,6 @@ class Config:
         recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain) else ())
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
-        if isinstance(self.prune, PruneTrain):
-            start = self.prune.start_epoch
-            check(start <= self.epochs, "prune.start_epoch", start, f"epochs={self.epochs} or earlier")
 
 
 def parse(composed: DictConfig) -> Config:

@@ -30,7 +30,6 @@ CASES = {
     "objective": (["objective=[accuracy]"], ["objective=accuracy", "val_accuracy"]),
     "milestones": (["schedule=milestones", "schedule.milestones=[60,80]"], ["schedule.milestones", "fractions"]),
     "unknown device": (["device=gpu"], ["device=gpu", "cuda"]),
-    "start behind the end": (["prune=prunetrain", "prune.start_epoch=9", "epochs=5"], ["prune.start_epoch=9"]),
 }
 
 # These need torch, and so a second or more each.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import INPUT, LABELS, OPTIMIZERS, PRESETS, SHAPES, build, mask, outputs, step, trace, twin
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +74,44 @@ def test_sliced_equals_masked_and_so_does_the_next_step(preset: str, shape: str,
     expected = surviving(masked_graph, keeps, masked)
     for name, parameter in sliced.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@st.composite
+def resnets(draw: st.DrawFn) -> dict[str, object]:
+    """Options of any ResNet that can be built."""
+    bottleneck = draw(st.booleans())
+    stages = draw(st.integers(1, 3))
+    return {
+        "stages": stages,
+        "blocks": draw(st.lists(st.integers(1, 2), min_size=stages, max_size=stages)),
+        "layers": draw(st.integers(3 if bottleneck else 1, 4)),
+        "bottleneck": bottleneck,
+        "width": draw(st.integers(1, 7)),
+        "downsample": draw(st.booleans()),
+        "shortcut": draw(st.sampled_from("AB")),
+    }
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(options=resnets(), seed=st.integers(0, 2**32), widen=st.booleans())
+def test_any_resnet_can_be_cut_and_widened(options: dict[str, object], seed: int, widen: bool) -> None:
+    torch.manual_seed(seed)
+    sliced = build(**options)
+    masked = copy.deepcopy(sliced)
+    graph, masked_graph = trace(sliced), trace(masked)
+    for space, masked_space in zip(list(graph.spaces), masked_graph.spaces, strict=True):
+        keep = random_keep(space.size)
+        mask(masked_space, dropped(space.size, keep))
+        graph.reindex(space, keep)
+    if widen:
+        for space in list(graph.spaces):
+            extra = torch.randint(space.size, (int(torch.randint(3, ())),))
+            graph.reindex(space, torch.cat([torch.arange(space.size), extra]))
+    for a, b in zip(outputs(sliced), outputs(masked), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    again = trace(sliced)
+    assert [(s.name, s.size) for s in again.spaces] == [(s.name, s.size) for s in graph.spaces]
+    step(sliced.train(), OPTIMIZERS["sgd"](sliced.parameters()))
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

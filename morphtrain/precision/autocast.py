@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from morphtrain import schema
@@ -11,6 +12,8 @@ from morphtrain.prune.reconfigure import reconfigure
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
+
+log = logging.getLogger(__name__)
 
 
 class PruneTrain:
@@ -22,6 +25,12 @@ class PruneTrain:
 
     def before_training(self, run: Run) -> None:
         self._find_groups(run)
+        if self.config.start_epoch > run.config.epochs:
+            log.warning(
+                "prune.start_epoch=%d is behind the last epoch (epochs=%d): the network will not shrink",
+                self.config.start_epoch,
+                run.config.epochs,
+            )
         if run.epoch == 0 and all(space.size <= self.config.min_channels for space in run.graph.spaces):
             raise UserError(
                 f"prune.min_channels={self.config.min_channels}: no layer of the model is wider, nothing can be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 BATCH = 900  # metrics a call; MLflow takes 1000
+SQLITE = "sqlite:///"
 RUN_DIR_TAG = "run_dir"
 
 log = logging.getLogger(__name__)
@@ -71,20 +73,22 @@ class MLflowTracker:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
+        _create_database(self.uri)
         client = MlflowClient(tracking_uri=self.uri)
         found = client.get_experiment_by_name(self.experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(self.experiment)
-        if resumed:
-            self.run_id = self.run_id or _run_of(client, experiment_id, tags[RUN_DIR_TAG])
-        if resumed and self.run_id:
-            client.update_run(self.run_id, status="RUNNING")
-            recorded = client.get_metric_history(self.run_id, "epoch_seconds")
-            self.sent_epoch = max((metric.step for metric in recorded), default=0)
-        else:
+        run = _find_run(client, experiment_id, self.run_id, tags[RUN_DIR_TAG]) if resumed else None
+        if run is None:
             name = " ".join(tags[key] for key in ("model", "prune", "precision"))
             run = client.create_run(experiment_id, tags=dict(tags), run_name=f"{name} seed {tags['seed']}")
-            self.run_id = run.info.run_id
-        client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+            recorded = client.get_metric_history(run.info.run_id, "epoch_seconds")
+            self.sent_epoch = max((metric.step for metric in recorded), default=0)
+        # A resumed run keeps the params it has: MLflow refuses to change them, `resume` itself for one.
+        fresh = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
+        client.log_batch(run.info.run_id, params=fresh)
+        self.run_id = run.info.run_id
         self.client = client
 
     def _flush(self, history: Sequence[Mapping[str, float]]) -> None:
@@ -118,11 +122,36 @@ class MLflowTracker:
             log.warning("MLflow (%s): %s failed, training goes on: %s", self.uri, what, reason)
 
 
-def _run_of(client: Any, experiment_id: str, run_dir: str) -> str | None:
-    """The MLflow run that was started in `run_dir`."""
+def _create_database(uri: str) -> None:
+    """Make a SQLite store under another name and link it to its own: killed half way, it would be of no use."""
+    from mlflow.tracking import MlflowClient
+
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        MlflowClient(tracking_uri=f"{SQLITE}{fresh}").search_experiments()
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _find_run(client: Any, experiment_id: str, run_id: str | None, run_dir: str) -> Any:
+    """The MLflow run of a checkpoint; without one, the run that was killed in `run_dir` before its first checkpoint."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is not None:
+        try:
+            return client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None  # the checkpoint was written with another tracking store
     quoted = run_dir.replace("\\", "\\\\").replace("'", "\\'")
-    runs = client.search_runs([experiment_id], f"tags.{RUN_DIR_TAG} = '{quoted}'", max_results=1)
-    return runs[0].info.run_id if runs else None
+    runs = client.search_runs([experiment_id], f"tags.{RUN_DIR_TAG} = '{quoted}'")
+    return next((run for run in runs if not run.data.metrics), None)
 
 
 def build(config: schema.MLflow, run_id: str | None = None) -> MLflowTracker:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 
-@dataclass
-class Stopwatch:
-    """The result of `Clock.timed`: seconds, once the block has ended."""
-
-    seconds: float = 0.0
-
-
 class Clock:
-    """Times blocks of work on `device`.
+    """Times blocks of work on `device`; `seconds` holds the last time of each, by its name.
 
     Args:
         sync: "edges" waits for the device when a block starts and ends, "each" also after every training step (the
@@ -28,17 +20,18 @@ class Clock:
     def __init__(self, device: torch.device, sync: str = "edges") -> None:
         self.device = device
         self.sync = sync
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def timed(self) -> Iterator[Stopwatch]:
-        watch = Stopwatch()
+    def timed(self, name: str) -> Iterator[None]:
+        """Clock the block as `seconds[name]`."""
         if self.sync != "none":
             self.wait()
         start = time.perf_counter()
-        yield watch
+        yield
         if self.sync != "none":
             self.wait()
-        watch.seconds = time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start
 
     def step_done(self) -> None:
         """To be called after every training step."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from morphtrain.cost import count_macs, count_params
 from morphtrain.data import ImageData
 from morphtrain.errors import UserError
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph import ChannelGraph, MorphError
 from morphtrain.precision import Precision
 from morphtrain.schedule import Schedule
 from morphtrain.schema import Config
@@ -104,7 +104,7 @@ def build_run(config: Config, morph: Callable[[nn.Module], nn.Module] | None = N
     """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
 
     Raises:
-        UserError: for a device or data set that is not there.
+        UserError: for a device or data set that is not there, or a model whose channels cannot be followed.
     """
     device = pick_device(config.device)
     data: ImageData = option("data", config.data)(config.data).to(device)
@@ -112,7 +112,10 @@ def build_run(config: Config, morph: Callable[[nn.Module], nn.Module] | None = N
     if morph is not None:
         model = morph(model)
     model = model.to(device)
-    graph = ChannelGraph.trace(model, data.train.pixels[:1])
+    try:
+        graph = ChannelGraph.trace(model, data.train.pixels[:1])
+    except MorphError as error:
+        raise UserError(f"model={config.model.name}: {error}") from error
     methods = {group: option(group, getattr(config, group))(getattr(config, group)) for group in METHOD_GROUPS}
     run = Run(
         config=config,

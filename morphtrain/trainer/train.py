@@ -52,13 +52,13 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]
     try:
         while run.epoch < config.epochs:
             _advance(run, run_dir, tracker)
+        _leave_artifacts(run, run_dir, tracker)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        log.warning("interrupted; go on with the same command, hydra.run.dir=%s and resume=auto", run_dir)
         raise
     finally:
-        if status == "FINISHED":
-            _leave_artifacts(run, run_dir, tracker)
         tracker.finish(status, run.history)
     show_end(run, run_dir, run_dir / checkpoint.LAST)
     return [run.history[-1][metric] for metric in config.objective]
@@ -74,6 +74,7 @@ def _start_or_resume(config: Config, run_dir: Path) -> tuple[Run, checkpoint.Che
     auto = config.resume == "auto"
     stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
     if stored is None:
+        log.info("no checkpoint in %s: starting anew", run_dir)
         return build_run(config), None
     run = stored.restore(config)
     log.info("going on behind epoch %d of %s", run.epoch, stored.path)
@@ -81,46 +82,54 @@ def _start_or_resume(config: Config, run_dir: Path) -> tuple[Run, checkpoint.Che
 
 
 def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
-    """One epoch with everything that belongs to it."""
-    config = run.config
-    run.epoch += 1
-    run.change = ""
-    torch.manual_seed(derived_seed(config.seed, run.epoch))
-    for hook in run.hooks("before_epoch"):
-        hook(run)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    with (
-        progress_bar(run.epoch, config.epochs, len(run.data.train)) as tick,
-        run.clock.timed() as epoch_watch,
-    ):
+    """One epoch with everything that belongs to it: train, morph, evaluate, record, save, report."""
+    _begin_epoch(run)
+    progress = progress_bar(run.epoch, run.config.epochs, len(run.data.train))
+    with progress as tick, run.clock.timed("epoch_seconds"):
         train_epoch(run, tick)
     if not math.isfinite(run.train_loss):
-        raise UserError(
-            f"optimizer.lr={config.optimizer.lr}: training diverged in epoch {run.epoch}; try a smaller one"
-        )
+        lr = run.config.optimizer.lr
+        raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller one may work")
     metrics: dict[str, float] = {}
-    with run.clock.timed() as morph_watch:
+    with run.clock.timed("morph_seconds"):
         for hook in run.hooks("after_epoch"):
             metrics.update(hook(run) or {})
     if run.change:
         run.count()
-    with run.clock.timed() as eval_watch:
-        val_loss, val_accuracy = evaluate(run)
-    seconds = epoch_watch.seconds + morph_watch.seconds
-    previous = run.history[-1] if run.history else None
-    threshold = getattr(config.prune, "threshold", 0.0)
-    record = {
+    with run.clock.timed("eval_seconds"):
+        metrics["val_loss"], metrics["val_accuracy"] = evaluate(run)
+    run.history.append(_record(run) | metrics)
+    if run.change:
+        _write_architecture(run, run_dir)
+    checkpoint.save(run, run_dir, tracker.run_id)
+    log.info(epoch_line(run.history[-1], run.config.epochs, run.change))
+    tracker.update(run.history)
+    if run.change:
+        tracker.artifact(_architecture_path(run, run_dir), "architecture")
+
+
+def _begin_epoch(run: Run) -> None:
+    run.epoch += 1
+    run.change = ""
+    torch.manual_seed(derived_seed(run.config.seed, run.epoch))
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    for hook in run.hooks("before_epoch"):
+        hook(run)
+
+
+def _record(run: Run) -> dict[str, float]:
+    """The metrics of the epoch that has just ended, but for those of evaluation and of the methods."""
+    seconds = run.clock.seconds
+    before = run.history[-1]["train_seconds"] if run.history else 0.0
+    threshold = getattr(run.config.prune, "threshold", 0.0)
+    return {
         "epoch": run.epoch,
         "timestamp": time.time(),
         "train_loss": run.train_loss,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-        "epoch_seconds": epoch_watch.seconds,
-        "morph_seconds": morph_watch.seconds,
-        "train_seconds": seconds + (previous["train_seconds"] if previous else 0.0),
-        "eval_seconds": eval_watch.seconds,
-        "samples_per_second": len(run.data.train) / epoch_watch.seconds,
+        **seconds,
+        "train_seconds": before + seconds["epoch_seconds"] + seconds["morph_seconds"],
+        "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
         "params": run.params,
         "macs": run.macs,
         "channel_density": live_channels(run.graph, threshold) / max(1, run.initial["channels"]),
@@ -128,17 +137,8 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
         "batch_size": run.batch_size,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "peak_memory_bytes": peak_memory(run.device),
-        "warmup": float(run.epoch <= config.timing.warmup_epochs),
-        **metrics,
+        "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
     }
-    run.history.append(record)
-    if run.change:
-        _write_architecture(run, run_dir)
-    checkpoint.save(run, run_dir, tracker.run_id)
-    log.info(epoch_line(record, config.epochs, run.change))
-    tracker.update(run.history)
-    if run.change:
-        tracker.artifact(_architecture_path(run, run_dir), "architecture")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,119 @@
+"""PruneTrain in the loop: lambda, the pause at the end, skipped steps, densities."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import SMALL
+from hydra import compose, initialize_config_dir
+
+from morphtrain import schema
+from morphtrain.prune.lasso import group_lassos, penalty
+from morphtrain.prune.reconfigure import live_channels
+from morphtrain.run import CONF
+from morphtrain.trainer.loop import train_epoch
+from morphtrain.trainer.run import Run, build_run, count_weights
+
+
+@pytest.fixture
+def small_run() -> Callable[..., Run]:
+    """A run that is ready for its first epoch."""
+
+    def make(*overrides: str) -> Run:
+        with initialize_config_dir(str(CONF)):
+            run = build_run(schema.parse(compose("config", overrides=[*SMALL, *overrides])))
+        for hook in run.hooks("before_training"):
+            hook(run)
+        run.epoch = 1
+        return run
+
+    return make
+
+
+def first_batch_loss(run: Run) -> float:
+    model = copy.deepcopy(run.model).train()
+    images, labels = next(iter(run.data.train_batches(run.batch_size, run.generator(1))))
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(model(images), labels).item()
+
+
+@pytest.mark.parametrize("group_weight", ["none", "sqrt_size"])
+@pytest.mark.parametrize("update", ["proximal", "subgradient"])
+def test_lambda_gives_the_ratio_on_the_first_batch_and_stays(small_run, group_weight: str, update: str) -> None:
+    run = small_run("prune.lasso_ratio=0.3", f"prune.group_weight={group_weight}", f"prune.update={update}")
+    gl = penalty(group_lassos(run.graph, sqrt_size=group_weight == "sqrt_size")).item()
+    loss = first_batch_loss(run)
+    train_epoch(run)
+    strength = run.methods["prune"].strength
+    assert abs(strength * gl / (loss + strength * gl) - 0.3) < 1e-6
+    run.epoch = 2
+    train_epoch(run)
+    assert run.methods["prune"].strength == strength
+
+
+@pytest.mark.parametrize("update", ["proximal", "subgradient"])
+def test_the_penalty_shrinks_groups_and_pauses_after_stop_epoch(small_run, update: str) -> None:
+    options = (
+        f"prune.update={update}",
+        "prune.stop_epoch=2",
+        "prune.start_epoch=1",
+        "prune.interval=50",
+        "optimizer.weight_decay=0",
+    )
+    with_penalty, without = small_run(*options), small_run(*options, "prune.lasso_ratio=1e-9")
+    for epoch in (1, 2):
+        for run in (with_penalty, without):
+            run.epoch = epoch
+            train_epoch(run)
+    sizes = [penalty(group_lassos(run.graph)).item() for run in (with_penalty, without)]
+    assert sizes[0] < 0.8 * sizes[1]
+    assert with_penalty.hooks("after_epoch")[0](with_penalty)["lasso_ratio"] > 0
+    # From here on both are trained by the loss alone: the same network takes the same steps.
+    without.model.load_state_dict(with_penalty.model.state_dict())
+    without.optimizer.load_state_dict(copy.deepcopy(with_penalty.optimizer.state_dict()))
+    for run in (with_penalty, without):
+        run.epoch = 3
+        train_epoch(run)
+        assert run.hooks("after_epoch")[0](run) == {"lasso_ratio": 0.0}
+    for a, b in zip(with_penalty.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reconfiguration_keeps_to_its_epochs(small_run) -> None:
+    run = small_run("prune.interval=3", "prune.start_epoch=2", "prune.stop_epoch=8")
+    method = run.methods["prune"]
+    assert [epoch for epoch in range(1, 12) if method._due(epoch)] == [2, 5, 8, 11]
+    run.epoch = 11
+    assert not method._active(run)
+
+
+def test_a_skipped_step_moves_neither_the_schedule_nor_the_weights(small_run, monkeypatch) -> None:
+    run = small_run()
+    monkeypatch.setattr(run.precision, "step", lambda optimizer: False)
+    before = copy.deepcopy(run.model)
+    train_epoch(run)
+    assert run.progress == 0
+    for a, b in zip(run.model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_progress_and_learning_rate_follow_the_samples(small_run) -> None:
+    run = small_run()
+    train_epoch(run)
+    assert run.progress == pytest.approx(1.0)
+    last_step = 1 - 0.5 * run.batch_size / len(run.data.train)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * run.schedule(last_step))
+
+
+def test_densities_count_what_is_alive(small_run) -> None:
+    run = small_run()
+    assert live_channels(run.graph, 1e-4) == run.initial["channels"]
+    assert count_weights(run.model) == run.initial["weights"]
+    with torch.no_grad():
+        run.model.stages[0][0].branch[0].weight[3] = 0
+        run.model.stages[0][0].branch[3].weight[:, 3] = 0
+    assert live_channels(run.graph, 1e-4) == run.initial["channels"] - 1
+    assert count_weights(run.model, 1e-12) == run.initial["weights"] - 2 * 8 * 9
