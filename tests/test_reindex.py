@@ -285,7 +285,14 @@ def test_tracing_leaves_no_mark() -> None:
 
 @pytest.mark.parametrize(
     ("index", "message"),
-    [([0, 9], "must lie in 0..3"), ([[0]], "one-dimensional"), ([-1], "must lie in"), ([], "no channel left")],
+    [
+        ([0, 9], "must lie in 0..3"),
+        ([[0]], "one-dimensional"),
+        ([-1], "must lie in"),
+        ([], "no channel left"),
+        ([True, False, True, True], "must hold positions"),
+        ([0.5], "must hold positions"),
+    ],
 )
 def test_a_wrong_index_is_refused_before_anything_changes(index: list, message: str) -> None:
     model = build(1)
@@ -365,4 +372,31 @@ def test_concatenation_and_depthwise() -> None:
     before = outputs(model)
     graph.reindex(graph.spaces[0], [0, 1, 1, 0, 0])
     for a, b in zip(outputs(model), before, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_space_may_stand_twice_in_an_axis() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+            self.b = nn.Conv2d(3, 2, 1)
+            self.out = nn.Conv2d(10, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = self.a(x), self.b(x)
+            return self.out(torch.cat([a, b, a], dim=1)).mean((2, 3))
+
+    model = Net().double()
+    masked = copy.deepcopy(model)
+    graph, masked_graph = trace(model), trace(masked)
+    space, masked_space = graph.space("a"), masked_graph.space("a")
+    assert space.size == 4
+    mask(masked_space, torch.tensor([1]))
+    graph.reindex(space, [0, 2, 3])
+    assert model.out.in_channels == 8
+    for a, b in zip(outputs(model), outputs(masked), strict=True):
+        torch.testing.assert_close(a, b)
+    graph.reindex(space, [0, 1, 2, 2, 0])
+    for a, b in zip(outputs(model), outputs(masked), strict=True):
         torch.testing.assert_close(a, b)

@@ -154,22 +154,20 @@ class ChannelGraph:
         Raises:
             MorphError: before anything is changed, if an entry is out of range or an axis would be left empty.
         """
-        index = torch.as_tensor(index, dtype=torch.long, device="cpu")
-        self._check(space, index)
+        index = self._checked(space, index)
         multiplicity = torch.bincount(index, minlength=space.size)[index]
         divisor = 1 / multiplicity.double() if bool((multiplicity > 1).any()) else None
-        for slot in space.slots:
-            if not slot.axis.tensors:
-                continue
-            rows = _rows(slot, index)
-            scale = _scale(slot, divisor) if slot.role == "consumes" and divisor is not None else None
-            for name, dim in slot.axis.tensors:
-                reindex_tensor(slot.axis.module, name, dim, rows, scale, optimizer)
+        axes = list(dict.fromkeys(slot.axis for slot in space.slots))
+        for axis in axes:
+            rows = _rows(axis, space, index)
+            scale = _scale(axis, space, divisor) if axis.role == "consumes" and divisor is not None else None
+            for name, dim in axis.tensors:
+                reindex_tensor(axis.module, name, dim, rows, scale, optimizer)
         space.size = len(index)
-        for slot in space.slots:
-            if slot.axis.counter:
-                setattr(slot.axis.module, slot.axis.counter, slot.axis.length)
-            refresh_widths(slot.axis.module)
+        for axis in axes:
+            if axis.counter:
+                setattr(axis.module, axis.counter, axis.length)
+            refresh_widths(axis.module)
         if space.size == 0:
             self._drop_space(space)
 
@@ -200,11 +198,17 @@ class ChannelGraph:
                 self._drop_axis(axis)
         self.spaces = [space for space in self.spaces if space.slots]
 
-    def _check(self, space: Space, index: torch.Tensor) -> None:
+    def _checked(self, space: Space, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
         if space not in self.spaces:
             raise MorphError(f"'{space.name}' is not (or no longer) a channel space of this graph")
+        index = torch.as_tensor(index, device="cpu")
         if index.dim() != 1:
             raise MorphError(f"index for '{space.name}' must be one-dimensional, not of shape {tuple(index.shape)}")
+        if len(index) and (index.dtype is torch.bool or index.is_floating_point()):
+            raise MorphError(
+                f"index for '{space.name}' must hold positions, not {index.dtype}; of a mask, its nonzero()"
+            )
+        index = index.long()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < space.size:
             raise MorphError(
                 f"index for '{space.name}' must lie in 0..{space.size - 1}, not {int(index.min())}..{int(index.max())}"
@@ -213,6 +217,7 @@ class ChannelGraph:
             for slot in space.slots:
                 if slot.axis.tensors and slot.axis.length == slot.segment.length:
                     raise MorphError(f"'{space.name}' cannot be emptied: {slot.axis.path} would have no channel left")
+        return index
 
     def _drop_space(self, space: Space) -> None:
         self.spaces.remove(space)
@@ -226,19 +231,27 @@ class ChannelGraph:
                 segment.space.slots = [slot for slot in segment.space.slots if slot.axis is not axis]
 
 
-def _rows(slot: Slot, index: torch.Tensor) -> torch.Tensor:
-    """The slot's axis after `index`, as entries of the axis before."""
-    start, span = slot.start, slot.segment.span
-    own = (start + index[:, None] * span + torch.arange(span)).flatten()
-    return torch.cat([torch.arange(start), own, torch.arange(start + slot.segment.length, slot.axis.length)])
+def _rows(axis: Axis, space: Space, index: torch.Tensor) -> torch.Tensor:
+    """The entries of `axis` once `space` is reindexed, as entries of the axis before."""
+    parts, start = [], 0
+    for segment in axis.segments:
+        if segment.space is space:
+            parts.append((start + index[:, None] * segment.span + torch.arange(segment.span)).flatten())
+        else:
+            parts.append(torch.arange(start, start + segment.length))
+        start += segment.length
+    return torch.cat(parts)
 
 
-def _scale(slot: Slot, divisor: torch.Tensor) -> torch.Tensor:
-    """`divisor` for the slot's own entries, 1 for the rest of the axis."""
-    start, end = slot.start, slot.start + slot.segment.length
-    own = divisor.repeat_interleave(slot.segment.span)
-    one = torch.ones(1, dtype=own.dtype)
-    return torch.cat([one.expand(start), own, one.expand(slot.axis.length - end)])
+def _scale(axis: Axis, space: Space, divisor: torch.Tensor) -> torch.Tensor:
+    """A factor for each of these entries: `divisor` for those of `space`, 1 for the others."""
+    one = torch.ones(1, dtype=divisor.dtype)
+    return torch.cat(
+        [
+            divisor.repeat_interleave(segment.span) if segment.space is space else one.expand(segment.length)
+            for segment in axis.segments
+        ]
+    )
 
 
 def _divide(trace: Trace) -> tuple[list[Axis], list[Space]]:
