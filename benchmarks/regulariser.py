@@ -40,7 +40,7 @@ def main() -> None:
         return total
 
     variants = ("off", "proximal", "subgradient", "as a loss term")
-    seconds = interleave({name: lambda name=name: step(name) for name in variants}, rounds=14)
+    seconds = interleave({name: lambda name=name: step(name) for name in variants}, rounds=32)
     for name in ("proximal", "subgradient"):
         report("regulariser", {"off": seconds["off"], name: seconds[name]}, "off", limit=1.03)
     report("for comparison", {"off": seconds["off"], "as a loss term": seconds["as a loss term"]}, "off")

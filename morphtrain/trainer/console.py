@@ -72,9 +72,13 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
     """The closing table, where the results are, and what to type next."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
-    print(f"checkpoint: {checkpoint}   everything else: {run_dir}")
-    print(f"use it:     python -c \"import morphtrain; print(morphtrain.load('{checkpoint}'))\"")
-    if run.config.prune.name == "none":
-        print("next:       the same command with prune=prunetrain; then `make ui` to compare")
-    else:
-        print("next:       the same command with prune=none, the baseline; then `make ui` to compare")
+    other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
+    print(f"run directory: {_short(run_dir)}")
+    print(f"use it:        python -c \"import morphtrain; print(morphtrain.load('{_short(checkpoint)}'))\"")
+    print(f"next:          the same command with prune={other}; then `make ui` to compare")
+
+
+def _short(path: Path) -> Path:
+    """Relative to where the user is, if it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
