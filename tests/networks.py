@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from morphtrain.model import ResNet
-from morphtrain.morph import ChannelGraph, Space
+from morphtrain.morph import ChannelGraph, Space, describe
 
 PRESETS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
 SHAPES = {
@@ -51,17 +51,25 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def outputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network computes in training and in evaluation mode; buffers are put back."""
+def outputs(model: nn.Module, inputs: tuple = (INPUT,)) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network computes in training and in evaluation mode; modes and buffers are put back."""
     buffers = copy.deepcopy(dict(model.named_buffers()))
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
-        training = model.train()(INPUT)
+        training = together(model.train()(*inputs))
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        evaluation = model.eval()(INPUT)
-    model.train(mode)
+        evaluation = together(model.eval()(*inputs))
+    for module, mode in modes:
+        module.training = mode
     return training, evaluation
+
+
+def together(output: object) -> torch.Tensor:
+    """All outputs of a network as one vector a sample."""
+    if isinstance(output, torch.Tensor):
+        return output.flatten(1)
+    return torch.cat([together(part) for part in (output.values() if isinstance(output, dict) else output)], 1)
 
 
 @torch.no_grad()
@@ -81,3 +89,91 @@ def twin(model: nn.Module, make_optimizer, optimizer: Optimizer) -> tuple[nn.Mod
     other_optimizer = make_optimizer(other.parameters())
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return other, other_optimizer
+
+
+def random_keep(size: int, least: int = 1) -> torch.Tensor:
+    """A random subset of channels, at least `least` where there are so many."""
+    count = int(torch.randint(min(least, size), size + 1, ()))
+    return torch.randperm(size)[:count].sort().values
+
+
+def dropped(size: int, keep: torch.Tensor) -> torch.Tensor:
+    alive = torch.zeros(size, dtype=torch.bool)
+    alive[keep] = True
+    return (~alive).nonzero().flatten()
+
+
+def check_surgery(
+    model: nn.Module, inputs: tuple, tolerance: float, ignore: tuple[str, ...] = (), spaces: bool = True
+) -> ChannelGraph:
+    """Cut random channels of every space and put copies in their place; nothing but the widths may change.
+
+    The sliced network has to equal the masked one, and the widened one the sliced one, in both modes, to `tolerance`
+    of the largest output; mode, requires_grad, dtype, memory format and optimizer groups survive; a step runs.
+    """
+    model = model.train().double().to(memory_format=torch.channels_last)
+    first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Conv1d)))
+    first.weight.requires_grad_(False)
+    next(m for m in model.modules() if not list(m.children())).eval()
+    optimizer = two_groups(model)
+    together(model(*inputs)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    masked = copy.deepcopy(model)
+    before = facts(model, optimizer)
+    graph = ChannelGraph.trace(model, inputs, ignore=ignore)
+    masked_graph = ChannelGraph.trace(masked, inputs, ignore=ignore)
+    assert bool(graph.spaces) == spaces
+    assert facts(model, optimizer) == before, "tracing left a mark"
+    sizes = {space.name: space.size for space in graph.spaces}
+    # Of a single channel left nobody can tell whether several entries of it are neighbours, once traced again.
+    keeps = {space.name: random_keep(space.size, least=2) for space in graph.spaces}
+    for space in masked_graph.spaces:
+        mask(space, dropped(space.size, keeps[space.name]))
+    graph.reindex_spaces({space: keeps[space.name] for space in graph.spaces}, optimizer)
+    sliced = outputs(model, inputs)
+    assert_close(sliced, outputs(masked, inputs), tolerance)
+    again = ChannelGraph.trace(model, inputs, ignore=ignore)
+    if not any(space.is_ambiguous for space in graph.spaces):
+        assert [(s.name, s.size) for s in again.spaces] == [(s.name, s.size) for s in graph.spaces]
+    for space in list(graph.spaces):
+        if not space.is_ambiguous:
+            extra = torch.randint(space.size, (sizes[space.name] - space.size,))
+            graph.reindex(space, torch.cat([torch.arange(space.size), extra]), optimizer)
+            assert space.size == sizes[space.name]
+    assert_close(outputs(model, inputs), sliced, tolerance)
+    if not any(space.is_ambiguous for space in graph.spaces):
+        after = facts(model, optimizer)
+        assert {k: (v, after[k]) for k, v in before.items() if after[k] != v} == {}
+    together(model(*inputs)).square().mean().backward()
+    optimizer.step()
+    return graph
+
+
+def two_groups(model: nn.Module) -> Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": 1e-4}]
+    groups.append({"params": [p for p in trained if p.dim() <= 1]})
+    return SGD([group for group in groups if group["params"]], lr=1e-3, momentum=0.9)
+
+
+def facts(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
+    """Everything about a network's tensors but their values."""
+    groups = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    result: dict[str, object] = {path: module.training for path, module in model.named_modules()}
+    for name, p in model.named_parameters():
+        moment = optimizer.state.get(p, {}).get("momentum_buffer")
+        shape = None if moment is None else moment.shape
+        last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+        result[name] = (p.shape, p.dtype, p.requires_grad, last, groups.get(id(p)), shape)
+    result["widths"] = describe(model)["widths"]
+    result["state"] = len(optimizer.state)
+    return result
+
+
+def assert_close(actual: tuple, expected: tuple, tolerance: float) -> None:
+    for mode, a, b in zip(("training", "evaluation"), actual, expected, strict=True):
+        assert torch.isfinite(b).all(), mode
+        assert b.abs().max() > 0, mode
+        error = float((a - b).abs().max() / b.abs().max())
+        assert error <= tolerance, f"{mode}: {error}"

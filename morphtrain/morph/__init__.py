@@ -8,8 +8,10 @@ Imports torch and nothing else of MorphTrain; knows no training loop.
 """
 
 from morphtrain.morph.architecture import describe, rebuild
-from morphtrain.morph.graph import Axis, Block, ChannelGraph, Slot, Space
+from morphtrain.morph.branches import Block
+from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
+from morphtrain.morph.spaces import Axis, Slot, Space
 from morphtrain.morph.trace import MorphError
 
 __all__ = [

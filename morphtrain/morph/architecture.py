@@ -2,63 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from morphtrain.morph.layers import PadChannels, ZeroBranch
+from morphtrain.morph.layers import NoChannels, Removed, ScatterChannels, SelectChannels, ZeroBranch
+
+# What torch's layers, and ours, keep beside their tensors and a change of width changes.
+WIDTHS = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+    "channels",
+    "left",
+    "right",
+    "width",
+)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The structure of `model` beyond its constructor: plain JSON data, for `rebuild`."""
     modules = dict(model.named_modules())
     return {
-        "zero_branches": [path for path, m in modules.items() if isinstance(m, ZeroBranch)],
-        "paddings": {path: [m.left, m.right] for path, m in modules.items() if isinstance(m, PadChannels)},
+        "layers": {path: layer for path, module in modules.items() if (layer := _own_layer(module))},
+        "widths": {path: widths for path, module in modules.items() if (widths := _widths(module))},
         "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
     }
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`."""
-    for path in description["zero_branches"]:
-        parent_path, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        norm = [m for m in model.get_submodule(path).modules() if hasattr(m, "num_features")][-1]
-        setattr(parent, name, ZeroBranch(norm))
-    for path, (left, right) in description["paddings"].items():
-        padding = model.get_submodule(path)
-        padding.left, padding.right = left, right
+    for path in sorted(description["layers"], key=lambda p: p.count(".")):
+        facts = dict(description["layers"][path])
+        parent, _, name = path.rpartition(".")
+        old = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, REBUILD[facts.pop("layer")](old, facts))
+    for path, widths in description["widths"].items():
+        module = model.get_submodule(path)
+        for name, value in widths.items():
+            setattr(module, name, value)
+    resized: dict[int, torch.Tensor] = {}
     for name, shape in description["shapes"].items():
         path, _, tensor_name = name.rpartition(".")
-        module = model.get_submodule(path)
-        _resize(module, tensor_name, torch.Size(shape))
-    for module in model.modules():
-        refresh_widths(module)
+        _resize(model.get_submodule(path), tensor_name, torch.Size(shape), resized)
     return model
 
 
 def refresh_widths(module: nn.Module) -> None:
-    """Set the width attributes that torch keeps beside the tensors (in_channels, num_features, ...) to the tensors'."""
+    """Set the widths that torch's convolutions and linear layers keep beside their tensors to the tensors'."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        depthwise = module.groups == module.in_channels == module.out_channels
         module.out_channels = module.weight.shape[0]
-        if depthwise and module.groups > 1:
-            module.groups = module.out_channels
         module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        module.in_channels = module.weight.shape[0]
+        module.out_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-        width = module.weight if module.weight is not None else module.running_mean
-        if width is not None:
-            module.num_features = len(width)
 
 
-def _resize(module: nn.Module, name: str, shape: torch.Size) -> None:
+class Gated(nn.Sequential):
+    """A layer that reads, or writes, only some of its neighbours' channels: a selection before or a scatter behind."""
+
+
+def _own_layer(module: nn.Module) -> dict[str, Any] | None:
+    """How to make this layer of ours from the one that stood in its place; None for any other."""
+    if isinstance(module, Removed):
+        return {"layer": "removed"}
+    if isinstance(module, NoChannels):
+        return {"layer": "no_channels", "stride": module.stride}
+    if isinstance(module, ZeroBranch):
+        kind = "norm" if module.norm is not None else "bias" if module.bias is not None else "zeros"
+        return {"layer": f"zero_branch_{kind}", "channels": module.channels, "stride": module.stride}
+    if isinstance(module, Gated):
+        before, behind = isinstance(module[0], SelectChannels), isinstance(module[-1], ScatterChannels)
+        return {"layer": "gated", "select": before, "scatter": behind}
+    return None
+
+
+def _widths(module: nn.Module) -> dict[str, int]:
+    own = {**vars(module)}
+    return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}
+
+
+def _zero_branch_norm(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
+    norm = [m for m in old.modules() if hasattr(m, "num_features") or hasattr(m, "num_channels")][-1]
+    return ZeroBranch(norm=norm, **facts)
+
+
+def _zero_branch_bias(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
+    biases = [m.bias for m in old.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)]
+    return ZeroBranch(bias=biases[-1], **facts)  # type: ignore[arg-type]
+
+
+def _gated(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
+    none = torch.zeros(0, dtype=torch.long)
+    select = [SelectChannels(none)] if facts["select"] else []
+    scatter = [ScatterChannels(none, 0)] if facts["scatter"] else []
+    return Gated(*select, old, *scatter)
+
+
+REBUILD: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
+    "removed": lambda old, facts: Removed(),
+    "no_channels": lambda old, facts: NoChannels(**facts),
+    "zero_branch_norm": _zero_branch_norm,
+    "zero_branch_bias": _zero_branch_bias,
+    "zero_branch_zeros": lambda old, facts: ZeroBranch(**facts),
+    "gated": _gated,
+}
+
+
+def _resize(module: nn.Module, name: str, shape: torch.Size, resized: dict[int, torch.Tensor]) -> None:
+    """Give a tensor its new shape; modules that shared it share the new one."""
     old = getattr(module, name)
     if old.shape == shape:
         return
-    new = torch.empty(shape, dtype=old.dtype, device=old.device)
-    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    new = resized.get(id(old))
+    if new is None:
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        resized[id(old)] = new
+    setattr(module, name, new)

@@ -1,9 +1,8 @@
-"""Channel spaces, and the one operation on them: a structural change is a reindexing of a channel space."""
+"""The one operation on channel spaces, reindexing, and the removal of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,127 +10,38 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
-from morphtrain.morph.layers import ZeroBranch
-from morphtrain.morph.rebind import forget_parameters, reindex_tensor
-from morphtrain.morph.trace import MorphError, Role, Trace, is_within, trace_channels
+from morphtrain.morph.branches import Block, Branch, find_branches, is_within
+from morphtrain.morph.layers import NoChannels, Removed, ZeroBranch
+from morphtrain.morph.rebind import Change, Rebinder
+from morphtrain.morph.spaces import Axis, Segment, Slot, Space, divide
+from morphtrain.morph.trace import MorphError, Trace, trace_channels
 
-
-@dataclass(eq=False)
-class Segment:
-    """A run of entries of an axis: the channels of one space, `span` entries each, or entries that are fixed."""
-
-    space: Space | None
-    span: int = 1
-    fixed_size: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.space.size * self.span if self.space else self.fixed_size
-
-
-@dataclass(eq=False)
-class Axis:
-    """One dimension of one module's tensors, divided into segments."""
-
-    path: str
-    module: nn.Module
-    role: Role
-    tensors: tuple[tuple[str, int], ...]
-    counter: str | None
-    segments: list[Segment]
-
-    @property
-    def length(self) -> int:
-        return sum(segment.length for segment in self.segments)
-
-    @property
-    def weight(self) -> torch.Tensor | None:
-        """The weight that makes or uses this axis' channels; None where they only pass through (norms, padding)."""
-        weight = None if self.role == "elementwise" else self.module.weight
-        assert weight is None or isinstance(weight, torch.Tensor)
-        return weight
-
-    def magnitude(self) -> torch.Tensor:
-        """max |w| of each entry, over the weight's other dimensions: (length,)."""
-        assert self.weight is not None, f"{self.path} has no weights"
-        dim = self.tensors[0][1]
-        return self.weight.detach().abs().transpose(0, dim).flatten(1).amax(1)
-
-
-@dataclass(eq=False)
-class Slot:
-    """The place of a space in an axis."""
-
-    axis: Axis
-    segment: Segment
-
-    @property
-    def role(self) -> Role:
-        return self.axis.role
-
-    @property
-    def start(self) -> int:
-        """The first entry, in entries of the axis."""
-        before = self.axis.segments[: self.axis.segments.index(self.segment)]
-        return sum(segment.length for segment in before)
-
-    @property
-    def has_weights(self) -> bool:
-        return self.axis.weight is not None
-
-    def magnitude(self) -> torch.Tensor:
-        """max |w| of each of the space's channels here: (space.size,)."""
-        start = self.start
-        entries = self.axis.magnitude()[start : start + self.segment.length]
-        return entries.view(-1, self.segment.span).amax(1)
-
-
-@dataclass(eq=False)
-class Space:
-    """Channels that exist once and appear in many tensors: all its slots change together or not at all."""
-
-    name: str
-    size: int
-    slots: list[Slot] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        roles = [slot.role for slot in self.slots]
-        counts = ", ".join(f"{roles.count(role)} {role}" for role in ("produces", "elementwise", "consumes"))
-        return f"Space({self.name!r}, size={self.size}; {counts})"
-
-
-@dataclass(eq=False)
-class Block:
-    """A residual branch: `path` computes one operand of a sum and ends in `norm`.
-
-    `spaces` live only inside it, in the order of use: the last one feeds the convolution before `norm`.
-    """
-
-    path: str
-    norm_path: str
-    norm: Any
-    spaces: list[Space]
+Index = Sequence[int] | torch.Tensor
 
 
 class ChannelGraph:
     """The channel spaces of a model, kept up to date while they are changed."""
 
-    def __init__(self, model: nn.Module, axes: list[Axis], spaces: list[Space], blocks: list[Block]) -> None:
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model = model
-        self.axes = axes
-        self.spaces = spaces
-        self.blocks = blocks
+        self.axes, self.spaces, self.picks = divide(trace)
+        self.shared = trace.shared
+        self.blocks = _find_blocks(trace, dict(model.named_modules()), self.spaces)
 
     @classmethod
-    def trace(cls, model: nn.Module, example_input: torch.Tensor) -> ChannelGraph:
-        """Find the channel spaces of `model`; `example_input` is one batch it accepts (a batch of one will do).
+    def trace(cls, model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
+        """Find the channel spaces of `model`.
+
+        Args:
+            example_input: one batch it accepts, with the batch in dimension 0 (a batch of one will do); for a model
+                of several inputs a tuple of them. Only shapes and types count, nothing is computed.
+            ignore: patterns of module paths (`fnmatch`: "head", "stages.*.attention") that are not looked into. They
+                keep their shapes, and so do the channels that enter and leave them.
 
         Raises:
             MorphError: naming the operation, module path and source line of what cannot be followed.
         """
-        trace = trace_channels(model, example_input)
-        axes, spaces = _divide(trace)
-        return cls(model, axes, spaces, _find_blocks(trace, spaces))
+        return cls(model, trace_channels(model, example_input, ignore))
 
     def __repr__(self) -> str:
         return "\n".join([f"ChannelGraph of {type(self.model).__name__}:", *map(repr, self.spaces)])
@@ -143,7 +53,7 @@ class ChannelGraph:
                 return space
         raise KeyError(f"no channel space '{name}'; there are {', '.join(s.name for s in self.spaces)}")
 
-    def reindex(self, space: Space, index: Sequence[int] | torch.Tensor, optimizer: Optimizer | None = None) -> None:
+    def reindex(self, space: Space, index: Index, optimizer: Optimizer | None = None) -> None:
         """Make row j of `space` what row `index[j]` was, in every tensor that has a part in it.
 
         Dropping entries prunes. Repeating entries widens and keeps the function: consumers are divided by the
@@ -152,53 +62,116 @@ class ChannelGraph:
         are kept. Gradients of the changed parameters are dropped: call it between two steps.
 
         Raises:
-            MorphError: before anything is changed, if an entry is out of range or an axis would be left empty.
+            MorphError: before anything is changed, if an entry is out of range, an axis would be left empty, or a
+                single channel that has several entries would be repeated (in which order?).
         """
-        index = self._checked(space, index)
-        multiplicity = torch.bincount(index, minlength=space.size)[index]
-        divisor = 1 / multiplicity.double() if bool((multiplicity > 1).any()) else None
-        axes = list(dict.fromkeys(slot.axis for slot in space.slots))
+        self.reindex_spaces({space: index}, optimizer)
+
+    def reindex_spaces(self, changes: Mapping[Space, Index], optimizer: Optimizer | None = None) -> None:
+        """`reindex` several spaces at once: every tensor is made anew once, not once for each of its sides."""
+        indices = {space: self._checked(space, index) for space, index in changes.items()}
+        self._check_emptied(indices)
+        divisors = {space: d for space, index in indices.items() if (d := _multiplicity(space, index)) is not None}
+        axes = list(dict.fromkeys(slot.axis for space in indices for slot in space.slots))
+        rebinder = Rebinder(self.shared, optimizer)
+        tensors: dict[tuple[int, str], tuple[nn.Module, list[Change]]] = {}
         for axis in axes:
-            rows = _rows(axis, space, index)
-            scale = _scale(axis, space, divisor) if axis.role == "consumes" and divisor is not None else None
+            rows = _rows(axis, indices)
+            scale = _scale(axis, indices, divisors) if axis.role == "consumes" else None
             for name, dim in axis.tensors:
-                reindex_tensor(axis.module, name, dim, rows, scale, optimizer)
-        space.size = len(index)
-        for axis in axes:
-            if axis.counter:
-                setattr(axis.module, axis.counter, axis.length)
-            refresh_widths(axis.module)
-        if space.size == 0:
-            self._drop_space(space)
+                _, sides = tensors.setdefault((id(axis.module), name), (axis.module, []))
+                sides.append(Change(dim, rows, scale))
+        for (_, name), (module, sides) in tensors.items():
+            rebinder.reindex(module, name, sides)
+        for space, index in indices.items():
+            space.size = len(index)
+            if space.size == 0:
+                self._drop_space(space)
+        self._refresh(axes)
 
     def remove_block(self, block: Block, optimizer: Optimizer | None = None) -> None:
-        """Take a residual branch out: what its last norm adds for zeros stays, the convolutions go.
+        """Take a branch out.
 
-        The network computes what it did, in both modes, if the last of `block.spaces` had no live consumer: then the
-        last convolution gave zeros. Sums with a downsampling shortcut keep that shortcut.
+        Of a sum: what its last norm adds for zeros stays, the convolutions go. The network computes what it did, in
+        both modes, if the last of `block.spaces` had no live consumer: then the last convolution gave zeros. Sums with
+        a downsampling shortcut keep that shortcut. Of a concatenation: its channels go, from wherever they were used.
 
         Raises:
-            MorphError: if `block` is not (or no longer) one of `self.blocks`.
+            MorphError: before anything is changed, if `block` is not (or no longer) one of `self.blocks`, or if what
+                uses its channels would have no channel left.
         """
         if block not in self.blocks:
             raise MorphError(f"'{block.path}' is not a removable block of this graph")
-        parent_path, _, name = block.path.rpartition(".")
-        parent = self.model.get_submodule(parent_path)
-        branch = self.model.get_submodule(block.path)
-        remainder = ZeroBranch(block.norm).train(branch.training)
+        branch = block.branch
+        gone = [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.layers)]
+        if block.kind == "cat":
+            self._check_emptied({space: torch.zeros(0, dtype=torch.long) for space in block.outputs}, without=gone)
+        remainder = self._remainder(block)
+        kept = set(remainder.parameters())
         if optimizer is not None:
-            kept = set(block.norm.parameters())
-            forget_parameters([p for p in branch.parameters() if p not in kept], optimizer)
-        setattr(parent, name, remainder)
-        self.blocks.remove(block)
-        for axis in [a for a in self.axes if is_within(a.path, block.path)]:
-            if axis.module is block.norm:
-                axis.path = f"{block.path}.norm"
-            else:
+            lost = [p for path in branch.layers for p in self.model.get_submodule(path).parameters() if p not in kept]
+            Rebinder({}, optimizer).forget(lost)
+        place = branch.path or (branch.norm if block.kind == "sum" else "") or branch.last
+        remainder.train(self.model.get_submodule(place).training)
+        for path in [] if branch.path else branch.layers:
+            if path != place:
+                self._replace(path, Removed())
+        self._replace(place, remainder)
+        self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
+        if isinstance(remainder, ZeroBranch):
+            self._take_over(gone, branch, remainder, place)
+        for axis in gone:
+            if not isinstance(remainder, ZeroBranch) or axis.module is not remainder.norm:
                 self._drop_axis(axis)
+        for space in block.outputs if block.kind == "cat" else []:
+            self.reindex(space, [], optimizer)
         self.spaces = [space for space in self.spaces if space.slots]
 
-    def _checked(self, space: Space, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def _remainder(self, block: Block) -> nn.Module:
+        """What stands in for a removed branch."""
+        branch = block.branch
+        if block.kind == "cat":
+            return NoChannels(branch.stride)
+        stride = branch.stride if branch.in_full else None
+        last: Any = self.model.get_submodule(branch.last)
+        if not branch.norm:
+            return ZeroBranch(last.out_channels, bias=last.bias, stride=stride)
+        norm: Any = self.model.get_submodule(branch.norm)
+        if last.bias is not None and getattr(norm, "running_mean", None) is not None:
+            norm.running_mean -= last.bias.detach()  # the norm's input is zero from now on, and was the bias
+        return ZeroBranch(last.out_channels, norm, stride=stride)
+
+    def _take_over(self, gone: Sequence[Axis], branch: Branch, remainder: ZeroBranch, path: str) -> None:
+        """Let what is left of a branch have the axes that its last layers had."""
+        for axis in gone:
+            if axis.module is remainder.norm:
+                axis.path = f"{path}.norm"
+        (outputs,) = (a for a in gone if a.path == branch.last and a.role == "produces")
+        tensors = (("bias", 0),) if remainder.bias is not None else ()
+        axis = Axis(path, remainder, "elementwise", tensors, "channels", [])
+        for segment in outputs.segments:
+            axis.segments.append(Segment(segment.space, segment.span, segment.fixed_size))
+            if segment.space:
+                segment.space.slots.append(Slot(axis, axis.segments[-1]))
+        self.axes.append(axis)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    def _refresh(self, axes: Sequence[Axis]) -> None:
+        """Bring what modules keep beside their tensors up to date: widths, and the indices of picks."""
+        for axis in axes:
+            if axis.counter:
+                setattr(axis.module, axis.counter, axis.length)
+        for axis in axes:
+            refresh_widths(axis.module)
+        changed = set(axes)
+        for pick in self.picks:
+            if pick.source in changed or pick.picked in changed:
+                pick.refresh()
+
+    def _checked(self, space: Space, index: Index) -> torch.Tensor:
         if space not in self.spaces:
             raise MorphError(f"'{space.name}' is not (or no longer) a channel space of this graph")
         index = torch.as_tensor(index, device="cpu")
@@ -213,11 +186,18 @@ class ChannelGraph:
             raise MorphError(
                 f"index for '{space.name}' must lie in 0..{space.size - 1}, not {int(index.min())}..{int(index.max())}"
             )
-        if len(index) == 0:
-            for slot in space.slots:
-                if slot.axis.tensors and slot.axis.length == slot.segment.length:
-                    raise MorphError(f"'{space.name}' cannot be emptied: {slot.axis.path} would have no channel left")
+        if len(index) > 1 and space.is_ambiguous:
+            raise MorphError(f"'{space.name}' cannot be widened: its single channel stands in several places")
         return index
+
+    def _check_emptied(self, indices: Mapping[Space, torch.Tensor], without: Sequence[Axis] = ()) -> None:
+        """Raise a `MorphError` if an axis with tensors would be left without entries."""
+        emptied = {space for space, index in indices.items() if len(index) == 0}
+        for space in emptied:
+            for axis in dict.fromkeys(slot.axis for slot in space.slots):
+                rest = [s for s in axis.segments if s.space not in emptied and s.length]
+                if axis.tensors and not rest and axis not in without:
+                    raise MorphError(f"'{space.name}' cannot be emptied: {axis.path} would have no channel left")
 
     def _drop_space(self, space: Space) -> None:
         self.spaces.remove(space)
@@ -229,91 +209,74 @@ class ChannelGraph:
         for segment in axis.segments:
             if segment.space:
                 segment.space.slots = [slot for slot in segment.space.slots if slot.axis is not axis]
+        self.picks = [pick for pick in self.picks if axis not in (pick.source, pick.picked)]
 
 
-def _rows(axis: Axis, space: Space, index: torch.Tensor) -> torch.Tensor:
-    """The entries of `axis` once `space` is reindexed, as entries of the axis before."""
-    parts, start = [], 0
+def _multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:
+    """1 / how often each entry's row is repeated; None if none is."""
+    counts = torch.bincount(index, minlength=space.size)
+    return 1 / counts[index].double() if bool((counts > 1).any()) else None
+
+
+def _rows(axis: Axis, indices: Mapping[Space, torch.Tensor]) -> torch.Tensor:
+    """The entries of `axis` once the spaces are reindexed, as entries of the axis before."""
+    parts, start = [torch.zeros(0, dtype=torch.long)], 0
     for segment in axis.segments:
-        if segment.space is space:
-            parts.append((start + index[:, None] * segment.span + torch.arange(segment.span)).flatten())
-        else:
+        index = indices.get(segment.space) if segment.space else None
+        if index is None:
             parts.append(torch.arange(start, start + segment.length))
+        elif segment.span == 1:
+            parts.append(start + index)
+        else:
+            parts.append((start + index[:, None] * segment.span + torch.arange(segment.span)).flatten())
         start += segment.length
     return torch.cat(parts)
 
 
-def _scale(axis: Axis, space: Space, divisor: torch.Tensor) -> torch.Tensor:
-    """A factor for each of these entries: `divisor` for those of `space`, 1 for the others."""
-    one = torch.ones(1, dtype=divisor.dtype)
-    return torch.cat(
-        [
-            divisor.repeat_interleave(segment.span) if segment.space is space else one.expand(segment.length)
-            for segment in axis.segments
-        ]
-    )
+def _scale(
+    axis: Axis, indices: Mapping[Space, torch.Tensor], divisors: Mapping[Space, torch.Tensor]
+) -> torch.Tensor | None:
+    """A factor for each of these entries: the multiplicity's inverse; None if nothing is repeated."""
+    if not any(segment.space in divisors for segment in axis.segments if segment.space):
+        return None
+    return torch.cat([_factors(segment, indices, divisors) for segment in axis.segments])
 
 
-def _divide(trace: Trace) -> tuple[list[Axis], list[Space]]:
-    """Divide the traced axes into segments; a space is a longest run of labels that is contiguous wherever it is."""
-    spaces: dict[int, Space] = {}  # by the first label
-    fixed = set(trace.fixed.tolist())
-    follows = _followers(trace)
-    axes: list[Axis] = []
-    for traced in trace.axes:
-        axis = Axis(traced.path, traced.module, traced.role, traced.tensors, traced.counter, [])
-        axes.append(axis)
-        head = previous = None
-        for label, span in _runs(trace, traced.labels):
-            if label in fixed:
-                axis.segments.append(Segment(None, fixed_size=span))
-            elif previous is not None and follows.get(previous) == label and head is not None:
-                if axis.segments[-1] is spaces[head].slots[0].segment:
-                    spaces[head].size += 1
-            else:
-                head = label
-                space = spaces.setdefault(label, Space("", 1))
-                axis.segments.append(Segment(space, span))
-                space.slots.append(Slot(axis, axis.segments[-1]))
-            previous = label
-    _name(spaces.values())
-    return axes, list(spaces.values())
+def _factors(
+    segment: Segment, indices: Mapping[Space, torch.Tensor], divisors: Mapping[Space, torch.Tensor]
+) -> torch.Tensor:
+    space = segment.space
+    if space is not None and space in divisors:
+        return divisors[space].repeat_interleave(segment.span)
+    length = len(indices[space]) * segment.span if space is not None and space in indices else segment.length
+    return torch.ones(length, dtype=torch.double)
 
 
-def _runs(trace: Trace, labels: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """The channels along an axis: (class of labels, number of neighbouring entries)."""
-    values, counts = torch.unique_consecutive(trace.roots[labels], return_counts=True)
-    return zip(values.tolist(), counts.tolist(), strict=True)
-
-
-def _followers(trace: Trace) -> dict[int, int]:
-    """label -> the label that comes right behind it, wherever either of the two occurs, with the same span."""
-    occurrences: dict[int, int] = {}
-    pairs: dict[tuple[int, int], int] = {}
-    for axis in trace.axes:
-        previous: tuple[int, int] | None = None
-        for label, span in _runs(trace, axis.labels):
-            occurrences[label] = occurrences.get(label, 0) + 1
-            if previous and previous[1] == span:
-                pair = (previous[0], label)
-                pairs[pair] = pairs.get(pair, 0) + 1
-            previous = (label, span)
-    return {a: b for (a, b), n in pairs.items() if n == occurrences[a] == occurrences[b]}
-
-
-def _name(spaces: Iterable[Space]) -> None:
-    """Name each space after its first producer; spaces that share one are numbered in its order."""
-    for space in spaces:
-        slot = next((s for s in space.slots if s.role == "produces"), space.slots[0])
-        siblings = [s for s in slot.axis.segments if s.space]
-        number = f":{siblings.index(slot.segment)}" if len(siblings) > 1 else ""
-        space.name = slot.axis.path + number
-
-
-def _find_blocks(trace: Trace, spaces: list[Space]) -> list[Block]:
+def _find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Space]) -> list[Block]:
     blocks = []
-    for branch in trace.branches:
-        inner = [s for s in spaces if all(is_within(slot.axis.path, branch.path) for slot in s.slots)]
-        if inner and isinstance(branch.last, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            blocks.append(Block(branch.path, branch.last_path, branch.last, inner))
+    by_layer: dict[str, list[Space]] = {}
+    for space in spaces:
+        for slot in space.slots:
+            by_layer.setdefault(slot.axis.path, []).append(space)
+    for branch in find_branches(trace.nodes, modules):
+        paths = set(branch.layers)
+        near = dict.fromkeys(s for path in branch.layers for s in by_layer.get(path, ()))
+        inner = [s for s in spaces if s in near and all(_lies_in(slot, paths) for slot in s.slots)]
+        made = [s for s in by_layer.get(branch.last, ()) if any(_produced(slot, branch.last) for slot in s.slots)]
+        outputs = list(dict.fromkeys(made))
+        if branch.kind == "cat":
+            alone = all(slot.role != "produces" or slot.axis.path in paths for s in outputs for slot in s.slots)
+            if not outputs or not alone:
+                continue
+        elif not inner:
+            continue
+        blocks.append(Block(branch, inner, outputs))
     return blocks
+
+
+def _lies_in(slot: Slot, paths: set[str]) -> bool:
+    return slot.axis.path in paths
+
+
+def _produced(slot: Slot, path: str) -> bool:
+    return slot.role == "produces" and slot.axis.path == path

@@ -1,7 +1,11 @@
-"""The two layers that structural changes need and torch does not have."""
+"""The few layers that structural changes need and torch does not have.
+
+Their widths and indices are attributes, not constants in a `forward`, so that a channel graph can change them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +16,7 @@ from torch.nn import functional as F
 class PadChannels(nn.Module):
     """Append zero channels before and after the input's channels (the option-A shortcut of He et al. 2015).
 
-    (B, C, H, W) -> (B, left + C + right, H, W). The two widths are attributes and not constants in a `forward`,
-    so that a channel graph can change them.
+    (B, C, H, W) -> (B, left + C + right, H, W).
     """
 
     def __init__(self, left: int, right: int) -> None:
@@ -28,21 +31,103 @@ class PadChannels(nn.Module):
         return f"left={self.left}, right={self.right}"
 
 
+class SelectChannels(nn.Module):
+    """The input's channels `index`: what a gated layer reads. (B, C, H, W) -> (B, len(index), H, W)."""
+
+    index: torch.Tensor
+
+    def __init__(self, index: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, self.index)
+
+
+class ScatterChannels(nn.Module):
+    """The input's channels at `index` of `width` channels, zeros elsewhere: where a gated layer writes.
+
+    (B, len(index), H, W) -> (B, width, H, W).
+    """
+
+    index: torch.Tensor
+
+    def __init__(self, index: torch.Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_zeros(x.shape[0], self.width, *x.shape[2:])
+        return out.index_copy(1, self.index, x)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
+
+
+class Removed(nn.Identity):
+    """In the place of a layer that is no longer computed."""
+
+
 class ZeroBranch(nn.Module):
     """What a residual branch still adds when no channel is left inside it: its last norm, applied to zeros.
 
-    (B, C', H, W) -> (1, C, 1, 1), to be broadcast by the sum. Training mode yields the norm's bias and decays its
-    running statistics; evaluation mode uses them: exactly what the norm behind an all-zero convolution does.
+    (B, C', H, W) -> (1, C, 1, 1), to be broadcast by the sum; with `stride` (B, C, H/stride, W/stride) in full, for
+    code that adds in place or goes on before the sum. Training mode yields the norm's bias and decays its running
+    statistics; evaluation mode uses them: exactly what the norm behind an all-zero convolution does. A branch that
+    ends in a convolution leaves that one's `bias`, or nothing but zeros.
     """
 
     norm: Any
+    bias: nn.Parameter | None
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(
+        self,
+        channels: int,
+        norm: nn.Module | None = None,
+        bias: nn.Parameter | None = None,
+        stride: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        self.channels = channels
         self.norm = norm
+        self.bias = bias
+        self.stride = None if stride is None else list(stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two positions: batch norm refuses to train on a single value per channel.
-        zeros = x.new_zeros(1, self.norm.num_features, 2, 1)
-        out: torch.Tensor = self.norm(zeros)
-        return out[:, :, :1]
+        out = x.new_zeros(1, self.channels, 2, 1)
+        if self.bias is not None:
+            out = out + self.bias.view(1, -1, 1, 1)
+        if self.norm is not None:
+            out = self.norm(out)
+        out = out[:, :, :1]
+        if self.stride is None:
+            return out
+        return out.expand(x.shape[0], -1, *_strided(x, self.stride)).clone()
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}" + (f", stride={self.stride}" if self.stride else "")
+
+
+class NoChannels(nn.Module):
+    """In the place of an operand of a concatenation of which no channel is left. (B, C, H, W) -> (B, 0, H', W')."""
+
+    def __init__(self, stride: Sequence[int]) -> None:
+        super().__init__()
+        self.stride = list(stride)
+
+    def forward(self, x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        first = x if isinstance(x, torch.Tensor) else x[0]  # a dense layer is called with the list of its inputs
+        return first.new_empty(first.shape[0], 0, *_strided(first, self.stride))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+
+def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:
+    """The spatial size behind layers of this total stride that keep the size otherwise."""
+    return [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
+
+
+OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, Removed, ZeroBranch, NoChannels)

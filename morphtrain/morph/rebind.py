@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,73 +14,95 @@ from torch.optim import Optimizer
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
 
 
-def reindex_tensor(
-    module: nn.Module,
-    name: str,
-    dim: int,
-    rows: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    optimizer: Optimizer | None = None,
-) -> None:
-    """Make row j of `module.<name>` along `dim` what row `rows[j]` was, times `scale[j]`.
+class Change(NamedTuple):
+    """Make row j along `dim` what row `rows[j]` was, times `scale[j]`."""
 
-    A new parameter is made and rebound: swapping `.data` under a live gradient accumulator fails at the next
-    backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept; optimizer state
-    of the parameter's shape follows. The gradient is dropped, so call it between steps.
+    dim: int
+    rows: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+class Rebinder:
+    """Replaces tensors of modules, and the parameters of an optimizer with them.
+
+    Args:
+        shared: (id of module, tensor name) -> the other (module, name) that hold the same tensor.
+        optimizer: its parameter groups and its state follow.
     """
-    old = getattr(module, name)
-    new = _select(old, dim, rows, scale)
-    if not isinstance(old, nn.Parameter):
-        setattr(module, name, new)
-        return
-    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-    setattr(module, name, parameter)
-    if optimizer is None or not _replace_in_groups(optimizer, old, parameter):
-        return
-    state = optimizer.state.pop(old, None)
-    if state is not None:
-        optimizer.state[parameter] = {
-            key: _select(value, dim, rows, scale if key in FIRST_MOMENTS else None)
-            if isinstance(value, torch.Tensor) and value.shape == old.shape
-            else value
-            for key, value in state.items()
+
+    def __init__(
+        self, shared: Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]], optimizer: Optimizer | None
+    ) -> None:
+        self.shared = shared
+        self.optimizer = optimizer
+        self.positions = {
+            id(p): (group, i)
+            for group in (optimizer.param_groups if optimizer else ())
+            for i, p in enumerate(group["params"])
         }
 
+    def reindex(self, module: nn.Module, name: str, changes: Sequence[Change]) -> None:
+        """Change `module.<name>` along some of its dimensions.
 
-def forget_parameters(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
-    """Take parameters out of the optimizer: its groups and its state."""
-    gone = list(parameters)
-    ids = {id(parameter) for parameter in gone}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
+        A new parameter is made and rebound: swapping `.data` under a live gradient accumulator fails at the next
+        backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept; optimizer
+        state of the parameter's shape follows. The gradient is dropped, so call it between steps.
+        """
+        old = getattr(module, name)
+        new = _select(old, changes)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            self._tell_optimizer(old, new, changes)
+        for owner, other in ((module, name), *self.shared.get((id(module), name), ())):
+            setattr(owner, other, new)
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take parameters out of the optimizer: its groups and its state."""
+        assert self.optimizer is not None
+        gone = list(parameters)
+        ids = {id(parameter) for parameter in gone}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+        for parameter in gone:
+            self.optimizer.state.pop(parameter, None)
+
+    def _tell_optimizer(self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change]) -> None:
+        if self.optimizer is None or id(old) not in self.positions:
+            return
+        group, position = self.positions.pop(id(old))
+        group["params"][position] = new
+        self.positions[id(new)] = group, position
+        state = self.optimizer.state.pop(old, None)
+        if state is not None:
+            unscaled = [change._replace(scale=None) for change in changes]
+            self.optimizer.state[new] = {
+                key: _select(value, changes if key in FIRST_MOMENTS else unscaled)
+                if isinstance(value, torch.Tensor) and value.shape == old.shape
+                else value
+                for key, value in state.items()
+            }
 
 
-def _select(tensor: torch.Tensor, dim: int, rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    with torch.no_grad():
-        new = tensor.index_select(dim, rows.to(tensor.device))
+def _select(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
+    new = tensor.detach()
+    for dim, rows, scale in changes:
+        new = new.index_select(dim, rows.to(tensor.device))
         if scale is not None:
             shape = [1] * new.dim()
             shape[dim] = -1
             new = new * scale.to(device=new.device, dtype=new.dtype).view(shape)
-    return new.contiguous(memory_format=_memory_format(tensor))
+    last = _channels_last(tensor)
+    if last is None:
+        return new.contiguous()
+    # Not contiguous(last): of a single channel that returns what it is given, and the format would be forgotten.
+    return torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=last).copy_(new)
 
 
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    if tensor.is_contiguous():
-        return torch.contiguous_format
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
-
-
-def _replace_in_groups(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> bool:
-    for group in optimizer.param_groups:
-        for position, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][position] = new
-                return True
-    return False
+def _channels_last(tensor: torch.Tensor) -> torch.memory_format | None:
+    """The channels-last format a tensor is in; None if it is in the ordinary one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None or not tensor.is_contiguous(memory_format=last):
+        return None
+    # Of a single channel it is both; what tells is the stride that this channel has.
+    ordinary = tensor.is_contiguous() and tensor.stride(1) != 1
+    return None if ordinary or tensor[0, 0].numel() == 1 else last

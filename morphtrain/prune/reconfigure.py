@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from morphtrain.morph import Axis, ChannelGraph, Space
+from morphtrain.morph import Axis, Block, ChannelGraph, Space
 
 
 @dataclass
@@ -47,20 +48,38 @@ def reconfigure(
     result = Reconfiguration()
     strengths = {space: channel_strength(space) for space in graph.spaces}
     for block in list(graph.blocks):
-        empty = [not (strengths[space] >= threshold).any() for space in block.spaces]
-        if any(empty):
-            if not empty[-1]:
-                # The last convolution still sees a constant (earlier norms' biases), of which batch norm leaves its
-                # own bias: let evaluation agree.
-                block.norm.reset_running_stats()
-            graph.remove_block(block, optimizer)
+        if _is_dead(block, strengths, threshold):
+            _remove(graph, block, strengths, threshold, optimizer)
             result.removed_blocks.append(block.path)
     keep = channels_to_keep(graph, threshold, min_channels, round_to)
-    for space, kept in keep.items():
-        if not kept.all():
-            result.widths[space.name] = (space.size, int(kept.sum()))
-            graph.reindex(space, kept.nonzero().flatten(), optimizer)
+    changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}
+    result.widths = {space.name: (space.size, len(index)) for space, index in changes.items()}
+    graph.reindex_spaces(changes, optimizer)
     return result
+
+
+def _is_dead(block: Block, strengths: dict[Space, torch.Tensor], threshold: float) -> bool:
+    """Whether a block adds at most a constant, or concatenates nothing that anything still uses."""
+
+    def empty(space: Space) -> bool:
+        return not bool((strengths[space] >= threshold).any())
+
+    if block.kind == "cat":
+        return all(map(empty, block.outputs))
+    # Without a norm, the biases behind an empty space would make the last convolution add more than its own.
+    return any(map(empty, block.spaces if block.branch.norm else block.spaces[-1:]))
+
+
+def _remove(
+    graph: ChannelGraph, block: Block, strengths: dict[Space, torch.Tensor], threshold: float, optimizer: Any
+) -> None:
+    norm: Any = graph.model.get_submodule(block.branch.norm) if block.branch.norm else None
+    graph.remove_block(block, optimizer)
+    last_is_empty = not block.spaces or not bool((strengths[block.spaces[-1]] >= threshold).any())
+    if block.kind == "sum" and not last_is_empty and hasattr(norm, "reset_running_stats"):
+        # The last convolution still saw a constant (earlier norms' biases), of which batch norm leaves its own bias
+        # in training: let evaluation agree.
+        norm.reset_running_stats()
 
 
 def channel_strength(space: Space) -> torch.Tensor:

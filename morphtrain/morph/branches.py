@@ -1,0 +1,230 @@
+"""Parts of a network that can go as a whole: what computes one operand of a sum, or of a concatenation, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from morphtrain.morph.nodes import name_of, owner_path
+from morphtrain.morph.spaces import Space
+
+Kind = Literal["sum", "cat"]
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm2d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
+# What may stand in a branch beside layers: it does not mind that the layers before it pass their input on.
+HARMLESS = frozenset(
+    (
+        "relu",
+        "relu_",
+        "relu6",
+        "silu",
+        "gelu",
+        "sigmoid",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "tanh",
+        "mul",
+        "cat",
+    )
+) | {"dropout", "stochastic_depth"}
+# These may stand behind the last norm of a branch that is added to another ...
+TAIL = frozenset(("dropout", "stochastic_depth", "Dropout", "Dropout2d", "Identity"))
+# ... and these behind the convolution of one that is concatenated, and so has nothing left to pass on.
+PASSING = TAIL | HARMLESS | {kind.__name__ for kind in ACTIVATIONS}
+
+
+@dataclass
+class Branch:
+    """What computes one operand of a sum or concatenation.
+
+    Args:
+        kind: of the operation.
+        path: the module that is the branch; "" if the branch is part of a module's forward.
+        layers: the paths of all layers in it.
+        last, norm: paths of the convolution that makes the operand, and of the norm behind it ("" if there is none).
+        in_full: whether the operand has to have the sum's full shape.
+        stride: of the whole branch.
+    """
+
+    kind: Kind
+    path: str
+    layers: list[str]
+    last: str
+    norm: str
+    in_full: bool
+    stride: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Block:
+    """A branch that can be removed.
+
+    `spaces` live only inside it, in the order of use: the last one feeds the convolution `branch.last`. `outputs` are
+    the spaces of what it adds (`kind` "sum") or concatenates ("cat"; they have no other producer then).
+    """
+
+    branch: Branch
+    spaces: list[Space]
+    outputs: list[Space]
+
+    @property
+    def path(self) -> str:
+        """A name for it: its module, or its last layer."""
+        return self.branch.path or self.branch.last
+
+    @property
+    def kind(self) -> Kind:
+        return self.branch.kind
+
+
+def find_branches(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> Iterator[Branch]:
+    """Every branch of the graph whose last layer is a convolution, perhaps with a norm behind it."""
+    calls: dict[str, int] = {}
+    inside: dict[str, int] = {}  # module path -> nodes in it
+    for n in nodes:
+        if n.op == "call_module":
+            calls[str(n.target)] = calls.get(str(n.target), 0) + 1
+        if n.op in ("call_module", "call_function", "call_method"):
+            for path in prefixes(owner_path(n)):
+                inside[path] = inside.get(path, 0) + 1
+    for n in nodes:
+        for kind, operand in _operands(n):
+            branch = _branch(kind, n, operand, modules, calls, inside)
+            if branch is not None:
+                yield branch
+
+
+def _operands(n: fx.Node) -> Iterator[tuple[Kind, fx.Node]]:
+    if n.op not in ("call_function", "call_method"):
+        return
+    name = name_of(n)
+    if name in ("add", "iadd", "add_") and len(n.all_input_nodes) == 2 and "shape" in n.meta:
+        for operand in n.all_input_nodes:
+            if set(operand.users) == {n}:
+                yield "sum", operand
+    elif name in ("cat", "concat", "concatenate"):
+        for operand in n.all_input_nodes:
+            users = list(operand.users)
+            if users[0] is n and all(name_of(u) in ("cat", "concat", "concatenate") for u in users):
+                yield "cat", operand
+
+
+def _branch(
+    kind: Kind,
+    n: fx.Node,
+    operand: fx.Node,
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, int],
+    inside: Mapping[str, int],
+) -> Branch | None:
+    node, norm, tail = _last_layers(operand, modules, TAIL if kind == "sum" else PASSING)
+    if node is None:
+        return None
+    members = _exclusive(operand)
+    entries = [a for m in members for a in m.all_input_nodes if a not in members and a.op != "get_attr"]
+    strides = {_stride(a, operand) for a in entries if "shape" in a.meta}
+    if len(strides) != 1:
+        return None
+    # A layer that stands elsewhere too, as activations often do, goes on where it is: it has no parameters.
+    layers = [str(m.target) for m in members if m.op == "call_module" and calls[str(m.target)] == 1]
+    stays = [str(m.target) for m in members if m.op == "call_module" and calls[str(m.target)] > 1]
+    path = common_path([owner_path(m) for m in members if m.op != "get_attr"])
+    is_module = (
+        bool(path)
+        and not (tail and kind == "sum")
+        and inside.get(path) == sum(1 for m in members if m.op != "get_attr")
+    )
+    harmless = all(isinstance(modules[path], ACTIVATIONS) for path in stays) and all(
+        m.op == "call_module" or (m.op != "get_attr" and name_of(m) in HARMLESS and "shape" in m.meta) for m in members
+    )
+    (stride,) = strides
+    if stride is None or not (is_module or harmless):
+        return None
+    in_place = name_of(n) in ("iadd", "add_") and n.args[0] is operand
+    return Branch(
+        kind=kind,
+        path=path if is_module else "",
+        layers=layers,
+        last=str(node.target),
+        norm=norm,
+        in_full=tail or in_place,
+        stride=stride,
+    )
+
+
+def _last_layers(
+    operand: fx.Node, modules: Mapping[str, nn.Module], passing: frozenset[str]
+) -> tuple[fx.Node | None, str, bool]:
+    """The convolution that makes `operand`, the path of the norm behind it, whether something else is behind it."""
+    node, norm, tail = operand, "", False
+    while not (_is(node, modules, CONVOLUTIONS) and _mixes(modules[str(node.target)])):
+        if not norm and _is(node, modules, NORMS):
+            norm = str(node.target)
+        elif _kind_name(node, modules) in passing:
+            tail = tail or not norm
+        else:
+            return None, "", False
+        if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
+            return None, "", False
+        node = node.all_input_nodes[0]
+    return node, norm, tail
+
+
+def _is(n: fx.Node, modules: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> bool:
+    return n.op == "call_module" and isinstance(modules[str(n.target)], kinds)
+
+
+def _mixes(convolution: Any) -> bool:
+    """Whether its outputs are channels of their own: those of a depthwise convolution are its inputs'."""
+    return bool(convolution.groups == 1 or convolution.groups < convolution.in_channels)
+
+
+def _kind_name(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    return type(modules[str(n.target)]).__name__ if n.op == "call_module" else name_of(n)
+
+
+def _exclusive(operand: fx.Node) -> list[fx.Node]:
+    """The nodes that have no effect but through `operand`, it included and first."""
+    found, waiting = {operand: None}, [operand]  # a dict, for its order
+    while waiting:
+        for a in waiting.pop().all_input_nodes:
+            if a not in found and a.op != "placeholder" and all(user in found for user in a.users):
+                found[a] = None
+                waiting.append(a)
+    return list(found)
+
+
+def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:
+    """By how much a branch shrinks each spatial dimension; None if it does not do so evenly."""
+    before, behind = entry.meta["shape"][2:], operand.meta["shape"][2:]
+    if len(before) != 2 or len(behind) != 2 or not all(behind):
+        return None  # our own layers in its place are two-dimensional
+    stride = tuple(max(1, -(-b // a)) for b, a in zip(before, behind, strict=True))
+    fits = all(-(-b // s) == a for b, a, s in zip(before, behind, stride, strict=True))
+    return stride if fits else None
+
+
+def prefixes(path: str) -> list[str]:
+    """The path and all paths above it: a, a.b, a.b.c."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def common_path(paths: list[str]) -> str:
+    """The deepest module path that contains all of `paths`."""
+    shared: list[str] = []
+    for parts in zip(*(p.split(".") for p in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def is_within(path: str, parent: str) -> bool:
+    """Whether `path` is the module `parent` or lies inside it."""
+    return path == parent or path.startswith(parent + ".")

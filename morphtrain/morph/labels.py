@@ -1,0 +1,90 @@
+"""Labels: which channel an entry of an activation is.
+
+An activation's labels are an int64 tensor of the activation's rank, of size 1 along every dimension that they do not
+depend on: (1, C, 1, 1) behind a convolution. Label 0 stands for whatever cannot change: the network's inputs and
+outputs, and sizes written into the model's code. An operation that moves entries is followed by moving the labels
+with the same operation; one that combines entries joins theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FIXED = 0
+
+
+def fixed(rank: int) -> torch.Tensor:
+    """Labels of an activation of which nothing can change."""
+    return torch.zeros([1] * rank, dtype=torch.long)
+
+
+def along(labels: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """(N,) -> the labels of an activation of `rank` dimensions whose channels are in dimension `dim`."""
+    return labels.view([-1 if d == dim % rank else 1 for d in range(rank)])
+
+
+def full(labels: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """One label per entry of an activation of this shape, without memory for the repeated ones."""
+    return labels.expand(list(shape))
+
+
+def compact(labels: torch.Tensor) -> torch.Tensor:
+    """The inverse of `full`: size 1 along every dimension that the labels do not depend on."""
+    for dim in range(labels.dim()):
+        if labels.shape[dim] > 1:
+            first = labels.narrow(dim, 0, 1)
+            if labels.stride(dim) == 0 or bool((labels == first).all()):
+                labels = first
+    return labels
+
+
+def varies(labels: torch.Tensor, dim: int) -> bool:
+    """Whether the labels depend on the position along `dim`."""
+    return labels.shape[dim] > 1
+
+
+class Joins:
+    """Pairs of labels that are one: what happens to one channel happens to the other."""
+
+    def __init__(self) -> None:
+        self.count = 1  # label 0 is taken
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fresh(self, size: int) -> torch.Tensor:
+        """(size,) labels that nothing has yet."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def join(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Make the labels one where both stand; the two are broadcast against each other."""
+        if a is not b:
+            a, b = torch.broadcast_tensors(a, b)
+            self.pairs.append((a.flatten(), b.flatten()))
+
+    def keep(self, labels: torch.Tensor) -> None:
+        """These channels cannot change."""
+        self.join(labels, fixed(labels.dim()))
+
+    def tie(self, labels: torch.Tensor, dim: int) -> None:
+        """What happens at one position along `dim` happens at all of them."""
+        if labels.shape[dim] > 1:
+            self.join(labels, labels.narrow(dim, 0, 1))
+
+    def roots(self) -> torch.Tensor:
+        """(count,): the smallest label of each label's class; minima spread along the joins until nothing changes."""
+        roots = torch.arange(self.count)
+        if not self.pairs:
+            return roots
+        a = torch.cat([pair[0] for pair in self.pairs])
+        b = torch.cat([pair[1] for pair in self.pairs])
+        while True:
+            low = torch.minimum(roots[a], roots[b])
+            new = roots.clone()
+            for side in (a, b, roots[a], roots[b]):
+                new.scatter_reduce_(0, side, low, "amin")
+            new = new[new]
+            if torch.equal(new, roots):
+                return roots
+            roots = new

@@ -1,0 +1,57 @@
+"""Small questions about the nodes of a `torch.fx` graph and about nested values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def owner_path(n: fx.Node) -> str:
+    """The path of the module whose code makes this call ("" for the model itself)."""
+    stack = n.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def describe(n: fx.Node) -> str:
+    """A call as an error message names it."""
+    if n.op == "call_module":
+        return f"module '{n.target}'"
+    return f"operation '{name_of(n)}'"
+
+
+def name_of(n: fx.Node) -> str:
+    """The name of the function or method a node calls."""
+    return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nested tuple, list or dict."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def holds_tensors(value: Any) -> bool:
+    return next(tensors_in(value), None) is not None
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """A value of the same nesting, tensors replaced by what `function` makes of them."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(map_tensors(part, function) for part in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(part, function) for key, part in value.items()}
+    return None

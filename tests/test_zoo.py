@@ -1,0 +1,102 @@
+"""Channel surgery on networks that nobody tuned it to: every classification CNN of torchvision that torch.fx traces."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from networks import check_surgery
+from torch import nn
+from torchvision import models
+
+from morphtrain.morph import ChannelGraph, MorphError
+
+# Attention mixes channels in ways that no reindexing of channels survives; these are refused by name.
+REFUSED = {
+    "maxvit_t": "einsum",
+    "swin_b": "relative_position_bias",
+    "swin_s": "relative_position_bias",
+    "swin_t": "relative_position_bias",
+    "swin_v2_b": "relative_position_bias",
+    "swin_v2_s": "relative_position_bias",
+    "swin_v2_t": "relative_position_bias",
+    "vit_b_16": "MultiheadAttention",
+    "vit_b_32": "MultiheadAttention",
+    "vit_h_14": "MultiheadAttention",
+    "vit_l_16": "MultiheadAttention",
+    "vit_l_32": "MultiheadAttention",
+}
+CNNS = [name for name in models.list_models(module=models) if name not in REFUSED]
+# One small member of each family; the others differ in size and run with the slow tests.
+SMALL = (
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+)
+
+
+def network(name: str) -> nn.Module:
+    """A network of torchvision with weights that keep signals alive, without dropping anything at random."""
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    # regnet computes its widths with tensors, which the meta device cannot.
+    with contextlib.nullcontext() if name.startswith("regnet") else torch.device("meta"):
+        model = models.get_model(name, num_classes=7, **options)
+    model = model.to_empty(device="cpu") if next(model.parameters()).is_meta else model
+    for module in model.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=(2 / (parameter.numel() / parameter.shape[0])) ** 0.5)
+            elif parameter_name == "weight":
+                nn.init.uniform_(parameter, 0.5, 1.5)
+            else:
+                nn.init.normal_(parameter, std=0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            module.num_batches_tracked.zero_()
+    return model
+
+
+def image_size(name: str) -> int:
+    """Small, but enough for the network's pools."""
+    return 96 if name == "inception_v3" else 64
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in CNNS]
+)
+def test_torchvision(name: str) -> None:
+    x = torch.randn(2, 3, image_size(name), image_size(name), dtype=torch.double)
+    check_surgery(network(name), (x,), tolerance=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("maxvit_t", "vit_b_16", "swin_t") else pytest.param(name, marks=pytest.mark.slow)
+        for name in REFUSED
+    ],
+)
+def test_attention_is_refused_by_name(name: str) -> None:
+    model = models.get_model(name, num_classes=7)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=REFUSED[name]) as caught:
+        ChannelGraph.trace(model, torch.empty(1, 3, 224, 224))
+    assert "torchvision/models/" in str(caught.value)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
