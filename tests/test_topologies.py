@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import check_surgery
-from topologies import TOPOLOGIES
+from topologies import OPERATIONS, TOPOLOGIES, Random, images
 
 from morphtrain.morph import ChannelGraph
 
@@ -50,3 +52,21 @@ def test_spaces_are_what_can_change_alone(name: str) -> None:
     make, inputs = TOPOLOGIES[name]
     graph = ChannelGraph.trace(make().double(), inputs())
     assert sorted(space.size for space in graph.spaces) == sorted(EXPECTED[name])
+
+
+steps = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 20), st.integers(0, 20))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(steps=st.lists(steps, min_size=2, max_size=9), seed=st.integers(0, 2**32))
+def test_random_networks(steps: list[tuple[str, int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    check_surgery(Random(steps), (images(),), tolerance=1e-7, spaces=None)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(steps=st.lists(steps, min_size=2, max_size=14), seed=st.integers(0, 2**32))
+def test_many_random_networks(steps: list[tuple[str, int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    check_surgery(Random(steps), (images(),), tolerance=1e-7, spaces=None)

@@ -369,3 +369,88 @@ TOPOLOGIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple]]] = {
     )
 }
 TOPOLOGIES["SeveralInputs"] = (SeveralInputs, lambda: (images(), torch.randn(3, 4, dtype=torch.double)))
+
+
+OPERATIONS = (
+    "conv",
+    "depthwise",
+    "grouped",
+    "norm",
+    "group_norm",
+    "add",
+    "cat",
+    "chunk",
+    "shuffle",
+    "gate",
+    "half",
+    "crop",
+)
+
+
+class Random(nn.Module):
+    """A random network: each step takes activations made before and makes one more; all are pooled in the end.
+
+    `steps` are (operation, number that chooses among what there is, number that chooses a width).
+    """
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.stem = conv(3, 4)
+        self.layers = nn.ModuleList()
+        self.plan: list[tuple[str, int, int]] = []  # (operation, first operand, second operand)
+        widths = [4]
+        for operation, choice, number in steps:
+            a = choice % len(widths)
+            alike = [i for i, w in enumerate(widths) if w == widths[a]]
+            b = alike[number % len(alike)] if operation in ("add", "gate") else number % len(widths)
+            layer, width = self._layer(operation, widths[a], widths[b], number)
+            if layer is None:
+                continue
+            self.layers.append(layer)
+            self.plan.append((operation, a, b))
+            widths.append(width)
+        self.head = nn.Linear(sum(widths), 5)
+
+    def _layer(self, operation: str, a: int, b: int, number: int) -> tuple[nn.Module | None, int]:
+        out = 2 + number % 5
+        if operation == "conv":
+            return conv(a, out), out
+        if operation == "depthwise":
+            return conv(a, a * (1 + number % 2), groups=a), a * (1 + number % 2)
+        if operation == "grouped":
+            return (conv(a, 2 * out, groups=2), 2 * out) if a % 2 == 0 and a > 2 else (None, 0)
+        if operation == "norm":
+            return nn.BatchNorm2d(a), a
+        if operation == "group_norm":
+            return nn.GroupNorm(a // 2, a) if a % 2 == 0 else nn.InstanceNorm2d(a, affine=True), a
+        if operation == "gate":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(a, out, 1), nn.ReLU(), conv(out, a, 1), nn.Sigmoid()), a
+        if (operation in ("chunk", "shuffle", "half") and a % 2) or (operation == "crop" and a < 4):
+            return None, 0
+        widths = {"add": a, "cat": a + b, "chunk": a // 2, "half": a // 2, "shuffle": a, "crop": a - 2}
+        return nn.ReLU(), widths[operation]
+
+    def forward(self, x):
+        found = [self.stem(x)]
+        for (operation, i, j), layer in zip(self.plan, self.layers, strict=True):
+            a, b = found[i], found[j]
+            if operation == "add":
+                y = layer(a + b)
+            elif operation == "cat":
+                y = layer(torch.cat([a, b], 1))
+            elif operation == "chunk":
+                left, right = a.chunk(2, 1)
+                y = layer(left * torch.tanh(right))
+            elif operation == "shuffle":
+                n, c, h, w = a.shape
+                y = layer(a.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+            elif operation == "gate":
+                y = a * layer(b)
+            elif operation == "half":
+                y = layer(a[:, a.shape[1] // 2 :])
+            elif operation == "crop":
+                y = layer(a[:, 1:-1])
+            else:
+                y = layer(a)
+            found.append(y)
+        return self.head(torch.cat([F.adaptive_avg_pool2d(y, 2).mean((2, 3)) for y in found], 1))

@@ -8,6 +8,7 @@ What is left are *axes*, the dimensions of parameters, each a list of labels: th
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -84,11 +85,18 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
         with torch.no_grad():
             propagator.run(*map(_two_samples, inputs))
     except (fx.proxy.TraceError, TypeError, NameError) as error:
-        raise MorphError(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
+        raise MorphError(f"torch.fx cannot trace {type(model).__name__}: {error} ({_line_of(error)})") from error
     finally:
         for module, training in modes:
             module.training = training
     return propagator.result()
+
+
+def _line_of(error: Exception) -> str:
+    """The innermost line of the model's code that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__] or frames
+    return f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].name}'
 
 
 def _two_samples(x: Any) -> Any:
