@@ -10,7 +10,7 @@ from networks import INPUT, build, step, trace
 from rich.console import Console
 
 from morphtrain.morph import describe, rebuild
-from morphtrain.trainer.console import closing_table, epoch_line
+from morphtrain.trainer.console import closing_table, data_warning, epoch_line
 
 INITIAL = {"params": 1000, "macs": 5000}
 
@@ -20,6 +20,7 @@ def history(epochs: int) -> list[dict[str, float]]:
         {
             "epoch": e,
             "epoch_seconds": 100.0 if e == 1 else 10.0 / e,
+            "data_seconds": 0.1,
             "train_seconds": 3.0 * e,
             "params": 1000 // e,
             "macs": 5000 // e,
@@ -43,6 +44,9 @@ def test_the_table_compares_the_first_clocked_epochs_with_the_last() -> None:
     assert "epochs 2-6, 16-20" in text  # the warm-up epoch is left out
     assert f"{10 / 4:.3f}" in text  # the median of 10/2 .. 10/6
     assert f"{10 / 18:.3f}" in text
+    assert "waiting for data" in text
+    assert "0.040" in text  # of epoch 4
+    assert "0.180" in text  # of epoch 18
     assert "0.050" in text  # 50 of 1000 parameters, 250 of 5000 MACs
     assert "0.0600" in text
     assert "0.2000" in text
@@ -58,6 +62,26 @@ def test_an_epoch_is_a_line() -> None:
     assert "\n" not in line
     assert "3/9" in line
     assert line.endswith("[removed block x]")
+
+
+def test_waiting_for_data_is_shown_where_it_matters() -> None:
+    first, record = history(5)[::4]
+    assert "2.00 s (5% waiting for data)  " in epoch_line(record, 9, "")
+    assert "waiting" not in epoch_line(first, 9, "")
+
+
+def test_waiting_for_data_is_warned_of_once() -> None:
+    """Epoch 26 is the first that waits for more than a quarter of its 10 / 26 seconds."""
+    warned = {
+        epochs: text
+        for epochs in range(1, 40)
+        if (text := data_warning(history(epochs), warmup_epochs=1, advice="change data.x")) is not None
+    }
+    assert warned == {26: "26% of epoch 26 was waiting for data: change data.x"}
+    slow_start = [{**history(1)[0], "data_seconds": 90.0}, *history(3)[1:]]
+    assert data_warning(slow_start[:1], warmup_epochs=1, advice="") is None
+    assert data_warning(slow_start[:1], warmup_epochs=0, advice="") is not None
+    assert data_warning(slow_start, warmup_epochs=0, advice="") is None
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

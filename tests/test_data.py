@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import struct
+import time
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from morphtrain import schema
 from morphtrain.data import ImageData, Images, digits, fashion_mnist, synthetic
+from morphtrain.trainer.clock import Clock
+from morphtrain.trainer.loop import waited_for
 
 
 def numbered(count: int, shift: int = 0, flip: bool = False) -> ImageData:
@@ -107,3 +115,52 @@ def test_the_real_fashion_mnist() -> None:
     data = fashion_mnist.build(schema.Downloaded("fashion_mnist", "nowhere", False, 2, True, None))
     assert (len(data.train), len(data.val)) == (60000, 10000)
     assert torch.bincount(data.train.labels).tolist() == [6000] * 10
+
+
+CIFARS = {
+    "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", 10),
+    "cifar100": ("cifar-100-python", ["train"], "test", "meta", 100),
+}
+
+
+@pytest.mark.parametrize("name", CIFARS)
+def test_cifar_is_read_as_published(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files of the published form: rows of 1024 red, 1024 green, 1024 blue bytes, and fine labels for 100."""
+    folder, train_files, test_file, meta, num_classes = CIFARS[name]
+    (tmp_path / folder).mkdir()
+    rng = np.random.default_rng(0)
+    stored = {}
+    for file in [*train_files, test_file]:
+        rows = rng.integers(0, 256, (8, 3072), dtype=np.uint8)
+        labels = rng.integers(0, num_classes, 8).tolist()
+        content = {"data": rows, "labels" if num_classes == 10 else "fine_labels": labels, "coarse_labels": [0] * 8}
+        (tmp_path / folder / file).write_bytes(pickle.dumps(content))
+        stored[file] = rows, labels
+    names = {"label_names" if num_classes == 10 else "fine_label_names": list(map(str, range(num_classes)))}
+    (tmp_path / folder / meta).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    build = import_module(f"morphtrain.data.{name}").build
+    data = build(schema.Downloaded(name, str(tmp_path), False, 4, True, None))
+    assert (data.num_classes, data.input_shape, data.shift, data.flip) == (num_classes, (3, 32, 32), 4, True)
+    assert (len(data.train), len(data.val)) == (8 * len(train_files), 8)
+    assert data.val.labels.tolist() == stored[test_file][1]
+    assert data.train.labels.tolist() == [label for file in train_files for label in stored[file][1]]
+    raw = torch.tensor(np.concatenate([stored[file][0] for file in train_files])).view(-1, 3, 32, 32).float()
+    mean, std = raw.mean((0, 2, 3)).view(3, 1, 1), raw.std((0, 2, 3)).view(3, 1, 1)
+    torch.testing.assert_close(data.train.pixels * std + mean, raw, atol=1e-3, rtol=0)
+
+
+def test_waiting_for_batches_is_clocked_and_working_on_them_is_not() -> None:
+    batch = torch.zeros(1), torch.zeros(1)
+
+    def slow() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(2):
+            time.sleep(0.05)
+            yield batch
+        time.sleep(0.05)  # what a loader does behind its last batch is waited for, too
+
+    run = SimpleNamespace(clock=Clock(torch.device("cpu")))
+    for received in waited_for(slow(), run):
+        assert received is batch
+        time.sleep(0.2)
+    assert 0.15 <= run.clock.seconds["data_seconds"] < 0.5

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from morphtrain.data.protocol import Batch
+
 EVALUATION_BATCH = 512
 
 
 @dataclass
 class Images:
-    """`pixels` (N, C, H, W), float and normalised; `labels` (N,), int64."""
+    """`pixels` (N, C, H, W), float and normalised (`image_bytes`: uint8); `labels` (N,), int64."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -49,11 +51,16 @@ class ImageData:
         _, c, h, w = self.train.pixels.shape
         return c, h, w
 
+    @property
+    def advice(self) -> str:
+        """See `Data`."""
+        return "with a larger batch_policy.batch_size more images are gathered and augmented at once"
+
     def to(self, device: torch.device) -> ImageData:
         """The same data on `device`, where the augmentation then runs too."""
         return ImageData(self.train.to(device), self.val.to(device), self.num_classes, self.shift, self.flip)
 
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order: (B, C, H, W) and (B,); the last batch may be smaller.
 
         Order and augmentation depend on `generator` (a CPU generator) alone.
@@ -70,7 +77,7 @@ class ImageData:
                 images = torch.where(mirrored[batch, None, None, None], images.flip(3), images)
             yield images, self.train.labels[order[batch]]
 
-    def val_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def val_batches(self) -> Iterator[Batch]:
         """The held-out set once, in order, as it is."""
         yield from zip(self.val.pixels.split(EVALUATION_BATCH), self.val.labels.split(EVALUATION_BATCH), strict=True)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from morphtrain.trainer.run import Run
 
 WINDOW = 5  # epochs a median is taken over
+SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
 
 Record = dict[str, float]
 
@@ -32,11 +33,26 @@ def progress_bar(epoch: int, epochs: int, samples: int) -> Iterator[Callable[[in
         yield lambda images: bar.update(task, advance=images)
 
 
+def data_share(record: Record) -> float:
+    """The share of an epoch (0 to 1) in which the training process waited for its next batch."""
+    return record["data_seconds"] / record["epoch_seconds"]
+
+
+def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> str | None:
+    """What to say about waiting for data behind the first clocked epoch with too much of it; None behind all others."""
+    slow = [record for record in history[warmup_epochs:] if data_share(record) > WARNED_SHARE]
+    if len(slow) != 1 or slow[0] is not history[-1]:
+        return None
+    return f"{data_share(slow[0]):.0%} of epoch {slow[0]['epoch']:.0f} was waiting for data: {advice}"
+
+
 def epoch_line(record: Record, epochs: int, change: str) -> str:
     """An epoch in a line."""
+    share = data_share(record)
+    waited = f" ({share:.0%} waiting for data)" if share >= SHOWN_SHARE else ""
     line = (
         f"epoch {record['epoch']:>4.0f}/{epochs}  loss {record['train_loss']:.4f}  "
-        f"val_accuracy {record['val_accuracy']:.4f}  {record['epoch_seconds']:.2f} s  "
+        f"val_accuracy {record['val_accuracy']:.4f}  {record['epoch_seconds']:.2f} s{waited}  "
         f"{record['macs'] / 1e6:.3g} M MACs  {record['params']:.0f} params"
     )
     return f"{line}  [{change}]" if change else line
@@ -57,6 +73,8 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
     dense, final = (statistics.median(r["epoch_seconds"] for r in records) for records in (first, last))
     name = f"seconds an epoch (median of epochs {_span(first)}, {_span(last)})"
     table.add_row(name, f"{dense:.3f}", f"{final:.3f}", f"{final / dense:.3f}")
+    dense, final = (statistics.median(map(data_share, records)) for records in (first, last))
+    table.add_row("waiting for data, share of an epoch", f"{dense:.3f}", f"{final:.3f}", "")
     early, late = first[-1], last[-1]
     name = f"validation accuracy (after epoch {early['epoch']:.0f}, {late['epoch']:.0f})"
     table.add_row(name, f"{early['val_accuracy']:.4f}", f"{late['val_accuracy']:.4f}", "")
@@ -74,7 +92,11 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
     other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
     print(f"run directory: {_short(run_dir)}")
-    print(f"use it:        python -c \"import morphtrain; print(morphtrain.load('{_short(checkpoint)}'))\"")
+    own = getattr(run.config.model, "_target_", "")
+    more, given = (f", {own.rpartition('.')[0]}", f", {own}") if own else ("", "")
+    print(
+        f"use it:        python -c \"import morphtrain{more}; print(morphtrain.load('{_short(checkpoint)}'{given}))\""
+    )
     print(f"next:          the same command with prune={other}; then `make ui` to compare")
 
 

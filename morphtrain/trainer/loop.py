@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
 
+from morphtrain.data.protocol import Batch
 from morphtrain.trainer.run import Run
 
 
@@ -16,7 +18,8 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     samples = len(run.data.train)
     total = torch.zeros((), device=run.device)
     run.model.train()
-    for images, labels in run.data.train_batches(run.batch_size, run.generator(run.epoch)):
+    batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
+    for images, labels in waited_for(batches, run):
         passed = len(labels) / samples
         set_learning_rate(run, run.progress + passed / 2)
         with run.precision.autocast():
@@ -34,6 +37,22 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
         if tick is not None:
             tick(len(labels))
     run.train_loss = total.item() / samples
+
+
+def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
+    """The same batches; how long each one is waited for adds up to the clock's `data_seconds`, a part of the epoch's.
+
+    On a device that works on its own that is the host's time: what the device still has to do it need not wait for.
+    """
+    waited = 0.0
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - start
+        if batch is None:
+            break
+        yield batch
+    run.clock.seconds["data_seconds"] = waited
 
 
 def set_learning_rate(run: Run, epochs_done: float) -> None:

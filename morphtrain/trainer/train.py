@@ -21,7 +21,7 @@ from morphtrain.evidence.plots import plot_run
 from morphtrain.prune.reconfigure import live_channels
 from morphtrain.schema import Config
 from morphtrain.trainer import checkpoint
-from morphtrain.trainer.console import epoch_line, progress_bar, show_end
+from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.loop import evaluate, train_epoch
 from morphtrain.trainer.process import prepare_process
 from morphtrain.trainer.run import Run, build_run, count_weights, derived_seed, option
@@ -103,6 +103,8 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
         _write_architecture(run, run_dir)
     checkpoint.save(run, run_dir, tracker.run_id)
     log.info(epoch_line(run.history[-1], run.config.epochs, run.change))
+    if warning := data_warning(run.history, run.config.timing.warmup_epochs, run.data.advice):
+        log.warning(warning)
     tracker.update(run.history)
     if run.change:
         tracker.artifact(_architecture_path(run, run_dir), "architecture")
@@ -127,12 +129,12 @@ def _record(run: Run) -> dict[str, float]:
         "epoch": run.epoch,
         "timestamp": time.time(),
         "train_loss": run.train_loss,
-        **seconds,
+        **seconds,  # data_seconds are a part of epoch_seconds
         "train_seconds": before + seconds["epoch_seconds"] + seconds["morph_seconds"],
         "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
         "params": run.params,
         "macs": run.macs,
-        "channel_density": live_channels(run.graph, threshold) / max(1, run.initial["channels"]),
+        "channel_density": live_channels(run.graph, threshold) / run.initial["channels"] if run.graph.spaces else 1.0,
         "weight_density": count_weights(run.model, threshold) / run.initial["weights"],
         "batch_size": run.batch_size,
         "learning_rate": run.optimizer.param_groups[0]["lr"],

@@ -1,0 +1,22 @@
+"""What CIFAR-10 and CIFAR-100 share: from `data.root`, or downloaded by torchvision."""
+
+from __future__ import annotations
+
+import torch
+
+from morphtrain import schema
+from morphtrain.data.download import load
+from morphtrain.data.images import ImageData, from_bytes
+
+
+def build_cifar(dataset: str, num_classes: int, config: schema.Downloaded) -> ImageData:
+    """torchvision's `dataset`: 50000 training and 10000 test images of 32x32 RGB pixels.
+
+    Raises:
+        UserError: if it is neither there nor to be had.
+    """
+    sets = []
+    for train in (True, False):
+        stored = load(dataset, config, train)
+        sets.append((torch.from_numpy(stored.data).permute(0, 3, 1, 2), torch.tensor(stored.targets)))
+    return from_bytes(sets[0], sets[1], num_classes, config.train_samples, config.shift, config.flip)

@@ -1,0 +1,12 @@
+"""CIFAR-100: from `data.root`, or downloaded by torchvision."""
+
+from __future__ import annotations
+
+from morphtrain import schema
+from morphtrain.data.cifar import build_cifar
+from morphtrain.data.images import ImageData
+
+
+def build(config: schema.Downloaded) -> ImageData:
+    """50000 training and 10000 test images of 32x32 RGB pixels in 100 classes."""
+    return build_cifar("CIFAR100", 100, config)

@@ -1,0 +1,90 @@
+"""Pictures that live in memory as bytes, decoded once, cropped and mirrored with tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, random_boxes, resized_crops
+from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
+from morphtrain.data.images import Images
+from morphtrain.data.protocol import Batch
+
+
+def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
+    """All the pictures of `files`, read by `num_workers` processes.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+    loader = PictureLoader(Pictures(files, crops, crops.resize), num_workers, pin_memory=False)
+    count = len(files.train)
+    train, val = (_read(loader, rows, crops.resize) for rows in (range(count), range(count, len(files))))
+    return ByteData(train, val, files.num_classes, crops)
+
+
+def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
+    pixels = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
+    labels = torch.empty(len(rows), dtype=torch.long)
+    done = 0
+    for images, numbers in loader.batches(rows, [None] * len(rows), EVALUATION_BATCH):
+        pixels[done : done + len(numbers)], labels[done : done + len(numbers)] = images, numbers
+        done += len(numbers)
+    return Images(pixels, labels)
+
+
+class ByteData:
+    """Labelled squares of `crops.resize` pixels, (N, 3, resize, resize), uint8, in the memory of the host.
+
+    Batches go to the device as bytes and are cropped there, so that a set may be larger than the device's memory.
+    Training sees random crops of the squares: unlike with `FileData`, the ends of oblong pictures are left out.
+    """
+
+    def __init__(
+        self, train: Images, val: Images, num_classes: int, crops: Crops, device: torch.device | None = None
+    ) -> None:
+        self.train, self.val, self.num_classes, self.crops = train, val, num_classes, crops
+        self._normalise = Normalise(device or torch.device("cpu"))
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return 3, self.crops.image_size, self.crops.image_size
+
+    @property
+    def advice(self) -> str:
+        """See `Data`."""
+        return "data.in_memory=false has data.num_workers processes crop the images while the network trains"
+
+    def to(self, device: torch.device) -> ByteData:
+        """The same pictures, whose batches are cropped on `device`."""
+        return ByteData(self.train, self.val, self.num_classes, self.crops, device)
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """One epoch of random crops in random order; see `Data`."""
+        order = torch.randperm(len(self.train), generator=generator)
+        draws = torch.rand(len(order), DRAWS, generator=generator, dtype=torch.float64)
+        boxes = random_boxes(draws, self.crops.resize, self.crops.resize, self.crops.min_scale)
+        flip = mirrored(draws) & self.crops.flip
+        parts = (values.split(batch_size) for values in (order, boxes, flip))
+        device = self._normalise.device
+        for rows, box, turned in zip(*parts, strict=True):
+            pixels = self._gathered(self.train.pixels, rows).float()
+            pixels = resized_crops(pixels, box.to(device), turned.to(device), self.crops.image_size)
+            yield self._normalise(pixels), self._gathered(self.train.labels, rows)
+
+    def val_batches(self) -> Iterator[Batch]:
+        """The centres of the held-out images, in order."""
+        size, start = self.crops.image_size, round((self.crops.resize - self.crops.image_size) / 2)
+        for rows in torch.arange(len(self.val)).split(EVALUATION_BATCH):
+            pixels = self._gathered(self.val.pixels, rows)
+            centre = pixels[:, :, start : start + size, start : start + size]
+            yield self._normalise(centre), self._gathered(self.val.labels, rows)
+
+    def _gathered(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`values[rows]` on the device; on CUDA through pinned memory, so that nobody waits for the copy."""
+        device = self._normalise.device
+        batch = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(values, 0, rows, out=batch)
+        return batch.to(device, non_blocking=True)

@@ -1,0 +1,183 @@
+"""Pictures that stay on disk: decoded and cropped by worker processes while the network trains on earlier batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.datasets.folder import pil_loader
+
+from morphtrain.data.crops import Crops, Normalise
+from morphtrain.data.protocol import Batch
+from morphtrain.errors import UserError
+
+EVALUATION_BATCH = 64
+
+# What PIL raises for files that are broken, cut short, no images, or absurdly large.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+Item = tuple[int, int | None]  # which file, and the seed of its random crop; without a seed the centre
+Sample = tuple[torch.Tensor, int] | str  # an 8-bit picture and its label, or why there is none
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Paths and labels below `data.root`, as `find_images` lists them."""
+
+    root: str
+    num_classes: int
+    train: Sequence[tuple[str, int]]
+    val: Sequence[tuple[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.val)
+
+
+class Pictures(Dataset[Sample]):
+    """All the pictures, those of the training set first, as 8-bit tensors of `side` pixels (random crops: image_size).
+
+    For an unreadable file there is the message of an error: raised in a worker, it would come with a traceback.
+    """
+
+    def __init__(self, files: ImageFiles, crops: Crops, side: int) -> None:
+        self.root = files.root
+        self.samples = [*files.train, *files.val]
+        self.crops = crops
+        self.side = side
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: Item) -> Sample:
+        row, seed = item
+        path, label = self.samples[row]
+        try:
+            image = pil_loader(path)
+        except UNREADABLE as error:
+            return f"data.root={self.root}: cannot read the image {path} ({error}); replace or remove it"
+        return (self.crops.centre(image, self.side) if seed is None else self.crops.random(image, seed)), label
+
+
+class BatchPlan(Sampler[list[Item]]):
+    """A batch sampler whose batches are set before every pass: workers that live on need one and the same loader."""
+
+    def __init__(self) -> None:
+        self.rows: Sequence[int] = ()
+        self.seeds: Sequence[int | None] = ()
+        self.batch_size = 1
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        rows, seeds, size = self.rows, self.seeds, self.batch_size
+        for i in range(0, len(rows), size):
+            yield list(zip(rows[i : i + size], seeds[i : i + size], strict=True))
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+
+class PictureLoader:
+    """A `DataLoader` that can be told before every pass what to read, and whose workers live from the first on."""
+
+    def __init__(self, pictures: Pictures, num_workers: int, pin_memory: bool) -> None:
+        self.pictures, self.num_workers, self.pin_memory = pictures, num_workers, pin_memory
+        self.plan = BatchPlan()
+        self.loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader[Sample]:
+        return DataLoader(
+            self.pictures,
+            batch_sampler=self.plan,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # the loader draws a number in every pass: not from the run's randomness
+        )
+
+    def batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
+        """8-bit pictures (B, 3, S, S) and labels (B,) in the order of `rows`.
+
+        Raises:
+            UserError: for a file that cannot be read, and if a worker dies.
+        """
+        self.plan.rows, self.plan.seeds, self.plan.batch_size = rows, seeds, batch_size
+        failure = ""
+        try:
+            for batch in self.loader:
+                if isinstance(batch, str):
+                    failure = batch
+                    break
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            failure = (
+                f"data.num_workers={self.num_workers}: a worker died ({str(error).splitlines()[0]}); it may have been "
+                "short of (shared) memory: try fewer workers, or 0"
+            )
+        if failure:
+            # The workers end with their loader here: a collector that finds them later waits for each in vain.
+            self.loader = self._new_loader()
+            raise UserError(failure)
+
+
+def collate(samples: list[Sample]) -> Batch | str:
+    """One batch of many samples, or the first message among them."""
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    batch: Batch = tuple(default_collate(samples))
+    return batch
+
+
+class FileData:
+    """Folders of pictures, read anew in every epoch.
+
+    Args:
+        files: what to read.
+        crops: what the network sees of it.
+        num_workers: processes that read; with 0 the calling one does.
+    """
+
+    def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, device: torch.device | None = None) -> None:
+        device = device or torch.device("cpu")
+        self.train, self.val, self.num_classes = files.train, files.val, files.num_classes
+        self.crops = crops
+        self._files = files
+        self._loader = PictureLoader(Pictures(files, crops, crops.image_size), num_workers, device.type == "cuda")
+        self._normalise = Normalise(device)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return 3, self.crops.image_size, self.crops.image_size
+
+    @property
+    def advice(self) -> str:
+        """See `Data`."""
+        return (
+            f"more data.num_workers (now {self._loader.num_workers}) read faster where there are cores for them, "
+            "smaller files decode faster, and data.in_memory=true decodes them once"
+        )
+
+    def to(self, device: torch.device) -> FileData:
+        """The same files, whose batches come to `device`: pinned, and copied while it computes, where it can."""
+        return FileData(self._files, self.crops, self._loader.num_workers, device)
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """One epoch of random crops in random order, the same whoever reads them; see `Data`."""
+        order = torch.randperm(len(self.train), generator=generator)
+        seeds = torch.randint(2**63 - 1, (len(order),), generator=generator)
+        yield from self._batches(order.tolist(), seeds.tolist(), batch_size)
+
+    def val_batches(self) -> Iterator[Batch]:
+        """The centres of the held-out images, in order."""
+        rows = range(len(self.train), len(self.train) + len(self.val))
+        yield from self._batches(rows, [None] * len(rows), EVALUATION_BATCH)
+
+    def _batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
+        for pixels, labels in self._loader.batches(rows, seeds, batch_size):
+            yield self._normalise(pixels), labels.to(self._normalise.device, non_blocking=True)

@@ -1,0 +1,88 @@
+"""Folders of pictures in ImageNet's layout: in memory if they fit, else read by workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+
+from morphtrain import schema
+from morphtrain.data.crops import Crops
+from morphtrain.data.image_bytes import ByteData, decode
+from morphtrain.data.image_files import FileData, ImageFiles
+from morphtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+MOST_WORKERS = 16  # what feeds one device; each keeps two batches ready
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+LAYOUT = "wanted are train/<class>/ and val/<class>/ with images in each"
+
+
+def build(config: schema.ImageFolder) -> ByteData | FileData:
+    """The pictures below `data.root`.
+
+    Raises:
+        UserError: for folders that are not laid out as wanted; in memory also for a picture that cannot be read.
+    """
+    files = find_images(config.root)
+    resize = round(config.image_size * 8 / 7) if config.resize == "auto" else config.resize
+    crops = Crops(config.image_size, resize, config.min_scale, config.flip)
+    workers = worker_count(config.num_workers)
+    size = len(files) * 3 * resize**2 / GIB
+    in_memory = size <= memory_limit(config.memory_limit) if config.in_memory == "auto" else config.in_memory
+    readers = f"{workers} worker{'s' if workers > 1 else ''}" if workers else "the process that trains"
+    log.info("%d images, %.2g GiB decoded: %s", len(files), size, "in memory" if in_memory else f"read by {readers}")
+    return decode(files, crops, workers) if in_memory else FileData(files, crops, workers)
+
+
+def find_images(root: str) -> ImageFiles:
+    """The files below train/<class>/ and val/<class>/ in `root`; classes are numbered in the order of their names.
+
+    Raises:
+        UserError: if that is not what is there.
+    """
+    folders = [Path(root).expanduser() / part for part in ("train", "val")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"data.root={root}: there is no directory {folder}; {LAYOUT}")
+    try:
+        classes = [find_classes(folder)[0] for folder in folders]
+        _check_classes(root, *classes)
+        train, val = (ImageFolder(folder).samples for folder in folders)
+    except OSError as error:  # no class, a class without images, a folder that may not be read
+        raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
+    return ImageFiles(root, len(classes[0]), train, val)
+
+
+def _check_classes(root: str, train: list[str], val: list[str]) -> None:
+    differences = []
+    for here, there, name in ((train, val, "train"), (val, train, "val")):
+        only = sorted(set(here) - set(there))
+        if only:
+            differences.append(f"{', '.join(only[:3])}{', ...' if len(only) > 3 else ''} only in {name}")
+    if differences:
+        raise UserError(f"data.root={root}: the classes of train and val differ ({'; '.join(differences)}); {LAYOUT}")
+    if len(train) < 2:
+        raise UserError(f"data.root={root}: only one class, {train[0]}; wanted are two or more; {LAYOUT}")
+
+
+def worker_count(wanted: str | int) -> int:
+    """`auto`: a process for every core this one may use, but for the one that it needs itself."""
+    if wanted != "auto":
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores - 1)
+
+
+def memory_limit(wanted: str | float) -> float:
+    """GiB that a decoded set may take; `auto`: a quarter of the memory of the machine, or of its container."""
+    if wanted != "auto":
+        return float(wanted)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return min(memory, memory if text == "max" else int(text)) / 4 / GIB

@@ -1,0 +1,341 @@
+"""Folders of images: the same bits whoever reads them, crops as torchvision's, mistakes named by their path."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import KILLED_RUN, Command
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import transforms
+
+from morphtrain import schema
+from morphtrain.data import Data, image_files, image_folder
+from morphtrain.data.crops import DRAWS, MEAN, STD, mirrored, random_boxes, resized_crops
+from morphtrain.data.image_bytes import ByteData
+from morphtrain.data.image_files import FileData
+from morphtrain.errors import UserError
+
+KINDS = pytest.mark.parametrize("in_memory", [False, True], ids=["files", "memory"])
+ODD_SIZES = [(40, 30), (31, 53), (64, 64), (33, 40), (90, 35), (36, 37), (20, 20), (37, 36)]  # height, width
+
+
+def config(root: Path, **changes: Any) -> schema.ImageFolder:
+    defaults = dict(image_size=16, resize=20, min_scale=0.08, flip=True, memory_limit="auto", num_workers=0)
+    return schema.ImageFolder(**{"name": "image_folder", "root": str(root), "in_memory": False, **defaults, **changes})
+
+
+def write(root: Path, images: list[np.ndarray], classes: int = 2, suffix: str = "png") -> Path:
+    """The images (H, W, 3), dealt out to the classes of train, and again of val; the first belongs to class 0."""
+    for part in ("train", "val"):
+        for number, image in enumerate(images):
+            path = root / part / f"class_{number % classes}" / f"{number:03d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+def noise(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """0 to 255 again."""
+    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+
+
+def epoch(data: Data, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(data.train_batches(batch_size, torch.Generator().manual_seed(seed)))
+    assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+
+def held_out(data: Data) -> torch.Tensor:
+    return torch.cat([images for images, _ in data.val_batches()])
+
+
+@KINDS
+def test_an_epoch_is_every_image_once_whatever_the_batch_size(in_memory: bool, tmp_path: Path) -> None:
+    """Images of one colour each: the colour says which one a crop is of, and has to stay."""
+    greys = [np.full((40, 30, 3), 10 * i, dtype=np.uint8) for i in range(20)]
+    data = image_folder.build(config(write(tmp_path, greys), in_memory=in_memory))
+    assert (len(data.train), len(data.val), data.num_classes, data.input_shape) == (20, 20, 2, (3, 16, 16))
+    state = torch.get_rng_state()
+    images, labels = epoch(data, 8, seed=1)
+    seen = (pixels(images) / 10).mean((1, 2, 3)).round()
+    torch.testing.assert_close(pixels(images), (10 * seen).view(-1, 1, 1, 1).expand_as(images), atol=1e-3, rtol=0)
+    assert sorted(seen.tolist()) == list(range(20)) != seen.tolist()
+    assert torch.equal(labels, seen.long() % 2)
+    for again, same in ((epoch(data, 5, seed=1), True), (epoch(data, 8, seed=2), False)):
+        assert torch.equal(again[0], images) == same
+    assert torch.equal(torch.get_rng_state(), state), "the run's other randomness must not depend on its loader"
+
+
+@KINDS
+def test_batch_size_and_epochs_change_crops_as_they_should(in_memory: bool, tmp_path: Path) -> None:
+    data = image_folder.build(config(write(tmp_path, noise(ODD_SIZES)), in_memory=in_memory))
+    first = epoch(data, 8, seed=1)[0]
+    assert torch.equal(epoch(data, 3, seed=1)[0], first)
+    other = epoch(data, 8, seed=2)[0]
+    assert torch.cdist(first.flatten(1), other.flatten(1)).min() > 0, "no crop comes twice"
+
+
+def test_workers_read_the_same_bits_and_live_on(tmp_path: Path) -> None:
+    root = write(tmp_path, noise(ODD_SIZES * 3))
+    alone, helped = (image_folder.build(config(root, num_workers=n)) for n in (0, 2))
+    next(iter(helped.train_batches(4, torch.Generator())))  # a pass that is given up
+    workers = {child.pid for child in multiprocessing.active_children()}
+    assert len(workers) == 2
+    for number, batch_size in enumerate((5, 5, 7)):
+        for a, b in zip(epoch(alone, batch_size, number), epoch(helped, batch_size, number), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(held_out(alone), held_out(helped))
+    assert {child.pid for child in multiprocessing.active_children()} == workers
+
+
+@KINDS
+def test_crops_are_boxes_of_random_place_size_shape_and_direction(in_memory: bool, tmp_path: Path) -> None:
+    """Red says where a pixel was across, green where down: a crop's slopes are its box's size."""
+    side = 64
+    ramp = np.zeros((side, side, 3), dtype=np.uint8)
+    ramp[:, :, 0], ramp[:, :, 1] = 4 * np.arange(side), 4 * np.arange(side)[:, None]
+    data = image_folder.build(
+        config(write(tmp_path, [ramp] * 150), in_memory=in_memory, image_size=32, resize=side, min_scale=0.25)
+    )
+    crops = pixels(epoch(data, 50, seed=3)[0]) / 4  # now in pixels of the ramp
+    across, down = crops[:, 0].mean(1), crops[:, 1].mean(2)  # (N, 32)
+    torch.testing.assert_close(crops[:, 0], across[:, None].expand(-1, 32, -1), atol=0.3, rtol=0)
+    middle = slice(4, 28)  # away from the edges, where both ways of resizing are linear
+    widths, heights = (32 / 23 * (line[:, middle][:, -1] - line[:, middle][:, 0]) for line in (across, down))
+    assert 50 < (widths < 0).sum() < 100, "half of them mirrored"
+    assert (heights > 0).all()
+    widths = widths.abs()
+    straight = across[:, 4, None] + torch.linspace(0, 1, 24) * (across[:, 27] - across[:, 4])[:, None]
+    torch.testing.assert_close(across[:, middle], straight, atol=0.6, rtol=0)
+    area, shape = widths * heights / side**2, widths / heights
+    assert area.min() > 0.22
+    assert area.max() < 1.02
+    assert area.std() > 0.15
+    assert 0.7 < shape.min() < 0.85
+    assert 1.2 < shape.max() < 1.43
+    for lines, lengths in ((across, widths), (down, heights)):
+        starts = lines.mean(1) + 0.5 - lengths / 2
+        assert starts.min() > -1
+        assert (starts + lengths).max() < side + 1
+        assert starts.std() > 5
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (64, 64), (20, 200), (200, 20), (1, 1)])
+def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    count = 3000
+    ours = random_boxes(torch.rand(count, DRAWS, dtype=torch.float64), height, width, 0.08)
+    image = torch.empty(3, height, width)
+    scale, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
+    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= torch.tensor([height, width])).all()
+    for a, b in zip(ours.double().T, theirs.double().T, strict=True):
+        error = ((a.var() + b.var()) / count).sqrt()
+        assert abs(a.mean() - b.mean()) <= 4 * error
+        assert abs(a.std() - b.std()) <= 4 * error
+
+
+def test_batched_crops_are_interpolated_ones() -> None:
+    images = torch.rand(40, 3, 24, 24)
+    draws = torch.rand(40, DRAWS, dtype=torch.float64)
+    boxes, flip = random_boxes(draws, 24, 24, 0.08), mirrored(draws)
+    crops = resized_crops(images, boxes, flip, 20)
+    for image, (top, left, height, width), turned, crop in zip(images, boxes.tolist(), flip, crops, strict=True):
+        part = image[None, :, top : top + height, left : left + width]
+        expected = F.interpolate(part, size=20, mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(crop, expected.flip(2) if turned else expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("image_size", "resize"), [(16, 20), (15, 18), (16, 21), (17, 17)])
+def test_evaluation_is_torchvisions_and_the_same_in_memory(image_size: int, resize: int, tmp_path: Path) -> None:
+    root = write(tmp_path, noise(ODD_SIZES), suffix="jpg")
+    sizes = dict(image_size=image_size, resize=resize)
+    files, memory = (image_folder.build(config(root, in_memory=kept, **sizes)) for kept in (False, True))
+    view = transforms.Compose(
+        [
+            transforms.Resize(resize),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    paths = sorted((root / "val").rglob("*.jpg"))
+    expected = torch.stack([view(Image.open(path)) for path in paths])
+    torch.testing.assert_close(held_out(files), expected, atol=1e-5, rtol=0)
+    assert torch.equal(held_out(files), held_out(memory))
+    labels = torch.cat([labels for _, labels in memory.val_batches()])
+    assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_the_rule_that_keeps_data_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path, noise([(40, 50)] * 10))
+    size = 20 * 3 * 20**2 / 2**30
+    caplog.set_level(logging.INFO)
+    for in_memory, limit, kept in (
+        ("auto", size, True),
+        ("auto", 0.99 * size, False),
+        ("auto", "auto", True),
+        (True, 0, True),
+        (False, "auto", False),
+    ):
+        caplog.clear()
+        data = image_folder.build(config(root, in_memory=in_memory, memory_limit=limit, num_workers=2))
+        assert isinstance(data, ByteData if kept else FileData)
+        (line,) = caplog.messages
+        assert line == f"20 images, 2.2e-05 GiB decoded: {'in memory' if kept else 'read by 2 workers'}"
+    (tmp_path / "memory.max").write_text("4096\n")
+    monkeypatch.setattr(image_folder, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    assert image_folder.memory_limit("auto") == 1024 / 2**30
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert [image_folder.worker_count(wanted) for wanted in ("auto", 0, 7)] == [3, 0, 7]
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        for file in path.glob("*"):
+            file.unlink()
+        path.rmdir()
+
+
+def broken(root: Path, case: str) -> list[str]:
+    """Break the folders; returns what the message has to name."""
+    train, val = root / "train", root / "val"
+    if case == "no root":
+        os.rename(root, root.with_name("elsewhere"))
+        return ["no directory", str(train)]
+    if case == "no val":
+        remove(*val.iterdir(), val)
+        return ["no directory", str(val), "val/<class>/"]
+    if case == "no class":
+        remove(*train.iterdir(), *val.iterdir())
+        return ["class folder", str(train)]
+    if case == "one class":
+        remove(train / "class_1", val / "class_1")
+        return ["only one class, class_0"]
+    if case == "other classes":
+        (val / "class_1").rename(val / "klasse_1")
+        return ["class_1 only in train", "klasse_1 only in val"]
+    if case == "empty class":
+        remove(val / "class_0")
+        (val / "class_0").mkdir()
+        return ["no valid file", "class_0", ".jpg"]
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize("case", ["no root", "no val", "no class", "one class", "other classes", "empty class"])
+def test_another_layout_is_named(case: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "root", noise([(40, 50)] * 4))
+    parts = broken(root, case)
+    with pytest.raises(UserError) as caught:
+        image_folder.build(config(root))
+    for part in (f"data.root={root}: ", "train/<class>/", *parts):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def passes(root: Path, **changes: Any) -> Iterator[Data]:
+    """Everything that reads every file once."""
+    data = image_folder.build(config(root, **changes))
+    epoch(data, 2, 0)
+    held_out(data)
+    yield data
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_workers=2), dict(in_memory=True, num_workers=2)], ids=str)
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "chunk", "gone"])
+def test_an_unreadable_image_is_named_by_its_path(options: dict, damage: str, tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(40, 50)] * 8))
+    victim = root / "val" / "class_1" / "003.png"
+    content = victim.read_bytes()
+    damages = {
+        "truncated": content[: len(content) // 2],
+        "text": b"<html>404</html>",
+        "empty": b"",
+        "chunk": content[:40] + bytes(64) + content[104:],
+    }
+    if damage == "gone":
+        victim.unlink()
+        victim.symlink_to(tmp_path / "nowhere.png")
+    else:
+        victim.write_bytes(damages[damage])
+    with pytest.raises(UserError) as caught:
+        list(passes(root, **options))
+    assert str(caught.value).startswith(f"data.root={root}: cannot read the image {victim} (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch has to reach the worker")
+def test_a_worker_that_dies_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path, noise([(40, 50)] * 4))
+    monkeypatch.setattr(image_files, "pil_loader", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"data\.num_workers=1: a worker died .* try fewer workers, or 0") as caught:
+        epoch(image_folder.build(config(root, num_workers=1)), 2, 0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.5, "many"])
+def test_wrong_values_are_refused(value: object) -> None:
+    for key in ("num_workers", "resize"):
+        with pytest.raises(UserError, match=rf"data\.{key}={value}: must be auto, or"):
+            config(Path("x"), **{key: value})
+    if value != 1.5:
+        with pytest.raises(UserError, match=r"data\.memory_limit"):
+            config(Path("x"), memory_limit=value)
+    if value is not True:
+        with pytest.raises(UserError, match=r"data\.in_memory"):
+            config(Path("x"), in_memory=value)
+
+
+def history(checkpoint: Path) -> list[dict[str, float]]:
+    records = json.loads(torch.load(checkpoint, weights_only=True)["facts"])["history"]
+    for record in records:
+        assert 0 < record["data_seconds"] < record["epoch_seconds"]
+    return [{key: record[key] for key in ("train_loss", "val_loss", "val_accuracy")} for record in records]
+
+
+def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command, tmp_path: Path) -> None:
+    colours = [np.full((24, 30, 3), 250 * (i % 2), dtype=np.uint8) for i in range(40)]
+    write(tmp_path / "images", colours, suffix="jpg")
+    here = ["data=image_folder", "data.root=images", "data.image_size=8", "data.in_memory=false", "data.num_workers=0"]
+    here += ["model.width=4", "batch_policy.batch_size=8", "epochs=3", "tracking=none", "resume=auto"]
+    result = command(*here, "hydra.run.dir=once")
+    assert result.returncode == 0, result.stderr
+    assert "80 images, 1.8e-05 GiB decoded: read by the process that trains" in result.stdout
+    assert "waiting for data, share of an epoch" in result.stdout
+    there = [*here, "hydra.run.dir=twice"]
+    killed = subprocess.run([sys.executable, KILLED_RUN, "step:8", *there], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert command(*there).returncode == 0
+    once, twice = (history(tmp_path / name / "last.pt") for name in ("once", "twice"))
+    assert once == twice
+    assert once[-1]["val_accuracy"] == 1.0
+
+
+@pytest.mark.gpu
+@KINDS
+def test_a_device_sees_the_same_crops(in_memory: bool, tmp_path: Path) -> None:
+    data = image_folder.build(config(write(tmp_path, noise(ODD_SIZES)), in_memory=in_memory))
+    moved = data.to(torch.device("cuda"))
+    for a, b in ((epoch(data, 4, 1)[0], epoch(moved, 4, 1)[0]), (held_out(data), held_out(moved))):
+        assert b.is_cuda
+        torch.testing.assert_close(b.cpu(), a, atol=1e-4, rtol=0)
