@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Rebuild the (morphed) network of a checkpoint from that file alone, on the CPU and in evaluation mode.
 
+    A file never decides what is imported, and of functions not what is called. So a network of your own
+    (`model._target_=my_package.Net`) has to be known already: import its package before, or pass what makes it. Either
+    way it is called with the keywords in the file; with a file you do not trust, pass `model`.
+
+    Args:
+        path: a checkpoint, as `last.pt` of a run directory.
+        model: for a network of your own: its class, or a function that makes it, to be called with the keywords of the
+            run (and `num_classes`, `in_channels`, where it takes them). None takes the class the checkpoint names if
+            its module has been imported; a function has to be passed.
+
     Raises:
-        UserError: if the file is damaged, or no checkpoint of MorphTrain.
+        UserError: if the file is damaged, or no checkpoint of MorphTrain; if it holds a network of your own and that
+            is neither imported nor passed, or another one than it was written with; if `model` is given for one of
+            MorphTrain's networks.
     """
     from morphtrain.trainer.checkpoint import load_model
 
-    return load_model(Path(path))
+    return load_model(Path(path), model)

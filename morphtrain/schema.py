@@ -7,7 +7,9 @@ names the key, the value and what would work.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +23,7 @@ METRICS = (
     "val_loss",
     "val_accuracy",
     "epoch_seconds",
+    "data_seconds",
     "morph_seconds",
     "train_seconds",
     "samples_per_second",
@@ -46,6 +49,8 @@ def check_one_of(key: str, value: object, choices: tuple[object, ...]) -> None:
 
 # -- model -----------------------------------------------------------------------------------------------------
 
+IMAGE_KINDS = ("cifar", "imagenet")  # small images and large ones: what stems and heads are made for
+
 
 @dataclass
 class ResNet:
@@ -57,6 +62,7 @@ class ResNet:
     width: int
     downsample: bool
     shortcut: str
+    stem: str
 
     def __post_init__(self) -> None:
         check(self.stages >= 1, "model.stages", self.stages, "1 or more")
@@ -65,6 +71,7 @@ class ResNet:
         check(self.layers >= least, "model.layers", self.layers, f"{least} or more")
         check(self.width >= 1, "model.width", self.width, "1 or more channels")
         check_one_of("model.shortcut", self.shortcut, ("A", "B"))
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
 
     def _check_blocks(self) -> None:
         numbers = self.blocks if isinstance(self.blocks, list) else [self.blocks]
@@ -72,6 +79,99 @@ class ResNet:
         whole = all(type(n) is int and n >= 1 for n in numbers)
         wanted = f"a whole number of 1 or more, or a list of {self.stages} such (model.stages={self.stages})"
         check(fits and whole, "model.blocks", self.blocks, wanted)
+
+
+@dataclass
+class VGG:
+    name: str
+    depth: int
+    width: int
+    batch_norm: bool
+    head: str
+    dropout: float | None
+
+    def __post_init__(self) -> None:
+        check_one_of("model.depth", self.depth, (8, 11, 13, 16))
+        check(self.width >= 1, "model.width", self.width, "1 or more channels")
+        check_one_of("model.head", self.head, IMAGE_KINDS)
+        _check_dropout(self.dropout)
+
+
+@dataclass
+class AlexNet:
+    name: str
+    stem: str
+    batch_norm: bool
+    dropout: float | None
+
+    def __post_init__(self) -> None:
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
+        _check_dropout(self.dropout)
+
+
+@dataclass
+class MobileNet:
+    name: str
+    version: int
+    width_multiplier: float
+    stem: str
+
+    def __post_init__(self) -> None:
+        check_one_of("model.version", self.version, (1, 2))
+        check(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "above 0")
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
+
+
+@dataclass
+class Torchvision:
+    """A network of torchvision by its name there; `source` is what chooses this option."""
+
+    source: str
+    name: str
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # A checkpoint's `options` come here, too: none of them may name a file to load.
+        pretrained = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
+        for key, value in self.options.items():
+            check(key not in pretrained, f"model.options.{key}", value, "left away: training starts from fresh weights")
+            check(key != "num_classes", f"model.options.{key}", value, "left away: the data decides it")
+            _check_plain(f"model.options.{key}", key, value)
+
+
+@dataclass
+class Custom:
+    """The user's own network: what makes it, as a dotted path, and the keywords it is called with."""
+
+    _target_: str
+    arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        parts = self._target_.split(".")
+        dotted = len(parts) > 1 and all(part.isidentifier() for part in parts)
+        check(dotted, "model._target_", self._target_, "a class or function with its module, as in my_package.Net")
+        for key, value in self.arguments.items():
+            _check_plain(f"model.{key}", key, value)
+            hydras = key.startswith("_") and key.endswith("_")
+            check(not hydras, f"model.{key}", value, "left away: only _target_ has a meaning of its own")
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return self._target_
+
+
+def _check_dropout(dropout: float | None) -> None:
+    check(dropout is None or 0 <= dropout < 1, "model.dropout", dropout, "0 or more and below 1, or null")
+
+
+def _check_plain(path: str, key: object, value: object) -> None:
+    """A key whose values are free has to survive a checkpoint, which holds it as JSON."""
+    try:
+        survives = json.loads(json.dumps({key: value})) == {key: value}
+    except TypeError:
+        survives = False
+    check(survives, path, value, "text, a number, true, false, null, or a list or dict (keys: text) of these")
 
 
 # -- data ------------------------------------------------------------------------------------------------------
@@ -90,7 +190,7 @@ class Digits:
 
 @dataclass
 class Downloaded:
-    """Fashion-MNIST, CIFAR-10: files below `root`, fetched on demand."""
+    """Fashion-MNIST, CIFAR-10, CIFAR-100: files below `root`, fetched on demand."""
 
     name: str
     root: str
@@ -107,6 +207,32 @@ class Downloaded:
             self.train_samples,
             "1 or more, or null for all",
         )
+
+
+@dataclass
+class ImageFolder:
+    name: str
+    root: str
+    image_size: int
+    resize: Any  # auto, or int
+    min_scale: float
+    flip: bool
+    in_memory: Any  # auto, or bool
+    memory_limit: Any  # auto, or float
+    num_workers: Any  # auto, or int
+
+    def __post_init__(self) -> None:
+        check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
+        self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
+        check(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0 and at most 1")
+        self._check_auto("in_memory", bool, False, "true or false")
+        self._check_auto("memory_limit", (int, float), 0, "0 or more GiB")
+        self._check_auto("num_workers", int, 0, "0 or more processes")
+
+    def _check_auto(self, key: str, kind: Any, least: Any, wanted: str) -> None:
+        value = getattr(self, key)
+        whole = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # True is an int to Python
+        check(value == "auto" or (whole and value >= least), f"data.{key}", value, f"auto, or {wanted}")
 
 
 @dataclass
@@ -150,9 +276,10 @@ class PruneTrain:
     interval: int
     start_epoch: int
     stop_epoch: int | None
-    round_to: int
+    round_to: Any  # int, or "auto"
     min_channels: int
     residual: str
+    ignore: list[str]
 
     def __post_init__(self) -> None:
         check(0 < self.lasso_ratio < 1, "prune.lasso_ratio", self.lasso_ratio, "between 0 and 1, both excluded")
@@ -167,9 +294,10 @@ class PruneTrain:
             self.stop_epoch,
             f"prune.start_epoch={self.start_epoch} or later, or null",
         )
-        check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
+        whole = type(self.round_to) is int and self.round_to >= 1
+        check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
         check(self.min_channels >= 1, "prune.min_channels", self.min_channels, "1 or more channels")
-        check_one_of("prune.residual", self.residual, ("union",))
+        check_one_of("prune.residual", self.residual, ("union", "gating"))
 
 
 @dataclass
@@ -285,11 +413,20 @@ class Timing:
 # -- the whole -------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, type]] = {
-    "model": {"resnet": ResNet},
+    "model": {
+        "resnet": ResNet,
+        "vgg": VGG,
+        "alexnet": AlexNet,
+        "mobilenet": MobileNet,
+        "torchvision": Torchvision,
+        "custom": Custom,
+    },
     "data": {
         "digits": Digits,
         "fashion_mnist": Downloaded,
         "cifar10": Downloaded,
+        "cifar100": Downloaded,
+        "image_folder": ImageFolder,
         "synthetic": Synthetic,
     },
     "prune": {"none": Nothing, "prunetrain": PruneTrain},
@@ -335,6 +472,25 @@ class Config:
             check_one_of("objective", metric, recorded)
 
 
+def option_of(node: Mapping[Any, Any]) -> Any:
+    """Which option of its group a node is, be it composed, stored, or the `vars` of its dataclass.
+
+    The option's own name is in `name`, unless that is taken: then in `source`. A `_target_` makes it the user's own.
+    """
+    keys = set(node)  # of a composed node, `in` would deny keys that still miss their value
+    if "_target_" in keys:
+        return "custom"
+    return node.get("source" if "source" in keys else "name")
+
+
+def stored_model(stored: Mapping[str, Any]) -> Any:
+    """The model's dataclass from the plain data of a checkpoint; raises `UserError` for what is none of ours."""
+    options = OPTIONS["model"]
+    name = option_of(stored)
+    check_one_of("model.name", name, tuple(options))
+    return options[name](**stored)
+
+
 def parse(composed: DictConfig) -> Config:
     """The typed config of a composed one; raises `UserError` for an unknown key, a wrong type or range."""
     values: dict[str, Any] = {}
@@ -346,9 +502,9 @@ def parse(composed: DictConfig) -> Config:
             raise UserError(f"{key}: no such key; there are {', '.join(f.name for f in fields(Config))}")
     for group, options in OPTIONS.items():
         node = composed[group]
-        name = OmegaConf.select(node, "name") if isinstance(node, DictConfig) else node
+        name = option_of(node) if isinstance(node, DictConfig) else node
         check_one_of(f"{group}.name", name, tuple(options))
-        values[group] = _typed(options[name], node, group)
+        values[group] = _custom(node) if options[name] is Custom else _typed(options[name], node, group)
     top = {f.name: composed[f.name] for f in fields(Config) if f.name not in OPTIONS}
     plain = _typed(_TopLevel, OmegaConf.create(top), "")
     return Config(**vars(plain), **values)
@@ -361,6 +517,19 @@ class _TopLevel:
     device: str
     resume: str
     objective: list[str]
+
+
+def _custom(node: DictConfig) -> Custom:
+    """All keys but `_target_` are the network's, with nothing but plain containers in them."""
+    for key in ("_target_", *node):
+        if key not in node:
+            raise UserError(f"model.{key}: missing; give it a value")
+    try:
+        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # keys are checked in there
 
 
 def _typed(kind: type, node: DictConfig, group: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from morphtrain.run import CONF
 
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / group).glob("*.yaml"))]
 
+# What an option file leaves to the user.
+REQUIRED = {"model=torchvision": ["model.name=resnet18"], "model=custom": ["model._target_=my_package.Net"]}
+
 
 def composed(*overrides: str):
     with initialize_config_dir(str(CONF)):
@@ -24,11 +29,13 @@ def composed(*overrides: str):
 @pytest.mark.parametrize("path", OPTION_FILES, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_option_file_parses_and_has_its_module(path: Path) -> None:
     group = path.parent.name
-    config = schema.parse(composed(f"{group}={path.stem}"))
+    choice = f"{group}={path.stem}"
+    config = schema.parse(composed(choice, *REQUIRED.get(choice, [])))
     option = getattr(config, group)
-    assert isinstance(option, schema.OPTIONS[group][option.name])
+    name = schema.option_of(vars(option))
+    assert isinstance(option, schema.OPTIONS[group][name])
     if group != "timing":
-        assert callable(importlib.import_module(f"morphtrain.{group}.{option.name}").build)
+        assert callable(importlib.import_module(f"morphtrain.{group}.{name}").build)
 
 
 @pytest.mark.parametrize("path", OPTION_FILES, ids=lambda p: f"{p.parent.name}={p.stem}")
@@ -58,8 +65,12 @@ def test_every_key_is_explained(path: Path) -> None:
 def test_groups_folders_and_modules_are_the_same() -> None:
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert set(schema.OPTIONS) <= folders
-    presets = {path.stem for path in (CONF / "model").glob("*.yaml")}
-    assert presets == {"resnet", "resnet8", "resnet20", "resnet32", "resnet56"}
+    presets = {
+        *(f"resnet{depth}" for depth in (8, 20, 32, 50, 56)),
+        *(f"vgg{depth}" for depth in (8, 11, 13, 16)),
+        *("mobilenet_v1", "mobilenet_v2"),
+    }
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == presets | set(schema.OPTIONS["model"])
     for group, options in schema.OPTIONS.items():
         if group != "model":
             assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(options)
@@ -72,6 +83,76 @@ def test_numbers_are_converted_as_yaml_users_expect() -> None:
     assert config.optimizer.lr == 1.0
     assert config.prune.threshold == 0.001
     assert config.model.blocks == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "name"),
+    [
+        (["model=resnet50", "model.stem=cifar"], schema.ResNet, "resnet"),
+        (["model=torchvision", "model.name=resnet18"], schema.Torchvision, "torchvision"),
+        (["model=custom", "model._target_=a.B"], schema.Custom, "custom"),
+        (["model=custom", "model._target_=a.B", "+model.name=resnet", "+model.source=vgg"], schema.Custom, "custom"),
+    ],
+)
+def test_the_option_is_the_same_composed_typed_and_stored(overrides: list[str], kind: type, name: str) -> None:
+    config = composed(*overrides)
+    model = schema.parse(config).model
+    stored = json.loads(json.dumps(asdict(model)))
+    assert type(model) is kind
+    assert [schema.option_of(node) for node in (config.model, vars(model), stored)] == [name] * 3
+    assert schema.stored_model(stored) == model
+
+
+WRONG_MODELS = {
+    "stem": (["model.stem=mnist"], "model.stem=mnist: must be one of cifar, imagenet"),
+    "depth": (["model=vgg", "model.depth=19"], "model.depth=19: must be one of 8, 11, 13, 16"),
+    "head": (["model=vgg11", "model.head=small"], "model.head=small: must be one of cifar, imagenet"),
+    "width": (["model=vgg11", "model.width=0"], "model.width=0: must be 1 or more"),
+    "dropout": (["model=alexnet", "model.dropout=1"], "model.dropout=1.0: must be 0 or more and below 1, or null"),
+    "version": (["model=mobilenet", "model.version=3"], "model.version=3: must be one of 1, 2"),
+    "multiplier": (["model=mobilenet", "model.width_multiplier=0"], "model.width_multiplier=0.0: must be above 0"),
+    "no name": (["model=torchvision"], "model.name: missing"),
+    "source": (["model=torchvision", "model.source=timm"], "model.name=timm: must be one of resnet, vgg"),
+    "weights": (["model=torchvision", "model.name=a", "+model.options.weights=X"], "model.options.weights=X: .* fresh"),
+    "pretrained": (["model=torchvision", "model.name=a", "+model.options.pretrained=true"], "model.options.pretrained"),
+    "classes": (["model=torchvision", "model.name=a", "+model.options.num_classes=3"], "model.options.num_classes=3"),
+    "no target": (["model=custom"], "model._target_: missing"),
+    "no module": (["model=custom", "model._target_=Net"], "model._target_=Net: must be .* my_package.Net"),
+    "no path": (["model=custom", "model._target_=my-package.Net"], "model._target_=my-package.Net"),
+    "missing": (["model=custom", "model._target_=a.B", "+model.width=???"], "model.width: missing"),
+    "nested": (["model=custom", "model._target_=a.B", "+model.a={b:???}"], "model.a.b: Missing mandatory value"),
+    "nowhere": (["model=custom", "model._target_=a.B", "+model.a=${b}"], "model.a: Interpolation key 'b' not found"),
+    "number as key": (["model=custom", "model._target_=a.B", "+model.a={1:8}"], r"model.a=\{1: 8\}: .*keys: text"),
+    "not a number": (["model=custom", "model._target_=a.B", "+model.a=nan"], "model.a=nan: must be"),
+    "key of Hydra": (["model=custom", "model._target_=a.B", "+model._partial_=true"], "model._partial_=True: .* left"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MODELS)
+def test_a_wrong_key_of_a_model_is_named(case: str) -> None:
+    overrides, message = WRONG_MODELS[case]
+    with pytest.raises(UserError, match=message):
+        schema.parse(composed(*overrides))
+
+
+def test_the_keys_of_a_users_network_arrive_as_plain_data() -> None:
+    config = composed(
+        "model=custom",
+        "model._target_=a.B",
+        "+model.width=${epochs}",
+        "+model.stages=[{width:8,stride:2},{width:16,stride:1}]",
+        "+model.act={_target_:torch.nn.ReLU}",
+        "epochs=7",
+    )
+    model = schema.parse(config).model
+    assert model._target_ == "a.B"
+    assert model.arguments == {
+        "width": 7,
+        "stages": [{"width": 8, "stride": 2}, {"width": 16, "stride": 1}],
+        "act": {"_target_": "torch.nn.ReLU"},
+    }
+    assert {type(value) for value in model.arguments.values()} == {int, list, dict}
+    assert type(model.arguments["stages"][0]) is dict
 
 
 @pytest.mark.parametrize("key", ["seed", "prune", "timing"])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import KILLED_RUN, SMALL, Command
 
+ANY_MODEL = [override for override in SMALL if not override.startswith("model.")]  # without the keys of a ResNet
+
 CASES = {
     "mistyped key": (["prune=prunetrain", "prune.laso_ratio=0.2"], ["laso_ratio", "lasso_ratio"]),
     "added key": (["+prune.strength=1", "prune=prunetrain"], ["prune.strength", "lasso_ratio"]),
@@ -29,16 +31,32 @@ CASES = {
     "learning rate": (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
     "objective": (["objective=[accuracy]"], ["objective=accuracy", "val_accuracy"]),
     "milestones": (["schedule=milestones", "schedule.milestones=[60,80]"], ["schedule.milestones", "fractions"]),
+    "resize below the crop": (
+        ["data=image_folder", "data.image_size=64", "data.resize=32"],
+        ["data.resize=32", "auto, or 64 (data.image_size) or more"],
+    ),
+    "in memory perhaps": (["data=image_folder", "data.in_memory=maybe"], ["data.in_memory=maybe", "auto, or true"]),
     "unknown device": (["device=gpu"], ["device=gpu", "cuda"]),
 }
 
 # These need torch, and so a second or more each.
 SLOWER_CASES = {
     "absent device": (["device=cuda:7"], ["device=cuda:7", "cpu"]),
+    "no target": (["model=custom"], ["model._target_: missing"]),
+    "missing package": (
+        ["model=custom", "model._target_=my_package.Net"],
+        ["model._target_=my_package.Net", "no module my_package", "current directory"],
+    ),
+    "mistyped network": (
+        ["model=torchvision", "model.name=densnet121"],
+        ["model.name=densnet121", "did you mean densenet121"],
+    ),
+    "images too small": ([*ANY_MODEL, "model=alexnet", "model.stem=imagenet"], ["model=alexnet", "(3, 8, 8)"]),
     "missing data set": (
         ["data=cifar10", "data.root=nowhere", "data.download=false"],
         ["data.root=nowhere", "CIFAR10", "data.download=false"],
     ),
+    "no such folder": (["data=image_folder", "data.root=nowhere"], ["data.root=nowhere", "train/<class>/"]),
     "no network": (["data=cifar10", "data.root=nowhere"], ["data.root=nowhere", "download failed"]),
     "batch above the data": ([*SMALL, "batch_policy.batch_size=999"], ["batch_policy.batch_size=999", "256"]),
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphtrain import schema
+from morphtrain.model.initialise import initialise
 from morphtrain.morph.layers import PadChannels
 
 EXPANSION = 4  # of a bottleneck block's output over its inner width
 
 
 class ResNet(nn.Module):
-    """A 3x3 stem, `stages` stages of residual blocks whose width doubles, global average pooling, a classifier.
+    """A stem, `stages` stages of residual blocks whose width doubles, global average pooling, a classifier.
 
     Args:
         stages: number of stages; stage k has inner width `width * 2**k`.
@@ -28,6 +29,7 @@ class ResNet(nn.Module):
         width: channels of the stem and of the first stage's inside.
         downsample: halve the resolution at every stage after the first. False keeps stride 1 throughout.
         shortcut: where the width changes: "A" pads with zero channels, "B" projects with a 1x1 convolution.
+        stem: "cifar": a 3x3 convolution; "imagenet": a 7x7 convolution of stride 2, then 3x3 max pooling of stride 2.
         num_classes: outputs.
         in_channels: channels of the images.
     """
@@ -42,6 +44,7 @@ class ResNet(nn.Module):
         width: int = 16,
         downsample: bool = True,
         shortcut: str = "A",
+        stem: str = "cifar",
         num_classes: int = 10,
         in_channels: int = 3,
     ) -> None:
@@ -51,7 +54,7 @@ class ResNet(nn.Module):
             raise ValueError(f"blocks={per_stage} must have one number for each of {stages} stages")
         if bottleneck and layers < 3:
             raise ValueError(f"a bottleneck block has at least 3 layers, not layers={layers}")
-        self.stem = nn.Sequential(_conv(in_channels, width, 3), nn.BatchNorm2d(width))
+        self.stem = _stem(in_channels, width, stem)
         self.stages = nn.Sequential()
         channels = width
         for stage, count in enumerate(per_stage):
@@ -63,10 +66,10 @@ class ResNet(nn.Module):
                 blocks_of_stage.append(ResidualBlock(channels, inner, layers, bottleneck, stride, shortcut))
                 channels = inner * (EXPANSION if bottleneck else 1)
         self.classifier = nn.Linear(channels, num_classes)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.stem(x))  # (B, width, H, W)
+        x = F.relu(self.stem(x))  # (B, width, H, W), with the ImageNet stem (B, width, H / 4, W / 4)
         x = self.stages(x)  # (B, C, H', W')
         return self.classifier(x.mean((2, 3)))  # (B, num_classes)
 
@@ -105,6 +108,15 @@ class PaddedShortcut(nn.Module):
         return self.pad(x[:, :, :: self.stride, :: self.stride])
 
 
+def _stem(channels: int, out: int, kind: str) -> nn.Sequential:
+    if kind == "cifar":
+        return nn.Sequential(_conv(channels, out, 3), nn.BatchNorm2d(out))
+    if kind == "imagenet":
+        # relu comes behind the pooling, on a quarter of the values: the relu of a maximum is the maximum of the relus.
+        return nn.Sequential(_conv(channels, out, 7, 2), nn.BatchNorm2d(out), nn.MaxPool2d(3, 2, padding=1))
+    raise ValueError(f"stem={kind!r} is neither 'cifar' nor 'imagenet'")
+
+
 def _shortcut(channels: int, out: int, stride: int, option: str) -> nn.Module:
     if channels == out and stride == 1:
         return nn.Identity()
@@ -119,11 +131,6 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 def build(config: schema.ResNet, num_classes: int, in_channels: int) -> ResNet:
     """The network of the config group `model`, for data of these classes and image channels."""
     return ResNet(
@@ -134,6 +141,7 @@ def build(config: schema.ResNet, num_classes: int, in_channels: int) -> ResNet:
         width=config.width,
         downsample=config.downsample,
         shortcut=config.shortcut,
+        stem=config.stem,
         num_classes=num_classes,
         in_channels=in_channels,
     )

@@ -6,12 +6,14 @@ a name never stands for a half-written file; every record in it carries a CRC-32
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from torch import nn
 
 from morphtrain import morph, schema
 from morphtrain.errors import UserError
-from morphtrain.trainer.run import Run, build_model, build_run
+from morphtrain.model import custom
+from morphtrain.trainer.run import Run, build_model, build_run, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 1"
+FORMAT = "morphtrain checkpoint 2"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
-FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download")
+FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download", "data.num_workers")
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +97,6 @@ class Checkpoint:
         """The run as it was after its last full epoch; raises `UserError` if `config` asks for another one."""
         self._check_config(config)
         run = build_run(config, morph=self._rebuild)
-        run.model.load_state_dict(self.content["model"])
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
         for group, state in self.content["methods"].items():
@@ -103,19 +105,41 @@ class Checkpoint:
             setattr(run, key, self.facts[key])
         return run
 
-    def model(self) -> nn.Module:
-        """The network alone, on the CPU."""
-        stored = dict(self.facts["config"])
-        for group, options in schema.OPTIONS.items():
-            stored[group] = options[stored[group]["name"]](**stored[group])
+    def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
+        """The network alone, on the CPU; `make` makes a network of the user's own. See `morphtrain.load`."""
+        facts = self.facts
+        try:
+            config = schema.stored_model(facts["config"]["model"])
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
+        build = self._builder(config, make)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(schema.Config(**stored), self.facts["num_classes"], self.facts["in_channels"])
-        model = self._rebuild(model)
-        model.load_state_dict(self.content["model"])
-        return model
+            model = build_model(build, config, facts["config"]["seed"], facts["num_classes"], facts["in_channels"])
+        return self._rebuild(model)
+
+    def _builder(self, config: Any, make: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
+        """What makes the network again; for one of the user's own, nothing that only this file asks for."""
+        if not isinstance(config, schema.Custom):
+            if make is not None:
+                raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
+            return option("model", config)
+        if make is None:
+            make = custom.of_checkpoint(config._target_)
+        return functools.partial(custom.construct, make)
 
     def _rebuild(self, model: nn.Module) -> nn.Module:
-        return morph.rebuild(model, self.facts["architecture"])
+        """Structure and values: a trace reads the indices of gates."""
+        try:
+            model = morph.rebuild(model, self.facts["architecture"])
+            model.load_state_dict(self.content["model"])
+        except (AttributeError, RuntimeError) as error:  # a path the network does not have; other names or shapes
+            raise self._unlike(error) from error
+        return model
+
+    def _unlike(self, error: Exception) -> UserError:
+        name = self.facts["config"]["model"].get("_target_", "the model")
+        reason = " ".join(str(error).split())
+        return UserError(f"{self.path}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
         then, now = flat(self.facts["config"]), flat(asdict(config))
@@ -144,9 +168,9 @@ def find(directory: Path) -> Checkpoint | None:
     return None
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, make: Callable[..., nn.Module] | None = None) -> nn.Module:
     """See `morphtrain.load`."""
-    return Checkpoint(path).model().eval()
+    return Checkpoint(path).model(make).eval()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -162,8 +186,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, or not a checkpoint ({error})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain ('{FORMAT}')")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of MorphTrain as it is now ('{FORMAT}', not {found!r})")
     return content
 
 
@@ -171,7 +196,9 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config as one level of dotted keys."""
     result: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
+        if key == "arguments" and "_target_" in config:
+            result.update(flat(value, prefix))  # of the user's own network: keys of `model`, as the user typed them
+        elif isinstance(value, dict):
             result.update(flat(value, f"{prefix}{key}."))
         else:
             result[f"{prefix}{key}"] = value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from morphtrain import schema
 from morphtrain.cost import count_macs, count_params
-from morphtrain.data import ImageData
+from morphtrain.data import Data
 from morphtrain.errors import UserError
-from morphtrain.morph import ChannelGraph, MorphError
+from morphtrain.model.outputs import check_outputs
+from morphtrain.morph import ChannelGraph, MorphError, is_ignored
 from morphtrain.precision import Precision
 from morphtrain.schedule import Schedule
-from morphtrain.schema import Config
 from morphtrain.trainer.clock import Clock
+
+log = logging.getLogger(__name__)
 
 # The order in which methods' hooks are called: batch size last, so that it reacts to what the others changed.
 METHOD_GROUPS = ("prune", "grow", "batch_policy")
@@ -29,9 +33,9 @@ METHOD_GROUPS = ("prune", "grow", "batch_policy")
 class Run:
     """Model, graph, optimizer, schedule, data, clock and methods, and how far training has come."""
 
-    config: Config
+    config: schema.Config
     device: torch.device
-    data: ImageData
+    data: Data
     model: nn.Module
     graph: ChannelGraph
     optimizer: Optimizer
@@ -75,7 +79,7 @@ def derived_seed(seed: int, epoch: int) -> int:
 
 def option(group: str, config: Any) -> Callable[..., Any]:
     """`build` of the module that implements the group's chosen option."""
-    build: Callable[..., Any] = importlib.import_module(f"morphtrain.{group}.{config.name}").build
+    build: Callable[..., Any] = importlib.import_module(f"morphtrain.{group}.{schema.option_of(vars(config))}").build
     return build
 
 
@@ -93,30 +97,33 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def build_model(config: Config, num_classes: int, in_channels: int) -> nn.Module:
-    """The network as the config describes it, initialised from the seed, on the CPU."""
-    torch.manual_seed(derived_seed(config.seed, 0))
-    model: nn.Module = option("model", config.model)(config.model, num_classes, in_channels)
-    return model
+def build_model(
+    build: Callable[..., nn.Module], config: Any, seed: int, num_classes: int, in_channels: int
+) -> nn.Module:
+    """The network that `build` makes of the config group `model`, initialised from the run's seed, on the CPU."""
+    # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
+    torch.default_generator.manual_seed(derived_seed(seed, 0))
+    with torch.device("cpu"):
+        return build(config, num_classes, in_channels)
 
 
-def build_run(config: Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
+def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
     """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
 
     Raises:
-        UserError: for a device or data set that is not there, or a model whose channels cannot be followed.
+        UserError: for a device or data set that is not there, or a model that cannot be made, does not fit the data
+            or whose channels cannot be followed.
     """
     device = pick_device(config.device)
-    data: ImageData = option("data", config.data)(config.data).to(device)
-    model = build_model(config, data.num_classes, data.input_shape[0])
+    data: Data = option("data", config.data)(config.data).to(device)
+    build = option("model", config.model)
+    model = build_model(build, config.model, config.seed, data.num_classes, data.input_shape[0])
     if morph is not None:
         model = morph(model)
     model = model.to(device)
-    try:
-        graph = ChannelGraph.trace(model, data.train.pixels[:1])
-    except MorphError as error:
-        raise UserError(f"model={config.model.name}: {error}") from error
+    check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
     methods = {group: option(group, getattr(config, group))(getattr(config, group)) for group in METHOD_GROUPS}
+    graph = follow_channels(config, model, data.input_shape)
     run = Run(
         config=config,
         device=device,
@@ -137,6 +144,29 @@ def build_run(config: Config, morph: Callable[[nn.Module], nn.Module] | None = N
         "macs": run.macs,
     }
     return run
+
+
+def follow_channels(config: schema.Config, model: nn.Module, input_shape: Sequence[int]) -> ChannelGraph:
+    """The channel graph of the model; one without spaces if it cannot be traced and nothing wants to change it.
+
+    Raises:
+        UserError: for a model whose channels cannot be followed, if a method needs them.
+    """
+    ignore = getattr(config.prune, "ignore", [])
+    unknown = [
+        pattern for pattern in ignore if not any(is_ignored(path, [pattern]) for path, _ in model.named_modules())
+    ]
+    if unknown:
+        paths = ", ".join(path for path, _ in model.named_children())
+        raise UserError(f"prune.ignore={unknown}: no module's path matches; the model's parts are {paths}")
+    try:
+        return ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
+    except MorphError as error:
+        if config.prune.name == config.grow.name == "none":
+            log.info("the model's channels are not followed: %s", error)
+            return ChannelGraph.untraced(model)
+        hint = "; prune.ignore=[...] leaves modules out of it, prune=none the whole"
+        raise UserError(f"model={config.model.name}: {error}{hint}") from error
 
 
 def count_weights(model: nn.Module, threshold: float = 0.0) -> int:

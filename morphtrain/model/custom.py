@@ -1,0 +1,122 @@
+"""The user's own network: a class, or a function that makes it, by its dotted path.
+
+python -m morphtrain.run model=custom model._target_=my_package.Net +model.width=32
+
+Every key beside `_target_` is a keyword of the call; `num_classes` and `in_channels` come from the data where the
+callable takes them and the config does not set them. What a *config* names is imported: it is the user's own. What a
+*checkpoint* names is not, since a file must not decide what runs: see `of_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+
+
+def build(config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
+    """Import what `model._target_` names and call it.
+
+    Raises:
+        UserError: if there is no such module or name, or calling it fails or yields no `torch.nn.Module`.
+    """
+    return construct(find(config._target_), config, num_classes, in_channels)
+
+
+def find(target: str) -> Callable[..., Any]:
+    """Import the callable of this dotted path; the current directory is searched, as `python -m` has it."""
+    module_name, _, name = target.rpartition(".")
+    module = _import(target, module_name)
+    if not hasattr(module, name):
+        raise UserError(f"model._target_={target}: {module_name} has no {name}; {_what_it_has(module, name)}")
+    found = getattr(module, name)
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise UserError(
+            f"model._target_={target}: is an object of type {kind}; name a class, or a function that makes one"
+        )
+    return found
+
+
+def _import(target: str, module_name: str) -> ModuleType:
+    try:
+        # A module that draws while it is imported must not shift what the network draws: the next run of a sweep, or
+        # `morphtrain.load`, finds it imported already.
+        with torch.random.fork_rng(devices=[]):
+            return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            where = f"there is no module {error.name}, neither in the current directory ({Path.cwd()}) nor installed"
+            raise UserError(f"model._target_={target}: {where}; PYTHONPATH adds further places") from error
+        raise UserError(f"model._target_={target}: importing {module_name} fails: {error}") from error
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"model._target_={target}: importing {module_name} fails: {error}") from error
+
+
+def _what_it_has(module: ModuleType, name: str) -> str:
+    """A hint: the names that look like `name`, or else the networks defined in `module`."""
+    close = difflib.get_close_matches(name, vars(module), n=3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    networks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]
+    return f"its networks: {', '.join(networks) or 'none'}"
+
+
+def construct(make: Callable[..., Any], config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
+    """Call `make` with the config's keywords, and with what it wants to know of the data."""
+    from_data = {"num_classes": num_classes, "in_channels": in_channels}
+    arguments = {key: value for key, value in from_data.items() if _takes(make, key)} | config.arguments
+    try:
+        # A copy: a constructor that empties a list must not change what the checkpoints will hold.
+        network = make(**copy.deepcopy(arguments))
+    except (TypeError, ValueError) as error:
+        called = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UserError(f"model._target_={config._target_}: called with ({called}): {error}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"model._target_={config._target_}: makes a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _takes(make: Callable[..., Any], keyword: str) -> bool:
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # compiled code may have none
+        return False
+    named = parameters.get(keyword)
+    if named is not None:
+        return named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY)
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def of_checkpoint(target: str) -> type[nn.Module]:
+    """The class a checkpoint names, if the caller has imported it already. Nothing is imported and nothing called.
+
+    It has to be a subclass of `torch.nn.Module` from the package the path begins with: neither a function nor what
+    that package happens to have imported from elsewhere.
+
+    Raises:
+        UserError: that says how to load the checkpoint all the same.
+    """
+    module_name, _, name = target.rpartition(".")
+    module = sys.modules.get(module_name)
+    if module is None:
+        raise UserError(f"the network is {target}: import {module_name} first, or pass model=")
+    # Not getattr: a module's own __getattr__ would run, and may import, because a file says so.
+    found = vars(module).get(name)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        home = found.__module__
+        if home.partition(".")[0] == module_name.partition(".")[0]:
+            return found
+    raise UserError(f"the network is {target}, which is no class of a network defined there: pass model={target}")

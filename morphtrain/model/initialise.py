@@ -1,0 +1,20 @@
+"""How the weights of a network start."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw a convolution's weights from N(0, 2 / fan_out) (He et al. 2015, arXiv 1502.01852), its bias at zero.
+
+    For `nn.Module.apply`. The fan-out of a convolution of g groups is that of one group; torch's `kaiming_normal_`
+    takes all of them together and starts a depthwise one of C channels smaller by sqrt(C).
+    """
+    if isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0, math.sqrt(2.0) / math.sqrt(fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,56 @@
+"""Does a network fit data and loss? Found out when a run is built, not an epoch later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from morphtrain.errors import UserError
+
+SAMPLES = 2  # batch norm cannot train on one value per channel
+
+
+def check_outputs(name: str, model: nn.Module, input_shape: Sequence[int], num_classes: int) -> None:
+    """Raise the `UserError` of the model `name` unless it turns (B, *input_shape) into logits (B, num_classes).
+
+    Tried on two blank images, in training mode and in evaluation mode, since some networks differ in what they return.
+    That costs less than a training step; on meta tensors it would cost nothing, but refuse networks that make tensors
+    of their own on the way. Parameters, buffers, modes and random numbers are as before.
+    """
+    tensors = list(chain(model.parameters(), model.buffers()))
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise UserError(f"{name}: has lazy layers, whose size is not known before their first use; give them a size")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name}: has no parameter to train")
+    x = torch.zeros(SAMPLES, *input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for training in (True, False):
+            _check(name, model.train(training), x, num_classes)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> None:
+    mode = "training" if model.training else "evaluation"
+    buffers = {path: buffer.clone() for path, buffer in model.named_buffers()}  # running statistics move
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # dropout draws
+            output = torch.func.functional_call(model, buffers, (x,))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: cannot take images of {tuple(x.shape[1:])} in {mode} mode: {reason}") from error
+    wanted = (len(x), num_classes)
+    if not isinstance(output, torch.Tensor):
+        found = f"a {type(output).__name__}"
+    elif output.shape != wanted:
+        found = f"a tensor of {tuple(output.shape)}"
+    else:
+        return
+    raise UserError(f"{name}: gives {found} in {mode} mode; the loss needs one tensor of logits (B, {num_classes})")
