@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from networks import INPUT, OPTIMIZERS, SHAPES, build, mask, outputs, step, trace
+from networks import INPUT, OPTIMIZERS, SHAPES, build, mask, outputs, step, trace, twin
+from topologies import TOPOLOGIES
 from torch import nn
 
-from morphtrain.prune.reconfigure import channel_strength, live_channels, reconfigure
+from morphtrain.cost import count_macs
+from morphtrain.morph import ChannelGraph, Gate, MorphError, describe, rebuild
+from morphtrain.prune.reconfigure import channel_strengths, channels_to_keep, live_channels, reconfigure
+from morphtrain.prune.widths import WidthProbe
 
 
 def chain(producer_alive: set[int], consumer_alive: set[int]) -> nn.Sequential:
@@ -62,8 +67,10 @@ def test_what_is_dead_goes_and_the_function_stays(shape: str, fraction: float, r
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     step(model, optimizer)
     kill(model, fraction)
-    whole_branch = {b.path for b in trace(model).blocks if not channel_strength(b.spaces[-1]).any()}
-    early = {b.path for b in trace(model).blocks if any(not channel_strength(s).any() for s in b.spaces)} - whole_branch
+    graph = trace(model)
+    strengths = channel_strengths(graph)
+    whole_branch = {b.path for b in graph.blocks if not strengths[b.spaces[-1]].any()}
+    early = {b.path for b in graph.blocks if any(not strengths[s].any() for s in b.spaces)} - whole_branch
     before = outputs(model)
     graph = trace(model)
     change = reconfigure(graph, threshold=1e-4, round_to=round_to, optimizer=optimizer)
@@ -85,7 +92,7 @@ def test_an_early_empty_space_removes_the_block_and_keeps_its_mean() -> None:
     graph = trace(model)
     first, last = graph.blocks[0].spaces
     mask(first, torch.arange(first.size))
-    assert channel_strength(last).any()
+    assert channel_strengths(graph)[last].any()
     change = reconfigure(graph, threshold=1e-4)
     assert change.removed_blocks[0] == graph_path(model)
     norm = model.stages[0][0].branch.norm
@@ -151,3 +158,221 @@ def test_zero_branches_survive_a_second_trace() -> None:
     untouched = copy.deepcopy(model)
     again.reindex(again.spaces[0], range(again.spaces[0].size))
     torch.testing.assert_close(model.eval()(INPUT), untouched.eval()(INPUT))
+
+
+class Blocks(nn.Module):
+    """Residual blocks without a module of their own for the branch, as in torchvision, of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 6, 3, 2, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Conv2d(8, 8, 1, 2)
+        self.pre = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1), nn.ReLU())
+        self.last = nn.Conv2d(5, 8, 3, padding=1)
+        self.drop = nn.Dropout(0.0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.stem(x))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.down(x)
+        x = self.relu(out)
+        x = x + self.drop(self.last(self.pre(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_blocks_that_are_code_can_be_removed(number: int) -> None:
+    model = Blocks().double().train()
+    make = OPTIMIZERS["sgd"]
+    optimizer = make(model.parameters())
+    step(model, optimizer)
+    masked, masked_optimizer = twin(model, make, optimizer)
+    fresh = copy.deepcopy(model)
+    graph = trace(model)
+    assert [block.path for block in graph.blocks] == ["conv2", "last"]
+    block = trace(masked).blocks[number]
+    mask(block.spaces[-1], torch.arange(block.spaces[-1].size))
+    if number == 0:  # what the first convolution's bias gives, the norm behind it centres to its own bias: dead too
+        masked.conv2.weight.data.zero_()
+    graph.remove_block(graph.blocks[number], optimizer)
+    for a, b in zip(outputs(model), outputs(masked), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    step(model, optimizer)
+    step(masked, masked_optimizer)
+    for name in ("stem.weight", "down.weight", "head.weight"):
+        torch.testing.assert_close(model.get_parameter(name), masked.get_parameter(name), rtol=1e-7, atol=1e-9)
+    space = graph.space("stem")
+    graph.reindex(space, [0, 2, 5], optimizer)
+    graph = trace(model)
+    for space in graph.spaces:
+        graph.reindex(space, [0, 0, 1])
+    rebuilt = rebuild(fresh, json.loads(json.dumps(describe(model))))
+    rebuilt.load_state_dict(model.state_dict())
+    for a, b in zip(outputs(rebuilt), outputs(model), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["DenseBlock", "Inception"])
+def test_a_layer_that_is_concatenated_can_go_as_a_whole(name: str) -> None:
+    make, inputs = TOPOLOGIES[name]
+    torch.manual_seed(0)
+    model = make().double().train()
+    fresh, x = copy.deepcopy(model), inputs()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    graph = ChannelGraph.trace(model, x)
+    block = graph.blocks[1]
+    (space,) = block.outputs
+    mask(space, torch.arange(space.size))
+    for slot in space.slots:
+        if slot.role == "elementwise":
+            slot.axis.module.bias.data[slot.start : slot.start + space.size] = 0.0
+    expected = outputs(model, x)
+    assert graph.can_remove(block)
+    change = reconfigure(graph, threshold=1e-4, optimizer=optimizer)
+    assert change.removed_blocks == [block.path]
+    assert space not in graph.spaces
+    for a, b in zip(outputs(model, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    model(*x).sum().backward()
+    optimizer.step()
+    rebuilt = rebuild(fresh, json.loads(json.dumps(describe(model))))
+    rebuilt.load_state_dict(model.state_dict())
+    for a, b in zip(outputs(rebuilt, x), outputs(model, x), strict=True):
+        assert torch.equal(a, b)
+
+
+class Forked(nn.Module):
+    """Two convolutions of the same input, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), nn.Conv2d(8, 6, 3, padding=1)
+        self.head = nn.Linear(11, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([self.left(x), self.right(x)], 1).relu().mean((2, 3)))
+
+
+def test_the_last_operand_of_a_concatenation_stays() -> None:
+    model = Forked().double()
+    graph = trace(model)
+    for block in graph.blocks:
+        mask(block.outputs[0], torch.arange(block.outputs[0].size))
+    assert reconfigure(graph, threshold=1e-4).removed_blocks == ["left"]
+    assert model.head.in_features == model.right.out_channels == 1
+    assert [block.path for block in graph.blocks] == ["right"]
+    assert not graph.can_remove(graph.blocks[0])
+    with pytest.raises(MorphError, match="no channel left"):
+        graph.remove_block(graph.blocks[0])
+    outputs(model)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_gating_keeps_the_function_and_the_next_step(shape: str, rounds: int) -> None:
+    model = build(2, width=6, **SHAPES[shape]).train()
+    make = OPTIMIZERS["sgd"]
+    optimizer = make(model.parameters())
+    step(model, optimizer)
+    fresh = copy.deepcopy(model)
+    union = copy.deepcopy(model)
+    for number in range(rounds):
+        with torch.no_grad():
+            for index, module in enumerate(m for m in model.modules() if isinstance(m, nn.Conv2d)):
+                dead = torch.rand(module.weight.shape[0], generator=torch.Generator().manual_seed(99 * number + index))
+                module.weight[dead < 0.3] = 0.0
+                dead = torch.rand(module.weight.shape[1], generator=torch.Generator().manual_seed(77 * number + index))
+                if module.in_channels != 3:
+                    module.weight[:, dead < 0.3] = 0.0
+        masked, masked_optimizer = twin(model, make, optimizer)
+        before = outputs(model)
+        graph = trace(model)
+        change = reconfigure(graph, threshold=1e-4, residual="gating", optimizer=optimizer)
+        assert change.gated
+        for a, b in zip(outputs(model), before, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        step(model, optimizer)
+        step(masked, masked_optimizer)
+    if rounds == 1:
+        reconfigure(trace(union), threshold=1e-4)
+        assert count_macs(model, (3, 8, 8)) < count_macs(union, (3, 8, 8))
+    assert [(s.name, s.size) for s in trace(model).spaces] == [(s.name, s.size) for s in graph.spaces]
+    rebuilt = rebuild(fresh, json.loads(json.dumps(describe(model))))
+    rebuilt.load_state_dict(model.state_dict())
+    for a, b in zip(outputs(rebuilt), outputs(model), strict=True):
+        assert torch.equal(a, b)
+    # Gated networks can be cut and widened on.
+    for space in list(graph.spaces):
+        graph.reindex(space, range(max(1, space.size - 1)), optimizer)
+    before = outputs(model)
+    for space in list(graph.spaces):
+        graph.reindex(space, [*range(space.size), 0], optimizer)
+    for a, b in zip(outputs(model), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gate_that_would_lose_something_is_refused() -> None:
+    model = Blocks().double()
+    graph = trace(model)
+    with pytest.raises(MorphError, match="bias"):
+        graph.gate({"conv2": Gate(writes=torch.tensor([0]))})
+    with pytest.raises(MorphError, match="not a convolution"):
+        graph.gate({"head": Gate(reads=torch.tensor([0]))})
+
+
+class TimesByWidth(WidthProbe):
+    """A probe whose clock is a function of the layer."""
+
+    def __init__(self, seconds) -> None:
+        super().__init__(torch.device("cpu"), 1)
+        self.function = seconds
+
+    def _measure(self, layers) -> None:
+        self.seconds.update({layer: self.function(layer) for layer in layers})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"),
+    [
+        (lambda layer: layer.inputs + layer.outputs, 3),  # every channel costs: cut as far as possible
+        (lambda layer: -(-layer.inputs // 8) + -(-layer.outputs // 8), 3),  # a plateau: the smallest of the fastest
+        (lambda layer: (layer.inputs % 4 > 0) + (layer.outputs % 4 > 0) + 0.01, 4),  # multiples of 4 are faster
+        (lambda layer: 100 / (layer.inputs * layer.outputs), 8),  # nothing is won: stay
+    ],
+)
+def test_a_space_keeps_the_width_that_is_fastest(seconds, wanted: int) -> None:
+    model = chain({5, 6, 7}, {5, 6, 7})  # 8 channels, 3 of them alive
+    keep = channels_to_keep(trace(model), 1e-4, 1, TimesByWidth(seconds))
+    (space,) = [space for space in keep if space.size == 8]
+    assert int(keep[space].sum()) == wanted
+    assert keep[space][5:].all()
+
+
+def test_the_probe_times_every_layer_once_and_remembers() -> None:
+    probe = WidthProbe(torch.device("cpu"), 2)
+    model = build(1, width=16, shortcut="B").float()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data[::3] = 0.0
+            module.weight.data[:, ::3] = 0.0
+    graph = ChannelGraph.trace(model, INPUT[:1].float())
+    state = torch.random.get_rng_state()
+    keep = channels_to_keep(graph, 1e-4, 1, probe)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(seconds > 0 for seconds in probe.seconds.values())
+    for layer in probe.seconds:
+        shape = layer.build(torch.device("cpu"))(layer.input(2, torch.device("cpu"))).shape
+        assert layer.outputs in shape
+    other = WidthProbe(torch.device("cpu"), 2)
+    other.load_state_dict(json.loads(json.dumps(probe.state_dict())))
+    assert other.seconds == probe.seconds
+    again = channels_to_keep(graph, 1e-4, 1, other)
+    assert all(torch.equal(keep[space], again[space]) for space in graph.spaces)
+    assert other.seconds == probe.seconds

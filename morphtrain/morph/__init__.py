@@ -9,8 +9,10 @@ Imports torch and nothing else of MorphTrain; knows no training loop.
 
 from morphtrain.morph.architecture import describe, rebuild
 from morphtrain.morph.branches import Block
+from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
+from morphtrain.morph.paths import is_ignored
 from morphtrain.morph.spaces import Axis, Slot, Space
 from morphtrain.morph.trace import MorphError
 
@@ -18,11 +20,13 @@ __all__ = [
     "Axis",
     "Block",
     "ChannelGraph",
+    "Gate",
     "MorphError",
     "PadChannels",
     "Slot",
     "Space",
     "ZeroBranch",
     "describe",
+    "is_ignored",
     "rebuild",
 ]

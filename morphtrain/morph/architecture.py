@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph.layers import NoChannels, Removed, ScatterChannels, SelectChannels, ZeroBranch
+from morphtrain.morph.layers import Gated, NoChannels, ScatterChannels, SelectChannels, ZeroBranch
 
 # What torch's layers, and ours, keep beside their tensors and a change of width changes.
 WIDTHS = (
@@ -68,14 +68,8 @@ def refresh_widths(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
-class Gated(nn.Sequential):
-    """A layer that reads, or writes, only some of its neighbours' channels: a selection before or a scatter behind."""
-
-
 def _own_layer(module: nn.Module) -> dict[str, Any] | None:
     """How to make this layer of ours from the one that stood in its place; None for any other."""
-    if isinstance(module, Removed):
-        return {"layer": "removed"}
     if isinstance(module, NoChannels):
         return {"layer": "no_channels", "stride": module.stride}
     if isinstance(module, ZeroBranch):
@@ -103,14 +97,12 @@ def _zero_branch_bias(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
 
 
 def _gated(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
-    none = torch.zeros(0, dtype=torch.long)
-    select = [SelectChannels(none)] if facts["select"] else []
-    scatter = [ScatterChannels(none, 0)] if facts["scatter"] else []
+    select = [SelectChannels(torch.zeros(0, dtype=torch.long))] if facts["select"] else []
+    scatter = [ScatterChannels(torch.zeros(0, dtype=torch.long), 0)] if facts["scatter"] else []
     return Gated(*select, old, *scatter)
 
 
 REBUILD: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
-    "removed": lambda old, facts: Removed(),
     "no_channels": lambda old, facts: NoChannels(**facts),
     "zero_branch_norm": _zero_branch_norm,
     "zero_branch_bias": _zero_branch_bias,

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from morphtrain.morph.layers import ScatterChannels
 from morphtrain.morph.nodes import name_of, owner_path
+from morphtrain.morph.paths import common_path, prefixes
 from morphtrain.morph.spaces import Space
 
 Kind = Literal["sum", "cat"]
@@ -126,19 +128,17 @@ def _branch(
     if node is None:
         return None
     members = _exclusive(operand)
+    tail = tail if kind == "sum" else []  # of nothing, nothing is passed on
     entries = [a for m in members for a in m.all_input_nodes if a not in members and a.op != "get_attr"]
     strides = {_stride(a, operand) for a in entries if "shape" in a.meta}
     if len(strides) != 1:
         return None
     # A layer that stands elsewhere too, as activations often do, goes on where it is: it has no parameters.
-    layers = [str(m.target) for m in members if m.op == "call_module" and calls[str(m.target)] == 1]
-    stays = [str(m.target) for m in members if m.op == "call_module" and calls[str(m.target)] > 1]
+    called = [m for m in members if m.op == "call_module" and m not in tail]
+    layers = [str(m.target) for m in called if calls[str(m.target)] == 1]
+    stays = [str(m.target) for m in called if calls[str(m.target)] > 1]
     path = common_path([owner_path(m) for m in members if m.op != "get_attr"])
-    is_module = (
-        bool(path)
-        and not (tail and kind == "sum")
-        and inside.get(path) == sum(1 for m in members if m.op != "get_attr")
-    )
+    is_module = bool(path) and not tail and inside.get(path) == sum(1 for m in members if m.op != "get_attr")
     harmless = all(isinstance(modules[path], ACTIVATIONS) for path in stays) and all(
         m.op == "call_module" or (m.op != "get_attr" and name_of(m) in HARMLESS and "shape" in m.meta) for m in members
     )
@@ -152,27 +152,30 @@ def _branch(
         layers=layers,
         last=str(node.target),
         norm=norm,
-        in_full=tail or in_place,
+        in_full=bool(tail) or in_place,
         stride=stride,
     )
 
 
 def _last_layers(
     operand: fx.Node, modules: Mapping[str, nn.Module], passing: frozenset[str]
-) -> tuple[fx.Node | None, str, bool]:
-    """The convolution that makes `operand`, the path of the norm behind it, whether something else is behind it."""
-    node, norm, tail = operand, "", False
+) -> tuple[fx.Node | None, str, list[fx.Node]]:
+    """The convolution that makes `operand`, the path of the norm behind it, and what is behind both."""
+    node, norm, scatters = operand, "", False
+    tail: list[fx.Node] = []
     while not (_is(node, modules, CONVOLUTIONS) and _mixes(modules[str(node.target)])):
         if not norm and _is(node, modules, NORMS):
             norm = str(node.target)
+        elif isinstance(modules.get(str(node.target)), ScatterChannels):
+            scatters = True
         elif _kind_name(node, modules) in passing:
-            tail = tail or not norm
+            tail += [] if norm else [node]
         else:
-            return None, "", False
+            return None, "", []
         if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
-            return None, "", False
+            return None, "", []
         node = node.all_input_nodes[0]
-    return node, norm, tail
+    return (None, "", []) if scatters and not norm else (node, norm, tail)
 
 
 def _is(n: fx.Node, modules: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> bool:
@@ -207,24 +210,3 @@ def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:
     stride = tuple(max(1, -(-b // a)) for b, a in zip(before, behind, strict=True))
     fits = all(-(-b // s) == a for b, a, s in zip(before, behind, stride, strict=True))
     return stride if fits else None
-
-
-def prefixes(path: str) -> list[str]:
-    """The path and all paths above it: a, a.b, a.b.c."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
-
-
-def common_path(paths: list[str]) -> str:
-    """The deepest module path that contains all of `paths`."""
-    shared: list[str] = []
-    for parts in zip(*(p.split(".") for p in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
-def is_within(path: str, parent: str) -> bool:
-    """Whether `path` is the module `parent` or lies inside it."""
-    return path == parent or path.startswith(parent + ".")

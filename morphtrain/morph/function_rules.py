@@ -504,8 +504,8 @@ RULES: dict[str, Rule] = {
     **_names(
         _unchanged,
         "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu gelu silu mish hardswish hardsigmoid "
-        "hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ softplus softsign threshold logsigmoid exp log log1p expm1 sqrt "
-        "rsqrt square abs neg sign sin cos erf reciprocal round floor ceil clamp clamp_ clip clamp_min clamp_max "
+        "hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ softplus softsign threshold logsigmoid exp log log1p expm1 "
+        "sqrt rsqrt square abs neg sign sin cos erf reciprocal round floor ceil clamp clamp_ clip clamp_min clamp_max "
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout stochastic_depth "
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d "
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "

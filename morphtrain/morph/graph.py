@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
-from morphtrain.morph.branches import Block, Branch, find_branches, is_within
-from morphtrain.morph.layers import NoChannels, Removed, ZeroBranch
+from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
+from morphtrain.morph.gates import Gate, insert_gate
+from morphtrain.morph.layers import NoChannels, ZeroBranch
+from morphtrain.morph.paths import is_within
 from morphtrain.morph.rebind import Change, Rebinder
-from morphtrain.morph.spaces import Axis, Segment, Slot, Space, divide
+from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
 from morphtrain.morph.trace import MorphError, Trace, trace_channels
 
 Index = Sequence[int] | torch.Tensor
@@ -22,11 +24,30 @@ Index = Sequence[int] | torch.Tensor
 class ChannelGraph:
     """The channel spaces of a model, kept up to date while they are changed."""
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    axes: list[Axis]
+    spaces: list[Space]
+    blocks: list[Block]
+    picks: list[Pick]
+    shared: dict[tuple[int, str], list[tuple[nn.Module, str]]]
+    input_shapes: dict[str, torch.Size]  # of each layer, by its path, for two samples
+
+    def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
         self.model = model
+        self.example_input = example_input
+        self.ignore = tuple(ignore)
+        self.axes, self.spaces, self.blocks, self.picks = [], [], [], []
+        self.shared, self.input_shapes = {}, {}
+
+    def _read(self) -> None:
+        trace = trace_channels(self.model, self.example_input, self.ignore)
+        self.input_shapes = {
+            str(n.target): n.args[0].meta["shape"]
+            for n in trace.nodes
+            if n.op == "call_module" and n.args and isinstance(n.args[0], fx.Node) and "shape" in n.args[0].meta
+        }
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
-        self.blocks = _find_blocks(trace, dict(model.named_modules()), self.spaces)
+        self.blocks = _find_blocks(trace, dict(self.model.named_modules()), self.spaces)
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
@@ -41,7 +62,14 @@ class ChannelGraph:
         Raises:
             MorphError: naming the operation, module path and source line of what cannot be followed.
         """
-        return cls(model, trace_channels(model, example_input, ignore))
+        graph = cls(model, example_input, ignore)
+        graph._read()
+        return graph
+
+    @classmethod
+    def untraced(cls, model: nn.Module) -> ChannelGraph:
+        """A graph without spaces: nothing of `model` can be changed."""
+        return cls(model)
 
     def __repr__(self) -> str:
         return "\n".join([f"ChannelGraph of {type(self.model).__name__}:", *map(repr, self.spaces)])
@@ -70,7 +98,7 @@ class ChannelGraph:
     def reindex_spaces(self, changes: Mapping[Space, Index], optimizer: Optimizer | None = None) -> None:
         """`reindex` several spaces at once: every tensor is made anew once, not once for each of its sides."""
         indices = {space: self._checked(space, index) for space, index in changes.items()}
-        self._check_emptied(indices)
+        self._check_emptied([space for space, index in indices.items() if len(index) == 0])
         divisors = {space: d for space, index in indices.items() if (d := _multiplicity(space, index)) is not None}
         axes = list(dict.fromkeys(slot.axis for space in indices for slot in space.slots))
         rebinder = Rebinder(self.shared, optimizer)
@@ -89,6 +117,12 @@ class ChannelGraph:
                 self._drop_space(space)
         self._refresh(axes)
 
+    def can_remove(self, block: Block) -> bool:
+        """Whether `remove_block` would do it: not if all that is concatenated somewhere would be gone."""
+        gone = self._axes_in(block.branch)
+        emptied = block.outputs if block.kind == "cat" else []
+        return block in self.blocks and not any(any(self._emptied(s, emptied, gone)) for s in emptied)
+
     def remove_block(self, block: Block, optimizer: Optimizer | None = None) -> None:
         """Take a branch out.
 
@@ -103,9 +137,9 @@ class ChannelGraph:
         if block not in self.blocks:
             raise MorphError(f"'{block.path}' is not a removable block of this graph")
         branch = block.branch
-        gone = [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.layers)]
+        gone = self._axes_in(branch)
         if block.kind == "cat":
-            self._check_emptied({space: torch.zeros(0, dtype=torch.long) for space in block.outputs}, without=gone)
+            self._check_emptied(block.outputs, without=gone)
         remainder = self._remainder(block)
         kept = set(remainder.parameters())
         if optimizer is not None:
@@ -115,7 +149,7 @@ class ChannelGraph:
         remainder.train(self.model.get_submodule(place).training)
         for path in [] if branch.path else branch.layers:
             if path != place:
-                self._replace(path, Removed())
+                self._replace(path, NoChannels())
         self._replace(place, remainder)
         self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
         if isinstance(remainder, ZeroBranch):
@@ -127,6 +161,26 @@ class ChannelGraph:
             self.reindex(space, [], optimizer)
         self.spaces = [space for space in self.spaces if space.slots]
 
+    def gate(self, gates: Mapping[str, Gate], optimizer: Optimizer | None = None) -> None:
+        """Let convolutions read and write only some of their neighbours' channels (channel gating, Lym et al. 2019).
+
+        The convolution at each path loses the weights of the other channels; a layer that selects its inputs, or one
+        that scatters its outputs between zeros, is put beside it. Exact where the lost weights are zero. Spaces and
+        blocks are found anew: those held from before are no longer part of this graph.
+
+        Raises:
+            MorphError: before anything is changed, if a path is not that of an ungrouped convolution.
+        """
+        for path in gates:
+            module = dict(self.model.named_modules()).get(path)
+            if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
+                raise MorphError(f"'{path}' cannot be gated: it is not a convolution of one group")
+            if gates[path].writes is not None and module.bias is not None:
+                raise MorphError(f"'{path}' cannot be gated: its bias would be lost where it no longer writes")
+        for path, gate in gates.items():
+            insert_gate(self.model, path, gate, Rebinder(self.shared, optimizer))
+        self._read()
+
     def _remainder(self, block: Block) -> nn.Module:
         """What stands in for a removed branch."""
         branch = block.branch
@@ -137,16 +191,22 @@ class ChannelGraph:
         if not branch.norm:
             return ZeroBranch(last.out_channels, bias=last.bias, stride=stride)
         norm: Any = self.model.get_submodule(branch.norm)
+        channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
         if last.bias is not None and getattr(norm, "running_mean", None) is not None:
             norm.running_mean -= last.bias.detach()  # the norm's input is zero from now on, and was the bias
-        return ZeroBranch(last.out_channels, norm, stride=stride)
+        return ZeroBranch(channels, norm, stride=stride)
 
     def _take_over(self, gone: Sequence[Axis], branch: Branch, remainder: ZeroBranch, path: str) -> None:
         """Let what is left of a branch have the axes that its last layers had."""
         for axis in gone:
             if axis.module is remainder.norm:
                 axis.path = f"{path}.norm"
-        (outputs,) = (a for a in gone if a.path == branch.last and a.role == "produces")
+        outputs = next(
+            a
+            for a in gone
+            if (a.module is remainder.norm and a.counter in ("num_features", "num_channels"))
+            or (remainder.norm is None and a.path == branch.last and a.role == "produces")
+        )
         tensors = (("bias", 0),) if remainder.bias is not None else ()
         axis = Axis(path, remainder, "elementwise", tensors, "channels", [])
         for segment in outputs.segments:
@@ -190,14 +250,20 @@ class ChannelGraph:
             raise MorphError(f"'{space.name}' cannot be widened: its single channel stands in several places")
         return index
 
-    def _check_emptied(self, indices: Mapping[Space, torch.Tensor], without: Sequence[Axis] = ()) -> None:
-        """Raise a `MorphError` if an axis with tensors would be left without entries."""
-        emptied = {space for space, index in indices.items() if len(index) == 0}
-        for space in emptied:
-            for axis in dict.fromkeys(slot.axis for slot in space.slots):
-                rest = [s for s in axis.segments if s.space not in emptied and s.length]
-                if axis.tensors and not rest and axis not in without:
-                    raise MorphError(f"'{space.name}' cannot be emptied: {axis.path} would have no channel left")
+    def _check_emptied(self, spaces: Collection[Space], without: Sequence[Axis] = ()) -> None:
+        for space in spaces:
+            for axis in self._emptied(space, spaces, without):
+                raise MorphError(f"'{space.name}' cannot be emptied: {axis.path} would have no channel left")
+
+    def _emptied(self, space: Space, spaces: Collection[Space], without: Sequence[Axis]) -> Iterator[Axis]:
+        """Axes of `space`, but for those `without`, that would have no entry left if all of `spaces` were emptied."""
+        for axis in dict.fromkeys(slot.axis for slot in space.slots):
+            rest = [s for s in axis.segments if s.space not in spaces and s.length]
+            if axis.tensors and not rest and axis not in without:
+                yield axis
+
+    def _axes_in(self, branch: Branch) -> list[Axis]:
+        return [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.layers)]
 
     def _drop_space(self, space: Space) -> None:
         self.spaces.remove(space)

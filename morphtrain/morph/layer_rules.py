@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from morphtrain.morph import function_rules
 from morphtrain.morph.labels import along
-from morphtrain.morph.layers import NoChannels, PadChannels, Removed, ScatterChannels, SelectChannels, ZeroBranch
+from morphtrain.morph.layers import NoChannels, PadChannels, ScatterChannels, SelectChannels, ZeroBranch
 
 if TYPE_CHECKING:
     from morphtrain.morph.trace import Propagator
@@ -208,18 +208,52 @@ def _channel_shuffle(p: Propagator, n: fx.Node, m: nn.ChannelShuffle, x: fx.Node
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+CHANNEL_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+ACTIVATIONS = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Threshold,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+KEEP_SHAPE = (*CHANNEL_NORMS, *ACTIVATIONS, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
 RULES: dict[tuple[type, ...], Rule] = {
     (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED): _convolution,
     (nn.Linear,): _linear,
-    (
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.SyncBatchNorm,
-        nn.InstanceNorm1d,
-        nn.InstanceNorm2d,
-        nn.InstanceNorm3d,
-    ): _channel_norm,
+    CHANNEL_NORMS: _channel_norm,
     (nn.GroupNorm,): _group_norm,
     (nn.LayerNorm, nn.RMSNorm): _layer_norm,
     (nn.PReLU,): _prelu,
@@ -234,36 +268,7 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.Softmax, nn.LogSoftmax, nn.Softmin): _softmax,
     (nn.Softmax2d,): lambda p, n, m, x, value: function_rules.kept(p, x),
     (
-        Removed,
-        nn.Identity,
-        nn.ReLU,
-        nn.ReLU6,
-        nn.LeakyReLU,
-        nn.RReLU,
-        nn.ELU,
-        nn.CELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.Hardtanh,
-        nn.Hardshrink,
-        nn.Softshrink,
-        nn.Sigmoid,
-        nn.LogSigmoid,
-        nn.Tanh,
-        nn.Tanhshrink,
-        nn.Softplus,
-        nn.Softsign,
-        nn.Threshold,
-        nn.Dropout,
-        nn.Dropout1d,
-        nn.Dropout2d,
-        nn.Dropout3d,
-        nn.AlphaDropout,
-        nn.FeatureAlphaDropout,
+        *ACTIVATIONS,
         nn.MaxPool1d,
         nn.MaxPool2d,
         nn.MaxPool3d,

@@ -65,8 +65,8 @@ class ScatterChannels(nn.Module):
         return f"width={self.width}"
 
 
-class Removed(nn.Identity):
-    """In the place of a layer that is no longer computed."""
+class Gated(nn.Sequential):
+    """A convolution with a `SelectChannels` before it, a `ScatterChannels` behind it, or both."""
 
 
 class ZeroBranch(nn.Module):
@@ -111,9 +111,12 @@ class ZeroBranch(nn.Module):
 
 
 class NoChannels(nn.Module):
-    """In the place of an operand of a concatenation of which no channel is left. (B, C, H, W) -> (B, 0, H', W')."""
+    """In the place of a layer of which no channel is left. (B, C, H, W) -> (B, 0, H/stride, W/stride).
 
-    def __init__(self, stride: Sequence[int]) -> None:
+    A new tensor: code that goes on in place must not write into this layer's input.
+    """
+
+    def __init__(self, stride: Sequence[int] = (1, 1)) -> None:
         super().__init__()
         self.stride = list(stride)
 
@@ -130,4 +133,4 @@ def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:
     return [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
 
 
-OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, Removed, ZeroBranch, NoChannels)
+OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, ZeroBranch, NoChannels)

@@ -8,10 +8,10 @@ What is left are *axes*, the dimensions of parameters, each a list of labels: th
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -23,6 +23,7 @@ from morphtrain.morph import function_rules, layer_rules
 from morphtrain.morph.labels import Joins, along, fixed
 from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.nodes import describe, first_line, holds_tensors, map_tensors, owner_path, tensors_in
+from morphtrain.morph.paths import is_ignored
 
 Role = Literal["produces", "consumes", "elementwise"]
 Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)
@@ -104,12 +105,22 @@ def _two_samples(x: Any) -> Any:
     return torch.empty((2, *x.shape[1:]), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx records `a += b` as a + b; whether a sum writes into its operand matters when the operand goes."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class Tracer(fx.Tracer):
     """A symbolic trace that looks neither into the layers of `morphtrain.morph` nor into ignored modules."""
 
     def __init__(self, ignore: Sequence[str] = ()) -> None:
         super().__init__()
         self.ignore = ignore
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, OWN_LAYERS) or is_ignored(module_qualified_name, self.ignore)
@@ -136,8 +147,11 @@ class Propagator(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            with torch.device("meta"):  # for tensors that the code makes itself
+            if n.op == "call_module":
                 value = super().run_node(n)
+            else:
+                with torch.device("meta"):  # for tensors that the code makes itself
+                    value = super().run_node(n)
         except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
             if isinstance(error, MorphError):
                 raise
@@ -164,6 +178,8 @@ class Propagator(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.submodules[target]
+        if isinstance(module, layer_rules.KEEP_SHAPE):
+            return args[0]  # the meta device takes long over norms
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         return functional_call(module, meta, args, kwargs)
@@ -312,11 +328,3 @@ def places(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
             if tensor is not None:
                 found.setdefault(id(tensor), []).append((path, module, name))
     return found
-
-
-def is_ignored(path: str, ignore: Sequence[str]) -> bool:
-    """Whether a module path, or one it lies in, matches one of the patterns."""
-    parts = path.split(".")
-    return any(
-        fnmatchcase(".".join(parts[:depth]), pattern) for pattern in ignore for depth in range(1, len(parts) + 1)
-    )

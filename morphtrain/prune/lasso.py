@@ -24,7 +24,10 @@ EPS = 1e-8  # under the root of a subgradient's norm
 
 @dataclass
 class GroupLasso:
-    """The penalised weight (O, I, ...) and how much its rows (outputs) and columns (inputs) count; 0 exempts a side."""
+    """The penalised weight (O, I, ...) and how much its rows (outputs) and columns (inputs) count; 0 exempts a side.
+
+    Of a transposed convolution (I, O, ...) rows are inputs. With several groups a row or column is one of a group.
+    """
 
     weight: torch.Tensor
     row_weight: float
@@ -32,25 +35,23 @@ class GroupLasso:
 
 
 def group_lassos(graph: ChannelGraph, sqrt_size: bool = False) -> list[GroupLasso]:
-    """Every weight of `graph` with a side that belongs to a channel space; rebuild it after a structural change.
+    """Every trained weight of `graph` with a side that belongs to a channel space; rebuild it after a change.
 
     `sqrt_size` counts each group as often as the root of its size; otherwise all groups count alike.
     """
-    sides: dict[int, dict[str, bool]] = {}
+    free: dict[int, set[int]] = {}  # id of a weight -> its dimensions that can change
     weights: dict[int, torch.Tensor] = {}
     for axis in graph.axes:
-        if axis.weight is not None:
+        if axis.weight is not None and axis.weight.requires_grad and any(segment.space for segment in axis.segments):
             weights[id(axis.weight)] = axis.weight
-            free = any(segment.space for segment in axis.segments)
-            sides.setdefault(id(axis.weight), {})[axis.role] = free
+            free.setdefault(id(axis.weight), set()).add(axis.dim)
     return [
         GroupLasso(
             weight,
-            row_weight=_factor(weight, 0, sqrt_size) if sides[key].get("produces") else 0.0,
-            column_weight=_factor(weight, 1, sqrt_size) if sides[key].get("consumes") else 0.0,
+            row_weight=_factor(weight, 0, sqrt_size) if 0 in free[key] else 0.0,
+            column_weight=_factor(weight, 1, sqrt_size) if 1 in free[key] else 0.0,
         )
         for key, weight in weights.items()
-        if any(sides[key].values())
     ]
 
 
@@ -77,7 +78,8 @@ def add_gradient(lassos: Iterable[GroupLasso], strength: float) -> None:
         rows = strength * lasso.row_weight * (squares.sum(1) + EPS).rsqrt()
         columns = strength * lasso.column_weight * (squares.sum(0) + EPS).rsqrt()
         grad = lasso.weight.grad
-        assert grad is not None, "the penalty's gradient is added after backward"
+        if grad is None:
+            continue  # the loss does not depend on it
         grad.addcmul_(lasso.weight, _spread(rows[:, None] + columns, lasso.weight))
 
 

@@ -9,6 +9,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.widths import WidthProbe
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -22,9 +23,15 @@ class PruneTrain:
     def __init__(self, config: schema.PruneTrain) -> None:
         self.config = config
         self.strength: float | None = None  # lambda; fixed by the first batch
+        self.measured: list[dict[str, Any]] = []  # of the width probe, before there is one
 
     def before_training(self, run: Run) -> None:
         self._find_groups(run)
+        if self.config.round_to == "auto":
+            self.round_to: int | WidthProbe = WidthProbe(run.device, run.batch_size, run.precision.autocast)
+            self.round_to.load_state_dict(self.measured)
+        else:
+            self.round_to = self.config.round_to
         if self.config.start_epoch > run.config.epochs:
             log.warning(
                 "prune.start_epoch=%d is behind the last epoch (epochs=%d): the network will not shrink",
@@ -63,7 +70,8 @@ class PruneTrain:
                 run.graph,
                 threshold=self.config.threshold,
                 min_channels=self.config.min_channels,
-                round_to=self.config.round_to,
+                round_to=self.round_to,
+                residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
             )
             if change:
@@ -72,10 +80,12 @@ class PruneTrain:
         return {"lasso_ratio": gl / (run.train_loss + gl)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength}
+        probe = getattr(self, "round_to", None)
+        return {"strength": self.strength, "measured": probe.state_dict() if isinstance(probe, WidthProbe) else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strength = state["strength"]
+        self.measured = state["measured"]
 
     def _find_groups(self, run: Run) -> None:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")

@@ -1,32 +1,37 @@
-"""From dead channels to a smaller network: channel union, block removal, rounding (Lym et al. 2019, section 4.2)."""
+"""From dead channels to a smaller network: channel union or gating, block removal, rounding (Lym et al. 2019, 4.2)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain.morph import Axis, Block, ChannelGraph, Space
+from morphtrain.morph import Axis, Block, ChannelGraph, Gate, Space
+from morphtrain.prune.widths import WidthProbe
 
 
 @dataclass
 class Reconfiguration:
-    """What changed: widths (before, after) by space name, and the paths of removed blocks."""
+    """What changed: widths (before, after) by space name, the paths of removed blocks and of gated convolutions."""
 
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     removed_blocks: list[str] = field(default_factory=list)
+    gated: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.widths or self.removed_blocks)
+        return bool(self.widths or self.removed_blocks or self.gated)
 
     def summary(self) -> str:
         """One line: how many channels went from how many layers, and which blocks."""
         channels = sum(before - after for before, after in self.widths.values())
         parts = [f"{channels} channels of {len(self.widths)} spaces"] if self.widths else []
         parts += [f"block {path}" for path in self.removed_blocks]
-        return "removed " + ", ".join(parts)
+        removed = "removed " + ", ".join(parts) if parts else ""
+        gated = f"gated {len(self.gated)} convolutions" if self.gated else ""
+        return "; ".join(filter(None, (removed, gated)))
 
 
 def reconfigure(
@@ -34,27 +39,36 @@ def reconfigure(
     *,
     threshold: float = 1e-4,
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | WidthProbe = 1,
+    residual: Literal["union", "gating"] = "union",
     optimizer: Optimizer | None = None,
 ) -> Reconfiguration:
-    """Remove what is dead: first residual branches with an empty space inside, then channels by channel union.
+    """Remove what is dead: first blocks with an empty space inside, then channels by channel union.
 
     Args:
         threshold: a channel is dead in a weight where max |w| is below this.
         min_channels: every layer keeps at least this many channels, the strongest.
-        round_to: widths are rounded up to a multiple of this by keeping the strongest dead channels.
+        round_to: widths are rounded up to a multiple of this by keeping the strongest dead channels; or to what a
+            probe finds fastest.
+        residual: "gating" lets each convolution at a residual sum read and write only the sum's channels that are
+            alive in it; "union" keeps a channel in all of them if it is alive in one.
         optimizer: its state follows.
     """
     result = Reconfiguration()
-    strengths = {space: channel_strength(space) for space in graph.spaces}
+    strengths = channel_strengths(graph)
     for block in list(graph.blocks):
-        if _is_dead(block, strengths, threshold):
+        if _is_dead(block, strengths, threshold) and graph.can_remove(block):
             _remove(graph, block, strengths, threshold, optimizer)
             result.removed_blocks.append(block.path)
     keep = channels_to_keep(graph, threshold, min_channels, round_to)
     changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}
     result.widths = {space.name: (space.size, len(index)) for space, index in changes.items()}
     graph.reindex_spaces(changes, optimizer)
+    if residual == "gating":
+        gates = gates_at_sums(graph, threshold, min_channels)
+        result.gated = list(gates)
+        if gates:
+            graph.gate(gates, optimizer)
     return result
 
 
@@ -82,28 +96,42 @@ def _remove(
         norm.reset_running_stats()
 
 
-def channel_strength(space: Space) -> torch.Tensor:
+def channel_strengths(graph: ChannelGraph) -> dict[Space, torch.Tensor]:
     """max |w| of every channel over all slots that have weights: below the threshold only if dead in *every* one."""
-    magnitudes = [slot.magnitude() for slot in space.slots if slot.has_weights]
-    if not magnitudes:
-        return torch.full((space.size,), float("inf"))
-    return torch.stack(magnitudes).amax(0).cpu()
+    strengths = {space: torch.full((space.size,), -1.0) for space in graph.spaces}
+    for axis in graph.axes:
+        if axis.weight is None:
+            continue
+        magnitude, start = axis.magnitude().float().cpu(), 0
+        for segment in axis.segments:
+            if segment.space is not None:
+                entries = magnitude[start : start + segment.length].view(-1, segment.span).amax(1)
+                torch.maximum(strengths[segment.space], entries, out=strengths[segment.space])
+            start += segment.length
+    return {space: s.masked_fill(s < 0, float("inf")) for space, s in strengths.items()}  # no weights: always alive
 
 
 def live_channels(graph: ChannelGraph, threshold: float) -> int:
     """Channels of all spaces that are alive by channel union."""
-    return sum(int((channel_strength(space) >= threshold).sum()) for space in graph.spaces)
+    return sum(int((strength >= threshold).sum()) for strength in channel_strengths(graph).values())
 
 
 def channels_to_keep(
-    graph: ChannelGraph, threshold: float, min_channels: int, round_to: int
+    graph: ChannelGraph, threshold: float, min_channels: int, round_to: int | WidthProbe
 ) -> dict[Space, torch.Tensor]:
     """space -> mask (size,) of the channels that stay."""
-    strengths = {space: channel_strength(space) for space in graph.spaces}
+    strengths = channel_strengths(graph)
     keep = {space: strength >= threshold for space, strength in strengths.items()}
     axes = [axis for axis in graph.axes if axis.weight is not None]
-    while any([_revive(axis, keep, strengths, min_channels, round_to) for axis in axes]):
+    multiple = round_to if isinstance(round_to, int) else 1
+    while any([_revive(axis, keep, strengths, min_channels, multiple) for axis in axes]):
         pass  # reviving in one layer may put another off its multiple; it only ever adds, so this ends
+    if isinstance(round_to, WidthProbe):
+        widths = {space: int(kept.sum()) for space, kept in keep.items()}
+        for space in graph.spaces:
+            widths[space] = round_to.round_up(graph, space, widths)
+            strongest = strengths[space].masked_fill(keep[space], float("inf")).topk(widths[space]).indices
+            keep[space][strongest] = True
     return keep
 
 
@@ -123,8 +151,31 @@ def _revive(
     total = fixed + sum(space.size for space in spaces)
     wanted = max(width, min_channels)
     wanted = min(-(-wanted // round_to) * round_to, total)
+    if wanted == width:
+        return False
     dead = [(float(strengths[s][i]), s, i) for s in spaces for i in (~keep[s]).nonzero().flatten().tolist()]
     dead.sort(key=lambda channel: -channel[0])
     for _, space, i in dead[: wanted - width]:
         keep[space][i] = True
-    return wanted > width
+    return True
+
+
+def gates_at_sums(graph: ChannelGraph, threshold: float, min_channels: int = 1) -> dict[str, Gate]:
+    """path -> gate, for convolutions at residual sums with channels that are alive elsewhere but dead in them."""
+    sums = {space for space in graph.spaces if _is_summed(space)}
+    gates: dict[str, Gate] = {}
+    for axis in graph.axes:
+        module, spaces = axis.module, {segment.space for segment in axis.segments}
+        if axis.weight is None or not isinstance(module, nn.Conv2d) or module.groups > 1 or not spaces <= sums:
+            continue
+        alive = axis.magnitude().cpu() >= threshold
+        if alive.all() or alive.sum() < min_channels or (axis.role == "produces" and module.bias is not None):
+            continue
+        index, gate = alive.nonzero().flatten(), gates.get(axis.path, Gate())
+        gates[axis.path] = gate._replace(reads=index) if axis.role == "consumes" else gate._replace(writes=index)
+    return gates
+
+
+def _is_summed(space: Space) -> bool:
+    """Whether several layers make the space's channels: they meet in a sum."""
+    return sum(slot.role == "produces" or hasattr(slot.axis.module, "left") for slot in space.slots) > 1
