@@ -22,7 +22,9 @@ CASES = {
     "ratio 1.5": (["prune=prunetrain", "prune.lasso_ratio=1.5"], ["prune.lasso_ratio=1.5", "between 0 and 1"]),
     "threshold -1": (["prune=prunetrain", "prune.threshold=-1"], ["prune.threshold=-1", "above 0"]),
     "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),
-    "gating": (["prune=prunetrain", "prune.residual=gating"], ["prune.residual=gating", "union"]),
+    "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
+    "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
+    "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
     "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
     "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
     "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
@@ -60,6 +62,12 @@ SLOWER_CASES = {
     "no network": (["data=cifar10", "data.root=nowhere"], ["data.root=nowhere", "download failed"]),
     "batch above the data": ([*SMALL, "batch_policy.batch_size=999"], ["batch_policy.batch_size=999", "256"]),
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
+    "pattern without a module": ([*SMALL, "prune.ignore=[steam]"], ["prune.ignore=['steam']", "stem"]),
+    "attention": (
+        ["data=synthetic", "data.image_size=32", "model=torchvision", "model.name=vit_b_16", "prune=prunetrain"]
+        + ["model.options={image_size:32,patch_size:16,num_layers:1,num_heads:2,hidden_dim:8,mlp_dim:8}"],
+        ["MultiheadAttention", "self_attention", "prune.ignore"],
+    ),
     "missing checkpoint": (["resume=nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
     "divergence": ([*SMALL, "optimizer.lr=1e30", "prune=none", "schedule.warmup_epochs=0"], ["optimizer.lr=1e+30"]),
 }

@@ -117,3 +117,62 @@ def test_densities_count_what_is_alive(small_run) -> None:
         run.model.stages[0][0].branch[3].weight[:, 3] = 0
     assert live_channels(run.graph, 1e-4) == run.initial["channels"] - 1
     assert count_weights(run.model, 1e-12) == run.initial["weights"] - 2 * 8 * 9
+
+
+def test_ignored_modules_keep_their_shape(small_run) -> None:
+    run = small_run("prune.ignore=[stages.1]", "prune.lasso_ratio=0.9")
+    shapes = {name: p.shape for name, p in run.model.named_parameters() if name.startswith("stages.1")}
+    names = {axis.path for axis in run.graph.axes}
+    assert not any(name.startswith("stages.1") for name in names)
+    for space in list(run.graph.spaces):
+        run.graph.reindex(space, range(max(1, space.size - 2)), run.optimizer)
+    train_epoch(run)
+    assert run.graph.spaces
+    assert {name: p.shape for name, p in run.model.named_parameters() if name in shapes} == shapes
+    everything = small_run("prune.ignore=[]")
+    assert len(everything.graph.spaces) > len(run.graph.spaces)
+
+
+def test_frozen_weights_are_not_shrunk(small_run) -> None:
+    run = small_run("prune.lasso_ratio=0.9")
+    frozen = run.model.stages[0][0].branch[0].weight
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    run.methods["prune"].before_training(run)
+    train_epoch(run)
+    assert torch.equal(frozen, before)
+
+
+def test_widths_are_timed_when_asked_for(small_run) -> None:
+    run = small_run("prune.round_to=auto", "model.width=32", "prune.start_epoch=1")
+    with torch.no_grad():
+        for space in run.graph.spaces:
+            for slot in space.slots:
+                if slot.has_weights:
+                    name, dim = slot.axis.tensors[0]
+                    getattr(slot.axis.module, name).index_fill_(dim, slot.start + torch.arange(space.size // 3), 0.0)
+    method = run.methods["prune"]
+    method.strength, run.train_loss = 1e-4, 1.0
+    method.after_epoch(run)
+    assert "removed" in run.change
+    measured = method.state_dict()["measured"]
+    assert len(measured) > 10
+    assert all(row["seconds"] > 0 for row in measured)
+    again = small_run("prune.round_to=auto", "model.width=32")
+    again.methods["prune"].load_state_dict(method.state_dict())
+    again.methods["prune"].before_training(again)
+    assert again.methods["prune"].round_to.seconds == method.round_to.seconds
+
+
+def test_a_network_that_cannot_be_followed_trains_without_a_method() -> None:
+    options = ["model=torchvision", "model.name=vit_b_16", "data=synthetic", "data.image_size=32"]
+    options += ["model.options={image_size:32,patch_size:16,num_layers:1,num_heads:2,hidden_dim:8,mlp_dim:8}"]
+    with initialize_config_dir(str(CONF)):
+        run = build_run(schema.parse(compose("config", overrides=options)))
+    assert run.graph.spaces == []
+    with initialize_config_dir(str(CONF)):
+        pruned = schema.parse(
+            compose("config", overrides=[*options, "prune=prunetrain", "prune.ignore=['*.self_attention']"])
+        )
+    run = build_run(pruned)
+    assert [space.name for space in run.graph.spaces] == ["encoder.layers.encoder_layer_0.mlp.0"]

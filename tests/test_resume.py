@@ -156,6 +156,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("precision=o1",),
         ("precision=o1", "precision.dtype=float16"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
+        ("model.shortcut=B", "prune.residual=gating"),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:

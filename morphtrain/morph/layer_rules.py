@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from morphtrain.morph import function_rules
+from morphtrain.morph import function_rules, movement_rules
 from morphtrain.morph.labels import along
 from morphtrain.morph.layers import NoChannels, PadChannels, ScatterChannels, SelectChannels, ZeroBranch
 
@@ -131,7 +131,7 @@ def _count_groups(p: Propagator, path: str, m: nn.GroupNorm, labels: torch.Tenso
 
 def _layer_norm(p: Propagator, n: fx.Node, m: nn.LayerNorm, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """All channels that share their statistics stand and fall together: they stay."""
-    function_rules.keep_varying(p, x, range(-len(m.normalized_shape), 0))
+    p.keep_varying(x, range(-len(m.normalized_shape), 0))
     return p.labels[x]
 
 
@@ -182,28 +182,28 @@ def _unchanged(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tenso
 
 
 def _softmax(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    function_rules.keep_varying(p, x, [1 if m.dim is None else m.dim])
+    p.keep_varying(x, [1 if m.dim is None else m.dim])
     return p.labels[x]
 
 
 def _flatten(p: Propagator, n: fx.Node, m: nn.Flatten, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    return function_rules.flattened(p, x, value)
+    return movement_rules.flattened(p, x, value)
 
 
 def _unflatten(p: Propagator, n: fx.Node, m: nn.Unflatten, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     dim = m.dim if isinstance(m.dim, int) else p.refuse(n, "module Unflatten of a named dimension")
     sizes: list[Any] = list(p.shape(x))
     sizes[dim : dim % len(sizes) + 1] = list(m.unflattened_size)
-    return function_rules.reshaped(p, x, value, sizes)
+    return movement_rules.reshaped(p, x, value, sizes)
 
 
 def _pixel_shuffle(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     factor = m.upscale_factor if isinstance(m, nn.PixelShuffle) else m.downscale_factor
-    return function_rules.pixel_shuffled(p, n, x, value, factor, isinstance(m, nn.PixelShuffle))
+    return movement_rules.pixel_shuffled(p, n, x, value, factor, isinstance(m, nn.PixelShuffle))
 
 
 def _channel_shuffle(p: Propagator, n: fx.Node, m: nn.ChannelShuffle, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    return function_rules.channel_shuffled(p, n, x, m.groups)
+    return movement_rules.channel_shuffled(p, n, x, m.groups)
 
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -266,7 +266,7 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.PixelShuffle, nn.PixelUnshuffle): _pixel_shuffle,
     (nn.ChannelShuffle,): _channel_shuffle,
     (nn.Softmax, nn.LogSoftmax, nn.Softmin): _softmax,
-    (nn.Softmax2d,): lambda p, n, m, x, value: function_rules.kept(p, x),
+    (nn.Softmax2d,): lambda p, n, m, x, value: p.kept(x),
     (
         *ACTIVATIONS,
         nn.MaxPool1d,

@@ -55,3 +55,14 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(part, function) for key, part in value.items()}
     return None
+
+
+def argument(n: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, by position or by name."""
+    return n.args[position] if len(n.args) > position else n.kwargs.get(name, default)
+
+
+def first(n: fx.Node, name: str = "input") -> fx.Node:
+    """The first argument of a call, a node."""
+    node: fx.Node = argument(n, 0, name)
+    return node

@@ -1,7 +1,8 @@
 """Follow every channel of a network from where it is made to where it is used.
 
 `torch.fx` gives the graph; running it on tensors without storage (the meta device) gives the shapes. Beside each
-activation run its labels (`labels.py`), moved and joined by the rules of `layer_rules.py` and `function_rules.py`.
+activation run its labels (`labels.py`), moved and joined by the rules of `layer_rules.py`,
+`function_rules.py` and `movement_rules.py`.
 What is left are *axes*, the dimensions of parameters, each a list of labels: the channel spaces are read off them in
 `graph.py`.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from morphtrain.morph import function_rules, layer_rules
-from morphtrain.morph.labels import Joins, along, fixed
+from morphtrain.morph.labels import Joins, along, fixed, varies
 from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.nodes import describe, first_line, holds_tensors, map_tensors, owner_path, tensors_in
 from morphtrain.morph.paths import is_ignored
@@ -223,6 +224,24 @@ class Propagator(fx.Interpreter):
     def keep_all(self, labels: Any) -> None:
         for tensor in tensors_in(labels):
             self.joins.keep(tensor)
+
+    def kept(self, node: fx.Node) -> torch.Tensor:
+        """The labels of `node`, whose channels cannot change from here on."""
+        labels: torch.Tensor = self.labels[node]
+        self.joins.keep(labels)
+        return labels
+
+    def keep_varying(self, node: fx.Node, dims: Iterable[int]) -> bool:
+        """Keep the channels of `node` if they lie in one of `dims`; whether they do."""
+        labels = self.labels[node]
+        mixes = any(varies(labels, dim) for dim in dims)
+        if mixes:
+            self.joins.keep(labels)
+        return mixes
+
+    def concrete(self, argument: Any) -> Any:
+        """An argument of a call, with the values of the nodes in it."""
+        return fx.node.map_arg(argument, lambda a: self.env[a])
 
     def line(self, n: fx.Node, node: fx.Node, dim: int) -> torch.Tensor:
         """(N,): the labels of activation `node` along `dim`; refused if they depend on another dimension too."""
