@@ -37,7 +37,10 @@ def half_dead(seed: int, rounded: bool, probe: WidthProbe) -> nn.Module:
         share = (low + high) / 2
         model = ResNet(blocks=3)
         graph = ChannelGraph.trace(model, IMAGES[:1])
-        draws = {space.name: float(torch.rand((), generator=generator.manual_seed(seed + i))) for i, space in enumerate(graph.spaces)}
+        draws = {
+            space.name: float(torch.rand((), generator=generator.manual_seed(seed + i)))
+            for i, space in enumerate(graph.spaces)
+        }
         for space in graph.spaces:
             dead = min(space.size - 1, int(space.size * share * (0.5 + draws[space.name])))
             for slot in space.slots:

@@ -64,8 +64,10 @@ SLOWER_CASES = {
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
     "pattern without a module": ([*SMALL, "prune.ignore=[steam]"], ["prune.ignore=['steam']", "stem"]),
     "attention": (
-        ["data=synthetic", "data.image_size=32", "model=torchvision", "model.name=vit_b_16", "prune=prunetrain"]
-        + ["model.options={image_size:32,patch_size:16,num_layers:1,num_heads:2,hidden_dim:8,mlp_dim:8}"],
+        [
+            *("data=synthetic", "data.image_size=32", "model=torchvision", "model.name=vit_b_16", "prune=prunetrain"),
+            "+model.options.image_size=32",
+        ],
         ["MultiheadAttention", "self_attention", "prune.ignore"],
     ),
     "missing checkpoint": (["resume=nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import check_surgery
+from networks import check_surgery, facts
 from topologies import OPERATIONS, TOPOLOGIES, Random, images
+from torch import nn
+from torch.optim import SGD
 
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph import ChannelGraph, MorphError
 
 # name -> sizes of the spaces: what can change by itself. Written by hand from what each network does.
 EXPECTED = {
@@ -70,3 +75,89 @@ def test_random_networks(steps: list[tuple[str, int, int]], seed: int) -> None:
 def test_many_random_networks(steps: list[tuple[str, int, int]], seed: int) -> None:
     torch.manual_seed(seed)
     check_surgery(Random(steps), (images(),), tolerance=1e-7, spaces=None)
+
+
+class Shapes(nn.Module):
+    """Sizes that the code reads off shapes and hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.low, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 5)
+        self.plain = torch.ones(8, 1, 1)  # neither parameter nor buffer: nobody can change it
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = nn.functional.interpolate(self.low(x), size=x.shape[2:])
+        b, c = y.shape[:2]
+        y = nn.functional.avg_pool2d(x + y, y.size()[2:]).view(b, c)
+        return self.head(y)
+
+
+def test_shapes_are_read_and_tensors_of_the_code_stay() -> None:
+    model = Shapes()
+    before = set(vars(model))
+    graph = check_surgery(model, (images(),), tolerance=1e-8)
+    assert [space.size for space in graph.spaces] == [8]
+    assert set(vars(model)) == before
+
+    class Plain(Shapes):
+        def forward(self, x):
+            return self.head((self.stem(x) * self.plain.to(x.dtype)).mean((2, 3)))
+
+    model = Plain()
+    model.plain = model.plain.double()
+    check_surgery(model, (images(),), tolerance=1e-8, spaces=False)
+    assert set(vars(model)) == before
+
+
+def weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
+class Refused(nn.Module):
+    def __init__(self, layer: nn.Module, function) -> None:
+        super().__init__()
+        self.stem, self.layer, self.last, self.function = nn.Conv2d(3, 8, 1), layer, nn.Conv2d(8, 5, 1), function
+
+    def forward(self, x):
+        return self.last(self.function(self.layer(self.stem(x))))
+
+
+def same(x):
+    return x
+
+
+REFUSALS = {
+    "parametrized": (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), same, "computed"),
+    "weight norm": (weight_norm(nn.Conv2d(8, 8, 1)), same, "computed"),
+    "unknown layer": (nn.LocalResponseNorm(2), same, "LocalResponseNorm"),
+    "unknown function": (nn.Identity(), lambda x: torch.renorm(x, 2, 1, 1.0), "renorm"),
+    "control flow": (nn.Identity(), lambda x: x if x.sum() > 0 else -x, "control flow"),
+    "channels in a factor": (nn.Identity(), lambda x: x / x.shape[1], "number of channels"),
+    "zeros beside": (nn.Identity(), lambda x: x + torch.zeros(1, x.shape[1], 1, 1), "zeros"),
+    "matrix product": (nn.Identity(), lambda x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).unsqueeze(3), "matmul"),
+    "wrong shape": (nn.Identity(), lambda x: x[:, :, 0].view(-1, 7), "fails on the example"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_followed_is_refused_before_anything_changes(name: str) -> None:
+    layer, function, reason = REFUSALS[name]
+    model = Refused(layer, function).double()
+    before, state, plain = facts(model, SGD(model.parameters(), 0.1)), copy.deepcopy(model.state_dict()), vars(layer)
+    plain = dict(plain)
+    with pytest.raises(MorphError, match=reason) as caught:
+        ChannelGraph.trace(model, images())
+    assert "test_topologies.py" in str(caught.value)
+    assert facts(model, SGD(model.parameters(), 0.1)) == before
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key])
+    assert vars(layer).keys() == plain.keys()
+    if function is same:
+        x = images()
+        expected = model(x)
+        assert ChannelGraph.trace(model, x, ignore=["lay*"]).spaces == []
+        assert all(not tensor.is_meta for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor))
+        assert torch.equal(model(x), expected)

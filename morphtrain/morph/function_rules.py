@@ -5,7 +5,7 @@ Those that move channels are in `movement_rules.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,34 +26,34 @@ def follow(p: Propagator, n: fx.Node, value: Any) -> Any:
     rule = RULES.get(name_of(n)) if home.startswith(("torch", "_operator")) else None
     if rule is None:
         p.refuse(n, describe(n))
-    takes_widths = name_of(n) in TAKES_WIDTHS
-    if not takes_widths and any(a in p.widths for a in n.all_input_nodes):
+    if name_of(n) not in TAKES_WIDTHS and any(map(p.is_width, n.all_input_nodes)):
         p.refuse(n, f"{describe(n)}, which computes with a number of channels")
     return rule(p, n, value)
 
 
 def number(p: Propagator, n: fx.Node, value: Any) -> None:
-    """Note whether a value that is no tensor depends on a number of channels."""
-    if any(a in p.widths for a in n.all_input_nodes):
+    """Note whether a value that is no tensor depends on a number of channels; of a shape, whose shape it is."""
+    name, of = name_of(n), n.args[0] if n.args else None
+    sized: Any = of
+    dims: Sequence[int] = ()
+    if not isinstance(of, fx.Node):
+        return
+    if name == "getitem" and "dims of" in of.meta:  # of a shape
+        sized, known = of.meta["dims of"]
+        dims = known[n.args[1]] if isinstance(n.args[1], slice) else [known[n.args[1]]]
+    elif any(map(p.is_width, n.all_input_nodes)):
         p.widths.add(n)
-    if isinstance(value, torch.Size) or name_of(n) == "numel":
-        n.meta["size of"] = n.args[0]
-        if name_of(n) == "numel":
-            p.widths.add(n)
-    sized = n.args[0] if n.args else None
-    if name_of(n) == "size" and isinstance(value, int):
-        dims = [argument(n, 1, "dim")]
-    elif name_of(n) == "getitem" and isinstance(sized, fx.Node) and "size of" in sized.meta:
-        sized, dims = sized.meta["size of"], [n.args[1]]
-    else:
         return
-    if not isinstance(sized, fx.Node) or not isinstance(p.labels.get(sized), torch.Tensor):
-        return
-    labels, shape = p.labels[sized], p.shape(sized)
-    for dim in dims:
-        one_channel = isinstance(dim, int) and shape[dim] == 1 and bool(labels.any())
-        if not isinstance(dim, int) or varies(labels, dim) or one_channel:
-            p.widths.add(n)
+    elif isinstance(p.labels.get(of), torch.Tensor):
+        rank = len(p.shape(of))
+        if isinstance(value, torch.Size) or name == "numel":
+            dims = range(rank)
+        elif name == "size":
+            dims = [argument(n, 1, "dim") % rank]
+    if isinstance(value, (tuple, list)):
+        n.meta["dims of"] = (sized, dims)
+    elif any(p.has_channels(sized, dim) for dim in dims):
+        p.widths.add(n)
 
 
 def unchanged(p: Propagator, n: fx.Node, x: fx.Node, value: Any) -> torch.Tensor:
@@ -143,7 +143,10 @@ def _weight_of(p: Propagator, n: fx.Node, position: int, name: str) -> tuple[nn.
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         p.refuse(n, f"{describe(n)} with a computed {name}")
     path, _, tensor = str(node.target).rpartition(".")
-    return p.model.get_submodule(path), path, tensor
+    owner = p.model.get_submodule(path)
+    if tensor not in owner._parameters:
+        p.refuse(n, f"{describe(n)} with a {name} that is no parameter")
+    return owner, path, tensor
 
 
 def _functional_convolution(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def reshaped(p: Propagator, x: fx.Node, value: torch.Tensor, sizes: Sequence[Any
     for into, out in matching_dims(shape, value.shape):
         if not any(varies(p.labels[x], d) for d in into):
             continue
-        follows = [d for d in out if sizes[d] == -1 or (isinstance(sizes[d], fx.Node) and sizes[d] in p.widths)]
+        follows = [d for d in out if sizes[d] == -1 or (isinstance(sizes[d], fx.Node) and p.is_width(sizes[d]))]
         if not follows:
             p.joins.keep(compact(labels))
         for d in out:
@@ -174,7 +174,7 @@ def _divided(p: Propagator, n: fx.Node, value: Sequence[torch.Tensor]) -> tuple[
     sizes = [piece.shape[dim] for piece in value]
     wanted = argument(n, 1, "split_size_or_sections")
     wanted = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted]
-    follows = name_of(n) in ("chunk", "tensor_split") or all(isinstance(w, fx.Node) and w in p.widths for w in wanted)
+    follows = name_of(n) in ("chunk", "tensor_split") or all(isinstance(w, fx.Node) and p.is_width(w) for w in wanted)
     if len(set(sizes)) == 1 and follows:
         p.joins.tie(labels.unflatten(dim, (len(sizes), sizes[0])), dim)
     else:
@@ -225,7 +225,7 @@ def _keep_to_bound(p: Propagator, labels: torch.Tensor, dim: int, entry: Any) ->
         p.joins.keep(labels)
     elif computed:
         halves = isinstance(entry, slice) and all(
-            b is None or (isinstance(b, fx.Node) and b in p.widths and 2 * p.env[b] == size) for b in bounds
+            b is None or (isinstance(b, fx.Node) and p.is_width(b) and 2 * p.env[b] == size) for b in bounds
         )
         if halves:
             p.joins.tie(labels.unflatten(dim, (2, size // 2)), dim)

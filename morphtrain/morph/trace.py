@@ -28,6 +28,7 @@ from morphtrain.morph.paths import is_ignored
 
 Role = Literal["produces", "consumes", "elementwise"]
 Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)
+FAILURES = (RuntimeError, NotImplementedError, ValueError, IndexError)  # of torch's functions
 
 
 class MorphError(ValueError):
@@ -78,32 +79,38 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
         MorphError: naming the operation, the module path and the source line of what cannot be followed.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.train()  # a forward that asks for the mode: training may use layers that evaluation does not
+    attributes = set(vars(model))
     try:
-        graph = Tracer(ignore).trace(model)
+        model.train()  # a forward that asks for the mode: training may use layers that evaluation does not
+        propagator = Propagator(model, _fx_graph(model, ignore), ignore)
         model.eval()  # no batch statistics: a norm refuses to train on one value per channel
         inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-        propagator = Propagator(model, graph, ignore)
         with torch.no_grad():
             propagator.run(*map(_two_samples, inputs))
-    except (fx.proxy.TraceError, TypeError, NameError) as error:
-        raise MorphError(f"torch.fx cannot trace {type(model).__name__}: {error} ({_line_of(error)})") from error
     finally:
         for module, training in modes:
             module.training = training
+        for name in set(vars(model)) - attributes:  # torch.fx leaves tensors that the code makes
+            delattr(model, name)
     return propagator.result()
 
 
-def _line_of(error: Exception) -> str:
-    """The innermost line of the model's code that led to an error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__] or frames
-    return f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].name}'
+def _fx_graph(model: nn.Module, ignore: Sequence[str]) -> fx.Graph:
+    """The recorded calls of the model's forward. What that makes of the stand-ins it is called with may fail anyhow."""
+    try:
+        return Tracer(ignore).trace(model)
+    except (*FAILURES, fx.proxy.TraceError, TypeError, NameError, AttributeError, KeyError, AssertionError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__] or frames
+        line = f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].name}'
+        raise MorphError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)} ({line})") from error
 
 
 def _two_samples(x: Any) -> Any:
     """Shapes suffice; two samples, so that a batch is never mistaken for a dimension of size 1."""
-    return torch.empty((2, *x.shape[1:]), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty((2, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device="meta")
 
 
 class _Proxy(fx.Proxy):
@@ -147,13 +154,17 @@ class Propagator(fx.Interpreter):
     # -- execution -------------------------------------------------------------------------------------------
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and not is_ignored(str(n.target), self.ignore):
+            module = self.submodules[str(n.target)]
+            if parametrize.is_parametrized(module) or isinstance(vars(module).get("weight"), torch.Tensor):
+                self.refuse(n, f"module {type(module).__name__} with a weight that is computed (weight norm?)")
         try:
             if n.op == "call_module":
                 value = super().run_node(n)
             else:
                 with torch.device("meta"):  # for tensors that the code makes itself
                     value = super().run_node(n)
-        except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+        except FAILURES as error:
             if isinstance(error, MorphError):
                 raise
             self.refuse(n, f"{describe(n)}, which fails on the example input: {first_line(error)}")
@@ -179,11 +190,16 @@ class Propagator(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.submodules[target]
-        if isinstance(module, layer_rules.KEEP_SHAPE):
+        if isinstance(module, layer_rules.KEEP_SHAPE) and args:
             return args[0]  # the meta device takes long over norms
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        return functional_call(module, meta, args, kwargs)
+        plain = [(m, k, v) for m in module.modules() for k, v in vars(m).items() if isinstance(v, torch.Tensor)]
+        try:
+            return functional_call(module, meta, args, kwargs)
+        finally:
+            for owner, name, tensor in plain:  # what hooks compute anew before every call, as old weight norm does
+                vars(owner)[name] = tensor
 
     def follow(self, n: fx.Node, value: Any) -> Any:
         """The labels of a call's result."""
@@ -192,10 +208,7 @@ class Propagator(fx.Interpreter):
         if all(self.is_fixed(a) for a in n.all_input_nodes) and not self.has_weights(n):
             return map_tensors(value, lambda t: fixed(t.dim()))
         if n.op == "call_module":
-            module = self.submodules[str(n.target)]
-            if parametrize.is_parametrized(module):
-                self.refuse(n, f"module {type(module).__name__} with parametrized weights")
-            return layer_rules.follow(self, n, module, value)
+            return layer_rules.follow(self, n, self.submodules[str(n.target)], value)
         return function_rules.follow(self, n, value)
 
     def opaque(self, n: fx.Node, value: Any) -> Any:
@@ -210,8 +223,20 @@ class Propagator(fx.Interpreter):
         shape: torch.Size = self.env[n].shape
         return shape
 
+    def is_width(self, n: fx.Node) -> bool:
+        """Whether a number, or a shape, depends on how many channels something has."""
+        sized, dims = n.meta.get("dims of", (None, ()))
+        return n in self.widths or any(self.has_channels(sized, dim) for dim in dims)
+
+    def has_channels(self, n: Any, dim: int) -> bool:
+        """Whether channels lie in dimension `dim` of an activation; of a single one nobody knows where it lies."""
+        labels = self.labels.get(n)
+        if not isinstance(labels, torch.Tensor):
+            return False
+        return varies(labels, dim) or (self.shape(n)[dim] == 1 and bool(labels.any()))
+
     def is_fixed(self, n: fx.Node) -> bool:
-        return n not in self.widths and all(not bool(t.any()) for t in tensors_in(self.labels.get(n)))
+        return not self.is_width(n) and all(not bool(t.any()) for t in tensors_in(self.labels.get(n)))
 
     def has_weights(self, n: fx.Node) -> bool:
         """Whether a call brings parameters, whose own channels may change although its input's may not."""
@@ -297,11 +322,11 @@ class Propagator(fx.Interpreter):
 
     def parameter_labels(self, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
         """Of a parameter or buffer that code uses by itself: its channels, if it is a vector; else it is fixed."""
-        long = [d for d, size in enumerate(value.shape) if size > 1]
-        if len(long) != 1:
-            return fixed(value.dim())
         path, _, name = str(n.target).rpartition(".")
         owner = self.model.get_submodule(path)
+        long = [d for d, size in enumerate(value.shape) if size > 1]
+        if len(long) != 1 or (name not in owner._parameters and name not in owner._buffers):
+            return fixed(value.dim())
         labels = self.joins.fresh(value.shape[long[0]])
         labels = self.axis(str(n.target), owner, name, "elementwise", ((name, long[0]),), labels)
         return along(labels, long[0], value.dim())
