@@ -376,3 +376,46 @@ def test_the_probe_times_every_layer_once_and_remembers() -> None:
     again = channels_to_keep(graph, 1e-4, 1, other)
     assert all(torch.equal(keep[space], again[space]) for space in graph.spaces)
     assert other.seconds == probe.seconds
+
+
+class Sharing(nn.Module):
+    """A branch with a parameter of its own, a layer used twice, and a weight that it shares with the outside."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 1)
+            self.narrow, self.scale = nn.Conv2d(6, 5, 1), nn.Parameter(torch.ones(5, 1, 1))
+            self.last, self.norm = nn.Conv2d(5, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.last(self.narrow(self.twice(self.twice(self.first(x)).relu())) * self.scale))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.other = nn.Conv2d(3, 8, 1), Sharing.Branch(), nn.Conv2d(8, 6, 1)
+        self.other.weight = self.branch.first.weight
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(self.other(self.branch(x) + x).mean((2, 3)))
+
+
+def test_what_a_removed_block_shares_stays() -> None:
+    model = Sharing().double().train()
+    model.branch.norm.eval()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    step(model, optimizer)
+    graph = trace(model)
+    (block,) = graph.blocks
+    assert block.path == "branch"
+    graph.remove_block(block, optimizer)
+    assert not model.branch.norm.training
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+    assert set(optimizer.state) == set(model.parameters())
+    for space in list(graph.spaces):
+        graph.reindex(space, range(space.size - 1), optimizer)
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+    step(model, optimizer)
+    step(model, optimizer)

@@ -61,6 +61,11 @@ class Branch:
     in_full: bool
     stride: tuple[int, ...]
 
+    @property
+    def parts(self) -> list[str]:
+        """The modules that go: the one that is the branch, or each of its layers."""
+        return [self.path] if self.path else self.layers
+
 
 @dataclass(eq=False)
 class Block:
@@ -149,7 +154,7 @@ def _branch(
     return Branch(
         kind=kind,
         path=path if is_module else "",
-        layers=layers,
+        layers=list(dict.fromkeys(layers + stays)) if is_module else layers,
         last=str(node.target),
         norm=norm,
         in_full=bool(tail) or in_place,

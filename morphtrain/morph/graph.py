@@ -141,16 +141,14 @@ class ChannelGraph:
         if block.kind == "cat":
             self._check_emptied(block.outputs, without=gone)
         remainder = self._remainder(block)
-        kept = set(remainder.parameters())
-        if optimizer is not None:
-            lost = [p for path in branch.layers for p in self.model.get_submodule(path).parameters() if p not in kept]
-            Rebinder({}, optimizer).forget(lost)
         place = branch.path or (branch.norm if block.kind == "sum" else "") or branch.last
-        remainder.train(self.model.get_submodule(place).training)
-        for path in [] if branch.path else branch.layers:
-            if path != place:
-                self._replace(path, NoChannels())
-        self._replace(place, remainder)
+        remainder.training = self.model.get_submodule(place).training
+        before = [p for path in branch.parts for p in self.model.get_submodule(path).parameters()]
+        for path in branch.parts:
+            self._replace(path, remainder if path == place else NoChannels())
+        if optimizer is not None:
+            left = set(self.model.parameters())  # a shared parameter may go on elsewhere
+            Rebinder({}, optimizer).forget([p for p in before if p not in left])
         self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
         if isinstance(remainder, ZeroBranch):
             self._take_over(gone, branch, remainder, place)
@@ -263,7 +261,7 @@ class ChannelGraph:
                 yield axis
 
     def _axes_in(self, branch: Branch) -> list[Axis]:
-        return [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.layers)]
+        return [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.parts)]
 
     def _drop_space(self, space: Space) -> None:
         self.spaces.remove(space)
