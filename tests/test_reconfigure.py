@@ -391,10 +391,11 @@ class Sharing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.last(self.narrow(self.twice(self.twice(self.first(x)).relu())) * self.scale))
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool) -> None:
         super().__init__()
         self.stem, self.branch, self.other = nn.Conv2d(3, 8, 1), Sharing.Branch(), nn.Conv2d(8, 6, 1)
-        self.other.weight = self.branch.first.weight
+        if shared:
+            self.other.weight = self.branch.first.weight
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -402,8 +403,12 @@ class Sharing(nn.Module):
         return self.head(self.other(self.branch(x) + x).mean((2, 3)))
 
 
-def test_what_a_removed_block_shares_stays() -> None:
-    model = Sharing().double().train()
+def test_a_branch_that_shares_a_weight_with_the_outside_is_no_block() -> None:
+    assert trace(Sharing(shared=True).double()).blocks == []
+
+
+def test_a_branch_goes_with_all_it_holds_and_its_norm_keeps_its_mode() -> None:
+    model = Sharing(shared=False).double().train()
     model.branch.norm.eval()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     step(model, optimizer)

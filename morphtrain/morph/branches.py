@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from morphtrain.morph.layers import ScatterChannels
 from morphtrain.morph.nodes import name_of, owner_path
-from morphtrain.morph.paths import common_path, prefixes
+from morphtrain.morph.paths import common_path, is_within, prefixes
 from morphtrain.morph.spaces import Space
 
 Kind = Literal["sum", "cat"]
@@ -65,6 +65,10 @@ class Branch:
     def parts(self) -> list[str]:
         """The modules that go: the one that is the branch, or each of its layers."""
         return [self.path] if self.path else self.layers
+
+    def holds(self, path: str) -> bool:
+        """Whether the module at `path` is part of it."""
+        return any(is_within(path, part) for part in self.parts)
 
 
 @dataclass(eq=False)

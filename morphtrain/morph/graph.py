@@ -13,12 +13,12 @@ from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
 from morphtrain.morph.gates import Gate, insert_gate
 from morphtrain.morph.layers import NoChannels, ZeroBranch
-from morphtrain.morph.paths import is_within
 from morphtrain.morph.rebind import Change, Rebinder
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
 from morphtrain.morph.trace import MorphError, Trace, trace_channels
 
 Index = Sequence[int] | torch.Tensor
+Shared = Mapping[tuple[int, str], list[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
 
 
 class ChannelGraph:
@@ -28,7 +28,7 @@ class ChannelGraph:
     spaces: list[Space]
     blocks: list[Block]
     picks: list[Pick]
-    shared: dict[tuple[int, str], list[tuple[nn.Module, str]]]
+    shared: Shared
     input_shapes: dict[str, torch.Size]  # of each layer, by its path, for two samples
 
     def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
@@ -147,7 +147,7 @@ class ChannelGraph:
         for path in branch.parts:
             self._replace(path, remainder if path == place else NoChannels())
         if optimizer is not None:
-            left = set(self.model.parameters())  # a shared parameter may go on elsewhere
+            left = set(self.model.parameters())
             Rebinder({}, optimizer).forget([p for p in before if p not in left])
         self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
         if isinstance(remainder, ZeroBranch):
@@ -261,7 +261,7 @@ class ChannelGraph:
                 yield axis
 
     def _axes_in(self, branch: Branch) -> list[Axis]:
-        return [axis for axis in self.axes if any(is_within(axis.path, path) for path in branch.parts)]
+        return [axis for axis in self.axes if branch.holds(axis.path)]
 
     def _drop_space(self, space: Space) -> None:
         self.spaces.remove(space)
@@ -323,24 +323,25 @@ def _find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Sp
         for slot in space.slots:
             by_layer.setdefault(slot.axis.path, []).append(space)
     for branch in find_branches(trace.nodes, modules):
-        paths = set(branch.layers)
         near = dict.fromkeys(s for path in branch.layers for s in by_layer.get(path, ()))
-        inner = [s for s in spaces if s in near and all(_lies_in(slot, paths) for slot in s.slots)]
-        made = [s for s in by_layer.get(branch.last, ()) if any(_produced(slot, branch.last) for slot in s.slots)]
-        outputs = list(dict.fromkeys(made))
+        inner = [s for s in spaces if s in near and all(branch.holds(slot.axis.path) for slot in s.slots)]
+        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _produces(branch.last, s)))
         if branch.kind == "cat":
-            alone = all(slot.role != "produces" or slot.axis.path in paths for s in outputs for slot in s.slots)
-            if not outputs or not alone:
-                continue
-        elif not inner:
-            continue
-        blocks.append(Block(branch, inner, outputs))
+            makers = (slot.axis.path for s in outputs for slot in s.slots if slot.role == "produces")
+            removable = bool(outputs) and all(map(branch.holds, makers))
+        else:
+            removable = bool(inner)
+        if removable and not _shares(branch, modules, trace.shared):
+            blocks.append(Block(branch, inner, outputs))
     return blocks
 
 
-def _lies_in(slot: Slot, paths: set[str]) -> bool:
-    return slot.axis.path in paths
+def _shares(branch: Branch, modules: Mapping[str, nn.Module], shared: Shared) -> bool:
+    """Whether a module of the branch holds a tensor that others hold too, which then could not go with it."""
+    inside = {id(m): m for part in branch.parts for m in modules[part].modules()}
+    others = [m for (owner, _), names in shared.items() if owner in inside for m, _ in names]
+    return any(id(m) not in inside for m in others)
 
 
-def _produced(slot: Slot, path: str) -> bool:
-    return slot.role == "produces" and slot.axis.path == path
+def _produces(path: str, space: Space) -> bool:
+    return any(slot.role == "produces" and slot.axis.path == path for slot in space.slots)
