@@ -40,6 +40,7 @@ EXPECTED = {
     "Padded": [4, 6],
     "PixelShuffled": [8, 3, 12],
     "Stacked": [8, 6, 5],
+    "Mixed": [8, 6, 6],
     "PreActivation": [8, 6, 6],
 }
 
@@ -138,6 +139,8 @@ REFUSALS = {
     "channels in a factor": (nn.Identity(), lambda x: x / x.shape[1], "number of channels"),
     "zeros beside": (nn.Identity(), lambda x: x + torch.zeros(1, x.shape[1], 1, 1), "zeros"),
     "matrix product": (nn.Identity(), lambda x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).unsqueeze(3), "matmul"),
+    "written into": (nn.Identity(), lambda x: (x.__setitem__((slice(None), slice(0, 4)), 0.0), x)[1], "setitem"),
+    "norm over channels": (nn.Identity(), lambda x: x / torch.norm(x, 2, 1, keepdim=True), "norm"),
     "wrong shape": (nn.Identity(), lambda x: x[:, :, 0].view(-1, 7), "fails on the example"),
 }
 

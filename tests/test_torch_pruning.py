@@ -28,6 +28,7 @@ DIFFERENT = {
     "Flattened": "it changes a reshape to the constant 7 * 4 * 4, and the code then fails",
     "Transposed": "it does not tie the two groups that read a concatenation",
     "Twice": "it names both layers of a shared weight; our space holds the weight once, under the first",
+    "Mixed": "it prunes under a variance over all channels, and what the code splits by constants",
     "Norms": "it prunes under a layer norm, which changes its statistics",
     "SeveralInputs": "it prunes what the network returns",
     "convnext_tiny": "it prunes under a layer norm, which changes its statistics",

@@ -318,6 +318,23 @@ class Stacked(Net):
         return F.glu(self.c(both.amax(1) + both.mean(1)), dim=1)
 
 
+class Mixed(Net):
+    """Operations that are read off by position: what they mix stays, what they leave apart is free."""
+
+    def __init__(self):
+        super().__init__(8, 6)
+        self.layers = nn.ModuleList([conv(8, 6), *(conv(6, 6) for _ in range(5))])
+
+    def body(self, x):
+        a = self.layers[0](x)
+        b = torch.max(a, self.layers[1](a))  # free
+        c = self.layers[2](b).flip(3, 2) * self.layers[3](b).std((2, 3), keepdim=True)  # free
+        d = self.layers[4](c)
+        d = d * d.var(False)  # of all entries: kept
+        left, middle, right = torch.tensor_split(self.layers[5](d), (1, 3), 1)  # by constants: kept
+        return torch.cat([left, middle, right], 1).flip([1])
+
+
 class PreActivation(Net):
     """Blocks that end in a convolution, added in place, behind stochastic depth."""
 
@@ -365,6 +382,7 @@ TOPOLOGIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple]]] = {
         Padded,
         PixelShuffled,
         Stacked,
+        Mixed,
         PreActivation,
     )
 }

@@ -33,6 +33,8 @@ def follow(p: Propagator, n: fx.Node, value: Any) -> Any:
 
 def number(p: Propagator, n: fx.Node, value: Any) -> None:
     """Note whether a value that is no tensor depends on a number of channels; of a shape, whose shape it is."""
+    if value is None and not all(map(p.is_fixed, n.all_input_nodes)):
+        p.refuse(n, f"{describe(n)}, which changes what it is given")  # x[...] = y
     name, of = name_of(n), n.args[0] if n.args else None
     sized: Any = of
     dims: Sequence[int] = ()
@@ -93,11 +95,11 @@ def _elementwise(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor
 
 def _reduced(p: Propagator, n: fx.Node, value: Any) -> Any:
     """A mean, sum, maximum, ... over some dimensions; over the channels it mixes them, so they stay."""
-    x = first(n)
+    x, wanted = first(n), argument(n, 1, "dim")
+    if isinstance(wanted, fx.Node):  # the larger of two tensors
+        return _elementwise(p, n, value)
     rank = len(p.shape(x))
-    dims = argument(n, 1, "dim")
-    dims = list(range(rank)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    dims = [d % rank for d in dims]
+    dims = dimensions(wanted, rank)
     mixes = p.keep_varying(x, dims)
     results = []
     for tensor in tensors_in(value):
@@ -111,11 +113,25 @@ def _reduced(p: Propagator, n: fx.Node, value: Any) -> Any:
     return results[0] if isinstance(value, torch.Tensor) else tuple(results)
 
 
-def _mixing(p: Propagator, n: fx.Node, value: Any) -> Any:
+def dimensions(wanted: Any, rank: int) -> list[int]:
+    """An argument that says over which dimensions; all of them if it says nothing (as `var(False)` does)."""
+    if wanted is None or isinstance(wanted, bool) or wanted == ():
+        return list(range(rank))
+    return [d % rank for d in ([wanted] if isinstance(wanted, int) else wanted)]
+
+
+def _mixing(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """softmax and the like along a dimension: channels in it stay."""
-    dim = argument(n, 1, "dim")
-    p.keep_varying(first(n), range(value.dim()) if dim is None else [dim])
-    return p.labels[first(n)]
+    p.keep_varying(first(n), dimensions(argument(n, 1, "dim"), value.dim()))
+    labels: torch.Tensor = p.labels[first(n)]
+    return labels
+
+
+def _flipped(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    dims = n.args[1:] if len(n.args) > 2 else argument(n, 1, "dims")
+    p.keep_varying(first(n), dimensions(dims, value.dim()))
+    labels: torch.Tensor = p.labels[first(n)]
+    return labels
 
 
 def _glu(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -222,9 +238,10 @@ RULES: dict[str, Rule] = {
     ),
     **by_name(
         _reduced,
-        "mean sum amax amin max min var std norm prod all any logsumexp argmax argmin var_mean std_mean median",
+        "mean sum amax amin max min var std prod all any logsumexp argmax argmin var_mean std_mean median",
     ),
-    **by_name(_mixing, "softmax log_softmax softmin cumsum cumprod flip"),
+    **by_name(_mixing, "softmax log_softmax softmin cumsum cumprod"),
+    "flip": _flipped,
     "glu": _glu,
     "normalize": _normalised,
     **by_name(_functional_convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),

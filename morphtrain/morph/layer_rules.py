@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from morphtrain.morph import function_rules, movement_rules
-from morphtrain.morph.labels import along
+from morphtrain.morph.labels import along, fixed
 from morphtrain.morph.layers import NoChannels, PadChannels, ScatterChannels, SelectChannels, ZeroBranch
+from morphtrain.morph.nodes import map_tensors
 
 if TYPE_CHECKING:
     from morphtrain.morph.trace import Propagator
@@ -24,6 +25,8 @@ def follow(p: Propagator, n: fx.Node, module: nn.Module, value: Any) -> Any:
     if isinstance(module, NoChannels):  # which may be called with a list
         return along(p.joins.fresh(0), 1, value.dim())
     inputs = [a for a in n.all_input_nodes if a in p.labels]
+    if rule is None and all(map(p.is_fixed, inputs)):
+        return map_tensors(value, lambda t: fixed(t.dim()))  # as an embedding of what comes in
     if rule is None or len(inputs) != 1:
         p.refuse(n, f"module {type(module).__name__}" + (f" of {len(inputs)} inputs" if rule else ""))
     return rule(p, n, module, inputs[0], value)

@@ -174,7 +174,7 @@ def _divided(p: Propagator, n: fx.Node, value: Sequence[torch.Tensor]) -> tuple[
     sizes = [piece.shape[dim] for piece in value]
     wanted = argument(n, 1, "split_size_or_sections")
     wanted = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted]
-    follows = name_of(n) in ("chunk", "tensor_split") or all(isinstance(w, fx.Node) and p.is_width(w) for w in wanted)
+    follows = name_of(n) == "chunk" or all(isinstance(w, fx.Node) and p.is_width(w) for w in wanted)
     if len(set(sizes)) == 1 and follows:
         p.joins.tie(labels.unflatten(dim, (len(sizes), sizes[0])), dim)
     else:
