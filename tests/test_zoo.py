@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 
 import pytest
 import torch
-from networks import check_surgery
+from networks import assert_close, check_surgery, mask, outputs
 from torch import nn
 from torchvision import models
 
-from morphtrain.morph import ChannelGraph, MorphError
+from morphtrain.morph import ChannelGraph, MorphError, describe, rebuild
+from morphtrain.prune.reconfigure import reconfigure
 
 # Attention mixes channels in ways that no reindexing of channels survives; these are refused by name.
 REFUSED = {
@@ -100,3 +102,46 @@ def test_attention_is_refused_by_name(name: str) -> None:
     assert "torchvision/models/" in str(caught.value)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["densenet121", "efficientnet_b0", "googlenet", "mobilenet_v2", "regnet_y_400mf", "resnet18", "squeezenet1_1"],
+)
+def test_blocks_of_torchvision_can_be_removed(name: str) -> None:
+    """Of each network the first, a middle and the last block, and the network comes back from its description."""
+    x = (torch.randn(2, 3, 64, 64, dtype=torch.double),)
+    model = network(name).double().train()
+    fresh = copy.deepcopy(model)
+    masked = copy.deepcopy(model)
+    graph, masked_graph = ChannelGraph.trace(model, x), ChannelGraph.trace(masked, x)
+    count = len(graph.blocks)
+    assert count >= 8
+    for number in (0, count // 2, count - 1):
+        block = masked_graph.blocks[number]
+        for space in block.outputs if block.kind == "cat" else block.spaces[-1:]:
+            mask(space, torch.arange(space.size))
+    for block in [graph.blocks[number] for number in (0, count // 2, count - 1)]:
+        graph.remove_block(block)
+    result = outputs(model, x)
+    assert_close(result, outputs(masked, x), 1e-8)
+    assert len(list(model.parameters())) < len(list(masked.parameters()))
+    rebuilt = rebuild(fresh, json.loads(json.dumps(describe(model))))
+    rebuilt.load_state_dict(model.state_dict())
+    for a, b in zip(outputs(rebuilt, x), result, strict=True):
+        assert torch.equal(a, b)
+    again = ChannelGraph.trace(model, x)
+    # A space is named after its first producer, which may have been in a removed block.
+    assert sorted(space.size for space in again.spaces) == sorted(space.size for space in graph.spaces)
+
+
+def test_an_empty_squeeze_does_not_empty_its_block() -> None:
+    """The gate of a squeeze-and-excitation then is a constant, and the branch goes on."""
+    model = network("efficientnet_b0")
+    graph = ChannelGraph.trace(model, torch.empty(1, 3, 64, 64))
+    squeezes = [space for space in graph.spaces if space.name.endswith("fc1")]
+    assert len(squeezes) == 16
+    assert not any(space in squeezes for block in graph.blocks for space in block.spaces)
+    for space in squeezes:
+        mask(space, torch.arange(space.size))
+    assert reconfigure(graph, threshold=1e-4).removed_blocks == []

@@ -48,6 +48,7 @@ class Branch:
         kind: of the operation.
         path: the module that is the branch; "" if the branch is part of a module's forward.
         layers: the paths of all layers in it.
+        chain: the paths of those that everything passes on its way to `last`, which is the last of them.
         last, norm: paths of the convolution that makes the operand, and of the norm behind it ("" if there is none).
         in_full: whether the operand has to have the sum's full shape.
         stride: of the whole branch.
@@ -56,6 +57,7 @@ class Branch:
     kind: Kind
     path: str
     layers: list[str]
+    chain: list[str]
     last: str
     norm: str
     in_full: bool
@@ -75,8 +77,9 @@ class Branch:
 class Block:
     """A branch that can be removed.
 
-    `spaces` live only inside it, in the order of use: the last one feeds the convolution `branch.last`. `outputs` are
-    the spaces of what it adds (`kind` "sum") or concatenates ("cat"; they have no other producer then).
+    `spaces` live only inside it, and everything in it passes through each: without one of them the branch adds
+    constants. They are in the order of use; the last one feeds the convolution `branch.last`. `outputs` are the spaces
+    of what it adds (`kind` "sum") or concatenates ("cat"; they have no other producer then).
     """
 
     branch: Branch
@@ -159,6 +162,7 @@ def _branch(
         kind=kind,
         path=path if is_module else "",
         layers=list(dict.fromkeys(layers + stays)) if is_module else layers,
+        chain=_chain(members, node),
         last=str(node.target),
         norm=norm,
         in_full=bool(tail) or in_place,
@@ -209,6 +213,24 @@ def _exclusive(operand: fx.Node) -> list[fx.Node]:
                 found[a] = None
                 waiting.append(a)
     return list(found)
+
+
+def _chain(members: list[fx.Node], last: fx.Node) -> list[str]:
+    """The layers without which nothing that enters reaches `last`, in the order of the graph."""
+    starts = [m for m in members if any(a not in members and a.op != "get_attr" for a in m.all_input_nodes)]
+
+    def reached_without(layer: fx.Node) -> bool:
+        found, waiting = {layer}, [m for m in starts if m is not layer]
+        while waiting:
+            node = waiting.pop()
+            if node is last:
+                return True
+            found.add(node)
+            waiting += [user for user in node.users if user in members and user not in found]
+        return False
+
+    order = [n for n in last.graph.nodes if n in set(members)]
+    return [str(m.target) for m in order if m.op == "call_module" and (m is last or not reached_without(m))]
 
 
 def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from morphtrain.morph.gates import Gate, insert_gate
 from morphtrain.morph.layers import NoChannels, ZeroBranch
 from morphtrain.morph.rebind import Change, Rebinder
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
-from morphtrain.morph.trace import MorphError, Trace, trace_channels
+from morphtrain.morph.trace import MorphError, Role, Trace, trace_channels
 
 Index = Sequence[int] | torch.Tensor
 Shared = Mapping[tuple[int, str], list[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
@@ -323,14 +323,14 @@ def _find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Sp
         for slot in space.slots:
             by_layer.setdefault(slot.axis.path, []).append(space)
     for branch in find_branches(trace.nodes, modules):
-        near = dict.fromkeys(s for path in branch.layers for s in by_layer.get(path, ()))
-        inner = [s for s in spaces if s in near and all(branch.holds(slot.axis.path) for slot in s.slots)]
-        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _produces(branch.last, s)))
+        passed = dict.fromkeys(s for path in branch.chain for s in by_layer.get(path, ()) if _uses("consumes", path, s))
+        inner = [s for s in passed if all(branch.holds(slot.axis.path) for slot in s.slots)]
+        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _uses("produces", branch.last, s)))
         if branch.kind == "cat":
             makers = (slot.axis.path for s in outputs for slot in s.slots if slot.role == "produces")
             removable = bool(outputs) and all(map(branch.holds, makers))
         else:
-            removable = bool(inner)
+            removable = bool(inner) and _uses("consumes", branch.last, inner[-1])
         if removable and not _shares(branch, modules, trace.shared):
             blocks.append(Block(branch, inner, outputs))
     return blocks
@@ -343,5 +343,5 @@ def _shares(branch: Branch, modules: Mapping[str, nn.Module], shared: Shared) ->
     return any(id(m) not in inside for m in others)
 
 
-def _produces(path: str, space: Space) -> bool:
-    return any(slot.role == "produces" and slot.axis.path == path for slot in space.slots)
+def _uses(role: Role, path: str, space: Space) -> bool:
+    return any(slot.role == role and slot.axis.path == path for slot in space.slots)
