@@ -104,7 +104,12 @@ def dropped(size: int, keep: torch.Tensor) -> torch.Tensor:
 
 
 def check_surgery(
-    model: nn.Module, inputs: tuple, tolerance: float, ignore: tuple[str, ...] = (), spaces: bool | None = True
+    model: nn.Module,
+    inputs: tuple,
+    tolerance: float,
+    ignore: tuple[str, ...] = (),
+    spaces: bool | None = True,
+    momentum: float = 0.9,
 ) -> ChannelGraph:
     """Cut random channels of every space and put copies in their place; nothing but the widths may change.
 
@@ -115,7 +120,7 @@ def check_surgery(
     first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Conv1d)))
     first.weight.requires_grad_(False)
     next(m for m in model.modules() if not list(m.children())).eval()
-    optimizer = two_groups(model)
+    optimizer = two_groups(model, momentum)
     together(model(*inputs)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -150,11 +155,11 @@ def check_surgery(
     return graph
 
 
-def two_groups(model: nn.Module) -> Optimizer:
+def two_groups(model: nn.Module, momentum: float) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": 1e-4}]
     groups.append({"params": [p for p in trained if p.dim() <= 1]})
-    return SGD([group for group in groups if group["params"]], lr=1e-3, momentum=0.9)
+    return SGD([group for group in groups if group["params"]], lr=1e-3, momentum=momentum)
 
 
 def facts(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:

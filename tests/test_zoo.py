@@ -84,7 +84,9 @@ def image_size(name: str) -> int:
 )
 def test_torchvision(name: str) -> None:
     x = torch.randn(2, 3, image_size(name), image_size(name), dtype=torch.double)
-    check_surgery(network(name), (x,), tolerance=1e-8)
+    model = network(name)
+    large = sum(p.numel() for p in model.parameters()) > 2e8  # whose momentum would not fit a small machine's memory
+    check_surgery(model, (x,), tolerance=1e-8, momentum=0.0 if large else 0.9)
 
 
 @pytest.mark.parametrize(
