@@ -128,9 +128,8 @@ def channels_to_keep(
         pass  # reviving in one layer may put another off its multiple; it only ever adds, so this ends
     if isinstance(round_to, WidthProbe):
         widths = {space: int(kept.sum()) for space, kept in keep.items()}
-        for space in graph.spaces:
-            widths[space] = round_to.round_up(graph, space, widths)
-            strongest = strengths[space].masked_fill(keep[space], float("inf")).topk(widths[space]).indices
+        for space, width in round_to.fastest(graph, widths).items():
+            strongest = strengths[space].masked_fill(keep[space], float("inf")).topk(width).indices
             keep[space][strongest] = True
     return keep
 

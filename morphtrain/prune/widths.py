@@ -1,15 +1,16 @@
 """Which widths are really faster on this device: `prune.round_to=auto`.
 
-A pruned width that vector units and kernels do not like can take longer than a larger one. Before a space is cut to
-`width` channels, the layers around it are timed (forward and backward) at that width and at the next multiples of 4,
-8, 16 and 32 up to the present one; the space then keeps the fastest of these, the smallest of those within `TIE`.
+A pruned width that vector units and kernels do not like can take longer than a larger one: on an AVX-512 machine a 3x3
+convolution of 12 channels takes longer than one of 16. So before spaces are cut, the layers around them are timed
+(forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to the present
+ones, and the spaces keep widths whose layers take the least time together.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import Axis, ChannelGraph, Slot, Space
+from morphtrain.morph import Axis, ChannelGraph, Space
 
 MULTIPLES = (4, 8, 16, 32)
 TIE = 0.03  # of the fastest time: what repeated measurements of the same layer differ by
-ROUNDS = 7
+ROUNDS = 5  # measurements of each layer, of which the median counts
+SWEEPS = 3  # over the spaces, looking for single ones to change
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,32 @@ class Layer:
         return torch.randn(shape, device=device, requires_grad=True)
 
 
+@dataclass(eq=False)
+class Place:
+    """A layer in the network; its widths are those of the spaces on its two sides (one axis, if it is depthwise)."""
+
+    module: Any
+    size: tuple[int, ...]
+    inputs: Axis
+    outputs: Axis
+
+    @property
+    def spaces(self) -> set[Space]:
+        return {segment.space for axis in (self.inputs, self.outputs) for segment in axis.segments if segment.space}
+
+    def at(self, widths: Mapping[Space, int]) -> Layer:
+        """The layer once the spaces have these widths."""
+        inputs, outputs = _length(self.inputs, widths), _length(self.outputs, widths)
+        if isinstance(self.module, nn.Linear):
+            return Layer(inputs, outputs, (), (), (), (), False, self.size)
+        depthwise = self.inputs is self.outputs
+        inputs = outputs * self.module.in_channels // self.module.out_channels if depthwise else inputs
+        geometry = (self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
+        return Layer(inputs, outputs, *geometry, depthwise, self.size)
+
+
 class WidthProbe:
-    """Times layers on a device and says to which width a space should be cut.
+    """Times layers on a device and says to which widths spaces should be cut.
 
     Args:
         device: to measure on.
@@ -79,20 +105,38 @@ class WidthProbe:
         self.autocast = autocast
         self.seconds: dict[Layer, float] = {}
 
-    def round_up(self, graph: ChannelGraph, space: Space, widths: Mapping[Space, int]) -> int:
-        """The width, from `widths[space]` to the present one, with the shortest time; `widths`: what all are cut to."""
-        least = widths[space]
-        slots = [slot for slot in space.slots if _is_timed(graph, slot)]
-        if least == space.size or not slots:
-            return least
-        candidates = sorted({least, *(min(-(-least // m) * m, space.size) for m in MULTIPLES)})
-        layers = {width: [_layer(graph, slot, {**widths, space: width}) for slot in slots] for width in candidates}
-        self._measure([layer for group in layers.values() for layer in group])
-        seconds = {width: sum(self.seconds[layer] for layer in group) for width, group in layers.items()}
-        fastest = min(seconds.values())
-        if seconds[least] <= fastest * (1 + TIE):
-            return least
-        return min(width for width in candidates if seconds[width] <= fastest * (1 + TIE))
+    def fastest(self, graph: ChannelGraph, least: Mapping[Space, int]) -> dict[Space, int]:
+        """The widths, each from its `least` up to the present one, whose layers take the least time together.
+
+        A layer is fast when both its sides suit it, so all spaces are rounded to one multiple first; from the best of
+        these, single spaces change as long as that saves time. Of widths that are equal but for noise the smallest:
+        pruning's own if no others save more than noise.
+        """
+        shrinking = [space for space in graph.spaces if least[space] < space.size]
+        places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
+        roundings = [{s: _up(least[s], multiple, s.size) for s in graph.spaces} for multiple in (1, *MULTIPLES)]
+        best = min(roundings, key=lambda widths: self._total(places, widths))
+        for _ in range(SWEEPS):
+            before = dict(best)
+            for space in shrinking:
+                near = [place for place in places if space in place.spaces]
+                if near:
+                    best[space] = self._narrowest(near, best, space, least[space])
+            if best == before:
+                break
+        saves = self._total(places, best) < (1 - TIE) * self._total(places, least)
+        return best if saves else dict(least)  # less than that is noise, and channels for nothing
+
+    def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
+        """The smallest width of `space` with which these layers are as fast as they get, all others being as given."""
+        candidates = sorted({_up(least, multiple, space.size) for multiple in (1, *MULTIPLES)})
+        seconds = {width: self._total(places, {**widths, space: width}) for width in candidates}
+        return next(width for width in candidates if seconds[width] <= min(seconds.values()) * (1 + TIE))
+
+    def _total(self, places: Iterable[Place], widths: Mapping[Space, int]) -> float:
+        layers = [place.at(widths) for place in places]
+        self._measure(layers)
+        return sum(self.seconds[layer] for layer in layers)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What was measured so far, as plain data."""
@@ -126,9 +170,10 @@ class WidthProbe:
         def run() -> float:
             self._wait()
             start = time.perf_counter()
-            with self.autocast():
-                out = module(x)
-            out.backward(torch.ones_like(out))
+            with torch.enable_grad():
+                with self.autocast():
+                    out = module(x)
+                out.backward(torch.ones_like(out))
             self._wait()
             return time.perf_counter() - start
 
@@ -139,26 +184,31 @@ class WidthProbe:
             torch.accelerator.synchronize(self.device)
 
 
-def _is_timed(graph: ChannelGraph, slot: Slot) -> bool:
-    module: Any = slot.axis.module
-    if slot.axis.path not in graph.input_shapes or not any(name == "weight" for name, _ in slot.axis.tensors):
-        return False
-    plain = isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple)
-    return isinstance(module, nn.Linear) or (plain and (module.groups == 1 or slot.role == "elementwise"))
+def timed_places(graph: ChannelGraph) -> list[Place]:
+    """The layers whose time follows from their widths: linear, ungrouped and depthwise two-dimensional convolutions."""
+    places = []
+    sides: dict[int, dict[str, Axis]] = {}
+    for axis in graph.axes:
+        if any(name == "weight" for name, _ in axis.tensors):
+            sides.setdefault(id(axis.module), {})[axis.role] = axis
+    for axes in sides.values():
+        outputs = axes.get("produces") or axes.get("elementwise")
+        module: Any = outputs.module if outputs else None
+        if outputs is None or outputs.path not in graph.input_shapes:
+            continue
+        shape = tuple(graph.input_shapes[outputs.path])
+        plain = isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple)
+        if plain and module.groups > 1 and outputs.role == "elementwise":
+            places.append(Place(module, shape[2:], outputs, outputs))
+        elif isinstance(module, nn.Linear) and "consumes" in axes:
+            places.append(Place(module, shape[1:-1], axes["consumes"], outputs))
+        elif plain and module.groups == 1 and "consumes" in axes:
+            places.append(Place(module, shape[2:], axes["consumes"], outputs))
+    return places
 
 
-def _layer(graph: ChannelGraph, slot: Slot, widths: Mapping[Space, int]) -> Layer:
-    """The slot's layer once the spaces have these widths."""
-    module: Any = slot.axis.module
-    shape = tuple(graph.input_shapes[slot.axis.path])
-    sides = {axis.role: _length(axis, widths) for axis in graph.axes if axis.module is module and axis.tensors}
-    if isinstance(module, nn.Linear):
-        return Layer(sides["consumes"], sides["produces"], (), (), (), (), False, shape[1:-1])
-    depthwise = slot.role == "elementwise"
-    outputs = sides["elementwise"] if depthwise else sides["produces"]
-    inputs = outputs * module.in_channels // module.out_channels if depthwise else sides["consumes"]
-    geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return Layer(inputs, outputs, *geometry, depthwise, shape[2:])
+def _up(width: int, multiple: int, most: int) -> int:
+    return min(-(-width // multiple) * multiple, most)
 
 
 def _length(axis: Axis, widths: Mapping[Space, int]) -> int:
