@@ -3,7 +3,7 @@
 write    half way through the file of a checkpoint
 rename   between a checkpoint's being written and its getting its name
 renamed  right after that
-morph    inside a reconfiguration, some channels gone, some not
+morph    inside a reconfiguration, some tensors cut, some not
 report   after MLflow has an epoch, before the run knows
 step     after an optimizer step
 """
@@ -19,7 +19,7 @@ from typing import Any
 from torch.optim import SGD
 
 from morphtrain import run
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph.rebind import Rebinder
 from morphtrain.tracking.mlflow import MLflowTracker
 
 event, number = sys.argv.pop(1).split(":")
@@ -63,7 +63,7 @@ elif event == "rename":
 elif event == "renamed":
     around(os, "replace", after=die)
 elif event == "morph":
-    around(ChannelGraph, "reindex", after=die)
+    around(Rebinder, "reindex", after=die)
 elif event == "report":
     around(MLflowTracker, "_send", after=die)
 elif event == "step":
