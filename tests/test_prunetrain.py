@@ -158,10 +158,10 @@ def test_widths_are_timed_when_asked_for(small_run) -> None:
     measured = method.state_dict()["measured"]
     assert len(measured) > 10
     assert all(row["seconds"] > 0 for row in measured)
+    assert {row["batch_size"] for row in measured} == {run.batch_size} == {16}, "the run's own steps are to become fast"
     again = small_run("prune.round_to=auto", "model.width=32")
     again.methods["prune"].load_state_dict(method.state_dict())
-    again.methods["prune"].before_training(again)
-    assert again.methods["prune"].round_to.seconds == method.round_to.seconds
+    assert again.methods["prune"].probe.seconds == method.probe.seconds
 
 
 def test_a_network_that_cannot_be_followed_trains_without_a_method() -> None:

@@ -334,7 +334,7 @@ class TimesByWidth(WidthProbe):
         super().__init__(torch.device("cpu"), 1)
         self.function = seconds
 
-    def _measure(self, layers) -> None:
+    def measure(self, layers) -> None:
         self.seconds.update({layer: self.function(layer) for layer in layers})
 
 
@@ -368,7 +368,7 @@ def test_the_probe_times_every_layer_once_and_remembers() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(seconds > 0 for seconds in probe.seconds.values())
     for layer in probe.seconds:
-        shape = layer.build(torch.device("cpu"))(layer.input(2, torch.device("cpu"))).shape
+        shape = layer.build()(layer.input()).shape
         assert layer.outputs in shape
     other = WidthProbe(torch.device("cpu"), 2)
     other.load_state_dict(json.loads(json.dumps(probe.state_dict())))

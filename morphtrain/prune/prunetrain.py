@@ -23,15 +23,10 @@ class PruneTrain:
     def __init__(self, config: schema.PruneTrain) -> None:
         self.config = config
         self.strength: float | None = None  # lambda; fixed by the first batch
-        self.measured: list[dict[str, Any]] = []  # of the width probe, before there is one
+        self.probe = WidthProbe() if config.round_to == "auto" else None
 
     def before_training(self, run: Run) -> None:
         self._find_groups(run)
-        if self.config.round_to == "auto":
-            self.round_to: int | WidthProbe = WidthProbe(run.device, run.batch_size, run.precision.autocast)
-            self.round_to.load_state_dict(self.measured)
-        else:
-            self.round_to = self.config.round_to
         if self.config.start_epoch > run.config.epochs:
             log.warning(
                 "prune.start_epoch=%d is behind the last epoch (epochs=%d): the network will not shrink",
@@ -70,7 +65,7 @@ class PruneTrain:
                 run.graph,
                 threshold=self.config.threshold,
                 min_channels=self.config.min_channels,
-                round_to=self.round_to,
+                round_to=self._round_to(run),
                 residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
             )
@@ -80,15 +75,27 @@ class PruneTrain:
         return {"lasso_ratio": gl / (run.train_loss + gl)}
 
     def state_dict(self) -> dict[str, Any]:
-        probe = getattr(self, "round_to", None)
-        return {"strength": self.strength, "measured": probe.state_dict() if isinstance(probe, WidthProbe) else []}
+        return {"strength": self.strength, "measured": self.probe.state_dict() if self.probe else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strength = state["strength"]
-        self.measured = state["measured"]
+        if self.probe:
+            self.probe.load_state_dict(state["measured"])
 
     def _find_groups(self, run: Run) -> None:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")
+
+    def _round_to(self, run: Run) -> int | WidthProbe:
+        if self.probe is None:
+            multiple: int = self.config.round_to
+            return multiple
+        # As the run is now: when `before_training` is called it has no batch size yet, and later it may change.
+        self.probe.device, self.probe.batch_size, self.probe.autocast = (
+            run.device,
+            run.batch_size,
+            run.precision.autocast,
+        )
+        return self.probe
 
     def _active(self, run: Run) -> bool:
         return self.config.stop_epoch is None or run.epoch <= self.config.stop_epoch

@@ -1,9 +1,9 @@
 """Which widths are really faster on this device: `prune.round_to=auto`.
 
 A pruned width that vector units and kernels do not like can take longer than a larger one: on an AVX-512 machine a 3x3
-convolution of 12 channels takes longer than one of 16. So before spaces are cut, the layers around them are timed
-(forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to the present
-ones, and the spaces keep widths whose layers take the least time together.
+convolution of 12 channels takes longer than one of 16 (benchmarks/widths.py). So before spaces are cut, the layers around
+them are timed (forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to
+the present ones, and the spaces keep widths whose layers take the least time together.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 
 from morphtrain.morph import Axis, ChannelGraph, Space
 
+CPU = torch.device("cpu")
 MULTIPLES = (4, 8, 16, 32)
 TIE = 0.03  # of the fastest time: what repeated measurements of the same layer differ by
 ROUNDS = 5  # measurements of each layer, of which the median counts
@@ -28,8 +29,10 @@ SWEEPS = 3  # over the spaces, looking for single ones to change
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution (or linear layer, kernel 0) at one width of its inputs and outputs."""
+    """What is timed: a convolution (or linear layer, of no kernel) at one width of its inputs and outputs."""
 
+    device: str
+    batch_size: int
     inputs: int
     outputs: int
     kernel: tuple[int, ...]
@@ -39,10 +42,10 @@ class Layer:
     depthwise: bool
     size: tuple[int, ...]  # of the input, spatially
 
-    def build(self, device: torch.device) -> nn.Module:
+    def build(self) -> nn.Module:
         """The layer; behind a convolution norm and activation, whose time grows with its outputs too."""
         if not self.kernel:
-            return nn.Linear(self.inputs, self.outputs).to(device)
+            return nn.Linear(self.inputs, self.outputs, device=self.device)
         groups = self.inputs if self.depthwise else 1
         convolution = nn.Conv2d(
             self.inputs,
@@ -54,11 +57,11 @@ class Layer:
             groups,
             bias=False,
         )
-        return nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU()).to(device)
+        return nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU()).to(self.device)
 
-    def input(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        shape = (batch_size, *self.size, self.inputs) if not self.kernel else (batch_size, self.inputs, *self.size)
-        return torch.randn(shape, device=device, requires_grad=True)
+    def input(self) -> torch.Tensor:
+        shape = (*self.size, self.inputs) if not self.kernel else (self.inputs, *self.size)
+        return torch.randn(self.batch_size, *shape, device=self.device, requires_grad=True)
 
 
 @dataclass(eq=False)
@@ -74,15 +77,15 @@ class Place:
     def spaces(self) -> set[Space]:
         return {segment.space for axis in (self.inputs, self.outputs) for segment in axis.segments if segment.space}
 
-    def at(self, widths: Mapping[Space, int]) -> Layer:
+    def at(self, widths: Mapping[Space, int], device: str, batch_size: int) -> Layer:
         """The layer once the spaces have these widths."""
         inputs, outputs = _length(self.inputs, widths), _length(self.outputs, widths)
         if isinstance(self.module, nn.Linear):
-            return Layer(inputs, outputs, (), (), (), (), False, self.size)
+            return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size)
         depthwise = self.inputs is self.outputs
         inputs = outputs * self.module.in_channels // self.module.out_channels if depthwise else inputs
         geometry = (self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
-        return Layer(inputs, outputs, *geometry, depthwise, self.size)
+        return Layer(device, batch_size, inputs, outputs, *geometry, depthwise, self.size)
 
 
 class WidthProbe:
@@ -92,12 +95,14 @@ class WidthProbe:
         device: to measure on.
         batch_size: of the training steps that are to become fast.
         autocast: the context the network runs in.
+
+    All three may be set anew at any time.
     """
 
     def __init__(
         self,
-        device: torch.device,
-        batch_size: int,
+        device: torch.device = CPU,
+        batch_size: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.device = device
@@ -134,8 +139,8 @@ class WidthProbe:
         return next(width for width in candidates if seconds[width] <= min(seconds.values()) * (1 + TIE))
 
     def _total(self, places: Iterable[Place], widths: Mapping[Space, int]) -> float:
-        layers = [place.at(widths) for place in places]
-        self._measure(layers)
+        layers = [place.at(widths, str(self.device), self.batch_size) for place in places]
+        self.measure(layers)
         return sum(self.seconds[layer] for layer in layers)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -150,8 +155,11 @@ class WidthProbe:
             seconds = float(facts.pop("seconds"))
             self.seconds[Layer(**facts)] = seconds
 
-    def _measure(self, layers: list[Layer]) -> None:
-        """Median of a few passes each, in turns: what slows the machine for a while slows all of them."""
+    def measure(self, layers: Iterable[Layer]) -> None:
+        """Time those of the layers that `seconds` does not hold yet.
+
+        The median of a few passes each, in turns: what slows the machine for a while slows all of them.
+        """
         new = [layer for layer in dict.fromkeys(layers) if layer not in self.seconds]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             passes = {layer: self._pass(layer) for layer in new}
@@ -165,7 +173,7 @@ class WidthProbe:
             self.seconds[layer] = statistics.median(values)
 
     def _pass(self, layer: Layer) -> Callable[[], float]:
-        module, x = layer.build(self.device), layer.input(self.batch_size, self.device)
+        module, x = layer.build(), layer.input()
 
         def run() -> float:
             self._wait()
