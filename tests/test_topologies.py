@@ -111,6 +111,28 @@ def test_shapes_are_read_and_tensors_of_the_code_stay() -> None:
     assert set(vars(model)) == before
 
 
+class OneChannel(nn.Module):
+    """A single channel that an operation over the channels takes in."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.one, self.last, self.function = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 5, 1), function
+
+    def forward(self, x):
+        return self.last(self.function(self.one(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.sum(1, keepdim=True), lambda x: x.softmax(1), lambda x: x.cumsum(1)],
+    ids=["sum", "softmax", "cumsum"],
+)
+def test_a_single_channel_is_kept_where_a_second_would_be_mixed_with_it(function) -> None:
+    assert ChannelGraph.trace(OneChannel(function), images().float()).spaces == []
+    (space,) = ChannelGraph.trace(OneChannel(torch.relu), images().float()).spaces
+    assert space.size == 1
+
+
 def weight_norm(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -258,10 +258,9 @@ class Propagator(fx.Interpreter):
 
     def keep_varying(self, node: fx.Node, dims: Iterable[int]) -> bool:
         """Keep the channels of `node` if they lie in one of `dims`; whether they do."""
-        labels = self.labels[node]
-        mixes = any(varies(labels, dim) for dim in dims)
+        mixes = any(self.has_channels(node, dim) for dim in dims)
         if mixes:
-            self.joins.keep(labels)
+            self.joins.keep(self.labels[node])
         return mixes
 
     def concrete(self, argument: Any) -> Any:
