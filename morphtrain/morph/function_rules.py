@@ -14,7 +14,7 @@ from torch import fx, nn
 from morphtrain.morph import layer_rules, movement_rules
 from morphtrain.morph.labels import along, fixed, varies
 from morphtrain.morph.movement_rules import TAKES_WIDTHS, Rule, by_name
-from morphtrain.morph.nodes import argument, describe, first, name_of, tensors_in
+from morphtrain.morph.nodes import argument, describe, dimensions, first, name_of, tensors_in
 
 if TYPE_CHECKING:
     from morphtrain.morph.trace import Propagator
@@ -113,13 +113,6 @@ def _reduced(p: Propagator, n: fx.Node, value: Any) -> Any:
     return results[0] if isinstance(value, torch.Tensor) else tuple(results)
 
 
-def dimensions(wanted: Any, rank: int) -> list[int]:
-    """An argument that says over which dimensions; all of them if it says nothing (as `var(False)` does)."""
-    if wanted is None or isinstance(wanted, bool) or wanted == ():
-        return list(range(rank))
-    return [d % rank for d in ([wanted] if isinstance(wanted, int) else wanted)]
-
-
 def _mixing(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """softmax and the like along a dimension: channels in it stay."""
     p.keep_varying(first(n), dimensions(argument(n, 1, "dim"), value.dim()))
@@ -146,43 +139,35 @@ def _glu(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
 
 
 def _normalised(p: Propagator, n: fx.Node, value: Any) -> Any:
-    dims = argument(n, 2, "dim", 1)
-    p.keep_varying(first(n), [dims] if isinstance(dims, int) else dims)
+    p.keep_varying(first(n), dimensions(argument(n, 2, "dim", 1), value.dim()))
     return p.labels[first(n)]
 
 
-def _weight_of(p: Propagator, n: fx.Node, position: int, name: str) -> tuple[nn.Module, str, str] | None:
-    """The module, its path and the name of a parameter that is an argument of a functional layer."""
-    node = argument(n, position, name)
-    if node is None:
-        return None
+def _weight_of(p: Propagator, n: fx.Node) -> tuple[nn.Module, str, str]:
+    """The module, its path and the name of the parameter that is the weight of a functional layer."""
+    node = argument(n, 1, "weight")
     if not isinstance(node, fx.Node) or node.op != "get_attr":
-        p.refuse(n, f"{describe(n)} with a computed {name}")
-    path, _, tensor = str(node.target).rpartition(".")
+        p.refuse(n, f"{describe(n)} with a computed weight")
+    path, _, name = str(node.target).rpartition(".")
     owner = p.model.get_submodule(path)
-    if tensor not in owner._parameters:
-        p.refuse(n, f"{describe(n)} with a {name} that is no parameter")
-    return owner, path, tensor
+    if name not in owner._parameters:
+        p.refuse(n, f"{describe(n)} with a weight that is no parameter")
+    return owner, path, name
 
 
 def _functional_convolution(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     transposed = "transpose" in name_of(n)
-    found = _weight_of(p, n, 1, "weight")
-    assert found is not None
-    owner, path, weight = found
     groups = argument(n, 5 if transposed else 6, "groups", 1)
-    x = p.line(n, first(n), 1)
     if groups > 1:
         p.refuse(n, f"{describe(n)} of {groups} groups, a number in the code; use a module")
-    labels = layer_rules.convolution(p, n, owner, path, x, 1, transposed, value, weight, weight + " has no bias")
+    owner, path, weight = _weight_of(p, n)
+    labels = layer_rules.convolution(p, owner, path, p.line(n, first(n), 1), 1, transposed, value, weight, bias=None)
     return _with_vectors(p, n, labels, 1, ((2, "bias"),))
 
 
 def _functional_linear(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    found = _weight_of(p, n, 1, "weight")
-    assert found is not None
-    owner, path, weight = found
-    labels = layer_rules.linear(p, owner, path, p.line(n, first(n), -1), value, weight, weight + " has no bias")
+    owner, path, weight = _weight_of(p, n)
+    labels = layer_rules.linear(p, owner, path, p.line(n, first(n), -1), value, weight, bias=None)
     return _with_vectors(p, n, labels, -1, ((2, "bias"),))
 
 
@@ -193,8 +178,7 @@ def _functional_batch_norm(p: Propagator, n: fx.Node, value: torch.Tensor) -> to
 
 def _functional_layer_norm(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """Channels that share their statistics stay; so does the shape, a constant in the code."""
-    for a in n.all_input_nodes:
-        p.keep_all(p.labels.get(a))
+    p.keep_inputs(n)
     return p.labels[first(n)]
 
 

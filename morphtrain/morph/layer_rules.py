@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from morphtrain.morph import function_rules, movement_rules
-from morphtrain.morph.labels import along, fixed
+from morphtrain.morph.labels import along
 from morphtrain.morph.layers import NoChannels, PadChannels, ScatterChannels, SelectChannels, ZeroBranch
-from morphtrain.morph.nodes import map_tensors
+from morphtrain.morph.nodes import fixed_like
 
 if TYPE_CHECKING:
     from morphtrain.morph.trace import Propagator
@@ -26,7 +26,7 @@ def follow(p: Propagator, n: fx.Node, module: nn.Module, value: Any) -> Any:
         return along(p.joins.fresh(0), 1, value.dim())
     inputs = [a for a in n.all_input_nodes if a in p.labels]
     if rule is None and all(map(p.is_fixed, inputs)):
-        return map_tensors(value, lambda t: fixed(t.dim()))  # as an embedding of what comes in
+        return fixed_like(value)  # as an embedding of what comes in
     if rule is None or len(inputs) != 1:
         p.refuse(n, f"module {type(module).__name__}" + (f" of {len(inputs)} inputs" if rule else ""))
     return rule(p, n, module, inputs[0], value)
@@ -37,16 +37,12 @@ NORM_TENSORS = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var",
 
 def _convolution(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     transposed = isinstance(m, TRANSPOSED)
-    return convolution(p, n, m, str(n.target), p.line(n, x, _channel_dim(m)), m.groups, transposed, value)
-
-
-def _channel_dim(m: Any) -> int:
-    return -(len(m.kernel_size) + 1)
+    channels = p.line(n, x, -len(m.kernel_size) - 1)
+    return convolution(p, m, str(n.target), channels, m.groups, transposed, value)
 
 
 def convolution(
     p: Propagator,
-    n: fx.Node,
     m: nn.Module,
     path: str,
     x: torch.Tensor,
@@ -54,9 +50,9 @@ def convolution(
     transposed: bool,
     value: torch.Tensor,
     weight: str = "weight",
-    bias: str = "bias",
+    bias: str | None = "bias",
 ) -> torch.Tensor:
-    """Labels of a convolution's output. `x` (I,): those of its input channels; `m` owns `weight` and `bias`.
+    """Labels of a convolution's output. `x` (I,): those of its input channels; `m` owns `weight` and perhaps `bias`.
 
     Of several groups, channels of the same place in their group stand and fall together: all groups stay equally
     wide. With one input channel a group the outputs follow it instead, and groups come and go.
@@ -66,7 +62,7 @@ def convolution(
     if 1 < groups == len(x) and (not transposed or outputs == groups):
         p.axis(path, m, weight + " groups", "elementwise", (), x, "groups")
         rows = x.repeat_interleave(outputs // groups)
-        rows = p.axis(path, m, weight, "elementwise", ((weight, 0), (bias, 0)), rows)
+        rows = p.axis(path, m, weight, "elementwise", _behind(weight, bias), rows)
         return along(rows, dim, value.dim())
     inputs = x.view(groups, -1)
     p.joins.tie(inputs, 0)
@@ -75,11 +71,17 @@ def convolution(
         group = p.joins.fresh(outputs // groups)
         p.axis(path, m, weight + " out", "produces", ((weight, 1),), group)
         rows = _spread(p, group, groups)
-        return along(p.axis(path, m, bias, "elementwise", ((bias, 0),), rows), dim, value.dim())
+        rows = p.axis(path, m, weight + " bias", "elementwise", _behind(bias), rows)
+        return along(rows, dim, value.dim())
     p.axis(path, m, weight + " in", "consumes", ((weight, 1),), inputs[0])  # weight (O, I/groups, ...)
     rows = _spread(p, p.joins.fresh(outputs // groups), groups)
-    rows = p.axis(path, m, weight + " out", "produces", ((weight, 0), (bias, 0)), rows)
+    rows = p.axis(path, m, weight + " out", "produces", _behind(weight, bias), rows)
     return along(rows, dim, value.dim())
+
+
+def _behind(*names: str | None) -> tuple[tuple[str, int], ...]:
+    """The tensors whose first dimension is a layer's outputs."""
+    return tuple((name, 0) for name in names if name is not None)
 
 
 def _spread(p: Propagator, group: torch.Tensor, groups: int) -> torch.Tensor:
@@ -102,34 +104,29 @@ def linear(
     x: torch.Tensor,
     value: torch.Tensor,
     weight: str = "weight",
-    bias: str = "bias",
+    bias: str | None = "bias",
 ) -> torch.Tensor:
-    """Labels of a linear layer's output. `x` (I,): those of its input features; `m` owns `weight` and `bias`."""
+    """Labels of a linear layer's output. `x` (I,): those of its input features; `m` owns `weight`, perhaps `bias`."""
     p.axis(path, m, weight + " in", "consumes", ((weight, 1),), x)
     out = p.joins.fresh(value.shape[-1])
-    out = p.axis(path, m, weight + " out", "produces", ((weight, 0), (bias, 0)), out)
+    out = p.axis(path, m, weight + " out", "produces", _behind(weight, bias), out)
     return along(out, -1, value.dim())
 
 
-def _channel_norm(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """Batch and instance norm: each channel by itself."""
-    labels = p.line(n, x, 1)
-    labels = p.axis(str(n.target), m, "channels", "elementwise", NORM_TENSORS, labels, "num_features")
-    return along(labels, 1, value.dim())
+def _norm(p: Propagator, n: fx.Node, m: nn.Module, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    return along(norm(p, m, str(n.target), p.line(n, x, 1)), 1, value.dim())
 
 
-def _group_norm(p: Propagator, n: fx.Node, m: nn.GroupNorm, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """The channels of a group share their statistics: they stand and fall together."""
-    labels = p.line(n, x, 1)
-    labels = p.axis(str(n.target), m, "channels", "elementwise", NORM_TENSORS, labels, "num_channels")
-    _count_groups(p, str(n.target), m, labels)
-    return along(labels, 1, value.dim())
-
-
-def _count_groups(p: Propagator, path: str, m: nn.GroupNorm, labels: torch.Tensor) -> None:
+def norm(p: Propagator, m: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
+    """Labels behind a norm. Batch and instance norm: each channel by itself. Group norm: the channels of a group share
+    their statistics and stand and fall together."""
+    if not isinstance(m, nn.GroupNorm):
+        return p.axis(path, m, "channels", "elementwise", NORM_TENSORS, x, "num_features")
+    labels = p.axis(path, m, "channels", "elementwise", NORM_TENSORS, x, "num_channels")
     groups = labels.view(m.num_groups, -1)
     p.joins.tie(groups, 1)
     p.axis(path, m, "groups", "elementwise", (), groups[:, 0], "num_groups")
+    return labels
 
 
 def _layer_norm(p: Propagator, n: fx.Node, m: nn.LayerNorm, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -172,11 +169,7 @@ def _zero_branch(p: Propagator, n: fx.Node, m: ZeroBranch, x: fx.Node, value: to
     path = str(n.target)
     labels = p.axis(path, m, "channels", "elementwise", (("bias", 0),), p.joins.fresh(m.channels), "channels")
     if m.norm is not None:
-        counter = "num_channels" if isinstance(m.norm, nn.GroupNorm) else "num_features"
-        p.axis(f"{path}.norm", m.norm, "channels", "elementwise", NORM_TENSORS, labels, counter)
-        p.joins.join(p.axes[id(m.norm), "channels"].labels, labels)
-        if isinstance(m.norm, nn.GroupNorm):
-            _count_groups(p, f"{path}.norm", m.norm, labels)
+        p.joins.join(norm(p, m.norm, f"{path}.norm", labels), labels)
     return along(labels, 1, value.dim())
 
 
@@ -185,7 +178,8 @@ def _unchanged(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tenso
 
 
 def _softmax(p: Propagator, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    p.keep_varying(x, [1 if m.dim is None else m.dim])
+    dim = getattr(m, "dim", None)  # Softmax2d has none: it is over the channels
+    p.keep_varying(x, [1 if dim is None else dim])
     return p.labels[x]
 
 
@@ -211,7 +205,7 @@ def _channel_shuffle(p: Propagator, n: fx.Node, m: nn.ChannelShuffle, x: fx.Node
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-CHANNEL_NORMS = (
+NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -219,6 +213,7 @@ CHANNEL_NORMS = (
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
+    nn.GroupNorm,
 )
 ACTIVATIONS = (
     nn.Identity,
@@ -251,13 +246,12 @@ ACTIVATIONS = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-KEEP_SHAPE = (*CHANNEL_NORMS, *ACTIVATIONS, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+KEEP_SHAPE = (*NORMS, *ACTIVATIONS, nn.LayerNorm, nn.PReLU)
 
 RULES: dict[tuple[type, ...], Rule] = {
     (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED): _convolution,
     (nn.Linear,): _linear,
-    CHANNEL_NORMS: _channel_norm,
-    (nn.GroupNorm,): _group_norm,
+    NORMS: _norm,
     (nn.LayerNorm, nn.RMSNorm): _layer_norm,
     (nn.PReLU,): _prelu,
     (PadChannels,): _pad_channels,
@@ -268,8 +262,7 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.Unflatten,): _unflatten,
     (nn.PixelShuffle, nn.PixelUnshuffle): _pixel_shuffle,
     (nn.ChannelShuffle,): _channel_shuffle,
-    (nn.Softmax, nn.LogSoftmax, nn.Softmin): _softmax,
-    (nn.Softmax2d,): lambda p, n, m, x, value: p.kept(x),
+    (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d): _softmax,
     (
         *ACTIVATIONS,
         nn.MaxPool1d,

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from morphtrain.morph.labels import along, compact, fixed, full, varies
-from morphtrain.morph.nodes import argument, describe, first, name_of
+from morphtrain.morph.nodes import argument, describe, dimensions, first, name_of
 
 if TYPE_CHECKING:
     from morphtrain.morph.trace import Propagator
@@ -126,10 +126,10 @@ def _expanded(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
 
 
 def _rolled(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    dims = argument(n, 2, "dims")
-    if p.keep_varying(first(n), range(value.dim()) if dims is None else [dims] if isinstance(dims, int) else dims):
+    if p.keep_varying(first(n), dimensions(argument(n, 2, "dims"), value.dim())):
         return fixed(value.dim())
-    return p.labels[first(n)]
+    labels: torch.Tensor = p.labels[first(n)]
+    return labels
 
 
 def _concatenated(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from morphtrain.morph.labels import fixed
+
 
 def owner_path(n: fx.Node) -> str:
     """The path of the module whose code makes this call ("" for the model itself)."""
@@ -55,6 +57,18 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(part, function) for key, part in value.items()}
     return None
+
+
+def fixed_like(value: Any) -> Any:
+    """Labels of a result in which nothing can change."""
+    return map_tensors(value, lambda tensor: fixed(tensor.dim()))
+
+
+def dimensions(wanted: Any, rank: int) -> list[int]:
+    """An argument that says over which dimensions; all of them if it says nothing (as `var(False)` does)."""
+    if wanted is None or isinstance(wanted, bool) or wanted == ():
+        return list(range(rank))
+    return [d % rank for d in ([wanted] if isinstance(wanted, int) else wanted)]
 
 
 def argument(n: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -1,10 +1,9 @@
 """Follow every channel of a network from where it is made to where it is used.
 
 `torch.fx` gives the graph; running it on tensors without storage (the meta device) gives the shapes. Beside each
-activation run its labels (`labels.py`), moved and joined by the rules of `layer_rules.py`,
-`function_rules.py` and `movement_rules.py`.
-What is left are *axes*, the dimensions of parameters, each a list of labels: the channel spaces are read off them in
-`graph.py`.
+activation run its labels (`labels.py`), moved and joined by the rules of `layer_rules.py`, `function_rules.py` and
+`movement_rules.py`. What is left are *axes*, the dimensions of parameters, each a list of labels: the channel spaces
+are read off them in `spaces.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.nn.utils import parametrize
 from morphtrain.morph import function_rules, layer_rules
 from morphtrain.morph.labels import Joins, along, fixed, varies
 from morphtrain.morph.layers import OWN_LAYERS
-from morphtrain.morph.nodes import describe, first_line, holds_tensors, map_tensors, owner_path, tensors_in
+from morphtrain.morph.nodes import describe, first_line, fixed_like, holds_tensors, owner_path, tensors_in
 from morphtrain.morph.paths import is_ignored
 
 Role = Literal["produces", "consumes", "elementwise"]
@@ -165,16 +164,13 @@ class Propagator(fx.Interpreter):
                 with torch.device("meta"):  # for tensors that the code makes itself
                     value = super().run_node(n)
         except FAILURES as error:
-            if isinstance(error, MorphError):
-                raise
             self.refuse(n, f"{describe(n)}, which fails on the example input: {first_line(error)}")
         if isinstance(value, torch.Tensor):
             n.meta["shape"] = value.shape
         if n.op == "placeholder":
             self.labels[n] = fixed(value.dim()) if isinstance(value, torch.Tensor) else ()
         elif n.op == "output":
-            for a in n.all_input_nodes:
-                self.keep_all(self.labels.get(a))
+            self.keep_inputs(n)
         elif n.op == "get_attr":
             if isinstance(value, torch.Tensor):
                 self.labels[n] = self.parameter_labels(n, value)
@@ -204,18 +200,13 @@ class Propagator(fx.Interpreter):
     def follow(self, n: fx.Node, value: Any) -> Any:
         """The labels of a call's result."""
         if n.op == "call_module" and is_ignored(str(n.target), self.ignore):
-            return self.opaque(n, value)
-        if all(self.is_fixed(a) for a in n.all_input_nodes) and not self.has_weights(n):
-            return map_tensors(value, lambda t: fixed(t.dim()))
+            self.keep_inputs(n)
+            return fixed_like(value)
+        if all(map(self.is_fixed, n.all_input_nodes)) and not self.has_weights(n):
+            return fixed_like(value)
         if n.op == "call_module":
             return layer_rules.follow(self, n, self.submodules[str(n.target)], value)
         return function_rules.follow(self, n, value)
-
-    def opaque(self, n: fx.Node, value: Any) -> Any:
-        """The labels behind a call into which nobody looks: nothing around it changes."""
-        for a in n.all_input_nodes:
-            self.keep_all(self.labels.get(a))
-        return map_tensors(value, lambda t: fixed(t.dim()))
 
     # -- what the rules are made of ---------------------------------------------------------------------------
 
@@ -241,20 +232,15 @@ class Propagator(fx.Interpreter):
     def has_weights(self, n: fx.Node) -> bool:
         """Whether a call brings parameters, whose own channels may change although its input's may not."""
         if n.op == "call_module":
-            return any(True for _ in self.submodules[str(n.target)].parameters()) or isinstance(
-                self.submodules[str(n.target)], OWN_LAYERS
-            )
+            module = self.submodules[str(n.target)]
+            return isinstance(module, OWN_LAYERS) or next(module.parameters(), None) is not None
         return any(a.op == "get_attr" for a in n.all_input_nodes)
 
-    def keep_all(self, labels: Any) -> None:
-        for tensor in tensors_in(labels):
-            self.joins.keep(tensor)
-
-    def kept(self, node: fx.Node) -> torch.Tensor:
-        """The labels of `node`, whose channels cannot change from here on."""
-        labels: torch.Tensor = self.labels[node]
-        self.joins.keep(labels)
-        return labels
+    def keep_inputs(self, n: fx.Node) -> None:
+        """The channels of all that a call is given cannot change."""
+        for a in n.all_input_nodes:
+            for labels in tensors_in(self.labels.get(a)):
+                self.joins.keep(labels)
 
     def keep_varying(self, node: fx.Node, dims: Iterable[int]) -> bool:
         """Keep the channels of `node` if they lie in one of `dims`; whether they do."""
