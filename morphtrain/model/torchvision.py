@@ -90,6 +90,5 @@ def adapt(network: nn.Module, in_channels: int) -> nn.Module:
         bias=old.bias is not None,
         padding_mode=old.padding_mode,
     )
-    parent, _, name = path.rpartition(".")
-    setattr(network.get_submodule(parent), name, new)
+    network.set_submodule(path, new)
     return network

@@ -42,9 +42,8 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`."""
     for path in sorted(description["layers"], key=lambda p: p.count(".")):
         facts = dict(description["layers"][path])
-        parent, _, name = path.rpartition(".")
-        old = model.get_submodule(path)
-        setattr(model.get_submodule(parent), name, REBUILD[facts.pop("layer")](old, facts))
+        make = REBUILD[facts.pop("layer")]
+        model.set_submodule(path, make(model.get_submodule(path), facts))
     for path, widths in description["widths"].items():
         module = model.get_submodule(path)
         for name, value in widths.items():
@@ -82,7 +81,7 @@ def _own_layer(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _widths(module: nn.Module) -> dict[str, int]:
-    own = {**vars(module)}
+    own = vars(module)
     return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}
 
 

@@ -8,32 +8,19 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from morphtrain.morph.layer_rules import ACTIVATIONS, NORMS
 from morphtrain.morph.layers import ScatterChannels
 from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import common_path, is_within, prefixes
 from morphtrain.morph.spaces import Space
 
 Kind = Literal["sum", "cat"]
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm2d, nn.SyncBatchNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
-# What may stand in a branch beside layers: it does not mind that the layers before it pass their input on.
-HARMLESS = frozenset(
-    (
-        "relu",
-        "relu_",
-        "relu6",
-        "silu",
-        "gelu",
-        "sigmoid",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "tanh",
-        "mul",
-        "cat",
-    )
-) | {"dropout", "stochastic_depth"}
+CONCATENATIONS = ("cat", "concat", "concatenate")
+# What may stand in a branch beside layers: it does not mind being given no channels.
+HARMLESS = frozenset(("mul", "cat", "dropout", "stochastic_depth")) | frozenset(
+    ("relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "tanh", "sigmoid", "hardsigmoid", "hardswish")
+)
 # These may stand behind the last norm of a branch that is added to another ...
 TAIL = frozenset(("dropout", "stochastic_depth", "Dropout", "Dropout2d", "Identity"))
 # ... and these behind the convolution of one that is concatenated, and so has nothing left to pass on.
@@ -121,10 +108,10 @@ def _operands(n: fx.Node) -> Iterator[tuple[Kind, fx.Node]]:
         for operand in n.all_input_nodes:
             if set(operand.users) == {n}:
                 yield "sum", operand
-    elif name in ("cat", "concat", "concatenate"):
+    elif name in CONCATENATIONS:
         for operand in n.all_input_nodes:
             users = list(operand.users)
-            if users[0] is n and all(name_of(u) in ("cat", "concat", "concatenate") for u in users):
+            if users[0] is n and all(name_of(u) in CONCATENATIONS for u in users):
                 yield "cat", operand
 
 
@@ -204,18 +191,19 @@ def _kind_name(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     return type(modules[str(n.target)]).__name__ if n.op == "call_module" else name_of(n)
 
 
-def _exclusive(operand: fx.Node) -> list[fx.Node]:
-    """The nodes that have no effect but through `operand`, it included and first."""
-    found, waiting = {operand: None}, [operand]  # a dict, for its order
+def _exclusive(operand: fx.Node) -> dict[fx.Node, None]:
+    """The nodes that have no effect but through `operand`, it included and first: a set, in order."""
+    found: dict[fx.Node, None] = {operand: None}
+    waiting = [operand]
     while waiting:
         for a in waiting.pop().all_input_nodes:
             if a not in found and a.op != "placeholder" and all(user in found for user in a.users):
                 found[a] = None
                 waiting.append(a)
-    return list(found)
+    return found
 
 
-def _chain(members: list[fx.Node], last: fx.Node) -> list[str]:
+def _chain(members: Mapping[fx.Node, None], last: fx.Node) -> list[str]:
     """The layers without which nothing that enters reaches `last`, in the order of the graph."""
     starts = [m for m in members if any(a not in members and a.op != "get_attr" for a in m.all_input_nodes)]
 
@@ -229,8 +217,8 @@ def _chain(members: list[fx.Node], last: fx.Node) -> list[str]:
             waiting += [user for user in node.users if user in members and user not in found]
         return False
 
-    order = [n for n in last.graph.nodes if n in set(members)]
-    return [str(m.target) for m in order if m.op == "call_module" and (m is last or not reached_without(m))]
+    layers = [n for n in last.graph.nodes if n in members and n.op == "call_module"]
+    return [str(m.target) for m in layers if m is last or not reached_without(m)]
 
 
 def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
 from morphtrain.morph.rebind import Change, Rebinder
 
@@ -19,31 +20,27 @@ class Gate(NamedTuple):
 
 
 def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> None:
-    """Cut the convolution at `path` down to what `gate` leaves, and put the layers beside it that make up for it."""
+    """Cut the convolution at `path` down to what `gate` leaves, and put the layers beside it that make up for it.
+
+    One that writes less must have no bias, which would be lost where it no longer writes.
+    """
     convolution: Any = model.get_submodule(path)
-    parent_path, _, name = path.rpartition(".")
+    parent_path = path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
-    gated = isinstance(parent, Gated)
-    layers = list(parent) if isinstance(parent, Gated) else [convolution]
+    place, layers = (parent_path, list(parent)) if isinstance(parent, Gated) else (path, [convolution])
+    device, changes = convolution.weight.device, []
     if gate.reads is not None:
-        rebinder.reindex(convolution, "weight", [Change(1, gate.reads)])
+        changes.append(Change(1, gate.reads))
         if isinstance(layers[0], SelectChannels):
-            layers[0].index = layers[0].index[gate.reads.to(layers[0].index.device)]
+            layers[0].index = layers[0].index[gate.reads.to(device)]
         else:
-            layers.insert(0, SelectChannels(gate.reads.to(convolution.weight.device)))
-        convolution.in_channels = len(gate.reads)
+            layers.insert(0, SelectChannels(gate.reads.to(device)))
     if gate.writes is not None:
-        rebinder.reindex(convolution, "weight", [Change(0, gate.writes)])
-        if convolution.bias is not None:
-            rebinder.reindex(convolution, "bias", [Change(0, gate.writes)])
+        changes.append(Change(0, gate.writes))
         if isinstance(layers[-1], ScatterChannels):
-            layers[-1].index = layers[-1].index[gate.writes.to(layers[-1].index.device)]
+            layers[-1].index = layers[-1].index[gate.writes.to(device)]
         else:
-            layers.append(ScatterChannels(gate.writes.to(convolution.weight.device), convolution.out_channels))
-        convolution.out_channels = len(gate.writes)
-    replacement = Gated(*layers).train(convolution.training)
-    if gated:
-        place, _, name = parent_path.rpartition(".")
-        setattr(model.get_submodule(place), name, replacement)
-    else:
-        setattr(parent, name, replacement)
+            layers.append(ScatterChannels(gate.writes.to(device), convolution.out_channels))
+    rebinder.reindex(convolution, "weight", changes)
+    refresh_widths(convolution)
+    model.set_submodule(place, Gated(*layers).train(convolution.training))

@@ -145,7 +145,7 @@ class ChannelGraph:
         remainder.training = self.model.get_submodule(place).training
         before = [p for path in branch.parts for p in self.model.get_submodule(path).parameters()]
         for path in branch.parts:
-            self._replace(path, remainder if path == place else NoChannels())
+            self.model.set_submodule(path, remainder if path == place else NoChannels())
         if optimizer is not None:
             left = set(self.model.parameters())
             Rebinder({}, optimizer).forget([p for p in before if p not in left])
@@ -155,8 +155,8 @@ class ChannelGraph:
         for axis in gone:
             if not isinstance(remainder, ZeroBranch) or axis.module is not remainder.norm:
                 self._drop_axis(axis)
-        for space in block.outputs if block.kind == "cat" else []:
-            self.reindex(space, [], optimizer)
+        if block.kind == "cat":
+            self.reindex_spaces({space: [] for space in block.outputs}, optimizer)
         self.spaces = [space for space in self.spaces if space.slots]
 
     def gate(self, gates: Mapping[str, Gate], optimizer: Optimizer | None = None) -> None:
@@ -167,16 +167,19 @@ class ChannelGraph:
         blocks are found anew: those held from before are no longer part of this graph.
 
         Raises:
-            MorphError: before anything is changed, if a path is not that of an ungrouped convolution.
+            MorphError: before anything is changed, if a path is not that of an ungrouped convolution, or one with a
+                bias is to write less.
         """
-        for path in gates:
-            module = dict(self.model.named_modules()).get(path)
+        modules = dict(self.model.named_modules())
+        for path, gate in gates.items():
+            module = modules.get(path)
             if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
                 raise MorphError(f"'{path}' cannot be gated: it is not a convolution of one group")
-            if gates[path].writes is not None and module.bias is not None:
+            if gate.writes is not None and module.bias is not None:
                 raise MorphError(f"'{path}' cannot be gated: its bias would be lost where it no longer writes")
+        rebinder = Rebinder(self.shared, optimizer)
         for path, gate in gates.items():
-            insert_gate(self.model, path, gate, Rebinder(self.shared, optimizer))
+            insert_gate(self.model, path, gate, rebinder)
         self._read()
 
     def _remainder(self, block: Block) -> nn.Module:
@@ -212,10 +215,6 @@ class ChannelGraph:
             if segment.space:
                 segment.space.slots.append(Slot(axis, axis.segments[-1]))
         self.axes.append(axis)
-
-    def _replace(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
 
     def _refresh(self, axes: Sequence[Axis]) -> None:
         """Bring what modules keep beside their tensors up to date: widths, and the indices of picks."""
@@ -284,8 +283,8 @@ def _multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:
 
 def _rows(axis: Axis, indices: Mapping[Space, torch.Tensor]) -> torch.Tensor:
     """The entries of `axis` once the spaces are reindexed, as entries of the axis before."""
-    parts, start = [torch.zeros(0, dtype=torch.long)], 0
-    for segment in axis.segments:
+    parts = [torch.zeros(0, dtype=torch.long)]
+    for start, segment in axis.placed():
         index = indices.get(segment.space) if segment.space else None
         if index is None:
             parts.append(torch.arange(start, start + segment.length))
@@ -293,7 +292,6 @@ def _rows(axis: Axis, indices: Mapping[Space, torch.Tensor]) -> torch.Tensor:
             parts.append(start + index)
         else:
             parts.append((start + index[:, None] * segment.span + torch.arange(segment.span)).flatten())
-        start += segment.length
     return torch.cat(parts)
 
 

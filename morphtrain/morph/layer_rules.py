@@ -118,8 +118,11 @@ def _norm(p: Propagator, n: fx.Node, m: nn.Module, x: fx.Node, value: torch.Tens
 
 
 def norm(p: Propagator, m: nn.Module, path: str, x: torch.Tensor) -> torch.Tensor:
-    """Labels behind a norm. Batch and instance norm: each channel by itself. Group norm: the channels of a group share
-    their statistics and stand and fall together."""
+    """Labels behind a norm.
+
+    Batch and instance norm treat each channel by itself. The channels of a group norm's group share their statistics:
+    they stand and fall together.
+    """
     if not isinstance(m, nn.GroupNorm):
         return p.axis(path, m, "channels", "elementwise", NORM_TENSORS, x, "num_features")
     labels = p.axis(path, m, "channels", "elementwise", NORM_TENSORS, x, "num_channels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -56,9 +57,12 @@ class Axis:
         assert self.weight is not None, f"{self.path} has no weights"
         return self.weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
 
-    def start(self, segment: Segment) -> int:
-        """The first entry of one of its segments."""
-        return sum(s.length for s in self.segments[: self.segments.index(segment)])
+    def placed(self) -> Iterator[tuple[int, Segment]]:
+        """Its segments, each with its first entry."""
+        start = 0
+        for segment in self.segments:
+            yield start, segment
+            start += segment.length
 
 
 @dataclass(eq=False)
@@ -75,17 +79,11 @@ class Slot:
     @property
     def start(self) -> int:
         """The first entry, in entries of the axis."""
-        return self.axis.start(self.segment)
+        return next(start for start, segment in self.axis.placed() if segment is self.segment)
 
     @property
     def has_weights(self) -> bool:
         return self.axis.weight is not None
-
-    def magnitude(self) -> torch.Tensor:
-        """max |w| of each of the space's channels here: (space.size,)."""
-        start = self.start
-        entries = self.axis.magnitude()[start : start + self.segment.length]
-        return entries.view(-1, self.segment.span).amax(1)
 
 
 @dataclass(eq=False)
@@ -118,7 +116,7 @@ class Pick:
 
     def refresh(self) -> None:
         """Let the module's index say where the segments are now."""
-        starts = {id(s): self.source.start(s) for s in self.source.segments}
+        starts = {id(segment): start for start, segment in self.source.placed()}
         rows = [torch.arange(p.length) + starts[id(s)] for p, s in self.segments if p in self.picked.segments]
         index = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
         self.module.index = index.to(self.module.index.device)  # type: ignore[arg-type]
@@ -203,6 +201,6 @@ def _name(spaces: list[Space]) -> None:
 
 def _matched(module: nn.Module, source: Axis, picked: Axis) -> list[tuple[Segment, Segment]]:
     """For each segment of `picked` the segment of `source` that its entries come from."""
-    starts = {source.start(segment): segment for segment in source.segments}
+    starts = dict(source.placed())
     index = module.index.tolist()  # type: ignore[operator]
-    return [(segment, starts[index[picked.start(segment)]]) for segment in picked.segments]
+    return [(segment, starts[index[start]]) for start, segment in picked.placed()]

@@ -55,10 +55,10 @@ def reconfigure(
         optimizer: its state follows.
     """
     result = Reconfiguration()
-    strengths = channel_strengths(graph)
+    dead = {space for space, strength in channel_strengths(graph).items() if not (strength >= threshold).any()}
     for block in list(graph.blocks):
-        if _is_dead(block, strengths, threshold) and graph.can_remove(block):
-            _remove(graph, block, strengths, threshold, optimizer)
+        if _is_dead(block, dead) and graph.can_remove(block):
+            _remove(graph, block, dead, optimizer)
             result.removed_blocks.append(block.path)
     keep = channels_to_keep(graph, threshold, min_channels, round_to)
     changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}
@@ -72,25 +72,18 @@ def reconfigure(
     return result
 
 
-def _is_dead(block: Block, strengths: dict[Space, torch.Tensor], threshold: float) -> bool:
+def _is_dead(block: Block, dead: set[Space]) -> bool:
     """Whether a block adds at most a constant, or concatenates nothing that anything still uses."""
-
-    def empty(space: Space) -> bool:
-        return not bool((strengths[space] >= threshold).any())
-
     if block.kind == "cat":
-        return all(map(empty, block.outputs))
+        return dead.issuperset(block.outputs)
     # Without a norm, the biases behind an empty space would make the last convolution add more than its own.
-    return any(map(empty, block.spaces if block.branch.norm else block.spaces[-1:]))
+    return not dead.isdisjoint(block.spaces if block.branch.norm else block.spaces[-1:])
 
 
-def _remove(
-    graph: ChannelGraph, block: Block, strengths: dict[Space, torch.Tensor], threshold: float, optimizer: Any
-) -> None:
+def _remove(graph: ChannelGraph, block: Block, dead: set[Space], optimizer: Optimizer | None) -> None:
     norm: Any = graph.model.get_submodule(block.branch.norm) if block.branch.norm else None
     graph.remove_block(block, optimizer)
-    last_is_empty = not block.spaces or not bool((strengths[block.spaces[-1]] >= threshold).any())
-    if block.kind == "sum" and not last_is_empty and hasattr(norm, "reset_running_stats"):
+    if block.kind == "sum" and block.spaces[-1] not in dead and hasattr(norm, "reset_running_stats"):
         # The last convolution still saw a constant (earlier norms' biases), of which batch norm leaves its own bias
         # in training: let evaluation agree.
         norm.reset_running_stats()
@@ -102,12 +95,11 @@ def channel_strengths(graph: ChannelGraph) -> dict[Space, torch.Tensor]:
     for axis in graph.axes:
         if axis.weight is None:
             continue
-        magnitude, start = axis.magnitude().float().cpu(), 0
-        for segment in axis.segments:
+        magnitude = axis.magnitude().float().cpu()
+        for start, segment in axis.placed():
             if segment.space is not None:
                 entries = magnitude[start : start + segment.length].view(-1, segment.span).amax(1)
-                torch.maximum(strengths[segment.space], entries, out=strengths[segment.space])
-            start += segment.length
+                strengths[segment.space] = torch.maximum(strengths[segment.space], entries)
     return {space: s.masked_fill(s < 0, float("inf")) for space, s in strengths.items()}  # no weights: always alive
 
 
