@@ -472,6 +472,11 @@ class Config:
             check_one_of("objective", metric, recorded)
 
 
+def keywords(option: Any) -> dict[str, Any]:
+    """All keys of an option but its name: the keywords of what it describes, where that calls them alike."""
+    return {field.name: getattr(option, field.name) for field in fields(option) if field.name != "name"}
+
+
 def option_of(node: Mapping[Any, Any]) -> Any:
     """Which option of its group a node is, be it composed, stored, or the `vars` of its dataclass.
 

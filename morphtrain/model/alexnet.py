@@ -80,10 +80,4 @@ def _head(small: bool, channels: int, dropout: float | None, num_classes: int) -
 
 def build(config: schema.AlexNet, num_classes: int, in_channels: int) -> AlexNet:
     """The network of the config group `model`, for data of these classes and image channels."""
-    return AlexNet(
-        stem=config.stem,
-        batch_norm=config.batch_norm,
-        dropout=config.dropout,
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
+    return AlexNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -134,10 +134,4 @@ def rounded(width: float, multiple: int = 8) -> int:
 
 def build(config: schema.MobileNet, num_classes: int, in_channels: int) -> MobileNet:
     """The network of the config group `model`, for data of these classes and image channels."""
-    return MobileNet(
-        version=config.version,
-        width_multiplier=config.width_multiplier,
-        stem=config.stem,
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
+    return MobileNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -133,15 +133,4 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 def build(config: schema.ResNet, num_classes: int, in_channels: int) -> ResNet:
     """The network of the config group `model`, for data of these classes and image channels."""
-    return ResNet(
-        stages=config.stages,
-        blocks=config.blocks,
-        layers=config.layers,
-        bottleneck=config.bottleneck,
-        width=config.width,
-        downsample=config.downsample,
-        shortcut=config.shortcut,
-        stem=config.stem,
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
+    return ResNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

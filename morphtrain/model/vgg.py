@@ -83,12 +83,4 @@ def _head(kind: str, channels: int, dropout: float | None, num_classes: int) -> 
 
 def build(config: schema.VGG, num_classes: int, in_channels: int) -> VGG:
     """The network of the config group `model`, for data of these classes and image channels."""
-    return VGG(
-        depth=config.depth,
-        width=config.width,
-        batch_norm=config.batch_norm,
-        head=config.head,
-        dropout=config.dropout,
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
+    return VGG(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))
