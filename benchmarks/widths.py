@@ -23,7 +23,7 @@ from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph
 from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.widths import Layer, WidthProbe, timed_places
 from morphtrain.trainer.process import prepare_process
 
 BATCH, SHAPE = 64, (3, 32, 32)
@@ -65,7 +65,7 @@ def compare(width: int, seed: int) -> dict[str, float]:
     cut, rounded = copy.deepcopy(model), copy.deepcopy(model)
     reconfigure(ChannelGraph.trace(cut, IMAGES[:1]))
     start = time.perf_counter()
-    reconfigure(ChannelGraph.trace(rounded, IMAGES[:1]), round_to=WidthProbe(torch.device("cpu"), BATCH))
+    reconfigure(ChannelGraph.trace(rounded, IMAGES[:1]), round_to=WidthProbe(batch_size=BATCH))
     probing = time.perf_counter() - start
     networks = {"dense": dense, "cut": cut, "rounded": rounded, "cut again": copy.deepcopy(cut)}
     seconds = interleave({name: lambda m=m: step(m) for name, m in networks.items()}, rounds=ROUNDS)
@@ -87,8 +87,26 @@ def compare(width: int, seed: int) -> dict[str, float]:
     }
 
 
+def where_the_time_goes() -> None:
+    """A 3x3 convolution, norm and activation of the first stage by width, and that stage's share of the network."""
+    probe = WidthProbe(batch_size=BATCH)
+    layers = {w: Layer("cpu", BATCH, w, w, (3, 3), (1, 1), (1, 1), (1, 1), False, SHAPE[1:]) for w in range(4, 17, 2)}
+    probe.measure(layers.values())
+    full = probe.seconds[layers[16]]
+    ratios = ", ".join(f"{width}: {probe.seconds[layer] / full:.2f}" for width, layer in layers.items())
+    print(f"widths: time of the first stage's layer by width, over that of 16 channels ({1e3 * full:.1f} ms): {ratios}")
+    graph = ChannelGraph.trace(ResNet(blocks=3), IMAGES[:1])
+    sizes = {space: space.size for space in graph.spaces}
+    dense = [place.at(sizes, "cpu", BATCH) for place in timed_places(graph)]
+    probe.measure(dense)
+    first = sum(probe.seconds[layer] for layer in dense if layer.size == SHAPE[1:])
+    share = first / sum(probe.seconds[layer] for layer in dense)
+    print(f"widths: layers at {SHAPE[1]}x{SHAPE[2]} take {share:.2f} of the time of all layers of ResNet-20")
+
+
 def main() -> None:
     prepare_process()
+    where_the_time_goes()
     for width in (16, 32):
         results = [compare(width, seed) for seed in range(1, NETWORKS + 1)]
         column = {key: [result[key] for result in results] for key in results[0]}

@@ -1,9 +1,9 @@
 """Which widths are really faster on this device: `prune.round_to=auto`.
 
-A pruned width that vector units and kernels do not like can take longer than a larger one: on an AVX-512 machine a 3x3
-convolution of 12 channels takes longer than one of 16 (benchmarks/widths.py). So before spaces are cut, the layers
-around them are timed (forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and
-32 up to the present ones, and the spaces keep widths whose layers take the least time together.
+Time does not fall as smoothly with the width as MACs do: vector units and kernels like some widths better than others
+(`benchmarks/widths.py` shows how much on this machine). So before spaces are cut, the layers around them are timed
+(forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to the present
+ones, and the spaces keep widths whose layers take the least time together.
 """
 
 from __future__ import annotations
