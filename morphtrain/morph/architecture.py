@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph.layers import Gated, NoChannels, ScatterChannels, SelectChannels, ZeroBranch
+from morphtrain.morph.insert import norm_like
+from morphtrain.morph.layers import (
+    Gated,
+    Grown,
+    InsertedBlock,
+    InsertedLayer,
+    NoChannels,
+    ScatterChannels,
+    SelectChannels,
+    ZeroBranch,
+)
 
 # What torch's layers, and ours, keep beside their tensors and a change of width changes.
 WIDTHS = (
@@ -42,8 +52,11 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`."""
     for path in sorted(description["layers"], key=lambda p: p.count(".")):
         facts = dict(description["layers"][path])
-        make = REBUILD[facts.pop("layer")]
-        model.set_submodule(path, make(model.get_submodule(path), facts))
+        layer = facts.pop("layer")
+        if layer in INSERTED:
+            model.set_submodule(path, INSERTED[layer](model, facts).to(next(model.parameters()).dtype))
+        else:
+            model.set_submodule(path, REBUILD[layer](model.get_submodule(path), facts))
     for path, widths in description["widths"].items():
         module = model.get_submodule(path)
         for name, value in widths.items():
@@ -77,6 +90,12 @@ def _own_layer(module: nn.Module) -> dict[str, Any] | None:
     if isinstance(module, Gated):
         before, behind = isinstance(module[0], SelectChannels), isinstance(module[-1], ScatterChannels)
         return {"layer": "gated", "select": before, "scatter": behind}
+    if isinstance(module, Grown):
+        return {"layer": "grown", "in_front": isinstance(module[0], InsertedLayer)}
+    if isinstance(module, InsertedLayer):
+        return {"layer": "inserted_layer", **module.facts}
+    if isinstance(module, InsertedBlock):
+        return {"layer": "inserted_block", **module.facts}
     return None
 
 
@@ -107,7 +126,26 @@ REBUILD: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "zero_branch_bias": _zero_branch_bias,
     "zero_branch_zeros": lambda old, facts: ZeroBranch(**facts),
     "gated": _gated,
+    "grown": lambda old, facts: Grown(nn.Identity(), old) if facts["in_front"] else Grown(old),
 }
+
+
+# What stands where nothing was. Widths are brought to what they were behind it, as those of all layers.
+INSERTED: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
+    "inserted_layer": lambda model, facts: InsertedLayer(1, facts["kernel"], _norm(model, facts)),
+    "inserted_block": lambda model, facts: InsertedBlock(
+        1,
+        1,
+        facts["kernels"],
+        [_norm(model, facts) for _ in facts["kernels"]] if facts["norm"] else [],
+        facts["halves"],
+        facts["activation"],
+    ),
+}
+
+
+def _norm(model: nn.Module, facts: Mapping[str, Any]) -> nn.Module | None:
+    return norm_like(model, 1) if facts["norm"] else None
 
 
 def _resize(module: nn.Module, name: str, shape: torch.Size, resized: dict[int, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ HARMLESS = frozenset(("mul", "cat", "dropout", "stochastic_depth")) | frozenset(
     ("relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "tanh", "sigmoid", "hardsigmoid", "hardswish")
 )
 # These may stand behind the last norm of a branch that is added to another ...
-TAIL = frozenset(("dropout", "stochastic_depth", "Dropout", "Dropout2d", "Identity"))
+TAIL = frozenset(("dropout", "stochastic_depth", "Dropout", "Dropout2d", "Identity", "Scale"))
 # ... and these behind the convolution of one that is concatenated, and so has nothing left to pass on.
 PASSING = TAIL | HARMLESS | {kind.__name__ for kind in ACTIVATIONS}
 

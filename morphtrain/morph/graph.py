@@ -12,7 +12,18 @@ from torch.optim import Optimizer
 from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
 from morphtrain.morph.gates import Gate, insert_gate
+from morphtrain.morph.insert import (
+    Start,
+    become_identity,
+    make_block,
+    make_layer,
+    measure_inputs,
+    norm_like,
+    put_behind,
+    put_in_front,
+)
 from morphtrain.morph.layers import NoChannels, ZeroBranch
+from morphtrain.morph.points import Point, behind, in_front_of, stage_ends
 from morphtrain.morph.rebind import Change, Rebinder
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
 from morphtrain.morph.trace import MorphError, Role, Trace, trace_channels
@@ -30,6 +41,9 @@ class ChannelGraph:
     picks: list[Pick]
     shared: Shared
     input_shapes: dict[str, torch.Size]  # of each layer, by its path, for two samples
+    layer_places: list[str]  # convolutions that `insert_layer` can put a layer in front of
+    block_places: dict[str, Point]  # modules that `insert_block` can put a block behind
+    stage_ends: list[Point]  # of these, the last of every stage
 
     def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
         self.model = model
@@ -37,6 +51,7 @@ class ChannelGraph:
         self.ignore = tuple(ignore)
         self.axes, self.spaces, self.blocks, self.picks = [], [], [], []
         self.shared, self.input_shapes = {}, {}
+        self.layer_places, self.block_places, self.stage_ends = [], {}, []
 
     def _read(self) -> None:
         trace = trace_channels(self.model, self.example_input, self.ignore)
@@ -45,9 +60,13 @@ class ChannelGraph:
             for n in trace.nodes
             if n.op == "call_module" and n.args and isinstance(n.args[0], fx.Node) and "shape" in n.args[0].meta
         }
+        modules = dict(self.model.named_modules())
+        self.layer_places = in_front_of(trace.nodes, modules)
+        self.block_places = behind(trace.nodes, modules)
+        self.stage_ends = stage_ends(trace.nodes, modules, trace.channels)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
-        self.blocks = _find_blocks(trace, dict(self.model.named_modules()), self.spaces)
+        self.blocks = _find_blocks(trace, modules, self.spaces)
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
@@ -182,6 +201,126 @@ class ChannelGraph:
             insert_gate(self.model, path, gate, rebinder)
         self._read()
 
+    def insert_layer(
+        self,
+        path: str | Sequence[str],
+        calibration: Sequence[Any] = (),
+        *,
+        kernel: int = 3,
+        optimizer: Optimizer | None = None,
+    ) -> list[str]:
+        """Put an identity convolution, with norm and ReLU, in front of the convolution at `path`.
+
+        In evaluation mode the network computes what it did; in training too, but for how much a batch's statistics
+        deviate from those of all `calibration` batches. A network without batch norm gets none here. New parameters
+        join the optimizer's groups beside those of the convolution. Spaces and blocks are found anew: those held from
+        before are no longer part of this graph.
+
+        Args:
+            path: one of `layer_places`, or several.
+            calibration: inputs of the model, the norms' statistics are measured on them.
+            kernel: odd.
+
+        Returns:
+            the paths of the new layers.
+
+        Raises:
+            MorphError: before anything is changed.
+        """
+        paths = [path] if isinstance(path, str) else list(path)
+        for place in paths:
+            if place not in self.layer_places:
+                raise MorphError(f"no layer can be put in front of '{place}': {self._why_no_layer(place)}")
+        _check_kernel(kernel)
+        statistics = self._measure(paths, calibration)
+        rebinder, inserted = Rebinder({}, optimizer), []
+        for place in sorted(paths, key=self.layer_places.index):
+            convolution: Any = self.model.get_submodule(place)
+            layer = make_layer(self.model, convolution.in_channels, kernel)
+            self._settle(layer, convolution)
+            if statistics:
+                become_identity([layer[1]], statistics[place])
+            inserted.append(put_in_front(self.model, place, layer))
+            rebinder.adopt(self.model, layer.parameters(), like=convolution)
+        self._read()
+        return inserted
+
+    def insert_block(
+        self,
+        path: str,
+        calibration: Sequence[Any] = (),
+        *,
+        kernels: Sequence[int] = (3, 3),
+        inner: int | None = None,
+        start: Start = "zero_gamma",
+        optimizer: Optimizer | None = None,
+    ) -> str:
+        """Put a residual block that changes nothing behind the module at `path`.
+
+        A Sequential that ends with this module becomes longer, elsewhere a `Grown` takes its place. Spaces and blocks
+        are found anew: those held from before are no longer part of this graph.
+
+        Args:
+            path: a key of `block_places`; `stage_ends` are those at the ends of stages.
+            calibration: inputs of the model; "half_half" measures its norms' statistics on them.
+            kernels: of the block's convolutions, odd.
+            inner: channels between them; None: those of the output, which "half_half" needs.
+            start: "zero_gamma": the last norm's gamma is zero, the branch adds nothing in either mode. "half_half": the
+                branch is an identity, and it and the shortcut count half each; as exact as `insert_layer`.
+            optimizer: the new parameters join its groups.
+
+        Returns:
+            the path of the new block.
+
+        Raises:
+            MorphError: before anything is changed; "half_half" needs a place behind a ReLU.
+        """
+        if path not in self.block_places:
+            known = ", ".join(point.path for point in self.stage_ends) or "none"
+            raise MorphError(f"no block can be put behind '{path}'; the ends of stages are: {known}")
+        point = self.block_places[path]
+        for kernel in kernels:
+            _check_kernel(kernel)
+        halves = start == "half_half"
+        if halves and not (point.non_negative and inner in (None, point.channels)):
+            raise MorphError(
+                f"no half_half block can be put behind '{path}': that needs values behind a ReLU and {point.channels} "
+                "inner channels; zero_gamma works"
+            )
+        place: nn.Module = self.model.get_submodule(path)
+        like = place if any(True for _ in place.parameters()) else self.model
+        width = point.channels if inner is None else inner
+        block = make_block(self.model, point.channels, width, kernels, start, point.non_negative)
+        self._settle(block, like)
+        norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
+        if halves and norms:
+            become_identity(norms, self._measure([path], calibration, outputs=True)[path])
+        inserted = put_behind(self.model, path, block)
+        Rebinder({}, optimizer).adopt(self.model, block.parameters(), like=like)
+        self._read()
+        return inserted
+
+    def _measure(self, paths: Sequence[str], calibration: Sequence[Any], outputs: bool = False) -> dict[str, Any]:
+        if norm_like(self.model, 1) is None:
+            return {}
+        if not len(calibration):
+            raise MorphError("calibration: the norms of new layers need a batch of the model's inputs to measure")
+        return measure_inputs(self.model, paths, calibration, outputs)
+
+    def _settle(self, new: nn.Module, neighbour: nn.Module) -> None:
+        """Give what is inserted the device, type, mode and memory format of what is there."""
+        weight = next(p for p in neighbour.parameters() if p.is_floating_point())
+        new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
+        four = [p for p in self.model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
+            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _why_no_layer(self, path: str) -> str:
+        if not isinstance(dict(self.model.named_modules()).get(path), nn.Conv2d):
+            known = ", ".join(self.layer_places) or "none"
+            return f"it is not a two-dimensional convolution; there are: {known}"
+        return "what enters it may be negative (an identity needs values behind a ReLU), or it is used several times"
+
     def _remainder(self, block: Block) -> nn.Module:
         """What stands in for a removed branch."""
         branch = block.branch
@@ -273,6 +412,11 @@ class ChannelGraph:
             if segment.space:
                 segment.space.slots = [slot for slot in segment.space.slots if slot.axis is not axis]
         self.picks = [pick for pick in self.picks if axis not in (pick.source, pick.picked)]
+
+
+def _check_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise MorphError(f"a kernel of {kernel} has no middle: an identity needs an odd one")
 
 
 def _multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:

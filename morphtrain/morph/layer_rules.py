@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from morphtrain.morph import function_rules, movement_rules
 from morphtrain.morph.labels import along
-from morphtrain.morph.layers import NoChannels, PadChannels, ScatterChannels, SelectChannels, ZeroBranch
+from morphtrain.morph.layers import NoChannels, PadChannels, Scale, ScatterChannels, SelectChannels, ZeroBranch
 from morphtrain.morph.nodes import fixed_like
 
 if TYPE_CHECKING:
@@ -268,6 +268,7 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d): _softmax,
     (
         *ACTIVATIONS,
+        Scale,
         nn.MaxPool1d,
         nn.MaxPool2d,
         nn.MaxPool3d,

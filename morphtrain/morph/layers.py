@@ -128,9 +128,77 @@ class NoChannels(nn.Module):
         return f"stride={self.stride}"
 
 
+class Scale(nn.Module):
+    """A trainable factor on everything that passes: half of what `half_half` needs. Any shape."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class InsertedLayer(nn.Sequential):
+    """Convolution, norm and ReLU, put in front of a convolution. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, kernel: int, norm: nn.Module | None) -> None:
+        layers = [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=norm is None)]
+        super().__init__(*layers, *([norm] if norm is not None else []), nn.ReLU())
+        self.facts = {"kernel": kernel, "norm": norm is not None}
+
+
+class InsertedBlock(nn.Module):
+    """branch(x) + shortcut(x), put behind a module; the branch is a chain of convolution and norm, ReLU in between.
+
+    (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        inner: channels between its convolutions.
+        kernels: of its convolutions.
+        norms: one for each convolution; none for a network without.
+        halves: both operands are scaled by a trainable 1/2.
+        activation: whether a ReLU follows.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        kernels: Sequence[int],
+        norms: Sequence[nn.Module],
+        halves: bool,
+        activation: bool,
+    ) -> None:
+        super().__init__()
+        widths = [channels, *[inner] * (len(kernels) - 1), channels]
+        self.branch = nn.Sequential()
+        for layer, kernel in enumerate(kernels):
+            if layer:
+                self.branch.append(nn.ReLU())
+            self.branch.append(
+                nn.Conv2d(widths[layer], widths[layer + 1], kernel, padding=kernel // 2, bias=not norms)
+            )
+            if norms:
+                self.branch.append(norms[layer])
+        if halves:
+            self.branch.append(Scale(0.5))
+        self.shortcut = Scale(0.5) if halves else nn.Identity()
+        self.activation = nn.ReLU() if activation else nn.Identity()
+        self.facts = {"kernels": list(kernels), "norm": bool(norms), "halves": halves, "activation": activation}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.branch(x) + self.shortcut(x))
+
+
+class Grown(nn.Sequential):
+    """In the place of a module: that module, and what was inserted in front of or behind it."""
+
+
 def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:
     """The spatial size behind layers of this total stride that keep the size otherwise."""
     return [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
 
 
-OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, ZeroBranch, NoChannels)
+OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, ZeroBranch, NoChannels, Scale)

@@ -56,6 +56,26 @@ class Rebinder:
         for owner, other in ((module, name), *self.shared.get((id(module), name), ())):
             setattr(owner, other, new)
 
+    def adopt(self, model: nn.Module, parameters: Iterable[nn.Parameter], like: nn.Module) -> None:
+        """Give the optimizer new parameters of `model`, each to the group that a neighbour of its kind is in.
+
+        Kinds are weights and vectors, which often decay differently; the neighbours are those of `like`, and if that
+        has none of the kind in the optimizer, all. Within a group they stand in the model's order, where they would if
+        the optimizer were made of the model as it is now.
+        """
+        if self.optimizer is None:
+            return
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        order = {id(p): i for i, p in enumerate(model.parameters())}
+        for new in parameters:
+            known = [p for p in (*like.parameters(), *model.parameters()) if id(p) in groups]
+            alike = [p for p in known if (p.dim() > 1) == (new.dim() > 1)] or known
+            if not alike:
+                continue  # an optimizer of something else
+            group = groups[id(alike[0])]["params"]
+            later = (i for i, p in enumerate(group) if order.get(id(p), -1) > order[id(new)])
+            group.insert(next(later, len(group)), new)
+
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take parameters out of the optimizer: its groups and its state."""
         assert self.optimizer is not None

@@ -62,6 +62,7 @@ class Trace:
     nodes: list[fx.Node]  # in the order of execution; `meta["shape"]` of those that are tensors
     axes: list[TracedAxis]  # in the order of use
     picks: list[TracedPick]
+    channels: dict[fx.Node, torch.Tensor]  # of a tensor, the class of the label behind each of its entries
     roots: torch.Tensor  # label -> smallest label of its class
     shared: dict[tuple[int, str], list[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
 
@@ -340,11 +341,14 @@ class Propagator(fx.Interpreter):
             for names in several.values()
             for _, module, name in names
         }
+        roots = self.joins.roots()
+        labels = {n: labels for n, labels in self.labels.items() if isinstance(labels, torch.Tensor)}
         return Trace(
             nodes=list(self.graph.nodes),
+            channels={n: roots[value].flatten() for n, value in labels.items()},
             axes=list(self.axes.values()),
             picks=list(self.picks.values()),
-            roots=self.joins.roots(),
+            roots=roots,
             shared=shared,
         )
 

@@ -1,0 +1,162 @@
+"""New layers and blocks that leave a network's function as it is (Net2DeeperNet, Chen et al. 2015, section 2.4)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
+
+Start = Literal["zero_gamma", "half_half"]
+
+
+class Statistics(NamedTuple):
+    """Mean and (biased) variance of each channel, (C,), over batches and positions, as batch norm sees them."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
+    """A fresh norm of the kind that `model` has; None if it has no batch norm."""
+    pattern = next((m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), None)
+    if pattern is None:
+        return None
+    norm: Any = copy.deepcopy(pattern)
+    norm.num_features = channels
+    device = next(model.parameters()).device
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        old = getattr(pattern, name)
+        if old is not None:
+            new = torch.zeros(channels, dtype=old.dtype, device=device)
+            setattr(norm, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    norm.reset_parameters()
+    return norm.train()
+
+
+def make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
+    """An identity convolution, with the network's kind of norm; its values are set by `become_identity`."""
+    layer = InsertedLayer(channels, kernel, norm_like(model, channels))
+    nn.init.dirac_(layer[0].weight)  # type: ignore[arg-type]
+    if layer[0].bias is not None:
+        nn.init.zeros_(layer[0].bias)  # type: ignore[arg-type]
+    return layer
+
+
+def make_block(
+    model: nn.Module, channels: int, inner: int, kernels: Sequence[int], start: Start, activation: bool
+) -> InsertedBlock:
+    """A block that adds nothing ("zero_gamma"), or the mean of its input and an identity branch ("half_half")."""
+    widths = [*[inner] * (len(kernels) - 1), channels]
+    norms = [norm for width in widths if (norm := norm_like(model, width)) is not None]
+    block = InsertedBlock(channels, inner, kernels, norms, start == "half_half", activation)
+    convolutions = [m for m in block.branch if isinstance(m, nn.Conv2d)]
+    for convolution in convolutions:
+        if start == "half_half":
+            nn.init.dirac_(convolution.weight)
+        else:  # He et al. 2015, arXiv 1502.01852
+            fan_out = math.prod(convolution.kernel_size) * convolution.out_channels
+            nn.init.normal_(convolution.weight, 0, math.sqrt(2 / fan_out))
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
+    if start == "zero_gamma":
+        last: Any = norms[-1] if norms else convolutions[-1]
+        nn.init.zeros_(last.weight)
+    return block
+
+
+def become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
+    """Let norms pass values of these statistics as they are.
+
+    In evaluation mode exactly; in training up to the deviation of a batch's statistics. A fresh norm (gamma 1, beta 0)
+    would renormalise what an identity convolution passes on: the trap of the thesis's deeper operator.
+    """
+    with torch.no_grad():
+        for norm in norms:
+            n: Any = norm
+            mean, var = (s.to(n.weight.dtype) for s in statistics)
+            n.weight.copy_((var + n.eps).sqrt())
+            n.bias.copy_(mean)
+            if n.running_mean is not None:
+                n.running_mean.copy_(mean)
+                n.running_var.copy_(var)
+
+
+def put_in_front(model: nn.Module, path: str, layer: nn.Module) -> str:
+    """Put `layer` in front of the module at `path`; returns its own path."""
+    model.set_submodule(path, Grown(layer, model.get_submodule(path)))
+    return f"{path}.0"
+
+
+def put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
+    """Put `layer` behind the module at `path`; returns its own path. A Sequential that ends there becomes longer."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    chained = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+    if chained and next(reversed(parent._modules)) == name:
+        number = len(parent._modules)
+        while str(number) in parent._modules:
+            number += 1
+        parent.add_module(str(number), layer)
+        return f"{parent_path}.{number}" if parent_path else str(number)
+    model.set_submodule(path, Grown(model.get_submodule(path), layer))
+    return f"{path}.1"
+
+
+@torch.no_grad()
+def measure_inputs(
+    model: nn.Module, paths: Sequence[str], batches: Iterable[Any], outputs: bool = False
+) -> dict[str, Statistics]:
+    """The statistics of what enters (or, with `outputs`, leaves) the modules at `paths` while `model` trains.
+
+    Args:
+        batches: inputs of the model; each is a tensor, or a tuple of them for several inputs.
+
+    Modes, buffers and the random state are left as they were.
+    """
+    sums: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+
+    def add(path: str, x: torch.Tensor) -> None:
+        x = x.detach().double() if x.device.type != "mps" else x.detach().float()
+        sums[path].append(torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)]))
+
+    hooks = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if outputs:
+            hooks.append(module.register_forward_hook(lambda m, args, out, path=path: add(path, out)))
+        else:
+            hooks.append(module.register_forward_pre_hook(lambda m, args, path=path: add(path, args[0])))
+    try:
+        with _as_it_was(model):
+            model.train()
+            for batch in batches:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(sums.values()):
+        raise ValueError("no batch to calibrate with")
+    return {path: Statistics(*torch.stack(found).mean(0)) for path, found in sums.items()}
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back modes, buffers and the random state behind the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, training in modes:
+            module.training = training
