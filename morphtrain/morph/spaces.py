@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,11 @@ class Axis:
 
     @property
     def length(self) -> int:
-        return sum(segment.length for segment in self.segments)
+        return self.length_at({})
+
+    def length_at(self, widths: Mapping[Space, int]) -> int:
+        """The length once spaces have these widths; those not named stay as they are."""
+        return sum(widths.get(s.space, s.space.size) * s.span if s.space else s.fixed_size for s in self.segments)
 
     @property
     def weight(self) -> torch.Tensor | None:

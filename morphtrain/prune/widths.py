@@ -79,7 +79,7 @@ class Place:
 
     def at(self, widths: Mapping[Space, int], device: str, batch_size: int) -> Layer:
         """The layer once the spaces have these widths."""
-        inputs, outputs = _length(self.inputs, widths), _length(self.outputs, widths)
+        inputs, outputs = self.inputs.length_at(widths), self.outputs.length_at(widths)
         if isinstance(self.module, nn.Linear):
             return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size)
         depthwise = self.inputs is self.outputs
@@ -217,7 +217,3 @@ def timed_places(graph: ChannelGraph) -> list[Place]:
 
 def _up(width: int, multiple: int, most: int) -> int:
     return min(-(-width // multiple) * multiple, most)
-
-
-def _length(axis: Axis, widths: Mapping[Space, int]) -> int:
-    return sum(widths[s.space] * s.span if s.space else s.fixed_size for s in axis.segments)

@@ -1,0 +1,104 @@
+"""MorphNet's second half (Gordon et al. 2018, arXiv 1711.06798, section 3): the widest network that a target allows.
+
+    expand_to(graph, WidthCost(graph, "flops"), target=2 * 40e6, optimizer=optimizer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from morphtrain.grow.net2net import widen
+from morphtrain.morph import ChannelGraph, MorphError, Space
+
+Widths = Mapping[Space, int]
+Cost = Callable[[Widths], float]  # of the network with these widths; spaces that are not named stay as they are
+LARGEST_MULTIPLIER = 2**20
+
+
+def expand_to(
+    graph: ChannelGraph,
+    cost: Cost,
+    target: float,
+    *,
+    spaces: Sequence[Space] | None = None,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+    optimizer: Optimizer | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Multiply widths by the largest number that keeps the cost at `target` or below, and keep the function.
+
+    What rounding down leaves free of the target is filled with single channels, so that none more fits in any space.
+
+    Args:
+        cost: for instance `morphtrain.morph.WidthCost(graph, "flops")`.
+        spaces: those to widen; None: all that can be.
+        noise, generator, optimizer: see `widen`.
+
+    Returns:
+        widths (before, after) by the names of the spaces that became wider.
+
+    Raises:
+        MorphError: before anything is changed, if the network costs more than `target` already.
+    """
+    chosen = [space for space in (graph.spaces if spaces is None else spaces) if not space.is_ambiguous]
+    widths = widest(cost, chosen, target)
+    names = {space.name: width for space, width in widths.items()}
+    return widen(graph, target=names, noise=noise, generator=generator, optimizer=optimizer)
+
+
+def widest(cost: Cost, spaces: Sequence[Space], target: float, most: float = LARGEST_MULTIPLIER) -> dict[Space, int]:
+    """The widths that one multiplier, at most `most`, and then single channels make of the spaces within `target`."""
+    present = {space: space.size for space in spaces}
+    if cost(present) > target:
+        raise MorphError(f"the network costs {cost(present):.6g} already, more than the target of {target:.6g}")
+
+    def at(multiplier: float) -> dict[Space, int]:
+        return {space: int(multiplier * size) for space, size in present.items()}
+
+    low, high = 1.0, 2.0
+    while high < most and cost(at(high)) <= target:
+        low, high = high, 2 * high
+    high = min(high, most)
+    if not spaces or cost(at(high)) <= target:
+        return at(high)
+    while high - low > 1e-9 * high:  # finer than 1 / size: exact in whole channels
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) <= target else (low, middle)
+    return _filled(cost, at(low), target, multiplier=low, present=present)
+
+
+def _filled(cost: Cost, widths: dict[Space, int], target: float, multiplier: float, present: Widths) -> dict[Space, int]:
+    """Add single channels, first where rounding down took most, until none fits any more."""
+    waiting = sorted(widths, key=lambda space: widths[space] - multiplier * present[space])
+    while waiting:
+        fitting = []
+        for space in waiting:
+            wider = {**widths, space: widths[space] + 1}
+            if cost(wider) <= target:
+                widths = wider
+                fitting.append(space)
+        waiting = fitting
+    return widths
+
+
+def params_at(graph: ChannelGraph) -> Cost:
+    """The number of parameters as a cost: what `morphtrain.cost.count_params` would count at these widths."""
+    shapes = {id(p): list(p.shape) for p in graph.model.parameters()}
+    sides = [
+        (id(tensor), dim, axis)
+        for axis in graph.axes
+        for name, dim in axis.tensors
+        if isinstance(tensor := getattr(axis.module, name), nn.Parameter)
+    ]
+
+    def cost(widths: Widths) -> float:
+        resized = {key: list(shape) for key, shape in shapes.items()}
+        for key, dim, axis in sides:
+            resized[key][dim] = axis.length_at(widths)
+        return float(sum(torch.Size(shape).numel() for shape in resized.values()))
+
+    return cost

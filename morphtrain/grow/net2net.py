@@ -1,0 +1,95 @@
+"""Net2WiderNet (Chen, Goodfellow and Shlens 2015, arXiv 1511.05641, section 2.3) on any network.
+
+    graph = ChannelGraph.trace(model, example)
+    widen(graph, factor=2, noise=0.1, optimizer=optimizer)       # every space twice as wide
+    widen(graph, target={"stages.0.0.branch.0": 24})             # one of them
+
+New channels are copies of old ones and their consumers share the old weights: the function is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from morphtrain.morph import ChannelGraph, MorphError, Slot, Space
+
+
+def widen(
+    graph: ChannelGraph,
+    factor: float | None = None,
+    target: Mapping[str, int] | None = None,
+    *,
+    spaces: Sequence[Space] | None = None,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+    optimizer: Optimizer | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Widen channel spaces by random copies of their channels, and keep what the network computes.
+
+    Args:
+        factor: of every width, 1 or more; the new width is rounded to the nearest.
+        target: instead, new widths by the names of spaces; none below the present one.
+        spaces: those that `factor` applies to; None: all that can be widened.
+        noise: relative standard deviation by which the weights that use a channel are shared unevenly among its
+            copies. Copies that are used alike get the same gradients and stay the same channel for ever; shared
+            unevenly, they part, and since the shares add up to the old weight the function is kept all the same.
+        generator: of the copies and the noise (on the CPU); None: torch's own.
+        optimizer: its state follows: momentum is copied where channels are made, and shared where they are used.
+
+    Returns:
+        widths (before, after) by the names of the spaces that became wider.
+
+    Raises:
+        MorphError: before anything is changed: an unknown space, a smaller width, or both or neither of factor and
+            target.
+    """
+    if (factor is None) == (target is None):
+        raise MorphError("widen needs either a factor or a target")
+    if target is None:
+        assert factor is not None
+        if factor < 1:
+            raise MorphError(f"a factor of {factor} does not widen; 1 or more does")
+        chosen = graph.spaces if spaces is None else spaces
+        wanted = {space: round(factor * space.size) for space in chosen if not space.is_ambiguous}
+    else:
+        wanted = {graph.space(name): width for name, width in target.items()}
+    for space, width in wanted.items():
+        if width < space.size:
+            raise MorphError(f"'{space.name}' has {space.size} channels already, {width} would not be wider")
+    before = {space: space.size for space in wanted}
+    copies = {s: _copies(s.size, width, generator) for s, width in wanted.items() if width > s.size}
+    graph.reindex_spaces(copies, optimizer)
+    if noise > 0:
+        for space, index in copies.items():
+            for slot in space.slots:
+                if slot.role == "consumes" and slot.has_weights:
+                    _share_unevenly(slot, index, noise, generator)
+    return {space.name: (before[space], space.size) for space in copies}
+
+
+def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """(width,): every old channel, then random ones; none is copied twice before all were once."""
+    rounds = [torch.arange(size)]
+    while sum(map(len, rounds)) < width:
+        rounds.append(torch.randperm(size, generator=generator))
+    return torch.cat(rounds)[:width]
+
+
+@torch.no_grad()
+def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: torch.Generator | None) -> None:
+    """Add to the weights that use a channel's copies relative noise that sums to zero over the copies."""
+    weight = slot.axis.weight
+    assert weight is not None
+    span = slot.segment.span
+    entries = slice(slot.start, slot.start + len(index) * span)
+    part = weight.movedim(slot.axis.dim, 0)[entries]  # (width * span, ...), a view
+    source = (index[:, None] * span + torch.arange(span)).flatten()  # which old entry each one is a copy of
+    drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32)
+    drawn = drawn.to(device=part.device, dtype=part.dtype) * part * noise
+    source = source.to(part.device)
+    sums = torch.zeros_like(part[: int(source.max()) + 1]).index_add_(0, source, drawn)
+    counts = torch.bincount(source).to(part.dtype).view(-1, *[1] * (part.dim() - 1))
+    part += drawn - (sums / counts)[source]
