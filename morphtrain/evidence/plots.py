@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -25,3 +26,41 @@ def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
     size.set(title="Size, as a share of the first epoch's", xlabel="epoch", ylim=(0, None))
     size.legend()
     figure.savefig(path, dpi=110)
+
+
+def plot_widths(changes: Sequence[Mapping[str, Any]], epochs: int, path: Path) -> None:
+    """The width of every channel space over the epochs of one run, with what happened when, as a PNG.
+
+    Args:
+        changes: in their order; `epoch`, `event` ("" for the start), and `widths` by the names of spaces.
+        epochs: that the run has trained.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for change in changes for name in change["widths"]))
+    first = {name: next(c["widths"][name] for c in changes if name in c["widths"]) for name in names}
+    columns = []  # of each epoch, the widths behind it over the first ones; NaN where there is no such space
+    for epoch in range(epochs + 1):
+        widths = [c for c in changes if c["epoch"] <= epoch][-1]["widths"]
+        columns.append([widths[name] / first[name] if name in widths else float("nan") for name in names])
+    shares = [list(row) for row in zip(*columns, strict=True)]
+    figure = Figure(figsize=(max(7.0, 4 + 0.08 * epochs), 2 + 0.22 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="RdBu", vmin=0, vmax=2)
+    figure.colorbar(image, label="width, as a multiple of the first", shrink=0.8, extend="max")
+    last = changes[-1]["widths"]
+    axes.set_yticks(range(len(names)), [f"{name}  {first[name]} to {last.get(name, 0)}" for name in names], fontsize=7)
+    axes.set(xlabel="epoch", title="Widths of the channel spaces")
+    events = [change for change in changes if change["event"]]
+    for number, change in enumerate(events, 1):
+        axes.axvline(change["epoch"] - 0.5, color="black", linewidth=0.7)
+        axes.annotate(str(number), (change["epoch"] - 0.5, -0.5), fontsize=6, ha="center", va="bottom")
+    key = "\n".join(f"{n}  epoch {c['epoch']}: {_short(c['event'])}" for n, c in enumerate(events[:20], 1))
+    axes.text(0, -0.14 - 0.3 / len(names), key, transform=axes.transAxes, fontsize=6, va="top")
+    figure.savefig(path, dpi=110)
+
+
+def _short(event: str) -> str:
+    return event if len(event) <= 110 else event[:107] + "..."

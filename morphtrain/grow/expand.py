@@ -31,7 +31,8 @@ def expand_to(
 ) -> dict[str, tuple[int, int]]:
     """Multiply widths by the largest number that keeps the cost at `target` or below, and keep the function.
 
-    What rounding down leaves free of the target is filled with single channels, so that none more fits in any space.
+    What rounding down leaves free of the target is filled with single channels, where one fits. In at least one space
+    none does: so the cost is less than one channel below the target.
 
     Args:
         cost: for instance `morphtrain.morph.WidthCost(graph, "flops")`.
@@ -72,16 +73,11 @@ def widest(cost: Cost, spaces: Sequence[Space], target: float, most: float = LAR
 
 
 def _filled(cost: Cost, widths: dict[Space, int], target: float, multiplier: float, present: Widths) -> dict[Space, int]:
-    """Add single channels, first where rounding down took most, until none fits any more."""
-    waiting = sorted(widths, key=lambda space: widths[space] - multiplier * present[space])
-    while waiting:
-        fitting = []
-        for space in waiting:
-            wider = {**widths, space: widths[space] + 1}
-            if cost(wider) <= target:
-                widths = wider
-                fitting.append(space)
-        waiting = fitting
+    """Add a channel to every space where one fits, first where rounding down took most."""
+    for space in sorted(widths, key=lambda space: widths[space] - multiplier * present[space]):
+        wider = {**widths, space: widths[space] + 1}
+        if cost(wider) <= target:
+            widths = wider
     return widths
 
 

@@ -11,8 +11,10 @@ from morphtrain.morph.architecture import describe, rebuild
 from morphtrain.morph.branches import Block
 from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
+from morphtrain.morph.insert import Start
 from morphtrain.morph.layers import PadChannels, ZeroBranch
-from morphtrain.morph.paths import is_ignored
+from morphtrain.morph.paths import is_ignored, is_within
+from morphtrain.morph.points import Point
 from morphtrain.morph.spaces import Axis, Slot, Space
 from morphtrain.morph.trace import MorphError
 
@@ -23,10 +25,13 @@ __all__ = [
     "Gate",
     "MorphError",
     "PadChannels",
+    "Point",
     "Slot",
     "Space",
+    "Start",
     "ZeroBranch",
     "describe",
     "is_ignored",
+    "is_within",
     "rebuild",
 ]

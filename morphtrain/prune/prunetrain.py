@@ -71,8 +71,10 @@ class PruneTrain:
             )
             if change:
                 run.shape_changed(change.summary())
-                self._find_groups(run)
         return {"lasso_ratio": gl / (run.train_loss + gl)}
+
+    def after_change(self, run: Run) -> None:
+        self._find_groups(run)
 
     def state_dict(self) -> dict[str, Any]:
         return {"strength": self.strength, "measured": self.probe.state_dict() if self.probe else []}

@@ -27,10 +27,12 @@ from morphtrain.model import custom
 from morphtrain.trainer.run import Run, build_model, build_run, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 2"
+FORMAT = "morphtrain checkpoint 3"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download", "data.num_workers")
+# Fields of a run that a checkpoint holds as plain data.
+RUN_STATE = ("epoch", "progress", "batch_size", "initial", "history", "changes", "lr_factor", "rewarmed", "stopped")
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +67,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "architecture": morph.describe(run.model),
         "num_classes": run.data.num_classes,
         "in_channels": run.data.input_shape[0],
-        "epoch": run.epoch,
-        "progress": run.progress,
-        "batch_size": run.batch_size,
-        "initial": run.initial,
-        "history": run.history,
+        **{key: getattr(run, key) for key in RUN_STATE},
         "tracking_id": tracking_id,
     }
     return {
@@ -101,7 +99,7 @@ class Checkpoint:
         run.precision.load_state_dict(self.content["precision"])
         for group, state in self.content["methods"].items():
             run.methods[group].load_state_dict(state)
-        for key in ("epoch", "progress", "batch_size", "initial", "history"):
+        for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         return run
 

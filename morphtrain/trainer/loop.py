@@ -17,13 +17,15 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     after_backward, after_step = run.hooks("after_backward"), run.hooks("after_step")
     samples = len(run.data.train)
     total = torch.zeros((), device=run.device)
+    correct = torch.zeros((), device=run.device, dtype=torch.long)
     run.model.train()
     batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
     for images, labels in waited_for(batches, run):
         passed = len(labels) / samples
         set_learning_rate(run, run.progress + passed / 2)
         with run.precision.autocast():
-            run.loss = F.cross_entropy(run.model(images), labels)
+            logits = run.model(images)
+            run.loss = F.cross_entropy(logits, labels)
         run.precision.backward(run.loss, run.optimizer)
         for hook in after_backward:
             hook(run)
@@ -33,10 +35,11 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
                 hook(run)
         run.optimizer.zero_grad()
         total += run.loss.detach() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
         run.clock.step_done()
         if tick is not None:
             tick(len(labels))
-    run.train_loss = total.item() / samples
+    run.train_loss, run.train_accuracy = total.item() / samples, correct.item() / samples
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
@@ -56,9 +59,8 @@ def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
 
 
 def set_learning_rate(run: Run, epochs_done: float) -> None:
-    lr = run.config.optimizer.lr * run.schedule(epochs_done)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = run.learning_rate(epochs_done)
 
 
 @torch.no_grad()

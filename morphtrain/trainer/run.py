@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from morphtrain import schema
 from morphtrain.cost import count_macs, count_params
 from morphtrain.data import Data
 from morphtrain.errors import UserError
+from morphtrain.model.initialise import initialise
 from morphtrain.model.outputs import check_outputs
 from morphtrain.morph import ChannelGraph, MorphError, is_ignored
 from morphtrain.precision import Precision
@@ -49,8 +51,13 @@ class Run:
     batch_size: int = 0
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
     train_loss: float = 0.0  # mean over the last epoch
+    train_accuracy: float = 0.0  # 0..1, of the same forward passes
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
     change: str = ""  # what the structural change of this epoch did; "" if there was none
+    changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces behind it
+    lr_factor: float = 1.0  # on the schedule's learning rate, by methods that lower it
+    rewarmed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # progress of the last rewarming, its epochs
+    stopped: bool = False  # a method ends the run behind this epoch
     params: int = 0
     macs: int = 0
 
@@ -61,6 +68,31 @@ class Run:
     def shape_changed(self, summary: str) -> None:
         """To be called by a method behind every structural change."""
         self.change = f"{self.change}; {summary}" if self.change else summary
+
+    def note(self, event: str) -> None:
+        """Remember what a method did behind this epoch, and the widths that the network has now."""
+        widths = {space.name: space.size for space in self.graph.spaces}
+        self.changes.append({"epoch": self.epoch, "event": event, "widths": widths})
+
+    def rewarm(self, epochs: float) -> None:
+        """Let the learning rate rise again from zero to what it would be, over `epochs`."""
+        self.rewarmed = [self.progress, epochs]
+
+    def learning_rate(self, epochs_done: float) -> float:
+        """The learning rate after so many epochs."""
+        start, epochs = self.rewarmed
+        risen = min(1.0, (epochs_done - start) / epochs) if epochs else 1.0
+        return self.config.optimizer.lr * self.schedule(epochs_done) * self.lr_factor * risen
+
+    def training_inputs(self, batches: int) -> list[torch.Tensor]:
+        """The images of the first batches of this epoch, as training sees them."""
+        loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
+        return [images for images, _ in itertools.islice(loader, batches)]
+
+    def reset_weights(self) -> None:
+        """Start the weights of the network as it is now anew, and the optimizer with them."""
+        fresh_weights(self.model)
+        self.optimizer.state.clear()
 
     def count(self) -> None:
         """Count parameters and MACs of the network as it is now."""
@@ -137,6 +169,7 @@ def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | N
         methods={group: method for group, method in methods.items() if method is not None},
     )
     run.count()
+    run.note("")
     run.initial = {
         "channels": sum(space.size for space in graph.spaces),
         "weights": count_weights(model),
@@ -144,6 +177,17 @@ def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | N
         "macs": run.macs,
     }
     return run
+
+
+def fresh_weights(model: nn.Module) -> None:
+    """New random weights for a network of any structure.
+
+    Each layer starts as torch would start it, convolutions as those of MorphTrain's networks.
+    """
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+    model.apply(initialise)
 
 
 def follow_channels(config: schema.Config, model: nn.Module, input_shape: Sequence[int]) -> ChannelGraph:

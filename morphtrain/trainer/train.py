@@ -17,7 +17,7 @@ import torch
 
 from morphtrain import morph
 from morphtrain.errors import UserError
-from morphtrain.evidence.plots import plot_run
+from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.prune.reconfigure import live_channels
 from morphtrain.schema import Config
 from morphtrain.trainer import checkpoint
@@ -50,7 +50,7 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]
     tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, resumed=config.resume != "never")
     status = "FAILED"
     try:
-        while run.epoch < config.epochs:
+        while run.epoch < config.epochs and not run.stopped:
             _advance(run, run_dir, tracker)
         _leave_artifacts(run, run_dir, tracker)
         status = "FINISHED"
@@ -95,7 +95,10 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
         for hook in run.hooks("after_epoch"):
             metrics.update(hook(run) or {})
     if run.change:
+        run.note(run.change)
         run.count()
+        for hook in run.hooks("after_change"):
+            hook(run)
     with run.clock.timed("eval_seconds"):
         metrics["val_loss"], metrics["val_accuracy"] = evaluate(run)
     run.history.append(_record(run) | metrics)
@@ -129,6 +132,7 @@ def _record(run: Run) -> dict[str, float]:
         "epoch": run.epoch,
         "timestamp": time.time(),
         "train_loss": run.train_loss,
+        "train_accuracy": run.train_accuracy,
         **seconds,  # data_seconds are a part of epoch_seconds
         "train_seconds": before + seconds["epoch_seconds"] + seconds["morph_seconds"],
         "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
@@ -166,6 +170,10 @@ def _leave_artifacts(run: Run, run_dir: Path, tracker: Any) -> None:
     picture = run_dir / "run.png"
     plot_run(run.history, picture)
     tracker.artifact(picture, "plots")
+    if len(run.changes) > 1:
+        picture = run_dir / "widths.png"
+        plot_widths(run.changes, run.epoch, picture)
+        tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)
     for path in sorted((run_dir / "architecture").glob("*.json")):
         tracker.artifact(path, "architecture")

@@ -1,0 +1,36 @@
+"""How large a network may become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from morphtrain.grow.expand import Cost, params_at
+from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+
+def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max_macs: float | None) -> Cost:
+    """The larger of params and MACs, as shares of what is allowed, by the widths of `graph`; 1 is just allowed.
+
+    Args:
+        max_params, max_macs: multiples of what the run's first network had; None: no limit.
+    """
+    params, flops = params_at(graph), WidthCost(graph, "flops")
+
+    def cost(widths: Mapping[Space, int]) -> float:
+        shares = [0.0]
+        if max_params is not None:
+            shares.append(params(widths) / (max_params * run.initial["params"]))
+        if max_macs is not None:
+            shares.append(flops(widths) / 2 / (max_macs * run.initial["macs"]))
+        return max(shares)
+
+    return cost
+
+
+def cost_of(run: Run, graph: ChannelGraph, kind: CostKind, roofline: tuple[float, float] | None) -> WidthCost:
+    """What a sample costs in this network, in batches as the run starts with."""
+    return WidthCost(graph, kind, batch_size=run.config.batch_policy.batch_size, roofline=roofline)

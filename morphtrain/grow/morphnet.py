@@ -1,0 +1,69 @@
+"""MorphNet's expansion (Gordon et al. 2018, arXiv 1711.06798, algorithm 1): shrink, widen all to the target, repeat."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from morphtrain import schema
+from morphtrain.cost import measure_roofline
+from morphtrain.grow.expand import expand_to
+from morphtrain.grow.limits import cost_of
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class MorphNet:
+    """The method as hooks of the training loop; `expand.expand_to` is its functional form."""
+
+    def __init__(self, config: schema.GrowMorphNet) -> None:
+        self.config = config
+        self.target = 0.0  # in the unit of config.cost
+        self.roofline: tuple[float, float] | None = None
+
+    def before_training(self, run: Run) -> None:
+        if run.epoch > 0:
+            return
+        if self.config.cost == "latency":
+            self.roofline = measure_roofline(run.device)
+        self.target = self.config.target * cost_of(run, run.graph, self.config.cost, self.roofline)()
+
+    def after_epoch(self, run: Run) -> None:
+        number, rest = divmod(run.epoch, self.config.round_epochs)
+        if rest or not 1 <= number <= self.config.rounds:
+            return
+        cost = cost_of(run, run.graph, self.config.cost, self.roofline)
+        before = cost()
+        if before > self.target:
+            log.info("grow=morphnet: round %d: %s %.4g is above the target of %.4g", number, self.config.cost, before, self.target)
+            return
+        grown = expand_to(
+            run.graph,
+            cost,
+            self.target,
+            noise=self.config.noise,
+            generator=run.generator(run.epoch),
+            optimizer=run.optimizer,
+        )
+        added = sum(after - before for before, after in grown.values())
+        log.info(
+            "grow=morphnet: round %d: %s %.4g -> %.4g of %.4g", number, self.config.cost, before, cost(), self.target
+        )
+        if grown:
+            run.shape_changed(f"round {number}: widened {len(grown)} spaces by {added} channels")
+        if not self.config.inherit:
+            run.reset_weights()
+        run.rewarm(self.config.rewarm_epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target": self.target, "roofline": self.roofline}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.target, self.roofline = state["target"], state["roofline"]
+
+
+def build(config: schema.GrowMorphNet) -> MorphNet:
+    return MorphNet(config)

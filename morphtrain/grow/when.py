@@ -1,0 +1,49 @@
+"""When to grow: behind given epochs, and when validation accuracy stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from morphtrain import schema
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+
+class When:
+    """Decides behind which epochs a network grows; it looks at records, so it has no state but the last growth.
+
+    A plateau: the exponentially smoothed validation accuracy has not risen above its best for `patience` epochs. It is
+    counted anew from each growth on. The epoch that has just been trained is evaluated behind the change, so what is
+    seen are the epochs before it.
+    """
+
+    def __init__(self, config: schema.Growth) -> None:
+        self.config = config
+        self.grown_at: list[int] = []  # epochs behind which the network grew
+
+    def due(self, run: Run) -> str:
+        """The reason to grow behind this epoch; "" if there is none."""
+        if run.epoch in self.config.at_epochs:
+            return f"epoch {run.epoch}"
+        patience = self.config.patience
+        if patience is None or len(self.grown_at) >= self.config.max_times:
+            return ""
+        flat = epochs_without_gain(run.history[self.grown_at[-1] if self.grown_at else 0 :], self.config.smoothing)
+        return f"val_accuracy flat for {flat} epochs" if flat >= patience else ""
+
+
+def epochs_without_gain(history: Sequence[Mapping[str, float]], smoothing: float, key: str = "val_accuracy") -> int:
+    """Epochs since the smoothed metric was last the highest; 0 for none at all."""
+    values = smoothed([record[key] for record in history], smoothing)
+    best = max(range(len(values)), key=values.__getitem__, default=-1)  # the first of equals
+    return len(values) - 1 - best if values else 0
+
+
+def smoothed(values: Sequence[float], smoothing: float) -> list[float]:
+    """Exponential moving average that starts at the first value; `smoothing` in [0, 1) is the share of the past."""
+    result: list[float] = []
+    for value in values:
+        result.append(smoothing * result[-1] + (1 - smoothing) * value if result else value)
+    return result

@@ -1,0 +1,68 @@
+"""Net2WiderNet while training: more channels, the same function (Chen et al. 2015, arXiv 1511.05641)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.grow.expand import widest
+from morphtrain.grow.limits import share_of_limits
+from morphtrain.grow.net2net import widen
+from morphtrain.grow.when import When
+from morphtrain.morph import Space, is_ignored
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class Wider:
+    """The method as hooks of the training loop; `net2net.widen` is its functional form."""
+
+    def __init__(self, config: schema.Wider) -> None:
+        self.config = config
+        self.when = When(config)
+
+    def before_training(self, run: Run) -> None:
+        if not self._spaces(run):
+            names = ", ".join(space.name for space in run.graph.spaces)
+            raise UserError(f"grow.where={self.config.where}: matches no channel space of the model; there are {names}")
+
+    def after_epoch(self, run: Run) -> None:
+        reason = self.when.due(run)
+        if not reason:
+            return
+        limits = share_of_limits(run, run.graph, self.config.max_params, self.config.max_macs)
+        spaces = self._spaces(run)
+        if limits({}) > 1:
+            log.info("grow=wider: %s, but the network is as large as grow.max_params and max_macs allow", reason)
+            return
+        widths = widest(limits, spaces, target=1.0, most=self.config.factor)
+        grown = widen(
+            run.graph,
+            target={space.name: width for space, width in widths.items()},
+            noise=self.config.noise,
+            generator=run.generator(run.epoch),
+            optimizer=run.optimizer,
+        )
+        self.when.grown_at.append(run.epoch)
+        if grown:
+            added = sum(after - before for before, after in grown.values())
+            run.shape_changed(f"widened {len(grown)} spaces by {added} channels ({reason})")
+            run.rewarm(self.config.rewarm_epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"grown_at": self.when.grown_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.when.grown_at = list(state["grown_at"])
+
+    def _spaces(self, run: Run) -> list[Space]:
+        return [s for s in run.graph.spaces if not s.is_ambiguous and is_ignored(s.name, self.config.where)]
+
+
+def build(config: schema.Wider) -> Wider:
+    return Wider(config)
