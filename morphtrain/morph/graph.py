@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
+from morphtrain.morph.calls import Call, layer_calls
 from morphtrain.morph.gates import Gate, insert_gate
 from morphtrain.morph.layers import NoChannels, ZeroBranch
 from morphtrain.morph.rebind import Change, Rebinder
@@ -30,13 +31,14 @@ class ChannelGraph:
     picks: list[Pick]
     shared: Shared
     input_shapes: dict[str, torch.Size]  # of each layer, by its path, for two samples
+    calls: list[Call]  # of every layer, each time it is called
 
     def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
         self.model = model
         self.example_input = example_input
         self.ignore = tuple(ignore)
         self.axes, self.spaces, self.blocks, self.picks = [], [], [], []
-        self.shared, self.input_shapes = {}, {}
+        self.shared, self.input_shapes, self.calls = {}, {}, []
 
     def _read(self) -> None:
         trace = trace_channels(self.model, self.example_input, self.ignore)
@@ -45,6 +47,7 @@ class ChannelGraph:
             for n in trace.nodes
             if n.op == "call_module" and n.args and isinstance(n.args[0], fx.Node) and "shape" in n.args[0].meta
         }
+        self.calls = layer_calls(trace.nodes)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
         self.blocks = _find_blocks(trace, dict(self.model.named_modules()), self.spaces)
