@@ -632,7 +632,6 @@ class Config:
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
 
-
     def _check_growth(self) -> None:
         """What a way to grow asks of the rest of the run."""
         grow, prune = self.grow, self.prune

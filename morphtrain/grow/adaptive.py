@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from morphtrain import schema
 from morphtrain.grow.decision import Decision, Rules, Situation, decide
-from morphtrain.grow.limits import cost_of
-from morphtrain.grow.selective import Selective
+from morphtrain.grow.regrowth import Regrowth
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -27,14 +26,15 @@ class Adaptive:
         self.rules = Rules(
             config.patience, config.smoothing, config.low_accuracy, config.high_accuracy, config.keep_fraction
         )
-        self.growth = Selective(config)
+        self.regrowth = Regrowth(config)
         self.decided_at = 0  # the epoch behind which something was decided last
         self.structure_at = 0  # the one behind which the structure, or the penalty on it, was changed last
         self.best = 0.0  # validation accuracy before that
         self.lr_lowered = False  # since then
 
     def before_training(self, run: Run) -> None:
-        self.growth.before_training(run)
+        if run.epoch == 0:
+            self.regrowth.start(run)
 
     def after_epoch(self, run: Run) -> None:
         now = self._situation(run)
@@ -48,12 +48,12 @@ class Adaptive:
 
     def _situation(self, run: Run) -> Situation:
         latest: dict[str, float] = {"train_loss": run.train_loss, "train_accuracy": run.train_accuracy}
-        reference = sum(self.growth.reference.values())
+        reference = sum(self.regrowth.reference.values())
         since = [record["val_accuracy"] for record in run.history[self.structure_at :]]
         return Situation(
             history=[*run.history[self.decided_at :], latest],
             kept=sum(space.size for space in run.graph.spaces) / reference,
-            can_grow=self.growth.limits(run, run.graph)({}) < FULL,
+            can_grow=self.regrowth.share_of_limits(run, run.graph)({}) < FULL,
             can_prune=hasattr(run.methods.get("prune"), "strength"),
             lr_lowered=self.lr_lowered,
             helped=max(since, default=1.0) > self.best,
@@ -70,29 +70,26 @@ class Adaptive:
             return f"learning rate times {self.config.lr_factor:g}"
         self.lr_lowered, self.structure_at = False, run.epoch
         self.best = max((record["val_accuracy"] for record in run.history), default=0.0)
-        run.rewarm(self.config.rewarm_epochs)
         if decision.action == "prune":
             method = run.methods["prune"]
             before = method.strength
             method.strength *= self.config.lasso_factor
             return f"strength of the penalty {before:.4g} -> {method.strength:.4g}"
-        before = self._cost(run)
-        growth = self.growth.grow(run, self.config.step * before)
+        before = self.regrowth.cost(run)
+        growth = self.regrowth.grow(run, self.config.step * before)
         if growth:
             run.shape_changed(growth.summary())
-        return f"{growth.summary() or 'nothing grew'}; {self.config.cost} {before:.4g} -> {self._cost(run):.4g}"
-
-    def _cost(self, run: Run) -> float:
-        return cost_of(run, run.graph, self.config.cost, self.growth.roofline)()
+            run.rewarm(self.config.rewarm_epochs)
+        return f"{growth.summary() or 'nothing grew'}; {self.config.cost} {before:.4g} -> {self.regrowth.cost(run):.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in STATE}
-        return {**own, "growth": self.growth.state_dict()}
+        return {**own, "regrowth": self.regrowth.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key in STATE:
             setattr(self, key, state[key])
-        self.growth.load_state_dict(state["growth"])
+        self.regrowth.load_state_dict(state["regrowth"])
 
 
 def build(config: schema.Adaptive) -> Adaptive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,7 +69,9 @@ def decide(now: Situation, rules: Rules) -> Decision:
         return Decision("prune", f"overfitting: train_accuracy {accuracy:.4f}" + (f", {rising}" if rising else ""))
     train_flat = epochs_without_gain(now.history, rules.smoothing, "train_accuracy")
     if now.can_grow and accuracy < rules.low_accuracy and train_flat >= rules.patience // 2 and _kept(now, rules):
-        return Decision("grow", f"underfitting: train_accuracy {accuracy:.4f} flat for {train_flat}, {_kept(now, rules)}")
+        return Decision(
+            "grow", f"underfitting: train_accuracy {accuracy:.4f} flat for {train_flat}, {_kept(now, rules)}"
+        )
     evaluated = [record for record in now.history if "val_accuracy" in record]
     flat = epochs_without_gain(evaluated, rules.smoothing)
     if flat < rules.patience - 1:
@@ -93,5 +96,5 @@ def _rising(history: Sequence[Record], rules: Rules) -> str:
     """How validation loss rose while training loss fell over the last `patience` epochs; "" if they did not."""
     val = smoothed([r["val_loss"] for r in history if "val_loss" in r], rules.smoothing)[-rules.patience :]
     train = [r["train_loss"] for r in history][-rules.patience :]
-    rose = len(val) > 1 and all(later > earlier for earlier, later in zip(val, val[1:], strict=False))
+    rose = len(val) > 1 and all(later > earlier for earlier, later in itertools.pairwise(val))
     return f"val_loss {val[0]:.4f} -> {val[-1]:.4f}" if rose and train[-1] < train[0] else ""

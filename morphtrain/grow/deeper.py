@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Deeper:
-    """The method as hooks of the training loop; `ChannelGraph.insert_layer` and `insert_block` are its functional form."""
+    """The method as hooks of the training loop; `ChannelGraph.insert_layer`, `insert_block` its functional form."""
 
     def __init__(self, config: schema.Deeper) -> None:
         self.config = config
@@ -53,13 +53,14 @@ class Deeper:
         self.when.grown_at = list(state["grown_at"])
 
     def _insert(
-        self, graph: ChannelGraph, paths: list[str], inputs: list[Any], optimizer: Optimizer | None = None
+        self, graph: ChannelGraph, paths: list[str], inputs: list[Any], optimizer: Optimizer | None
     ) -> list[str]:
         if not paths:
             return []
         if self.config.operator == "layer":
             return graph.insert_layer(paths, inputs, kernel=self.config.kernel, optimizer=optimizer)
-        return [insert_block_like(graph, path, inputs, self.config.start, optimizer) for path in paths]
+        start: Any = self.config.start
+        return [insert_block_like(graph, path, inputs, start, optimizer) for path in paths]
 
     def _allowed(self, run: Run, inputs: list[Any]) -> list[str]:
         """The places that the limits leave room for, one after the other: tried on a copy."""
@@ -69,7 +70,7 @@ class Deeper:
         room, present = [], copy.deepcopy(run.graph)
         for path in places:
             trial = copy.deepcopy(present)
-            self._insert(trial, [path], [inputs[0][:2]])
+            self._insert(trial, [path], [inputs[0][:2]], None)
             if share_of_limits(run, trial, self.config.max_params, self.config.max_macs)({}) <= 1:
                 room.append(path)
                 present = trial

@@ -1,6 +1,6 @@
 """MorphNet's second half (Gordon et al. 2018, arXiv 1711.06798, section 3): the widest network that a target allows.
 
-    expand_to(graph, WidthCost(graph, "flops"), target=2 * 40e6, optimizer=optimizer)
+expand_to(graph, WidthCost(graph, "flops"), target=2 * 40e6, optimizer=optimizer)
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def widest(cost: Cost, spaces: Sequence[Space], target: float, most: float = LAR
     return _filled(cost, at(low), target, multiplier=low, present=present)
 
 
-def _filled(cost: Cost, widths: dict[Space, int], target: float, multiplier: float, present: Widths) -> dict[Space, int]:
+def _filled(
+    cost: Cost, widths: dict[Space, int], target: float, multiplier: float, present: Widths
+) -> dict[Space, int]:
     """Add a channel to every space where one fits, first where rounding down took most."""
     for space in sorted(widths, key=lambda space: widths[space] - multiplier * present[space]):
         wider = {**widths, space: widths[space] + 1}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from morphtrain.grow.expand import Cost, params_at
-from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space, WidthCost
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -31,6 +31,7 @@ def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max
     return cost
 
 
-def cost_of(run: Run, graph: ChannelGraph, kind: CostKind, roofline: tuple[float, float] | None) -> WidthCost:
+def cost_of(run: Run, graph: ChannelGraph, kind: str, roofline: tuple[float, float] | None) -> WidthCost:
     """What a sample costs in this network, in batches as the run starts with."""
-    return WidthCost(graph, kind, batch_size=run.config.batch_policy.batch_size, roofline=roofline)
+    batch_size = run.config.batch_policy.batch_size
+    return WidthCost(graph, kind, batch_size=batch_size, roofline=roofline)  # type: ignore[arg-type]

@@ -38,7 +38,13 @@ class MorphNet:
         cost = cost_of(run, run.graph, self.config.cost, self.roofline)
         before = cost()
         if before > self.target:
-            log.info("grow=morphnet: round %d: %s %.4g is above the target of %.4g", number, self.config.cost, before, self.target)
+            log.info(
+                "grow=morphnet: round %d: %s %.4g is above the target of %.4g",
+                number,
+                self.config.cost,
+                before,
+                self.target,
+            )
             return
         grown = expand_to(
             run.graph,

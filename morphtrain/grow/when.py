@@ -19,7 +19,7 @@ class When:
     seen are the epochs before it.
     """
 
-    def __init__(self, config: schema.Growth) -> None:
+    def __init__(self, config: schema.Planned) -> None:
         self.config = config
         self.grown_at: list[int] = []  # epochs behind which the network grew
 

@@ -9,6 +9,7 @@ Imports torch and nothing else of MorphTrain; knows no training loop.
 
 from morphtrain.morph.architecture import describe, rebuild
 from morphtrain.morph.branches import Block
+from morphtrain.morph.costs import CostKind, WidthCost
 from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.insert import Start
@@ -22,6 +23,7 @@ __all__ = [
     "Axis",
     "Block",
     "ChannelGraph",
+    "CostKind",
     "Gate",
     "MorphError",
     "PadChannels",
@@ -29,6 +31,7 @@ __all__ = [
     "Slot",
     "Space",
     "Start",
+    "WidthCost",
     "ZeroBranch",
     "describe",
     "is_ignored",

@@ -144,7 +144,7 @@ INSERTED: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
 }
 
 
-def _norm(model: nn.Module, facts: Mapping[str, Any]) -> nn.Module | None:
+def _norm(model: nn.Module, facts: Mapping[str, Any]) -> Any:
     return norm_like(model, 1) if facts["norm"] else None
 
 

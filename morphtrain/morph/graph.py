@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
+from morphtrain.morph.calls import Call, layer_calls
 from morphtrain.morph.gates import Gate, insert_gate
 from morphtrain.morph.insert import (
     Start,
@@ -44,14 +45,15 @@ class ChannelGraph:
     layer_places: list[str]  # convolutions that `insert_layer` can put a layer in front of
     block_places: dict[str, Point]  # modules that `insert_block` can put a block behind
     stage_ends: list[Point]  # of these, the last of every stage
+    calls: list[Call]  # of every layer, each time it is called
 
     def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
         self.model = model
         self.example_input = example_input
         self.ignore = tuple(ignore)
         self.axes, self.spaces, self.blocks, self.picks = [], [], [], []
-        self.shared, self.input_shapes = {}, {}
         self.layer_places, self.block_places, self.stage_ends = [], {}, []
+        self.shared, self.input_shapes, self.calls = {}, {}, []
 
     def _read(self) -> None:
         trace = trace_channels(self.model, self.example_input, self.ignore)
@@ -64,6 +66,7 @@ class ChannelGraph:
         self.layer_places = in_front_of(trace.nodes, modules)
         self.block_places = behind(trace.nodes, modules)
         self.stage_ends = stage_ends(trace.nodes, modules, trace.channels)
+        self.calls = layer_calls(trace.nodes)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
         self.blocks = _find_blocks(trace, modules, self.spaces)
@@ -313,7 +316,7 @@ class ChannelGraph:
         new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
         four = [p for p in self.model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
         if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
-            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            new.to(memory_format=torch.channels_last)
 
     def _why_no_layer(self, path: str) -> str:
         if not isinstance(dict(self.model.named_modules()).get(path), nn.Conv2d):

@@ -177,9 +177,7 @@ class InsertedBlock(nn.Module):
         for layer, kernel in enumerate(kernels):
             if layer:
                 self.branch.append(nn.ReLU())
-            self.branch.append(
-                nn.Conv2d(widths[layer], widths[layer + 1], kernel, padding=kernel // 2, bias=not norms)
-            )
+            self.branch.append(nn.Conv2d(widths[layer], widths[layer + 1], kernel, padding=kernel // 2, bias=not norms))
             if norms:
                 self.branch.append(norms[layer])
         if halves:

@@ -111,7 +111,9 @@ def _outputs(nodes: list[fx.Node]) -> dict[str, fx.Node]:
         for path in inside[n]:
             if any(path not in inside[user] for user in n.users):
                 ends.setdefault(path, set()).add(n)
-    return {path: next(iter(found)) for path, found in ends.items() if len(found) == 1 and len(calls.get(path, ())) <= 1}
+    return {
+        path: next(iter(found)) for path, found in ends.items() if len(found) == 1 and len(calls.get(path, ())) <= 1
+    }
 
 
 def _modules_of(n: fx.Node) -> list[str]:

@@ -1,0 +1,68 @@
+"""What `selective` and `adaptive` share: growing, in a run, where pruning left the channels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from morphtrain import schema
+from morphtrain.cost import measure_roofline
+from morphtrain.grow.expand import Cost
+from morphtrain.grow.kept import Growth, grow_where_kept
+from morphtrain.grow.limits import cost_of, share_of_limits
+from morphtrain.morph import ChannelGraph
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+
+class Regrowth:
+    """`kept.grow_where_kept` with what it needs to know of a run: what channels there were, and what they cost."""
+
+    def __init__(self, config: schema.Selective | schema.Adaptive) -> None:
+        self.config = config
+        self.reference: dict[str, int] = {}  # widths at the start, and behind the last growth, by space name
+        self.roofline: tuple[float, float] | None = None
+
+    def start(self, run: Run) -> None:
+        """To be called before the first epoch of a run that is not resumed."""
+        if self.config.cost == "latency":
+            self.roofline = measure_roofline(run.device)
+        self.reference = {space.name: space.size for space in run.graph.spaces}
+
+    def cost(self, run: Run) -> float:
+        """What the network costs now."""
+        return cost_of(run, run.graph, self.config.cost, self.roofline)()
+
+    def share_of_limits(self, run: Run, graph: ChannelGraph) -> Cost:
+        """The cost as a share of the hard limits."""
+        return share_of_limits(run, graph, self.config.max_params, self.config.max_macs)
+
+    def grow(self, run: Run, target: float) -> Growth:
+        """Grow what kept its channels to `target`, within the limits, and take the new widths for reference."""
+
+        def share(graph: ChannelGraph) -> Cost:
+            cost, limits = cost_of(run, graph, self.config.cost, self.roofline), self.share_of_limits(run, graph)
+            return lambda widths: max(cost(widths) / target, limits(widths))
+
+        with run.precision.autocast():
+            growth = grow_where_kept(
+                run.graph,
+                self.reference,
+                share,
+                target=1.0,
+                keep_fraction=self.config.keep_fraction,
+                operator=self.config.operator,  # type: ignore[arg-type]
+                start=self.config.start,  # type: ignore[arg-type]
+                calibration=run.training_inputs(self.config.calibration_batches),
+                noise=self.config.noise,
+                generator=run.generator(run.epoch),
+                optimizer=run.optimizer,
+            )
+        self.reference = {space.name: space.size for space in run.graph.spaces}
+        return growth
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference, "roofline": self.roofline}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference, self.roofline = state["reference"], state["roofline"]
