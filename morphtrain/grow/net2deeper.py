@@ -30,15 +30,15 @@ def stage_blocks(graph: ChannelGraph, end: Point) -> list[Block]:
     return [block for block in graph.blocks if block.kind == "sum" and not sums.isdisjoint(block.outputs)]
 
 
-def block_like(graph: ChannelGraph, end: Point) -> tuple[list[int], int]:
-    """(kernels, inner channels) of a new block behind `end`: those of the stage's last one; else 3, 3 and its width."""
+def block_like(graph: ChannelGraph, end: Point) -> tuple[list[int], int | None]:
+    """(kernels, inner channels) of a new block behind `end`: those of the stage's last one; else 3, 3 and as it is."""
     for block in reversed(stage_blocks(graph, end)):
         layers = [graph.model.get_submodule(path) for path in block.branch.chain]
         convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         kernels = [int(layer.kernel_size[0]) for layer in convolutions]
         if len(kernels) > 1 and all(k % 2 for k in kernels) and all(layer.groups == 1 for layer in convolutions):
             return kernels, max(layer.out_channels for layer in convolutions[:-1])
-    return [3, 3], end.channels
+    return [3, 3], None
 
 
 def insert_block_like(

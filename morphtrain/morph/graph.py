@@ -281,6 +281,7 @@ class ChannelGraph:
         if path not in self.block_places:
             known = ", ".join(point.path for point in self.stage_ends) or "none"
             raise MorphError(f"no block can be put behind '{path}'; the ends of stages are: {known}")
+        self._read()  # widths may have changed since
         point = self.block_places[path]
         for kernel in kernels:
             _check_kernel(kernel)

@@ -28,7 +28,7 @@ class Point:
     """Behind the module at `path`: the only way its output goes.
 
     Args:
-        channels: of the output, (B, channels, H, W).
+        channels: of the output, (B, channels, H, W), when it was traced.
         non_negative: whether no value of it is below zero, as behind a ReLU.
     """
 
