@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+
+from morphtrain import schema
+from morphtrain.run import CONF
+from morphtrain.trainer.run import Run, build_run
 
 # A run of a second or two that still prunes: quick to learn, quick to shrink.
 SMALL = (
@@ -54,3 +59,18 @@ def command(tmp_path: Path) -> Command:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_run() -> Callable[..., Run]:
+    """A run that is ready for its first epoch."""
+
+    def make(*overrides: str) -> Run:
+        with initialize_config_dir(str(CONF)):
+            run = build_run(schema.parse(compose("config", overrides=[*SMALL, *overrides])))
+        for hook in run.hooks("before_training"):
+            hook(run)
+        run.epoch = 1
+        return run
+
+    return make

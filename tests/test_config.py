@@ -19,6 +19,9 @@ OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / grou
 
 # What an option file leaves to the user.
 REQUIRED = {"model=torchvision": ["model.name=resnet18"], "model=custom": ["model._target_=my_package.Net"]}
+GROWN = ["prune=prunetrain", "prune.stop_epoch=10"]
+REQUIRED |= {f"grow={name}": ["grow.at_epochs=[2]", *GROWN] for name in ("wider", "deeper", "selective")}
+REQUIRED["grow=morphnet"] = GROWN
 
 
 def composed(*overrides: str):

@@ -25,6 +25,20 @@ CASES = {
     "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
     "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
     "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
+    "nowhen to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
+    "growth behind the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
+    "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], ["grow.factor=1", "above 1"]),
+    "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], ["grow.kernel=4", "odd"]),
+    "selective without pruning": (["grow=selective", "grow.at_epochs=[2]"], ["grow=selective", "prune=prunetrain"]),
+    "pruning behind the last round": (
+        ["grow=morphnet", "prune=prunetrain"],
+        ["prune.stop_epoch=None", "10 or earlier"],
+    ),
+    "rounds behind the end": (
+        ["grow=morphnet", "prune=prunetrain", "grow.rounds=6", "prune.stop_epoch=60"],
+        ["grow.rounds=6", "epochs=60"],
+    ),
+    "accuracies": (["grow=adaptive", "grow.high_accuracy=0.5"], ["grow.high_accuracy=0.5", "0.9"]),
     "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
     "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
     "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
@@ -44,6 +58,14 @@ CASES = {
 # These need torch, and so a second or more each.
 SLOWER_CASES = {
     "absent device": (["device=cuda:7"], ["device=cuda:7", "cpu"]),
+    "nowhere to grow": (
+        ["grow=wider", "grow.at_epochs=[2]", "grow.where=[stage]"],
+        ["grow.where=['stage']", "stages.1"],
+    ),
+    "no stage": (
+        ["grow=deeper", "grow.at_epochs=[2]", "grow.where=[stages.7]"],
+        ["grow.where=['stages.7']", "there are stages.0.0"],
+    ),
     "no target": (["model=custom"], ["model._target_: missing"]),
     "missing package": (
         ["model=custom", "model._target_=my_package.Net"],

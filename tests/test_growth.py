@@ -85,7 +85,15 @@ def check_growth(model: nn.Module, x: torch.Tensor) -> ChannelGraph:
     return graph
 
 
-FAST = set(SMALL) - {"densenet121", "inception_v3", "mnasnet0_5", "regnet_x_400mf", "regnet_y_400mf", "resnet50", "resnext50_32x4d"}
+FAST = set(SMALL) - {
+    "densenet121",
+    "inception_v3",
+    "mnasnet0_5",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet50",
+    "resnext50_32x4d",
+}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CNNS])
@@ -236,7 +244,7 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes() -> None:
     model = build(1)
     graph = trace(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(MorphError, match="a factor of 0.5 does not widen"):
+    with pytest.raises(MorphError, match=r"a factor of 0\.5 does not widen"):
         widen(graph, 0.5)
     with pytest.raises(MorphError, match="has 4 channels already, 3 would not be wider"):
         widen(graph, target={graph.spaces[1].name: 8, graph.spaces[0].name: 3})
@@ -244,7 +252,7 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes() -> None:
         widen(graph, target={"nowhere": 8})
     with pytest.raises(MorphError, match="either a factor or a target"):
         widen(graph)
-    with pytest.raises(MorphError, match="costs .* already, more than the target"):
+    with pytest.raises(MorphError, match=r"costs .* already, more than the target"):
         expand_to(graph, WidthCost(graph, "flops"), 10.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -263,7 +271,9 @@ def test_the_training_loss_stays_too(how: str) -> None:
 
     def loss() -> float:
         with torch.no_grad():
-            return sum(F.cross_entropy(model(half), part).item() for half, part in zip(halves, labels.split(32)))
+            return sum(
+                F.cross_entropy(model(half), part).item() for half, part in zip(halves, labels.split(32), strict=True)
+            )
 
     before = loss()
     if how == "layer":
@@ -314,7 +324,7 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
         "act": "not a two-dimensional convolution",
         "nowhere": "not a two-dimensional convolution",
     }.items():
-        with pytest.raises(MorphError, match=f"no layer can be put in front of '{path}'.*{reason}"):
+        with pytest.raises(MorphError, match=rf"no layer can be put in front of '{path}'.*{reason}"):
             graph.insert_layer(path)
     with pytest.raises(MorphError, match="no block can be put behind 'b'"):
         graph.insert_block("b")
@@ -323,7 +333,7 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
     resnet = trace(build(1))
     with pytest.raises(MorphError, match="a kernel of 2 has no middle"):
         resnet.insert_layer(resnet.layer_places, [INPUT], kernel=2)
-    with pytest.raises(MorphError, match="calibration: .* need a batch"):
+    with pytest.raises(MorphError, match=r"calibration: .* need a batch"):
         resnet.insert_layer(resnet.layer_places)
     assert str(model) == before
     assert str(resnet.model) == str(build(1))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import SMALL
 from hydra import compose, initialize_config_dir
 
 from morphtrain import schema
@@ -16,21 +14,6 @@ from morphtrain.prune.reconfigure import live_channels
 from morphtrain.run import CONF
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.run import Run, build_run, count_weights
-
-
-@pytest.fixture
-def small_run() -> Callable[..., Run]:
-    """A run that is ready for its first epoch."""
-
-    def make(*overrides: str) -> Run:
-        with initialize_config_dir(str(CONF)):
-            run = build_run(schema.parse(compose("config", overrides=[*SMALL, *overrides])))
-        for hook in run.hooks("before_training"):
-            hook(run)
-        run.epoch = 1
-        return run
-
-    return make
 
 
 def first_batch_loss(run: Run) -> float:

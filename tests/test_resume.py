@@ -157,6 +157,12 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("precision=o1", "precision.dtype=float16"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
         ("model.shortcut=B", "prune.residual=gating"),
+        ("grow=wider", "grow.at_epochs=[1]", "grow.factor=1.5"),
+        ("grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer", "optimizer=adamw"),
+        ("grow=deeper", "grow.at_epochs=[3]", "grow.start=half_half", "prune=none"),
+        ("grow=selective", "grow.at_epochs=[2]", "grow.operator=auto", "grow.target=2", "prune.lasso_ratio=0.01"),
+        ("grow=adaptive", "grow.patience=2", "schedule=constant"),
+        ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:

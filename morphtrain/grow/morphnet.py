@@ -62,7 +62,8 @@ class MorphNet:
             run.shape_changed(f"round {number}: widened {len(grown)} spaces by {added} channels")
         if not self.config.inherit:
             run.reset_weights()
-        run.rewarm(self.config.rewarm_epochs)
+        if grown or not self.config.inherit:
+            run.rewarm(self.config.rewarm_epochs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"target": self.target, "roofline": self.roofline}
