@@ -96,7 +96,8 @@ def test_hard_limits_are_never_passed(small_run, growth: str, limit: str) -> Non
 
 
 def test_where_to_grow(small_run) -> None:
-    run = small_run("epochs=4", *GROWTHS["wider"], "prune=none", "grow.where=[stages.1]")
+    run = small_run("epochs=4", *GROWTHS["wider"], "grow.where=[stages.1]")
+    train_epoch(run)
     sizes = {space.name: space.size for space in run.graph.spaces}
     run.epoch = 2
     grow(run)

@@ -159,7 +159,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("model.shortcut=B", "prune.residual=gating"),
         ("grow=wider", "grow.at_epochs=[1]", "grow.factor=1.5"),
         ("grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer", "optimizer=adamw"),
-        ("grow=deeper", "grow.at_epochs=[3]", "grow.start=half_half", "prune=none"),
+        ("grow=deeper", "grow.at_epochs=[3]", "grow.start=half_half"),
         ("grow=selective", "grow.at_epochs=[2]", "grow.operator=auto", "grow.target=2", "prune.lasso_ratio=0.01"),
         ("grow=adaptive", "grow.patience=2", "schedule=constant"),
         ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
