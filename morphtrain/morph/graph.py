@@ -47,7 +47,7 @@ class ChannelGraph:
             for n in trace.nodes
             if n.op == "call_module" and n.args and isinstance(n.args[0], fx.Node) and "shape" in n.args[0].meta
         }
-        self.calls = layer_calls(trace.nodes)
+        self.calls = layer_calls(trace.nodes, dict(self.model.named_modules()))
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
         self.blocks = _find_blocks(trace, dict(self.model.named_modules()), self.spaces)
