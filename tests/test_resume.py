@@ -157,6 +157,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("precision=o1", "precision.dtype=float16"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
         ("model.shortcut=B", "prune.residual=gating"),
+        ("prune=morphnet",),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:
