@@ -287,17 +287,9 @@ class PruneTrain:
         check_one_of("prune.group_weight", self.group_weight, ("none", "sqrt_size"))
         check_one_of("prune.update", self.update, ("proximal", "subgradient"))
         check(self.threshold > 0, "prune.threshold", self.threshold, "above 0 (the thesis: 1e-5 to 1e-1)")
-        check(self.interval >= 1, "prune.interval", self.interval, "1 or more epochs")
-        check(self.start_epoch >= 1, "prune.start_epoch", self.start_epoch, "1 or more (the first epoch is 1)")
-        check(
-            self.stop_epoch is None or self.stop_epoch >= self.start_epoch,
-            "prune.stop_epoch",
-            self.stop_epoch,
-            f"prune.start_epoch={self.start_epoch} or later, or null",
-        )
+        _check_dates(self)
         whole = type(self.round_to) is int and self.round_to >= 1
         check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
-        check(self.min_channels >= 1, "prune.min_channels", self.min_channels, "1 or more channels")
         check_one_of("prune.residual", self.residual, ("union", "gating"))
 
 
@@ -454,6 +446,49 @@ class Adaptive(Limited, WhereKept):
 
 
 @dataclass
+class MorphNet:
+    name: str
+    target: str
+    regulariser: str
+    lasso_ratio: float | None
+    strength: float | None
+    gamma_threshold: float
+    interval: int
+    start_epoch: int
+    stop_epoch: int | None
+    round_to: int
+    min_channels: int
+    ignore: list[str]
+
+    def __post_init__(self) -> None:
+        check_one_of("prune.target", self.target, ("flops", "model_size", "latency"))
+        check_one_of("prune.regulariser", self.regulariser, ("gamma_l1", "group_lasso"))
+        ratio, strength = self.lasso_ratio, self.strength
+        if strength is None:
+            wanted = "between 0 and 1, both excluded (or null, with prune.strength given)"
+            check(ratio is not None and 0 < ratio < 1, "prune.lasso_ratio", ratio, wanted)
+        else:
+            check(strength > 0, "prune.strength", strength, "above 0, or null")
+            check(ratio is None, "prune.lasso_ratio", ratio, f"null when prune.strength={strength} says how strong")
+        check(self.gamma_threshold > 0, "prune.gamma_threshold", self.gamma_threshold, "above 0 (usual: 1e-3 to 1e-2)")
+        _check_dates(self)
+        check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
+
+
+def _check_dates(option: PruneTrain | MorphNet) -> None:
+    """What all pruning methods agree on: when they act, and how much they leave."""
+    check(option.interval >= 1, "prune.interval", option.interval, "1 or more epochs")
+    check(option.start_epoch >= 1, "prune.start_epoch", option.start_epoch, "1 or more (the first epoch is 1)")
+    check(
+        option.stop_epoch is None or option.stop_epoch >= option.start_epoch,
+        "prune.stop_epoch",
+        option.stop_epoch,
+        f"prune.start_epoch={option.start_epoch} or later, or null",
+    )
+    check(option.min_channels >= 1, "prune.min_channels", option.min_channels, "1 or more channels")
+
+
+@dataclass
 class FixedBatch:
     name: str
     batch_size: int
@@ -582,7 +617,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "image_folder": ImageFolder,
         "synthetic": Synthetic,
     },
-    "prune": {"none": Nothing, "prunetrain": PruneTrain},
+    "prune": {"none": Nothing, "prunetrain": PruneTrain, "morphnet": MorphNet},
     "grow": {
         "none": Nothing,
         "wider": Wider,
@@ -627,8 +662,8 @@ class Config:
         check(known, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
-        recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain) else ())
         self._check_growth()
+        recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain | MorphNet) else ())
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
 

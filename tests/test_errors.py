@@ -39,6 +39,13 @@ CASES = {
         ["grow.rounds=6", "epochs=60"],
     ),
     "accuracies": (["grow=adaptive", "grow.high_accuracy=0.5"], ["grow.high_accuracy=0.5", "0.9"]),
+    "ratio and strength": (
+        ["prune=morphnet", "prune.strength=1e-8"],
+        ["prune.lasso_ratio=0.25", "prune.strength=1e-08"],
+    ),
+    "neither of them": (["prune=morphnet", "prune.lasso_ratio=null"], ["prune.lasso_ratio=None", "prune.strength"]),
+    "target": (["prune=morphnet", "prune.target=params"], ["prune.target=params", "flops, model_size, latency"]),
+    "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], ["prune.round_to=auto"]),
     "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
     "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
     "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
@@ -84,6 +91,10 @@ SLOWER_CASES = {
     "no network": (["data=cifar10", "data.root=nowhere"], ["data.root=nowhere", "download failed"]),
     "batch above the data": ([*SMALL, "batch_policy.batch_size=999"], ["batch_policy.batch_size=999", "256"]),
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
+    "no norms": (
+        [*ANY_MODEL, "prune=morphnet", "model=vgg8", "model.batch_norm=false", "data.image_size=32"],
+        ["prune.regulariser=gamma_l1", "prune.regulariser=group_lasso"],
+    ),
     "pattern without a module": ([*SMALL, "prune.ignore=[steam]"], ["prune.ignore=['steam']", "stem"]),
     "attention": (
         [

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from morphtrain import schema
 from morphtrain.prune.lasso import group_lassos, penalty
 from morphtrain.prune.reconfigure import live_channels
+from morphtrain.prune.schedule import is_active, is_due
 from morphtrain.run import CONF
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.run import Run, build_run, count_weights
@@ -67,10 +68,8 @@ def test_the_penalty_shrinks_groups_and_pauses_after_stop_epoch(small_run, updat
 
 def test_reconfiguration_keeps_to_its_epochs(small_run) -> None:
     run = small_run("prune.interval=3", "prune.start_epoch=2", "prune.stop_epoch=8")
-    method = run.methods["prune"]
-    assert [epoch for epoch in range(1, 12) if method._due(epoch)] == [2, 5, 8, 11]
-    run.epoch = 11
-    assert not method._active(run)
+    assert [epoch for epoch in range(1, 12) if is_due(run.config.prune, epoch)] == [2, 5, 8, 11]
+    assert [epoch for epoch in range(1, 12) if is_active(run.config.prune, epoch)] == list(range(1, 9))
 
 
 def test_a_skipped_step_moves_neither_the_schedule_nor_the_weights(small_run, monkeypatch) -> None:

@@ -163,6 +163,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("grow=selective", "grow.at_epochs=[2]", "grow.operator=auto", "grow.target=2", "prune.lasso_ratio=0.01"),
         ("grow=adaptive", "grow.patience=2", "schedule=constant"),
         ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
+        ("prune=morphnet",),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:

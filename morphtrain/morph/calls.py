@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from morphtrain.morph.layer_rules import NORMS, TRANSPOSED
+from morphtrain.morph.layers import NoChannels, ZeroBranch
+from morphtrain.morph.nodes import name_of
 
 SAMPLES = 2  # what a trace runs on
+MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
+PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))
+# Of a zero these make something else.
+LIFTING = frozenset(("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos", "eq", "le", "ge", "pow", "rsub"))
+LIFTING |= {"softmax", "log_softmax", "logsoftmax", "softmin", "softmax2d", "reciprocal", "rsqrt", "log"}
+LIVE, CONSTANT, ZERO = 0, 1, 2  # what a value's channels are if the norms on their way put out zeros
 
 
 class Call(NamedTuple):
-    """A layer called once. The shapes are of `SAMPLES` samples, with the channels there were when it was traced."""
+    """A layer called once.
+
+    Args:
+        path: of the layer.
+        input_shape, output_shape: of `SAMPLES` samples, with the channels there were when it was traced.
+        behind_norms: whether a norm with a weight stands between every channel of the input and the layers that made
+            it: if these norms put out zeros, the channel is a constant.
+        norm: the path of the norm that is all that uses the output; "" if it is used otherwise.
+    """
 
     path: str
     input_shape: torch.Size
     output_shape: torch.Size
+    behind_norms: bool
+    norm: str
 
 
-def layer_calls(nodes: Sequence[fx.Node]) -> list[Call]:
+def layer_calls(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> list[Call]:
     """Every call of a module with one tensor that gives one tensor, in the order of execution."""
+    levels: dict[fx.Node, int] = {}
     calls = []
     for n in nodes:
+        levels[n] = _level(n, modules, [levels[a] for a in n.all_input_nodes])
         inputs = [a for a in n.all_input_nodes if "shape" in a.meta]
         if n.op == "call_module" and len(inputs) == 1 and "shape" in n.meta:
-            calls.append(Call(str(n.target), inputs[0].meta["shape"], n.meta["shape"]))
+            (x,) = inputs
+            shapes = (x.meta["shape"], n.meta["shape"])
+            calls.append(Call(str(n.target), *shapes, levels[x] >= CONSTANT, _norm_behind(n, modules)))
     return calls
+
+
+def _level(n: fx.Node, modules: Mapping[str, nn.Module], inputs: Sequence[int]) -> int:
+    """What the channels of a value are if the norms put out zeros."""
+    if n.op in ("placeholder", "get_attr"):
+        return LIVE if n.op == "placeholder" else CONSTANT
+    module: Any = modules[str(n.target)] if n.op == "call_module" else None
+    if isinstance(module, (*NORMS, ZeroBranch, NoChannels)) and getattr(module, "weight", True) is not None:
+        return ZERO
+    name = type(module).__name__.lower() if module is not None else name_of(n)
+    mixes = not _is_depthwise(module) if isinstance(module, MIXING) else name.startswith(("conv", "linear"))
+    if mixes:
+        return LIVE
+    if name in PRODUCTS and ZERO in inputs:
+        return ZERO
+    return min([*inputs, CONSTANT if name in LIFTING or not inputs else ZERO])
+
+
+def _is_depthwise(module: Any) -> bool:
+    return 1 < getattr(module, "groups", 1) == module.in_channels
+
+
+def _norm_behind(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    users = list(n.users)
+    alone = len(users) == 1 and users[0].op == "call_module"
+    return str(users[0].target) if alone and isinstance(modules[str(users[0].target)], NORMS) else ""

@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
 
-from morphtrain.morph.calls import SAMPLES, Call
+from morphtrain.morph.calls import MIXING, SAMPLES, Call
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layer_rules import TRANSPOSED
 from morphtrain.morph.spaces import Axis, Space
 
 CostKind = Literal["flops", "model_size", "latency"]
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 BYTES = 4  # of a number
 
 
@@ -116,7 +114,7 @@ class WidthCost:
         weights: set[int] = set()
         for call in graph.calls:
             module: Any = modules.get(call.path)
-            if not isinstance(module, LAYERS) or (kind == "model_size" and id(module.weight) in weights):
+            if not isinstance(module, MIXING) or (kind == "model_size" and id(module.weight) in weights):
                 continue
             weights.add(id(module.weight))
             zero, one = (Side(axes.get((id(module.weight), dim)), module.weight.shape[dim]) for dim in (0, 1))

@@ -66,7 +66,7 @@ class ChannelGraph:
         self.layer_places = in_front_of(trace.nodes, modules)
         self.block_places = behind(trace.nodes, modules)
         self.stage_ends = stage_ends(trace.nodes, modules, trace.channels)
-        self.calls = layer_calls(trace.nodes)
+        self.calls = layer_calls(trace.nodes, modules)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
         self.blocks = _find_blocks(trace, modules, self.spaces)

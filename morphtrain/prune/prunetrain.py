@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from morphtrain import schema
-from morphtrain.errors import UserError
 from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
 from morphtrain.prune.widths import WidthProbe
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
-
-log = logging.getLogger(__name__)
 
 
 class PruneTrain:
@@ -26,41 +23,27 @@ class PruneTrain:
         self.probe = WidthProbe() if config.round_to == "auto" else None
 
     def before_training(self, run: Run) -> None:
+        check_reach(self.config, run)
         self._find_groups(run)
-        if self.config.start_epoch > run.config.epochs:
-            log.warning(
-                "prune.start_epoch=%d is behind the last epoch (epochs=%d): the network will not shrink",
-                self.config.start_epoch,
-                run.config.epochs,
-            )
-        if run.epoch == 0 and all(space.size <= self.config.min_channels for space in run.graph.spaces):
-            raise UserError(
-                f"prune.min_channels={self.config.min_channels}: no layer of the model is wider, nothing can be "
-                "pruned; choose a wider model or prune=none"
-            )
 
     def after_backward(self, run: Run) -> None:
         if self.strength is None:
             gl = penalty(self.lassos).item()
             self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
-        if self.config.update == "subgradient" and self._active(run):
+        if self.config.update == "subgradient" and is_active(self.config, run.epoch):
             add_gradient(self.lassos, self.strength)
 
     def after_step(self, run: Run) -> None:
-        if self.config.update == "proximal" and self._active(run):
+        if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.strength is not None
-            group = run.optimizer.param_groups[0]
-            # Momentum repeats a gradient 1 / (1 - momentum) times in all, the threshold has to do the same. AdamW
-            # averages gradients instead of adding them up.
-            repeats = 1 / (1 - group.get("momentum", 0.0))
-            shrink(self.lassos, group["lr"] * self.strength * repeats)
+            shrink(self.lassos, step_length(run.optimizer) * self.strength)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.strength is not None
-        if not self._active(run):
+        if not is_active(self.config, run.epoch):
             return {"lasso_ratio": 0.0}
         gl = self.strength * penalty(self.lassos).item()
-        if self._due(run.epoch):
+        if is_due(self.config, run.epoch):
             change = reconfigure(
                 run.graph,
                 threshold=self.config.threshold,
@@ -98,13 +81,6 @@ class PruneTrain:
             run.precision.autocast,
         )
         return self.probe
-
-    def _active(self, run: Run) -> bool:
-        return self.config.stop_epoch is None or run.epoch <= self.config.stop_epoch
-
-    def _due(self, epoch: int) -> bool:
-        since = epoch - self.config.start_epoch
-        return since >= 0 and since % self.config.interval == 0
 
 
 def build(config: schema.PruneTrain) -> PruneTrain:

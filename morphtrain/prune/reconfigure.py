@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from morphtrain.morph import Axis, Block, ChannelGraph, Gate, Space
 from morphtrain.prune.widths import WidthProbe
+
+Strengths = Callable[[ChannelGraph], dict[Space, torch.Tensor]]  # of every channel of every space: (size,), on the CPU
 
 
 @dataclass
@@ -42,6 +45,7 @@ def reconfigure(
     round_to: int | WidthProbe = 1,
     residual: Literal["union", "gating"] = "union",
     optimizer: Optimizer | None = None,
+    strengths_of: Strengths | None = None,
 ) -> Reconfiguration:
     """Remove what is dead: first blocks with an empty space inside, then channels by channel union.
 
@@ -53,14 +57,16 @@ def reconfigure(
         residual: "gating" lets each convolution at a residual sum read and write only the sum's channels that are
             alive in it; "union" keeps a channel in all of them if it is alive in one.
         optimizer: its state follows.
+        strengths_of: what the threshold is for, instead of max |w| over all weights of a channel, `channel_strengths`.
     """
+    strengths_of = strengths_of or channel_strengths
     result = Reconfiguration()
-    dead = {space for space, strength in channel_strengths(graph).items() if not (strength >= threshold).any()}
+    dead = {space for space, strength in strengths_of(graph).items() if not (strength >= threshold).any()}
     for block in list(graph.blocks):
         if _is_dead(block, dead) and graph.can_remove(block):
             _remove(graph, block, dead, optimizer)
             result.removed_blocks.append(block.path)
-    keep = channels_to_keep(graph, threshold, min_channels, round_to)
+    keep = channels_to_keep(graph, threshold, min_channels, round_to, strengths_of)
     changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}
     result.widths = {space.name: (space.size, len(index)) for space, index in changes.items()}
     graph.reindex_spaces(changes, optimizer)
@@ -109,10 +115,14 @@ def live_channels(graph: ChannelGraph, threshold: float) -> int:
 
 
 def channels_to_keep(
-    graph: ChannelGraph, threshold: float, min_channels: int, round_to: int | WidthProbe
+    graph: ChannelGraph,
+    threshold: float,
+    min_channels: int,
+    round_to: int | WidthProbe,
+    strengths_of: Strengths = channel_strengths,
 ) -> dict[Space, torch.Tensor]:
     """space -> mask (size,) of the channels that stay."""
-    strengths = channel_strengths(graph)
+    strengths = strengths_of(graph)
     keep = {space: strength >= threshold for space, strength in strengths.items()}
     axes = [axis for axis in graph.axes if axis.weight is not None]
     multiple = round_to if isinstance(round_to, int) else 1

@@ -1,0 +1,186 @@
+"""The strengths r of channels that MorphNet sparsifies, and the proximal step on them (Gordon et al. 2018, section 4).
+
+    norms = ChannelNorms(graph, "gamma_l1")
+    slopes = norms.per_channel(cost.coefficients(norms.alive(1e-2)))
+    ...
+    optimizer.step()
+    norms.shrink(lr * strength / (1 - momentum) * slopes)
+
+The penalty is the sum over the channels of slope * r, where r is the largest of the channel's members: |gamma| of each
+norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`). At a
+residual sum all blocks have members, of which the largest counts: the channel goes once none of them needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from morphtrain.morph import ChannelGraph, Slot, Space
+from morphtrain.morph.layer_rules import NORMS
+
+Regulariser = Literal["gamma_l1", "group_lasso"]
+
+
+@dataclass(eq=False)
+class Weight:
+    """A parameter whose entries along `dim` are members of channels, each with the L2 norm of what it holds."""
+
+    tensor: torch.Tensor
+    dim: int
+
+    def magnitudes(self) -> torch.Tensor:
+        """(N,)"""
+        tensor = self.tensor.detach()
+        if tensor.dim() == 1:
+            return tensor.abs()
+        return torch.linalg.vector_norm(tensor.transpose(0, self.dim).flatten(1), dim=1)
+
+    def scale(self, factors: torch.Tensor) -> None:
+        """Multiply the entries by `factors` (N,)."""
+        shape = [1] * self.tensor.dim()
+        shape[self.dim] = -1
+        self.tensor.mul_(factors.view(shape))
+
+
+class ChannelNorms:
+    """The members of the channels of a graph's spaces; make it anew behind every structural change.
+
+    Args:
+        graph: its model is what `shrink` changes.
+        regulariser: what the members are.
+
+    Attributes:
+        spaces: those that can be regularised. Not those without members or with a frozen one, and under `gamma_l1` not
+            those with a channel that reaches a layer past all norms: it may be alive there whatever the norms say.
+    """
+
+    def __init__(self, graph: ChannelGraph, regulariser: Regulariser) -> None:
+        slots = {space: [slot for slot in space.slots if _is_member(slot, regulariser)] for space in graph.spaces}
+        bare = _past_norms(graph) if regulariser == "gamma_l1" else set()
+        spaces = [s for s in graph.spaces if s not in bare and slots[s] and all(map(_is_trained, slots[s]))]
+        padded = {s: _padded(sum(slot.segment.span for slot in slots[s])) for s in spaces}
+        self.spaces = sorted(spaces, key=padded.__getitem__)
+        used = [slot for space in self.spaces for slot in slots[space]]
+        self.weights = {id(_weight(slot)): Weight(_weight(slot), slot.axis.tensors[0][1]) for slot in used}
+        self.lengths = [weight.tensor.shape[weight.dim] for weight in self.weights.values()]
+        offsets = dict(zip(self.weights, torch.tensor([0, *self.lengths]).cumsum(0).tolist(), strict=False))
+        rows: dict[int, list[torch.Tensor]] = {}  # by their number of members, each (channels, members)
+        absent = sum(self.lengths)  # the entry behind the last one, which is always zero and changes no maximum
+        for space in self.spaces:
+            row = _entries(space, slots[space], offsets)
+            rows.setdefault(padded[space], []).append(F.pad(row, (0, padded[space] - row.shape[1]), value=absent))
+        self.like = _weight(used[0]) if used else torch.zeros(0)  # for device and dtype
+        self.groups = [torch.cat(parts).to(self.like.device) for parts in rows.values()]  # each (C, M): entries
+        self.sizes = [len(group) for group in self.groups]
+        owner = torch.full((absent + 1,), sum(self.sizes))
+        for group, channels in zip(self.groups, torch.arange(sum(self.sizes)).split(self.sizes), strict=True):
+            owner[group.cpu()] = channels[:, None].expand_as(group)
+        self.owner = owner[:absent].to(self.like.device)  # (E,): the channel of each entry, behind the last if of none
+
+    @torch.no_grad()
+    def strengths(self) -> dict[Space, torch.Tensor]:
+        """r of every channel of `spaces`: (size,)."""
+        return dict(zip(self.spaces, self._strengths().split([space.size for space in self.spaces]), strict=True))
+
+    def alive(self, threshold: float) -> dict[Space, float]:
+        """How many channels of each of `spaces` have an r of `threshold` or more."""
+        return {space: float((r >= threshold).sum()) for space, r in self.strengths().items()}
+
+    def per_channel(self, of_space: Mapping[Space, float]) -> torch.Tensor:
+        """(C,): the value of its space for every channel of `spaces`, in order."""
+        sizes = torch.tensor([space.size for space in self.spaces], dtype=torch.long)
+        values = torch.tensor([of_space[space] for space in self.spaces], dtype=torch.double)
+        return values.repeat_interleave(sizes).to(self.like)
+
+    @torch.no_grad()
+    def penalty(self, slopes: torch.Tensor) -> torch.Tensor:
+        """sum of slope * r, a scalar tensor; `slopes` (C,)."""
+        return (slopes * self._strengths()).sum()
+
+    @torch.no_grad()
+    def shrink(self, amounts: torch.Tensor) -> None:
+        """The proximal step: the minimiser of |new - old|^2 / 2 + sum over the channels of amount * max |member|.
+
+        Each channel's members are clipped at the level above which `amount` of their magnitude lies in all, what is
+        left of them behind the projection on the L1 ball of radius `amount` (Moreau's identity). A single member
+        is soft-thresholded; members that have no more than `amount` together become zero. `amounts` (C,).
+        """
+        entries = self._magnitudes()
+        levels = [_level(entries[group], t) for group, t in zip(self.groups, amounts.split(self.sizes), strict=True)]
+        level = torch.cat([*levels, self.like.new_full((1,), torch.inf)])  # (C + 1,)
+        limits, entries = level[self.owner], entries[:-1]  # (E,)
+        factors = torch.where(entries > limits, limits / entries, 1.0)
+        for weight, part in zip(self.weights.values(), factors.split(self.lengths), strict=True):
+            weight.scale(part)
+
+    def clear(self, dead: Mapping[Space, torch.Tensor]) -> None:
+        """Set all members of the channels in the masks `dead` (size,) to zero."""
+        none = torch.zeros(0, dtype=torch.bool)
+        masks = [dead.get(s, torch.zeros(s.size, dtype=torch.bool)).cpu() for s in self.spaces]
+        amounts = torch.zeros(sum(self.sizes)).masked_fill(torch.cat([none, *masks]), torch.inf)
+        self.shrink(amounts.to(self.like))
+
+    def _strengths(self) -> torch.Tensor:
+        """(C,)"""
+        entries = self._magnitudes()
+        return torch.cat([self.like.new_zeros(0), *(entries[group].amax(1) for group in self.groups)])
+
+    def _magnitudes(self) -> torch.Tensor:
+        """(E + 1,): of every entry, and a zero behind them."""
+        return torch.cat([*(weight.magnitudes() for weight in self.weights.values()), self.like.new_zeros(1)])
+
+
+def _level(members: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """(C,): where to clip members (C, M) so that they lose `amounts` (C,) in all; zero if they have no more.
+
+    The level is (sum of the j largest - amount) / j for the number j that it clips, and less for any other.
+    """
+    sums = members.sort(1, descending=True).values.cumsum(1)
+    counts = torch.arange(1, members.shape[1] + 1, device=members.device)
+    return ((sums - amounts[:, None]) / counts).amax(1).clamp(min=0)
+
+
+def _padded(members: int) -> int:
+    """The next power of two: spaces of so many members are treated together, the number of groups stays small."""
+    return 1 << (members - 1).bit_length()
+
+
+def _is_member(slot: Slot, regulariser: Regulariser) -> bool:
+    if regulariser == "group_lasso":
+        return slot.role == "produces" and slot.has_weights
+    norm = slot.role == "elementwise" and isinstance(slot.axis.module, NORMS)
+    return norm and slot.axis.tensors[:1] == (("weight", 0),)
+
+
+def _weight(slot: Slot) -> torch.Tensor:
+    weight: torch.Tensor = getattr(slot.axis.module, slot.axis.tensors[0][0])
+    return weight
+
+
+def _is_trained(slot: Slot) -> bool:
+    return _weight(slot).requires_grad
+
+
+def _past_norms(graph: ChannelGraph) -> set[Space]:
+    """Spaces of which some layer takes in what did not go through a norm."""
+    normed: dict[str, bool] = {}
+    for call in graph.calls:
+        normed[call.path] = normed.get(call.path, True) and call.behind_norms
+    consumed = [slot for space in graph.spaces for slot in space.slots if slot.role == "consumes"]
+    bare = {id(slot.segment) for slot in consumed if not normed.get(slot.axis.path, False)}
+    return {space for space in graph.spaces if any(id(slot.segment) in bare for slot in space.slots)}
+
+
+def _entries(space: Space, slots: list[Slot], offsets: Mapping[int, int]) -> torch.Tensor:
+    """(size, members): where the members of each channel stand among all entries."""
+    columns = []
+    for slot in slots:
+        span = slot.segment.span
+        first = offsets[id(_weight(slot))] + slot.start
+        columns.append(first + torch.arange(space.size * span).view(space.size, span))
+    return torch.cat(columns, 1)

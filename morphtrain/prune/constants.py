@@ -1,0 +1,103 @@
+"""Dead channels are not always zero: behind a norm whose weight is zero each is a constant, not to be lost with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.morph.calls import MIXING
+
+CONSTANTS = ("bias", "running_mean")  # what makes a channel's value beside its weights
+
+
+@torch.no_grad()
+def fold_constants(graph: ChannelGraph, images: torch.Tensor, dead: Mapping[Space, torch.Tensor]) -> None:
+    """Give what dead channels add, on average over `images`, to the layers that take them in, and set them to zero.
+
+    The mean of a channel times the weights goes into the running mean of the norm behind the layer, or without one into
+    the layer's bias, and the channel's own biases become zero. In evaluation mode the network computes what it did, if
+    the channel is a constant and zero padding does not cut it off at the edges; in training mode a batch norm behind
+    the layer takes the constant out in any case. What a layer without norm and bias makes of it is lost.
+
+    Args:
+        dead: masks (size,) of channels whose weights (of the norms, or of what makes them) are zero or will be.
+    """
+    for target, parts in _mean_contributions(graph, images, dead):
+        target += torch.stack(parts).mean(0)
+    for space, mask in dead.items():
+        for slot in space.slots:
+            span = slot.segment.span
+            rows = (slot.start + mask.cpu().nonzero() * span + torch.arange(span)).flatten()
+            for name, dim in slot.axis.tensors:
+                if slot.role != "consumes" and name in CONSTANTS:
+                    tensor = getattr(slot.axis.module, name)
+                    tensor.index_fill_(dim, rows.to(tensor.device), 0.0)
+
+
+def _mean_contributions(
+    graph: ChannelGraph, images: torch.Tensor, dead: Mapping[Space, torch.Tensor]
+) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """What takes a constant in (a bias, or minus a running mean), and the constants (O,), one for each call."""
+    found: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+    masks = _dead_inputs(graph, dead)
+    norms: dict[str, list[str]] = {path: [] for path in masks}  # behind each call, in their order
+    for call in graph.calls:
+        if call.path in masks:
+            norms[call.path].append(call.norm)
+
+    def look(path: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        target, sign = _target(graph.model, module, norms[path].pop(0))
+        if target is not None:
+            mean = _contribution(module, args[0], masks[path])
+            found.setdefault(id(target), (target, []))[1].append(sign * mean)
+
+    layers = {path: graph.model.get_submodule(path) for path in masks}
+    handles = [layer.register_forward_pre_hook(partial(look, path)) for path, layer in layers.items()]
+    modes = [(module, module.training) for module in graph.model.modules()]
+    try:
+        graph.model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return list(found.values())
+
+
+def _dead_inputs(graph: ChannelGraph, dead: Mapping[Space, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """path -> mask of the dead entries along the input axis, for layers that have any."""
+    masks = {}
+    for axis in graph.axes:
+        if axis.role != "consumes" or not any(segment.space in dead for segment in axis.segments):
+            continue
+        mask = torch.zeros(axis.length, dtype=torch.bool)
+        for start, segment in axis.placed():
+            if segment.space is not None and segment.space in dead:
+                entries = dead[segment.space].cpu().repeat_interleave(segment.span)
+                mask[start : start + segment.length] = entries
+        if mask.any() and axis.path and isinstance(axis.module, MIXING):
+            masks[axis.path] = mask
+    return masks
+
+
+def _target(model: nn.Module, module: Any, norm: str) -> tuple[torch.Tensor | None, float]:
+    """Where a constant that is no longer put out by a layer belongs, and the sign it has there."""
+    running_mean = getattr(model.get_submodule(norm), "running_mean", None) if norm else None
+    return (module.bias, 1.0) if running_mean is None else (running_mean, -1.0)
+
+
+def _contribution(module: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(O,): the mean over samples and positions of what the masked inputs add to the outputs."""
+    channels = 1 - module.weight.dim()  # the dimension of activations that channels lie in
+    groups = x.shape[channels] // len(mask)  # whose inputs share the weight's columns
+    shape = [1] * x.dim()
+    shape[channels] = -1
+    kept = mask.repeat(groups).to(x).view(shape)
+    out = module.forward(x * kept)
+    mean: torch.Tensor = out.transpose(0, channels).flatten(1).mean(1)
+    return mean if module.bias is None else mean - module.bias

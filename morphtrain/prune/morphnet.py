@@ -1,0 +1,134 @@
+"""MorphNet's shrinking (Gordon et al. 2018, arXiv 1711.06798): a penalty on what channels cost, dead ones removed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from morphtrain import schema
+from morphtrain.cost import Roofline, measure_roofline
+from morphtrain.errors import UserError
+from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
+from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
+from morphtrain.prune.constants import fold_constants
+from morphtrain.prune.lasso import strength_for_ratio
+from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class MorphNet:
+    """The method as hooks of the training loop; `WidthCost`, `ChannelNorms` and `reconfigure` are its functional form.
+
+    The slopes, what a channel of each space costs at the present live widths, are computed once an epoch, with its
+    first batch: widths change little within one, and a device need not be waited for in every step.
+    """
+
+    def __init__(self, config: schema.MorphNet) -> None:
+        self.config = config
+        self.target, self.regulariser = cast(CostKind, config.target), cast(Regulariser, config.regulariser)
+        self.strength: float | None = config.strength  # loss per unit of cost; without one fixed by the first batch
+        self.roofline: Roofline | None = None
+        self.priced = 0  # the epoch that `norms` and `slopes` are of
+
+    def before_training(self, run: Run) -> None:
+        check_reach(self.config, run)
+        if self.config.target == "latency" and self.roofline is None:
+            self.roofline = measure_roofline(run.device)
+        self._check_spaces(run.graph)
+
+    def after_backward(self, run: Run) -> None:
+        if not is_active(self.config, run.epoch):
+            return
+        if self.priced != run.epoch:
+            self._price(run)
+        if self.strength is None:
+            assert self.config.lasso_ratio is not None
+            penalty = self.norms.penalty(self.slopes).item()
+            self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
+
+    def after_step(self, run: Run) -> None:
+        if is_active(self.config, run.epoch):
+            assert self.strength is not None
+            self.norms.shrink(step_length(run.optimizer) * self.strength * self.slopes)
+
+    def after_epoch(self, run: Run) -> dict[str, float]:
+        penalty = 0.0
+        if is_active(self.config, run.epoch):
+            assert self.strength is not None
+            self._price(run)
+            penalty = self.strength * self.norms.penalty(self.slopes).item()
+            if is_due(self.config, run.epoch):
+                self._reconfigure(run)
+        return {
+            "lasso_ratio": penalty / (run.train_loss + penalty),
+            "channel_density": self._live_channels(run.graph) / run.initial["channels"],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strength": self.strength, "roofline": list(self.roofline) if self.roofline else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.strength = state["strength"]
+        self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
+
+    def _price(self, run: Run) -> None:
+        """Find the channels of the network as it is, and what they cost."""
+        cost = WidthCost(run.graph, self.target, batch_size=run.batch_size, roofline=self.roofline)
+        self.norms = ChannelNorms(run.graph, self.regulariser)
+        self.slopes = self.norms.per_channel(cost.coefficients(self.norms.alive(self.config.gamma_threshold)))
+        self.priced = run.epoch
+
+    def _reconfigure(self, run: Run) -> None:
+        dead = {space: r < self.config.gamma_threshold for space, r in self.norms.strengths().items()}
+        dead = {space: mask for space, mask in dead.items() if mask.any()}
+        if not dead:
+            return
+        images, _ = next(run.data.train_batches(run.batch_size, run.generator(run.epoch)))
+        fold_constants(run.graph, images, dead)
+        self.norms.clear(dead)
+        change = reconfigure(
+            run.graph,
+            threshold=self.config.gamma_threshold,
+            min_channels=self.config.min_channels,
+            round_to=self.config.round_to,
+            optimizer=run.optimizer,
+            strengths_of=functools.partial(strengths_of_all, regulariser=self.regulariser),
+        )
+        if change:
+            run.shape_changed(change.summary())
+
+    def _live_channels(self, graph: ChannelGraph) -> int:
+        strengths = strengths_of_all(graph, self.regulariser)
+        return sum(int((r >= self.config.gamma_threshold).sum()) for r in strengths.values())
+
+    def _check_spaces(self, graph: ChannelGraph) -> None:
+        spaces = ChannelNorms(graph, self.regulariser).spaces
+        alone = [space.name for space in graph.spaces if space not in spaces]
+        if not spaces and self.regulariser == "gamma_l1":
+            raise UserError(
+                "prune.regulariser=gamma_l1: no channels of the model go through trained norms before they are used; "
+                "prune.regulariser=group_lasso needs none"
+            )
+        if not spaces:
+            raise UserError("prune.regulariser=group_lasso: the model has no channels made by trained weights alone")
+        if alone:
+            log.info("prune.regulariser=%s: left as wide as they are: %s", self.regulariser, ", ".join(alone))
+
+
+def strengths_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Space, torch.Tensor]:
+    """r of every channel of every space, on the CPU; infinite where nothing is regularised: these stay."""
+    strengths = {space: torch.full((space.size,), torch.inf) for space in graph.spaces}
+    found = ChannelNorms(graph, regulariser).strengths()
+    return strengths | {space: r.float().cpu() for space, r in found.items()}
+
+
+def build(config: schema.MorphNet) -> MorphNet:
+    return MorphNet(config)
