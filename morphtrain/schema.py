@@ -448,7 +448,7 @@ class Adaptive(Limited, WhereKept):
 @dataclass
 class MorphNet:
     name: str
-    target: str
+    cost: str
     regulariser: str
     lasso_ratio: float | None
     strength: float | None
@@ -461,7 +461,7 @@ class MorphNet:
     ignore: list[str]
 
     def __post_init__(self) -> None:
-        check_one_of("prune.target", self.target, ("flops", "model_size", "latency"))
+        check_one_of("prune.cost", self.cost, COSTS)
         check_one_of("prune.regulariser", self.regulariser, ("gamma_l1", "group_lasso"))
         ratio, strength = self.lasso_ratio, self.strength
         if strength is None:
@@ -643,6 +643,7 @@ class Config:
     seed: int
     device: str
     resume: str
+    architecture: str | None
     objective: list[str]
     model: Any
     data: Any
@@ -733,6 +734,7 @@ class _TopLevel:
     seed: int
     device: str
     resume: str
+    architecture: str | None
     objective: list[str]
 
 

@@ -44,7 +44,7 @@ CASES = {
         ["prune.lasso_ratio=0.25", "prune.strength=1e-08"],
     ),
     "neither of them": (["prune=morphnet", "prune.lasso_ratio=null"], ["prune.lasso_ratio=None", "prune.strength"]),
-    "target": (["prune=morphnet", "prune.target=params"], ["prune.target=params", "flops, model_size, latency"]),
+    "cost": (["prune=morphnet", "prune.cost=params"], ["prune.cost=params", "flops, model_size, latency"]),
     "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], ["prune.round_to=auto"]),
     "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
     "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),

@@ -263,3 +263,19 @@ def test_the_picture_of_widths_bears_spaces_that_come_and_go(tmp_path: Path) -> 
     plot_widths(changes, 5, tmp_path / "widths.png")
     assert (tmp_path / "widths.png").stat().st_size > 5000
     assert changes == before
+
+
+def test_a_structure_that_was_found_can_be_trained_from_scratch(tmp_path: Path, command: Command) -> None:
+    found = (*SMALL, *GROWTHS["selective"], "grow.operator=auto", "prune.lasso_ratio=0.7", "prune.residual=gating")
+    assert command(*found, "epochs=4", "hydra.run.dir=found", "tracking=none").returncode == 0
+    small = [option for option in SMALL if not option.startswith("prune")]
+    scratch = (*small, "architecture=found/last.pt", "hydra.run.dir=scratch", "resume=auto", "tracking=none")
+    result = command(*scratch, "epochs=1")
+    assert result.returncode == 0, result.stderr
+    old, new = (morphtrain.load(tmp_path / name / "last.pt") for name in ("found", "scratch"))
+    assert {n: p.shape for n, p in new.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
+    for (name, a), b in zip(new.named_parameters(), old.parameters(), strict=True):
+        assert a.numel() < 4 or not torch.allclose(a, b), name
+    other = command(*scratch, "model.blocks=1", "hydra.run.dir=other")
+    assert other.returncode == 1
+    assert "model.blocks=1: found/last.pt was written with model.blocks=2" in other.stderr

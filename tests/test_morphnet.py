@@ -54,7 +54,7 @@ def first_loss(run: Run) -> float:
 @pytest.mark.parametrize("target", ["flops", "model_size"])
 def test_the_strength_gives_the_ratio_on_the_first_batch_and_stays(ready: Any, target: str) -> None:
     """All gammas are one at the start, so the penalty is the network's whole cost."""
-    run = ready(*WITHOUT_PRUNE, "prune.lasso_ratio=0.3", f"prune.target={target}")
+    run = ready(*WITHOUT_PRUNE, "prune.lasso_ratio=0.3", f"prune.cost={target}")
     weights = sum(p.numel() for p in run.model.parameters() if p.dim() > 1)
     cost = 2 * count_macs(run.model, run.data.input_shape) if target == "flops" else weights
     loss = first_loss(run)
@@ -283,14 +283,14 @@ def test_spaces_left_alone_are_said(ready: Any, caplog: pytest.LogCaptureFixture
 
 
 def test_latency_is_priced_by_this_device_and_resumes_with_its_figures(ready: Any) -> None:
-    run = ready(*WITHOUT_PRUNE, "prune.target=latency", "prune.lasso_ratio=0.5")
+    run = ready(*WITHOUT_PRUNE, "prune.cost=latency", "prune.lasso_ratio=0.5")
     method = run.methods["prune"]
     train_epoch(run)
     cost = WidthCost(run.graph, "latency", batch_size=16, roofline=method.roofline)
     alive = method.norms.alive(1e-2)
     fresh = method.norms.per_channel(cost.coefficients({s: float(s.size) for s in alive}))
     torch.testing.assert_close(method.slopes, fresh)  # of the epoch's start, when all was alive
-    again = ready(*WITHOUT_PRUNE, "prune.target=latency", "prune.lasso_ratio=0.5")
+    again = ready(*WITHOUT_PRUNE, "prune.cost=latency", "prune.lasso_ratio=0.5")
     state = method.state_dict()
     again.methods["prune"].load_state_dict(state)
     again.methods["prune"].before_training(again)

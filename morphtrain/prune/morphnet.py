@@ -33,14 +33,14 @@ class MorphNet:
 
     def __init__(self, config: schema.MorphNet) -> None:
         self.config = config
-        self.target, self.regulariser = cast(CostKind, config.target), cast(Regulariser, config.regulariser)
+        self.cost, self.regulariser = cast(CostKind, config.cost), cast(Regulariser, config.regulariser)
         self.strength: float | None = config.strength  # loss per unit of cost; without one fixed by the first batch
         self.roofline: Roofline | None = None
         self.priced = 0  # the epoch that `norms` and `slopes` are of
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
-        if self.config.target == "latency" and self.roofline is None:
+        if self.config.cost == "latency" and self.roofline is None:
             self.roofline = measure_roofline(run.device)
         self._check_spaces(run.graph)
 
@@ -81,7 +81,7 @@ class MorphNet:
 
     def _price(self, run: Run) -> None:
         """Find the channels of the network as it is, and what they cost."""
-        cost = WidthCost(run.graph, self.target, batch_size=run.batch_size, roofline=self.roofline)
+        cost = WidthCost(run.graph, self.cost, batch_size=run.batch_size, roofline=self.roofline)
         self.norms = ChannelNorms(run.graph, self.regulariser)
         self.slopes = self.norms.per_channel(cost.coefficients(self.norms.alive(self.config.gamma_threshold)))
         self.priced = run.epoch

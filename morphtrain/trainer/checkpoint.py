@@ -24,7 +24,7 @@ from torch import nn
 from morphtrain import morph, schema
 from morphtrain.errors import UserError
 from morphtrain.model import custom
-from morphtrain.trainer.run import Run, build_model, build_run, option
+from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = "morphtrain checkpoint 3"
@@ -114,6 +114,32 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             model = build_model(build, config, facts["config"]["seed"], facts["num_classes"], facts["in_channels"])
         return self._rebuild(model)
+
+    def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
+        """What gives a network of `config` the structure that this one ended with, and fresh weights.
+
+        Parameters of no layer, which nothing can start anew, get the values of a newly made network; if they have
+        become shorter or longer they keep those of this one.
+
+        Raises:
+            UserError: for another model.
+        """
+        then, now = flat(self.facts["config"]["model"]), flat(asdict(config)["model"])
+        if then != now:
+            key = next(key for key in (*then, *now) if then.get(key) != now.get(key))
+            wanted = f"{self.path} was written with model.{key}={then.get(key)}; take the same model"
+            raise UserError(f"model.{key}={now.get(key)}: {wanted}, or architecture=null")
+
+        def restructure(model: nn.Module) -> nn.Module:
+            new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            model = self._rebuild(model)  # the indices of gated layers are structure too; the weights start anew
+            for name, parameter in model.named_parameters():
+                if name in new and new[name].shape == parameter.shape:
+                    parameter.data.copy_(new[name])
+            fresh_weights(model)
+            return model
+
+        return restructure
 
     def _builder(self, config: Any, make: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
         """What makes the network again; for one of the user's own, nothing that only this file asks for."""

@@ -70,15 +70,21 @@ def _start_or_resume(config: Config, run_dir: Path) -> tuple[Run, checkpoint.Che
             raise UserError(
                 f"hydra.run.dir={run_dir}: holds a checkpoint; go on from it with resume=auto, or choose another one"
             )
-        return build_run(config), None
+        return _start(config), None
     auto = config.resume == "auto"
     stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
     if stored is None:
         log.info("no checkpoint in %s: starting anew", run_dir)
-        return build_run(config), None
+        return _start(config), None
     run = stored.restore(config)
     log.info("going on behind epoch %d of %s", run.epoch, stored.path)
     return run, stored
+
+
+def _start(config: Config) -> Run:
+    if config.architecture is None:
+        return build_run(config)
+    return build_run(config, morph=checkpoint.Checkpoint(Path(config.architecture)).architecture(config))
 
 
 def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
