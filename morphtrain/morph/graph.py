@@ -13,16 +13,7 @@ from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
 from morphtrain.morph.calls import Call, layer_calls
 from morphtrain.morph.gates import Gate, insert_gate
-from morphtrain.morph.insert import (
-    Start,
-    become_identity,
-    make_block,
-    make_layer,
-    measure_inputs,
-    norm_like,
-    put_behind,
-    put_in_front,
-)
+from morphtrain.morph.insert import Start, insert_block, insert_layers
 from morphtrain.morph.layers import NoChannels, ZeroBranch
 from morphtrain.morph.points import Point, behind, in_front_of, stage_ends
 from morphtrain.morph.rebind import Change, Rebinder
@@ -234,17 +225,8 @@ class ChannelGraph:
         for place in paths:
             if place not in self.layer_places:
                 raise MorphError(f"no layer can be put in front of '{place}': {self._why_no_layer(place)}")
-        _check_kernel(kernel)
-        statistics = self._measure(paths, calibration)
-        rebinder, inserted = Rebinder({}, optimizer), []
-        for place in sorted(paths, key=self.layer_places.index):
-            convolution: Any = self.model.get_submodule(place)
-            layer = make_layer(self.model, convolution.in_channels, kernel)
-            self._settle(layer, convolution)
-            if statistics:
-                become_identity([layer[1]], statistics[place])
-            inserted.append(put_in_front(self.model, place, layer))
-            rebinder.adopt(self.model, layer.parameters(), like=convolution)
+        paths.sort(key=self.layer_places.index)
+        inserted = insert_layers(self.model, paths, calibration, kernel, Rebinder({}, optimizer))
         self._read()
         return inserted
 
@@ -282,42 +264,10 @@ class ChannelGraph:
             known = ", ".join(point.path for point in self.stage_ends) or "none"
             raise MorphError(f"no block can be put behind '{path}'; the ends of stages are: {known}")
         self._read()  # widths may have changed since
-        point = self.block_places[path]
-        for kernel in kernels:
-            _check_kernel(kernel)
-        halves = start == "half_half"
-        if halves and not (point.non_negative and inner in (None, point.channels)):
-            raise MorphError(
-                f"no half_half block can be put behind '{path}': that needs values behind a ReLU and {point.channels} "
-                "inner channels; zero_gamma works"
-            )
-        place: nn.Module = self.model.get_submodule(path)
-        like = place if any(True for _ in place.parameters()) else self.model
-        width = point.channels if inner is None else inner
-        block = make_block(self.model, point.channels, width, kernels, start, point.non_negative)
-        self._settle(block, like)
-        norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
-        if halves and norms:
-            become_identity(norms, self._measure([path], calibration, outputs=True)[path])
-        inserted = put_behind(self.model, path, block)
-        Rebinder({}, optimizer).adopt(self.model, block.parameters(), like=like)
+        rebinder = Rebinder({}, optimizer)
+        inserted = insert_block(self.model, self.block_places[path], calibration, kernels, inner, start, rebinder)
         self._read()
         return inserted
-
-    def _measure(self, paths: Sequence[str], calibration: Sequence[Any], outputs: bool = False) -> dict[str, Any]:
-        if norm_like(self.model, 1) is None:
-            return {}
-        if not len(calibration):
-            raise MorphError("calibration: the norms of new layers need a batch of the model's inputs to measure")
-        return measure_inputs(self.model, paths, calibration, outputs)
-
-    def _settle(self, new: nn.Module, neighbour: nn.Module) -> None:
-        """Give what is inserted the device, type, mode and memory format of what is there."""
-        weight = next(p for p in neighbour.parameters() if p.is_floating_point())
-        new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
-        four = [p for p in self.model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-        if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
-            new.to(memory_format=torch.channels_last)
 
     def _why_no_layer(self, path: str) -> str:
         if not isinstance(dict(self.model.named_modules()).get(path), nn.Conv2d):
@@ -416,11 +366,6 @@ class ChannelGraph:
             if segment.space:
                 segment.space.slots = [slot for slot in segment.space.slots if slot.axis is not axis]
         self.picks = [pick for pick in self.picks if axis not in (pick.source, pick.picked)]
-
-
-def _check_kernel(kernel: int) -> None:
-    if kernel < 1 or kernel % 2 == 0:
-        raise MorphError(f"a kernel of {kernel} has no middle: an identity needs an odd one")
 
 
 def _multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:

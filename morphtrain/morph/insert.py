@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
+from morphtrain.morph.points import Point
+from morphtrain.morph.rebind import Rebinder
+from morphtrain.morph.trace import MorphError
 
 Start = Literal["zero_gamma", "half_half"]
 
@@ -21,6 +24,55 @@ class Statistics(NamedTuple):
 
     mean: torch.Tensor
     var: torch.Tensor
+
+
+def insert_layers(
+    model: nn.Module, paths: Sequence[str], calibration: Sequence[Any], kernel: int, rebinder: Rebinder
+) -> list[str]:
+    """See `ChannelGraph.insert_layer`; the places are known to be fit."""
+    _check_kernel(kernel)
+    statistics = _measured(model, paths, calibration)
+    inserted = []
+    for path in paths:
+        convolution: Any = model.get_submodule(path)
+        layer = _make_layer(model, convolution.in_channels, kernel)
+        _settle(layer, convolution, model)
+        if statistics:
+            _become_identity([layer[1]], statistics[path])
+        model.set_submodule(path, Grown(layer, convolution))
+        inserted.append(f"{path}.0")
+        rebinder.adopt(model, layer.parameters(), like=convolution)
+    return inserted
+
+
+def insert_block(
+    model: nn.Module,
+    point: Point,
+    calibration: Sequence[Any],
+    kernels: Sequence[int],
+    inner: int | None,
+    start: Start,
+    rebinder: Rebinder,
+) -> str:
+    """See `ChannelGraph.insert_block`."""
+    for kernel in kernels:
+        _check_kernel(kernel)
+    halves = start == "half_half"
+    if halves and not (point.non_negative and inner in (None, point.channels)):
+        raise MorphError(
+            f"no half_half block can be put behind '{point.path}': that needs values behind a ReLU and "
+            f"{point.channels} inner channels; zero_gamma works"
+        )
+    place = model.get_submodule(point.path)
+    neighbour = place if any(True for _ in place.parameters()) else model
+    block = _make_block(model, point, point.channels if inner is None else inner, kernels, start)
+    _settle(block, neighbour, model)
+    norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
+    if halves and norms:
+        _become_identity(norms, _measured(model, [point.path], calibration, outputs=True)[point.path])
+    inserted = _put_behind(model, point.path, block)
+    rebinder.adopt(model, block.parameters(), like=neighbour)
+    return inserted
 
 
 def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
@@ -40,8 +92,8 @@ def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
     return norm.train()
 
 
-def make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
-    """An identity convolution, with the network's kind of norm; its values are set by `become_identity`."""
+def _make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
+    """An identity convolution, with the network's kind of norm; its values are set by `_become_identity`."""
     layer = InsertedLayer(channels, kernel, norm_like(model, channels))
     nn.init.dirac_(layer[0].weight)  # type: ignore[arg-type]
     if layer[0].bias is not None:
@@ -49,13 +101,11 @@ def make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
     return layer
 
 
-def make_block(
-    model: nn.Module, channels: int, inner: int, kernels: Sequence[int], start: Start, activation: bool
-) -> InsertedBlock:
+def _make_block(model: nn.Module, point: Point, inner: int, kernels: Sequence[int], start: Start) -> InsertedBlock:
     """A block that adds nothing ("zero_gamma"), or the mean of its input and an identity branch ("half_half")."""
-    widths = [*[inner] * (len(kernels) - 1), channels]
+    widths = [*[inner] * (len(kernels) - 1), point.channels]
     norms = [norm for width in widths if (norm := norm_like(model, width)) is not None]
-    block = InsertedBlock(channels, inner, kernels, norms, start == "half_half", activation)
+    block = InsertedBlock(point.channels, inner, kernels, norms, start == "half_half", point.non_negative)
     convolutions = [m for m in block.branch if isinstance(m, nn.Conv2d)]
     for convolution in convolutions:
         if start == "half_half":
@@ -71,7 +121,7 @@ def make_block(
     return block
 
 
-def become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
+def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
     """Let norms pass values of these statistics as they are.
 
     In evaluation mode exactly; in training up to the deviation of a batch's statistics. A fresh norm (gamma 1, beta 0)
@@ -88,13 +138,7 @@ def become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
                 n.running_var.copy_(var)
 
 
-def put_in_front(model: nn.Module, path: str, layer: nn.Module) -> str:
-    """Put `layer` in front of the module at `path`; returns its own path."""
-    model.set_submodule(path, Grown(layer, model.get_submodule(path)))
-    return f"{path}.0"
-
-
-def put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
+def _put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
     """Put `layer` behind the module at `path`; returns its own path. A Sequential that ends there becomes longer."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -107,6 +151,31 @@ def put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
         return f"{parent_path}.{number}" if parent_path else str(number)
     model.set_submodule(path, Grown(model.get_submodule(path), layer))
     return f"{path}.1"
+
+
+def _check_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise MorphError(f"a kernel of {kernel} has no middle: an identity needs an odd one")
+
+
+def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
+    """Give what is inserted the device, type, mode and memory format of what is there."""
+    weight = next(p for p in neighbour.parameters() if p.is_floating_point())
+    new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
+    four = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
+        new.to(memory_format=torch.channels_last)
+
+
+def _measured(
+    model: nn.Module, paths: Sequence[str], calibration: Sequence[Any], outputs: bool = False
+) -> dict[str, Statistics]:
+    """What the norms of new layers need to know; nothing, if the network has none."""
+    if norm_like(model, 1) is None:
+        return {}
+    if not len(calibration):
+        raise MorphError("calibration: the norms of new layers need a batch of the model's inputs to measure")
+    return measure_inputs(model, paths, calibration, outputs)
 
 
 @torch.no_grad()
@@ -141,8 +210,6 @@ def measure_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    if not all(sums.values()):
-        raise ValueError("no batch to calibrate with")
     return {path: Statistics(*torch.stack(found).mean(0)) for path, found in sums.items()}
 
 
