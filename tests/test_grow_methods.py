@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, Command
+from hydra import compose, initialize_config_dir
 
 import morphtrain
+from morphtrain import schema
 from morphtrain.cost import count_macs, count_params
 from morphtrain.evidence.plots import plot_widths
 from morphtrain.grow.decision import Rules, Situation, decide
 from morphtrain.grow.when import epochs_without_gain, smoothed
+from morphtrain.run import CONF
 from morphtrain.trainer.loop import evaluate, train_epoch
-from morphtrain.trainer.run import Run
+from morphtrain.trainer.run import Run, build_run
 
 PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.start_epoch=2", "prune.interval=1")
 GROWTHS = {
@@ -67,6 +70,30 @@ def test_accuracy_stays_and_training_goes_on(small_run, growth: str, optimizer: 
     train_epoch(run)
     assert run.train_loss <= 1.02 * before
     assert len({id(p) for g in run.optimizer.param_groups for p in g["params"]}) == len(list(run.model.parameters()))
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_on_digits_no_image_is_classified_otherwise_and_the_loss_goes_on_falling(growth: str) -> None:
+    overrides = ["data=digits", "model.width=8", "batch_policy.batch_size=32", "epochs=10", *GROWTHS[growth]]
+    with initialize_config_dir(str(CONF)):
+        run = build_run(schema.parse(compose("config", overrides=overrides)))
+    for hook in run.hooks("before_training"):
+        hook(run)
+    for epoch in (1, 2):
+        run.epoch = epoch
+        train_epoch(run)
+    if "prune" in run.methods:  # which may cost accuracy
+        run.methods["prune"].after_epoch(run)
+    loss_before = run.train_loss
+    loss, accuracy = evaluate(run)
+    run.methods["grow"].after_epoch(run)
+    assert run.change
+    assert evaluate(run) == (pytest.approx(loss, rel=1e-5), accuracy)
+    for hook in run.hooks("after_change"):
+        hook(run)
+    run.epoch = 3
+    train_epoch(run)
+    assert run.train_loss <= 1.02 * loss_before
 
 
 def test_the_penalty_covers_what_has_grown(small_run) -> None:

@@ -1,0 +1,103 @@
+"""Does it pay to grow? A narrow ResNet-8 on a part of Fashion-MNIST that becomes wider or deeper half way, or by rules,
+against the structure it ended with, trained from scratch for the same number of seconds.
+
+    python growth.py [seeds]        # 5 by default; about six minutes a seed on two cores
+
+Arms of one seed run one after the other, and a structure's own control directly behind it; the seconds are those of
+`train_seconds` (epochs and structural changes). From scratch the schedule ends where the seconds do.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+COMMON = (
+    "data=fashion_mnist",
+    "data.train_samples=4000",
+    "model.width=8",
+    "batch_policy.batch_size=64",
+    "tracking=none",
+)
+EPOCHS, MIDDLE = 16, 8
+PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.3", "prune.interval=2", "prune.start_epoch=2")
+ARMS = {
+    "narrow": (),
+    "wider": ("grow=wider", f"grow.at_epochs=[{MIDDLE}]"),
+    "deeper": ("grow=deeper", f"grow.at_epochs=[{MIDDLE}]"),
+    "selective": (*PRUNE, "grow=selective", f"grow.at_epochs=[{MIDDLE}]", "grow.target=3", "grow.operator=auto"),
+    "adaptive": (*PRUNE, "grow=adaptive", "grow.patience=4", "grow.step=2", "schedule=constant", "optimizer.lr=0.05"),
+}
+
+
+def train(directory: Path, *overrides: str) -> list[dict[str, float]]:
+    """The records of a run through the real command."""
+    command = [sys.executable, "-m", "morphtrain.run", *COMMON, *overrides, f"hydra.run.dir={directory}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    stored = torch.load(directory / "last.pt", weights_only=True)
+    history: list[dict[str, float]] = json.loads(stored["facts"])["history"]
+    return history
+
+
+def seconds_of(records: list[dict[str, float]]) -> float:
+    return statistics.median(record["epoch_seconds"] for record in records)
+
+
+def compare(seed: int, place: Path) -> dict[str, dict[str, float]]:
+    """Every arm and its control: final accuracy, seconds, parameters."""
+    found = {}
+    for name, overrides in ARMS.items():
+        history = train(place / name, f"epochs={EPOCHS}", f"seed={seed}", *overrides)
+        found[name] = history[-1]
+        if name == "narrow":
+            continue
+        # An epoch of the final structure, measured behind the last change, says how many of them the seconds allow.
+        final = [record for record in history if record["params"] == history[-1]["params"]][1:] or history[-1:]
+        epochs = max(1, round(history[-1]["train_seconds"] / seconds_of(final)))
+        start = (f"architecture={place / name / 'last.pt'}", f"epochs={epochs}", f"seed={seed}")
+        found[f"{name}, from scratch"] = train(place / f"{name}_scratch", *start)[-1]
+    for name, record in found.items():
+        print(f"growth: seed {seed}: {name:24}: {line(record)}", flush=True)
+    return found
+
+
+def line(record: dict[str, float]) -> str:
+    return (
+        f"val_accuracy {record['val_accuracy']:.4f}, {record['train_seconds']:6.1f} s, {record['params']:7.0f} params, "
+        f"{record['macs'] / 1e6:.2f} M MACs, epoch {record['epoch']:.0f}"
+    )
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95 % t interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.4g} +- {half:.2g}"
+
+
+def main() -> None:
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    results = []
+    for seed in range(1, seeds + 1):
+        with tempfile.TemporaryDirectory() as place:
+            results.append(compare(seed, Path(place)))
+    print(f"growth: means of {seeds} seeds with 95 % intervals")
+    for name in results[0]:
+        columns = [interval([r[name][key] for r in results]) for key in ("val_accuracy", "train_seconds", "params")]
+        print(f"growth: {name:24}: val_accuracy {columns[0]}, {columns[1]} s, {columns[2]} params")
+    for name in ARMS:
+        if name == "narrow":
+            continue
+        for other in (f"{name}, from scratch", "narrow"):
+            pairs = [100 * (r[name]["val_accuracy"] - r[other]["val_accuracy"]) for r in results]
+            print(f"growth: {name} minus {other}: {interval(pairs)} points, paired")
+
+
+if __name__ == "__main__":
+    main()
