@@ -64,7 +64,8 @@ def half_dead_evenly(width: int, seed: int) -> nn.Module:
     graph = ChannelGraph.trace(model, IMAGES[:1])
     cost = WidthCost(graph, "flops")
     shares = (share / 1000 for share in range(1000, 0, -1))
-    half = next(w for s in shares if cost(w := {space: round(s * space.size) for space in graph.spaces}) <= cost() / 2)
+    widths = ({space: round(share * space.size) for space in graph.spaces} for share in shares)
+    half = next(alive for alive in widths if cost(alive) <= cost() / 2)
     for space, alive in half.items():
         dead = torch.randperm(space.size)[alive:]
         for slot in space.slots:
