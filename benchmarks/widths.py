@@ -138,8 +138,8 @@ def main() -> None:
         worst, noise = max(column["rounded / cut"]), max(column["noise"])
         efficiency = statistics.median(column["efficiency"])
         print(
-            f"widths: {chosen}, width {width}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its own copy "
-            f"differs by up to {noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
+            f"widths: {chosen}, width {width}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its own "
+            f"copy differs by up to {noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
             f"limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
         )
         print(
