@@ -97,9 +97,8 @@ def compare(chosen: str, width: int, seed: int) -> dict[str, float]:
     faster = {name: ratio("dense", name) for name in networks}
     for name, m in (("cut", cut), ("rounded", rounded)):
         spaces = [space.size for space in ChannelGraph.trace(m, IMAGES[:1]).spaces]
-        print(
-            f"widths: {chosen} {width}/{seed} {name}: {fewer[name]:.2f} x fewer MACs, {faster[name]:.2f} x faster; {spaces}"
-        )
+        what = f"{fewer[name]:.2f} x fewer MACs, {faster[name]:.2f} x faster"
+        print(f"widths: {chosen}, {width}/{seed} {name}: {what}; {spaces}")
     return {
         "rounded / cut": ratio("rounded", "cut"),
         "noise": abs(ratio("cut again", "cut") - 1),
@@ -138,8 +137,8 @@ def main() -> None:
         worst, noise = max(column["rounded / cut"]), max(column["noise"])
         efficiency = statistics.median(column["efficiency"])
         print(
-            f"widths: {chosen}, width {width}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its own "
-            f"copy differs by up to {noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
+            f"widths: {chosen}, width {width}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its "
+            f"own copy differs by up to {noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
             f"limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
         )
         print(
