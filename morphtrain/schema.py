@@ -309,7 +309,16 @@ class FixedBatch:
         check(self.batch_size >= 1, "batch_policy.batch_size", self.batch_size, "1 or more images")
 
 
-# -- precision, optimizer, schedule ----------------------------------------------------------------------------
+# -- norm, precision, optimizer, schedule ----------------------------------------------------------------------
+
+
+@dataclass
+class GhostNorm:
+    name: str
+    ghost_batch_size: int
+
+    def __post_init__(self) -> None:
+        check(self.ghost_batch_size >= 1, "norm.ghost_batch_size", self.ghost_batch_size, "1 or more samples")
 
 
 @dataclass
@@ -431,6 +440,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     },
     "prune": {"none": Nothing, "prunetrain": PruneTrain},
     "grow": {"none": Nothing},
+    "norm": {"batch": Nothing, "ghost": GhostNorm},
     "precision": {"o0": Nothing, "o1": Autocast, "bf16": Nothing},
     "batch_policy": {"fixed": FixedBatch},
     "optimizer": {"sgd": SGD, "adamw": AdamW},
@@ -453,6 +463,7 @@ class Config:
     data: Any
     prune: Any
     grow: Any
+    norm: Any
     precision: Any
     batch_policy: Any
     optimizer: Any
@@ -490,9 +501,14 @@ def option_of(node: Mapping[Any, Any]) -> Any:
 
 def stored_model(stored: Mapping[str, Any]) -> Any:
     """The model's dataclass from the plain data of a checkpoint; raises `UserError` for what is none of ours."""
-    options = OPTIONS["model"]
+    return stored_option("model", stored)
+
+
+def stored_option(group: str, stored: Mapping[str, Any]) -> Any:
+    """The dataclass of a group's option from plain data; raises `UserError` for what is none of ours."""
+    options = OPTIONS[group]
     name = option_of(stored)
-    check_one_of("model.name", name, tuple(options))
+    check_one_of(f"{group}.name", name, tuple(options))
     return options[name](**stored)
 
 

@@ -27,7 +27,7 @@ from morphtrain.model import custom
 from morphtrain.trainer.run import Run, build_model, build_run, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 2"
+FORMAT = "morphtrain checkpoint 3"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download", "data.num_workers")
@@ -110,11 +110,13 @@ class Checkpoint:
         facts = self.facts
         try:
             config = schema.stored_model(facts["config"]["model"])
+            norm = schema.stored_option("norm", facts["config"]["norm"])
         except (TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
         build = self._builder(config, make)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(build, config, facts["config"]["seed"], facts["num_classes"], facts["in_channels"])
+            seed, num_classes, in_channels = facts["config"]["seed"], facts["num_classes"], facts["in_channels"]
+            model = build_model(build, config, norm, seed, num_classes, in_channels)
         return self._rebuild(model)
 
     def _builder(self, config: Any, make: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:

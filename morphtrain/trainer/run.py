@@ -98,13 +98,18 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def build_model(
-    build: Callable[..., nn.Module], config: Any, seed: int, num_classes: int, in_channels: int
+    build: Callable[..., nn.Module], config: Any, norm: Any, seed: int, num_classes: int, in_channels: int
 ) -> nn.Module:
-    """The network that `build` makes of the config group `model`, initialised from the run's seed, on the CPU."""
+    """The network that `build` makes of the config group `model`, with the norms of group `norm`, on the CPU.
+
+    It is initialised from the run's seed. Structure and values of a checkpoint come later: they know no norms.
+    """
     # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
     torch.default_generator.manual_seed(derived_seed(seed, 0))
     with torch.device("cpu"):
-        return build(config, num_classes, in_channels)
+        model = build(config, num_classes, in_channels)
+    option("norm", norm)(norm, model)
+    return model
 
 
 def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
@@ -117,7 +122,7 @@ def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | N
     device = pick_device(config.device)
     data: Data = option("data", config.data)(config.data).to(device)
     build = option("model", config.model)
-    model = build_model(build, config.model, config.seed, data.num_classes, data.input_shape[0])
+    model = build_model(build, config.model, config.norm, config.seed, data.num_classes, data.input_shape[0])
     if morph is not None:
         model = morph(model)
     model = model.to(device)
