@@ -51,7 +51,7 @@ def sequentially(plain: nn.BatchNorm2d, x: torch.Tensor, size: int) -> torch.Ten
 def check_same(norm: GhostBatchNorm2d, plain: nn.BatchNorm2d, x: torch.Tensor, tolerance: float = 1e-6) -> None:
     """Two training steps: outputs, gradients, state; in parts of the largest value of each.
 
-    The loop runs in double precision: in channels_last torch's own batch norm is off by 1e-6 in single.
+    The loop runs in double precision: in channels_last torch's own batch norm is off by more than 1e-6 in single.
     """
     plain = plain.double()
     draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -94,7 +94,7 @@ def test_it_equals_batch_norms_in_sequence(memory_format, batch, size, channels,
 def test_it_is_as_exact_in_32_bits_and_keeps_the_memory_format(memory_format: str, batch: int) -> None:
     x = (1 + torch.randn(batch, 16, 8, 8)).to(memory_format=FORMATS[memory_format])
     norm, plain = pair(16, 32)
-    check_same(norm, plain, x)
+    check_same(norm, plain, x, 1e-6 if batch > 32 else 3e-6)  # a single chunk is left to torch
     y = norm(x.requires_grad_())
     (grad,) = torch.autograd.grad(y.square().sum(), x)
     for tensor in (y, grad):

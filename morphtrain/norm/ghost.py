@@ -1,6 +1,6 @@
 """Ghost batch norm (Hoffer et al. 2017, arXiv 1705.08741): batch norm over parts of a large batch.
 
-    to_ghost(model, ghost_batch_size=32)    # before or after the optimizer is made: the parameters stay
+to_ghost(model, ghost_batch_size=32)    # before or after the optimizer is made: the parameters stay
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Normalise(torch.autograd.Function):
         ctx.chunks, ctx.has_bias = chunks, bias is not None
         statistics = torch.cat(means).flatten(1), torch.cat(variances).flatten(1)
         ctx.mark_non_differentiable(*statistics)
-        return _joined(outputs), *statistics
+        return _joined(outputs, x), *statistics
 
     @staticmethod
     @once_differentiable
@@ -149,7 +149,7 @@ class _Normalise(torch.autograd.Function):
             grad_biases.append(total)
         grad_weight = None if weight is None else torch.cat(grad_weights).sum(0).flatten().to(weight.dtype)
         grad_bias = torch.cat(grad_biases).sum(0).flatten() if ctx.has_bias else None
-        return _joined(grads), grad_weight, grad_bias, None, None
+        return _joined(grads, x), grad_weight, grad_bias, None, None
 
 
 def _parts(x: torch.Tensor, chunks: Chunks) -> Iterator[torch.Tensor]:
@@ -168,8 +168,9 @@ def _spread(channels: torch.Tensor) -> torch.Tensor:
     return channels.view(1, 1, -1, 1, 1)
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The parts as one batch in the memory format of `like`; of a single sample nobody can tell which it is in."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), out=torch.empty_like(like))
 
 
 def to_ghost(model: nn.Module, ghost_batch_size: int) -> int:
