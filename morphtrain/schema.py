@@ -353,6 +353,16 @@ class SGD:
 
 
 @dataclass
+class LARS(SGD):
+    trust_coefficient: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = "optimizer.trust_coefficient"
+        check(self.trust_coefficient > 0, key, self.trust_coefficient, "above 0 (You et al.: 0.001)")
+
+
+@dataclass
 class AdamW:
     name: str
     lr: float
@@ -443,7 +453,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     "norm": {"batch": Nothing, "ghost": GhostNorm},
     "precision": {"o0": Nothing, "o1": Autocast, "bf16": Nothing},
     "batch_policy": {"fixed": FixedBatch},
-    "optimizer": {"sgd": SGD, "adamw": AdamW},
+    "optimizer": {"sgd": SGD, "lars": LARS, "adamw": AdamW},
     "schedule": {"cosine": Annealing, "linear": Annealing, "milestones": Milestones},
     "tracking": {"none": Nothing, "mlflow": MLflow},
     "timing": {"default": Timing},

@@ -216,7 +216,7 @@ def test_a_norm_that_does_not_say_so_is_looked_into() -> None:
             return super().forward(input) - input.cumsum(1)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Mixing(4), nn.Conv2d(4, 2, 1))
-    with pytest.raises(MorphError, match="torch.fx cannot trace|cumsum"):
+    with pytest.raises(MorphError, match=r"torch\.fx cannot trace"):
         ChannelGraph.trace(model, torch.zeros(1, 3, 4, 4))
 
 
@@ -247,5 +247,5 @@ def test_a_run_and_what_is_loaded_of_it_have_it(tmp_path: Path) -> None:
 def test_a_model_without_batch_norm_is_named() -> None:
     with pytest.raises(UserError, match="norm=ghost: the model has no BatchNorm2d"):
         ghost.build(schema.GhostNorm("ghost", 4), nn.Linear(2, 2))
-    with pytest.raises(UserError, match="norm.ghost_batch_size=0: must be 1 or more"):
+    with pytest.raises(UserError, match=r"norm\.ghost_batch_size=0: must be 1 or more"):
         config_of("norm=ghost", "norm.ghost_batch_size=0")

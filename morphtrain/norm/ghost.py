@@ -79,7 +79,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             running.mul_(keep).add_((weights * new).sum(0))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ghost_batch_size={self.ghost_batch_size}"
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, ghost_batch_size={self.ghost_batch_size}"
 
 
 def split(samples: int, ghost_batch_size: int, values: int) -> Chunks:

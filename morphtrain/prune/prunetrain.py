@@ -53,7 +53,10 @@ class PruneTrain:
             # Momentum repeats a gradient 1 / (1 - momentum) times in all, the threshold has to do the same. AdamW
             # averages gradients instead of adding them up.
             repeats = 1 / (1 - group.get("momentum", 0.0))
-            shrink(self.lassos, group["lr"] * self.strength * repeats)
+            # Where layers take steps of different sizes, as with LARS, the penalty has to take theirs.
+            step_size = getattr(run.optimizer, "step_size", lambda weight: group["lr"])
+            for lasso in self.lassos:
+                shrink([lasso], step_size(lasso.weight) * self.strength * repeats)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.strength is not None
