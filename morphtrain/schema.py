@@ -304,9 +304,76 @@ class PruneTrain:
 class FixedBatch:
     name: str
     batch_size: int
+    max_micro_batch: int | None
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_policy.batch_size", self.batch_size, "1 or more images")
+        _check_micro_batch(self.max_micro_batch)
+
+
+@dataclass
+class AdaBatch:
+    name: str
+    batch_size: int
+    factor: int
+    every: int
+    max_batch_size: int | None
+    lr_scaling: str
+    warmup_epochs: float
+    max_micro_batch: int | None
+
+    def __post_init__(self) -> None:
+        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        _check_micro_batch(self.max_micro_batch)
+        check(self.factor >= 2, "batch_policy.factor", self.factor, "2 or more")
+        check(self.every >= 1, "batch_policy.every", self.every, "1 or more epochs")
+        check(
+            self.max_batch_size is None or self.max_batch_size >= self.batch_size,
+            "batch_policy.max_batch_size",
+            self.max_batch_size,
+            f"batch_policy.batch_size={self.batch_size} or more, or null",
+        )
+
+
+@dataclass
+class FillMemory:
+    name: str
+    batch_size: int
+    budget: Any  # int, text with a unit, or None
+    multiple_of: int
+    max_factor: float
+    lr_scaling: str
+    warmup_epochs: float
+
+    def __post_init__(self) -> None:
+        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        check(
+            self.budget is None or size_in_bytes(self.budget) > 0,
+            "batch_policy.budget",
+            self.budget,
+            "a number of bytes above 0, one with a unit as 11GiB or 500MB, or null",
+        )
+        check(self.multiple_of >= 1, "batch_policy.multiple_of", self.multiple_of, "1 or more images")
+        check(self.max_factor > 1, "batch_policy.max_factor", self.max_factor, "above 1")
+
+
+UNITS = {"": 1, **{p + i: b**n for n, p in enumerate("KMGT", 1) for i, b in (("", 1000), ("i", 1024))}}
+
+
+def size_in_bytes(size: object) -> int:
+    """The bytes that a number, or a text such as 11GiB or 500 MB, stands for; 0 for what is neither."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?|)B?", str(size))
+    return int(float(found[1]) * UNITS[found[2]]) if found else 0
+
+
+def _check_micro_batch(size: int | None) -> None:
+    check(size is None or size >= 1, "batch_policy.max_micro_batch", size, "1 or more images, or null")
+
+
+def _check_growth(batch_size: int, lr_scaling: str, warmup_epochs: float) -> None:
+    check(batch_size >= 1, "batch_policy.batch_size", batch_size, "1 or more images")
+    check_one_of("batch_policy.lr_scaling", lr_scaling, ("linear", "sqrt", "none"))
+    check(warmup_epochs >= 0, "batch_policy.warmup_epochs", warmup_epochs, "0 or more epochs")
 
 
 # -- norm, precision, optimizer, schedule ----------------------------------------------------------------------
@@ -452,7 +519,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     "grow": {"none": Nothing},
     "norm": {"batch": Nothing, "ghost": GhostNorm},
     "precision": {"o0": Nothing, "o1": Autocast, "bf16": Nothing},
-    "batch_policy": {"fixed": FixedBatch},
+    "batch_policy": {"fixed": FixedBatch, "adabatch": AdaBatch, "fill_memory": FillMemory},
     "optimizer": {"sgd": SGD, "lars": LARS, "adamw": AdamW},
     "schedule": {"cosine": Annealing, "linear": Annealing, "milestones": Milestones},
     "tracking": {"none": Nothing, "mlflow": MLflow},
@@ -469,6 +536,7 @@ class Config:
     device: str
     resume: str
     objective: list[str]
+    clip_norm: float | None
     model: Any
     data: Any
     prune: Any
@@ -488,6 +556,7 @@ class Config:
         check(known, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
+        check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain) else ())
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
@@ -548,6 +617,7 @@ class _TopLevel:
     device: str
     resume: str
     objective: list[str]
+    clip_norm: float | None
 
 
 def _custom(node: DictConfig) -> Custom:

@@ -157,6 +157,11 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("precision=o1", "precision.dtype=float16"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
         ("model.shortcut=B", "prune.residual=gating"),
+        ("optimizer=lars", "norm=ghost", "norm.ghost_batch_size=6", "batch_policy.max_micro_batch=12"),
+        (
+            *("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=50"),
+            *("batch_policy.lr_scaling=linear", "batch_policy.warmup_epochs=1.5", "clip_norm=0.5"),
+        ),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:

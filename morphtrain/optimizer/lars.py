@@ -69,14 +69,14 @@ class LARS(Optimizer):
 
     def _step(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]  # no None among them
-        updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        updates = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         if group["trust_coefficient"] is not None:
             ratios = _trust_ratios(parameters, gradients, group["trust_coefficient"], group["weight_decay"])
             for p, ratio in zip(parameters, ratios, strict=True):
                 self.state[p]["trust_ratio"] = ratio
             torch._foreach_mul_(updates, ratios)
         if group["momentum"] > 0:
-            updates = self._with_momentum(parameters, list(updates), group["momentum"], group["nesterov"])
+            updates = self._with_momentum(parameters, updates, group["momentum"], group["nesterov"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
     def _with_momentum(

@@ -95,7 +95,7 @@ class PruneTrain:
         # As the run is now: when `before_training` is called it has no batch size yet, and later it may change.
         self.probe.device, self.probe.batch_size, self.probe.autocast = (
             run.device,
-            run.batch_size,
+            run.micro_batch or run.batch_size,
             run.precision.autocast,
         )
         return self.probe

@@ -24,6 +24,7 @@ from torch import nn
 from morphtrain import morph, schema
 from morphtrain.errors import UserError
 from morphtrain.model import custom
+from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.run import Run, build_model, build_run, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -68,6 +69,8 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "epoch": run.epoch,
         "progress": run.progress,
         "batch_size": run.batch_size,
+        "micro_batch": run.micro_batch,
+        "lr_scale": asdict(run.lr_scale),
         "initial": run.initial,
         "history": run.history,
         "tracking_id": tracking_id,
@@ -101,8 +104,9 @@ class Checkpoint:
         run.precision.load_state_dict(self.content["precision"])
         for group, state in self.content["methods"].items():
             run.methods[group].load_state_dict(state)
-        for key in ("epoch", "progress", "batch_size", "initial", "history"):
+        for key in ("epoch", "progress", "batch_size", "micro_batch", "initial", "history"):
             setattr(run, key, self.facts[key])
+        run.lr_scale = Ramp(**self.facts["lr_scale"])
         return run
 
     def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from morphtrain.data.protocol import Batch
-from morphtrain.trainer.run import Run
+from morphtrain.trainer.run import Run, passes
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
@@ -22,9 +23,9 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     for images, labels in waited_for(batches, run):
         passed = len(labels) / samples
         set_learning_rate(run, run.progress + passed / 2)
-        with run.precision.autocast():
-            run.loss = F.cross_entropy(run.model(images), labels)
-        run.precision.backward(run.loss, run.optimizer)
+        run.loss = backward(run, images, labels)
+        if run.config.clip_norm is not None:
+            clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
         for hook in after_backward:
             hook(run)
         if run.precision.step(run.optimizer):
@@ -32,11 +33,23 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
             for hook in after_step:
                 hook(run)
         run.optimizer.zero_grad()
-        total += run.loss.detach() * len(labels)
+        total += run.loss * len(labels)
         run.clock.step_done()
         if tick is not None:
             tick(len(labels))
     run.train_loss = total.item() / samples
+
+
+def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Leave the gradient of the batch's mean cross-entropy, part by part if it has to be; returns the loss."""
+    parts = passes(len(labels), run.micro_batch)
+    total = torch.zeros((), device=run.device)
+    for number, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
+        with run.precision.autocast():
+            loss = F.cross_entropy(run.model(x), y) * (len(y) / len(labels))
+        run.precision.backward(loss, run.optimizer, more=number < parts)
+        total += loss.detach()
+    return total
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
@@ -56,7 +69,7 @@ def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
 
 
 def set_learning_rate(run: Run, epochs_done: float) -> None:
-    lr = run.config.optimizer.lr * run.schedule(epochs_done)
+    lr = run.config.optimizer.lr * run.schedule(epochs_done) * run.lr_scale.at(epochs_done)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 

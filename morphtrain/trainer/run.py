@@ -21,6 +21,7 @@ from morphtrain.model.outputs import check_outputs
 from morphtrain.morph import ChannelGraph, MorphError, is_ignored
 from morphtrain.precision import Precision
 from morphtrain.schedule import Schedule
+from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Run:
     epoch: int = 0  # the current one, counted from 1; before and between epochs the last one done
     progress: float = 0.0  # passes over the training data that led to a step; what the schedule sees
     batch_size: int = 0
+    micro_batch: int | None = None  # at most so many images go through the network at once; None: the whole batch
+    lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size; a batch policy's
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
     train_loss: float = 0.0  # mean over the last epoch
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
@@ -62,6 +65,35 @@ class Run:
         """To be called by a method behind every structural change."""
         self.change = f"{self.change}; {summary}" if self.change else summary
 
+    def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
+        """To be called by a batch policy: images in a step, and how many of them go through the network at once.
+
+        Raises:
+            UserError: if there are not so many, or if a single one would go through a network that cannot train on it.
+        """
+        samples = len(self.data.train)
+        if batch_size > samples:
+            raise UserError(
+                f"batch_policy.batch_size={batch_size}: the training set has {samples} images; at most that many"
+            )
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        if 1 in (batch // passes(batch, micro_batch) for batch in (batch_size, samples % batch_size)):
+            self._check_single(samples)
+
+    def _check_single(self, samples: int) -> None:
+        try:
+            check_outputs("the model", self.model, self.data.input_shape, self.data.num_classes, samples=1)
+        except UserError as error:
+            micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
+            raise UserError(
+                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch} it leaves a single one "
+                f"for a pass, but {error}"
+            ) from error
+
+    def scale_learning_rate(self, factor: float, warmup_epochs: float) -> None:
+        """Let the learning rate become `factor` times what `optimizer.lr` and schedule say, within `warmup_epochs`."""
+        self.lr_scale = self.lr_scale.turned(self.progress, factor, warmup_epochs)
+
     def count(self) -> None:
         """Count parameters and MACs of the network as it is now."""
         self.params = count_params(self.model)
@@ -70,6 +102,11 @@ class Run:
     def generator(self, epoch: int) -> torch.Generator:
         """The randomness of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
+
+
+def passes(images: int, micro_batch: int | None) -> int:
+    """In how many parts, of the same size give or take one image, a batch goes through the network."""
+    return 1 if micro_batch is None else max(1, -(-images // micro_batch))
 
 
 def derived_seed(seed: int, epoch: int) -> int:
