@@ -38,20 +38,6 @@ CASES = {
         ["data.resize=32", "auto, or 64 (data.image_size) or more"],
     ),
     "in memory perhaps": (["data=image_folder", "data.in_memory=maybe"], ["data.in_memory=maybe", "auto, or true"]),
-    "ghosts of none": (["norm=ghost", "norm.ghost_batch_size=0"], ["norm.ghost_batch_size=0", "1 or more"]),
-    "trust": (["optimizer=lars", "optimizer.trust_coefficient=0"], ["optimizer.trust_coefficient=0", "above 0"]),
-    "clipping to nothing": (["clip_norm=0"], ["clip_norm=0", "above 0, or null"]),
-    "no passes": (["batch_policy.max_micro_batch=0"], ["batch_policy.max_micro_batch=0", "1 or more"]),
-    "shrinking batch": (["batch_policy=adabatch", "batch_policy.factor=1"], ["batch_policy.factor=1", "2 or more"]),
-    "limit below the start": (
-        ["batch_policy=adabatch", "batch_policy.max_batch_size=8"],
-        ["batch_policy.max_batch_size=8", "batch_policy.batch_size=32 or more"],
-    ),
-    "scaling": (
-        ["batch_policy=fill_memory", "batch_policy.lr_scaling=cubic"],
-        ["batch_policy.lr_scaling=cubic", "linear, sqrt, none"],
-    ),
-    "budget": (["batch_policy=fill_memory", "batch_policy.budget=much"], ["batch_policy.budget=much", "11GiB"]),
     "unknown device": (["device=gpu"], ["device=gpu", "cuda"]),
 }
 
