@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Command
+from conftest import SMALL
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import INPUT, LABELS, build, step, trace
@@ -19,6 +21,10 @@ from torch.nn import functional as F
 from morphtrain import schema
 from morphtrain.optimizer import lars
 from morphtrain.optimizer.lars import LARS
+from morphtrain.prune.lasso import shrink
+from morphtrain.run import CONF
+from morphtrain.trainer import train
+from morphtrain.trainer.run import build_run
 
 SHAPES = [(3, 2, 2, 2), (4, 3), (5,)]
 
@@ -159,9 +165,29 @@ def test_it_survives_a_copy_and_takes_a_closure() -> None:
     both.step()
 
 
-def test_the_lasso_still_prunes(tmp_path: Path, command: Command) -> None:
-    result = command(*SMALL, "tracking=none", "hydra.run.dir=run", "optimizer=lars", "optimizer.trust_coefficient=0.02")
-    assert result.returncode == 0, result.stderr
-    history = json.loads(torch.load(tmp_path / "run" / "last.pt")["facts"])["history"]
+def test_the_lasso_still_prunes(tmp_path: Path) -> None:
+    overrides = [*SMALL, "tracking=none", "device=cpu", "optimizer=lars", "optimizer.trust_coefficient=0.02"]
+    with initialize_config_dir(str(CONF)):
+        train(schema.parse(compose("config", overrides=overrides)), tmp_path, {})
+    history = json.loads(torch.load(tmp_path / "last.pt")["facts"])["history"]
     assert history[-1]["params"] < 0.9 * history[0]["params"]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_the_lasso_takes_each_layers_step() -> None:
+    """With the whole network's learning rate in its place, nothing would be left of it."""
+    with initialize_config_dir(str(CONF)):
+        run = build_run(schema.parse(compose("config", overrides=[*SMALL, "optimizer=lars"])))
+    method = run.methods["prune"]
+    method.before_training(run)
+    method.strength, run.epoch = 0.5, 1
+    F.cross_entropy(run.model(torch.randn(8, *run.data.input_shape)), torch.arange(8)).backward()
+    run.optimizer.step()
+    alone = [dataclasses.replace(lasso, weight=lasso.weight.detach().clone()) for lasso in method.lassos]
+    method.after_step(run)
+    for lasso, other in zip(method.lassos, alone, strict=True):
+        shrink([other], 10 * 0.5 * float(run.optimizer.step_size(lasso.weight)))
+        assert other.weight.any(), "the test is about steps that leave something"
+        torch.testing.assert_close(lasso.weight.detach(), other.weight)
+    sizes = {round(float(run.optimizer.step_size(lasso.weight)), 9) for lasso in method.lassos}
+    assert len(sizes) == len(method.lassos)
