@@ -492,12 +492,88 @@ def _check_dates(option: PruneTrain | MorphNet) -> None:
 class FixedBatch:
     name: str
     batch_size: int
+    max_micro_batch: int | None
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_policy.batch_size", self.batch_size, "1 or more images")
+        _check_micro_batch(self.max_micro_batch)
 
 
-# -- precision, optimizer, schedule ----------------------------------------------------------------------------
+@dataclass
+class AdaBatch:
+    name: str
+    batch_size: int
+    factor: int
+    every: int
+    max_batch_size: int | None
+    lr_scaling: str
+    warmup_epochs: float
+    max_micro_batch: int | None
+
+    def __post_init__(self) -> None:
+        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        _check_micro_batch(self.max_micro_batch)
+        check(self.factor >= 2, "batch_policy.factor", self.factor, "2 or more")
+        check(self.every >= 1, "batch_policy.every", self.every, "1 or more epochs")
+        check(
+            self.max_batch_size is None or self.max_batch_size >= self.batch_size,
+            "batch_policy.max_batch_size",
+            self.max_batch_size,
+            f"batch_policy.batch_size={self.batch_size} or more, or null",
+        )
+
+
+@dataclass
+class FillMemory:
+    name: str
+    batch_size: int
+    budget: Any  # int, text with a unit, or None
+    multiple_of: int
+    max_factor: float
+    lr_scaling: str
+    warmup_epochs: float
+
+    def __post_init__(self) -> None:
+        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        check(
+            self.budget is None or size_in_bytes(self.budget) > 0,
+            "batch_policy.budget",
+            self.budget,
+            "a number of bytes above 0, one with a unit as 11GiB or 500MB, or null",
+        )
+        check(self.multiple_of >= 1, "batch_policy.multiple_of", self.multiple_of, "1 or more images")
+        check(self.max_factor > 1, "batch_policy.max_factor", self.max_factor, "above 1")
+
+
+UNITS = {"": 1, **{p + i: b**n for n, p in enumerate("KMGT", 1) for i, b in (("", 1000), ("i", 1024))}}
+
+
+def size_in_bytes(size: object) -> int:
+    """The bytes that a number, or a text such as 11GiB or 500 MB, stands for; 0 for what is neither."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?|)B?", str(size))
+    return int(float(found[1]) * UNITS[found[2]]) if found else 0
+
+
+def _check_micro_batch(size: int | None) -> None:
+    check(size is None or size >= 1, "batch_policy.max_micro_batch", size, "1 or more images, or null")
+
+
+def _check_growth(batch_size: int, lr_scaling: str, warmup_epochs: float) -> None:
+    check(batch_size >= 1, "batch_policy.batch_size", batch_size, "1 or more images")
+    check_one_of("batch_policy.lr_scaling", lr_scaling, ("linear", "sqrt", "none"))
+    check(warmup_epochs >= 0, "batch_policy.warmup_epochs", warmup_epochs, "0 or more epochs")
+
+
+# -- norm, precision, optimizer, schedule ----------------------------------------------------------------------
+
+
+@dataclass
+class GhostNorm:
+    name: str
+    ghost_batch_size: int
+
+    def __post_init__(self) -> None:
+        check(self.ghost_batch_size >= 1, "norm.ghost_batch_size", self.ghost_batch_size, "1 or more samples")
 
 
 @dataclass
@@ -529,6 +605,16 @@ class SGD:
             self.nesterov,
             "false when optimizer.momentum=0",
         )
+
+
+@dataclass
+class LARS(SGD):
+    trust_coefficient: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = "optimizer.trust_coefficient"
+        check(self.trust_coefficient > 0, key, self.trust_coefficient, "above 0 (You et al.: 0.001)")
 
 
 @dataclass
@@ -626,9 +712,10 @@ OPTIONS: dict[str, dict[str, type]] = {
         "selective": Selective,
         "adaptive": Adaptive,
     },
+    "norm": {"batch": Nothing, "ghost": GhostNorm},
     "precision": {"o0": Nothing, "o1": Autocast, "bf16": Nothing},
-    "batch_policy": {"fixed": FixedBatch},
-    "optimizer": {"sgd": SGD, "adamw": AdamW},
+    "batch_policy": {"fixed": FixedBatch, "adabatch": AdaBatch, "fill_memory": FillMemory},
+    "optimizer": {"sgd": SGD, "lars": LARS, "adamw": AdamW},
     "schedule": {"constant": Annealing, "cosine": Annealing, "linear": Annealing, "milestones": Milestones},
     "tracking": {"none": Nothing, "mlflow": MLflow},
     "timing": {"default": Timing},
@@ -645,10 +732,12 @@ class Config:
     resume: str
     architecture: str | None
     objective: list[str]
+    clip_norm: float | None
     model: Any
     data: Any
     prune: Any
     grow: Any
+    norm: Any
     precision: Any
     batch_policy: Any
     optimizer: Any
@@ -663,7 +752,14 @@ class Config:
         check(known, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
+        check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         self._check_growth()
+        rows = isinstance(self.prune, MorphNet) and self.prune.regulariser == "group_lasso"
+        if rows and isinstance(self.optimizer, LARS):
+            raise UserError(
+                "prune.regulariser=group_lasso: would shrink all layers alike, where optimizer=lars takes steps of "
+                "different sizes; prune.regulariser=gamma_l1 or optimizer=sgd works"
+            )
         recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain | MorphNet) else ())
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
@@ -703,9 +799,14 @@ def option_of(node: Mapping[Any, Any]) -> Any:
 
 def stored_model(stored: Mapping[str, Any]) -> Any:
     """The model's dataclass from the plain data of a checkpoint; raises `UserError` for what is none of ours."""
-    options = OPTIONS["model"]
+    return stored_option("model", stored)
+
+
+def stored_option(group: str, stored: Mapping[str, Any]) -> Any:
+    """The dataclass of a group's option from plain data; raises `UserError` for what is none of ours."""
+    options = OPTIONS[group]
     name = option_of(stored)
-    check_one_of("model.name", name, tuple(options))
+    check_one_of(f"{group}.name", name, tuple(options))
     return options[name](**stored)
 
 
@@ -736,6 +837,7 @@ class _TopLevel:
     resume: str
     architecture: str | None
     objective: list[str]
+    clip_norm: float | None
 
 
 def _custom(node: DictConfig) -> Custom:

@@ -25,6 +25,10 @@ CASES = {
     "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
     "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
     "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
+    "rows under LARS": (
+        ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],
+        ["prune.regulariser=group_lasso", "gamma_l1"],
+    ),
     "nowhen to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
     "growth behind the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
     "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], ["grow.factor=1", "above 1"]),
@@ -90,6 +94,22 @@ SLOWER_CASES = {
     "no such folder": (["data=image_folder", "data.root=nowhere"], ["data.root=nowhere", "train/<class>/"]),
     "no network": (["data=cifar10", "data.root=nowhere"], ["data.root=nowhere", "download failed"]),
     "batch above the data": ([*SMALL, "batch_policy.batch_size=999"], ["batch_policy.batch_size=999", "256"]),
+    "limit above the data": (
+        [*SMALL, "batch_policy=adabatch", "batch_policy.max_batch_size=257"],
+        ["batch_policy.max_batch_size=257", "256"],
+    ),
+    "free memory of a CPU": (
+        [*SMALL, "batch_policy=fill_memory", "device=cpu"],
+        ["batch_policy.budget=null", "batch_policy.budget=2GiB"],
+    ),
+    "single images of one pixel": (
+        [*SMALL, "model.stages=4", "data.train_samples=257"],
+        ["batch_policy.batch_size=16", "a single one", "more than 1 value per channel"],
+    ),
+    "no batch norm": (
+        [*ANY_MODEL, "model=alexnet", "norm=ghost"],
+        ["norm=ghost: the model has no BatchNorm2d"],
+    ),
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
     "no norms": (
         [*ANY_MODEL, "prune=morphnet", "model=vgg8", "model.batch_norm=false", "data.image_size=32"],

@@ -164,6 +164,11 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("grow=adaptive", "grow.patience=2", "schedule=constant"),
         ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
         ("prune=morphnet",),
+        ("optimizer=lars", "norm=ghost", "norm.ghost_batch_size=6", "batch_policy.max_micro_batch=12"),
+        (
+            *("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=50"),
+            *("batch_policy.lr_scaling=linear", "batch_policy.warmup_epochs=1.5", "clip_norm=0.5"),
+        ),
     ],
 )
 def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:

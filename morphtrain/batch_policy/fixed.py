@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from morphtrain import schema
-from morphtrain.errors import UserError
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -14,17 +13,13 @@ if TYPE_CHECKING:
 class FixedBatch:
     """Set the batch size once."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, max_micro_batch: int | None = None) -> None:
         self.batch_size = batch_size
+        self.max_micro_batch = max_micro_batch
 
     def before_training(self, run: Run) -> None:
-        samples = len(run.data.train)
-        if self.batch_size > samples:
-            raise UserError(
-                f"batch_policy.batch_size={self.batch_size}: the training set has {samples} images; at most that many"
-            )
-        run.batch_size = self.batch_size
+        run.set_batch(self.batch_size, self.max_micro_batch)
 
 
 def build(config: schema.FixedBatch) -> FixedBatch:
-    return FixedBatch(config.batch_size)
+    return FixedBatch(config.batch_size, config.max_micro_batch)

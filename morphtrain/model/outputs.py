@@ -14,19 +14,21 @@ from morphtrain.errors import UserError
 SAMPLES = 2  # batch norm cannot train on one value per channel
 
 
-def check_outputs(name: str, model: nn.Module, input_shape: Sequence[int], num_classes: int) -> None:
+def check_outputs(
+    name: str, model: nn.Module, input_shape: Sequence[int], num_classes: int, samples: int = SAMPLES
+) -> None:
     """Raise the `UserError` of the model `name` unless it turns (B, *input_shape) into logits (B, num_classes).
 
-    Tried on two blank images, in training mode and in evaluation mode, since some networks differ in what they return.
-    That costs less than a training step; on meta tensors it would cost nothing, but refuse networks that make tensors
-    of their own on the way. Parameters, buffers, modes and random numbers are as before.
+    Tried on `samples` blank images, in training mode and in evaluation mode, since some networks differ in what they
+    return. That costs less than a training step; on meta tensors it would cost nothing, but refuse networks that make
+    tensors of their own on the way. Parameters, buffers, modes and random numbers are as before.
     """
     tensors = list(chain(model.parameters(), model.buffers()))
     if any(is_lazy(tensor) for tensor in tensors):
         raise UserError(f"{name}: has lazy layers, whose size is not known before their first use; give them a size")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{name}: has no parameter to train")
-    x = torch.zeros(SAMPLES, *input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
+    x = torch.zeros(samples, *input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
     modes = [(module, module.training) for module in model.modules()]
     try:
         for training in (True, False):

@@ -95,13 +95,13 @@ class ZeroBranch(nn.Module):
         self.stride = None if stride is None else list(stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Two positions: batch norm refuses to train on a single value per channel.
-        out = x.new_zeros(1, self.channels, 2, 1)
+        # Two positions: batch norm refuses to train on a single value per channel. All samples: a norm may count them.
+        out = x.new_zeros(len(x), self.channels, 2, 1)
         if self.bias is not None:
             out = out + self.bias.view(1, -1, 1, 1)
         if self.norm is not None:
             out = self.norm(out)
-        out = out[:, :, :1]
+        out = out[:1, :, :1]
         if self.stride is None:
             return out
         return out.expand(x.shape[0], -1, *_strided(x, self.stride)).clone()

@@ -132,6 +132,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, OWN_LAYERS) or is_ignored(module_qualified_name, self.ignore)
+        # A norm derived from one of torch's may do anything, unless it says that it treats each channel by itself.
+        own = own or (isinstance(m, layer_rules.NORMS) and getattr(m, "per_channel", False))
         return own or super().is_leaf_module(m, module_qualified_name)
 
 

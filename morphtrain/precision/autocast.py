@@ -38,10 +38,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def backward(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
-        """Gradients of `loss`, unscaled: regularisers and clipping may use them as they are."""
+    def backward(self, loss: torch.Tensor, optimizer: Optimizer, more: bool = False) -> None:
+        """Add the gradients of `loss`. They are unscaled, so that regularisers and clipping may use them as they are,
+        unless `more` losses of the same step are to come."""
         self.scaler.scale(loss).backward()
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and not more:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> bool:

@@ -84,7 +84,7 @@ def add_gradient(lassos: Iterable[GroupLasso], strength: float) -> None:
 
 
 @torch.no_grad()
-def shrink(lassos: Iterable[GroupLasso], amount: float) -> None:
+def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
     """Soft-threshold: every row, then every column, loses `amount` of its norm; shorter ones become exactly zero."""
     for lasso in lassos:
         squares = _squares(lasso.weight)
@@ -99,7 +99,7 @@ def _squares(weight: torch.Tensor) -> torch.Tensor:
     return weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
 
 
-def _soft_threshold(squared_norms: torch.Tensor, amount: float) -> torch.Tensor:
+def _soft_threshold(squared_norms: torch.Tensor, amount: float | torch.Tensor) -> torch.Tensor:
     """The factor that shortens each norm by `amount`, and zero where it is shorter than that."""
     norms = squared_norms.sqrt()
     return torch.where(norms > amount, 1 - amount / norms, 0.0)

@@ -36,7 +36,8 @@ class PruneTrain:
     def after_step(self, run: Run) -> None:
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.strength is not None
-            shrink(self.lassos, step_length(run.optimizer) * self.strength)
+            for lasso in self.lassos:
+                shrink([lasso], step_length(run.optimizer, lasso.weight) * self.strength)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.strength is not None
@@ -77,7 +78,7 @@ class PruneTrain:
         # As the run is now: when `before_training` is called it has no batch size yet, and later it may change.
         self.probe.device, self.probe.batch_size, self.probe.autocast = (
             run.device,
-            run.batch_size,
+            run.micro_batch or run.batch_size,
             run.precision.autocast,
         )
         return self.probe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from morphtrain.errors import UserError
@@ -44,12 +45,14 @@ def check_reach(option: Option, run: Run) -> None:
         )
 
 
-def step_length(optimizer: Optimizer) -> float:
+def step_length(optimizer: Optimizer, weight: torch.Tensor | None = None) -> Any:
     """How far a step goes along a gradient that stays the same: lr / (1 - momentum).
 
     Momentum repeats a gradient 1 / (1 - momentum) times in all, a threshold has to do the same. AdamW averages
-    gradients instead of adding them up.
+    gradients instead of adding them up. Where layers take steps of different sizes, as with LARS, that of `weight`
+    counts.
     """
     group: dict[str, Any] = optimizer.param_groups[0]
-    length: float = group["lr"] / (1 - group.get("momentum", 0.0))
-    return length
+    own = getattr(optimizer, "step_size", None)
+    lr = group["lr"] if own is None or weight is None else own(weight)
+    return lr / (1 - group.get("momentum", 0.0))

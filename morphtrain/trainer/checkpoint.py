@@ -24,15 +24,17 @@ from torch import nn
 from morphtrain import morph, schema
 from morphtrain.errors import UserError
 from morphtrain.model import custom
+from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 3"
+FORMAT = "morphtrain checkpoint 4"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download", "data.num_workers")
 # Fields of a run that a checkpoint holds as plain data.
-RUN_STATE = ("epoch", "progress", "batch_size", "initial", "history", "changes", "lr_factor", "rewarmed", "stopped")
+RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
+RAMPS = ("lr_scale", "rewarmed")
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "num_classes": run.data.num_classes,
         "in_channels": run.data.input_shape[0],
         **{key: getattr(run, key) for key in RUN_STATE},
+        **{key: asdict(getattr(run, key)) for key in RAMPS},
         "tracking_id": tracking_id,
     }
     return {
@@ -101,6 +104,8 @@ class Checkpoint:
             run.methods[group].load_state_dict(state)
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
+        for key in RAMPS:
+            setattr(run, key, Ramp(**self.facts[key]))
         return run
 
     def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
@@ -108,11 +113,13 @@ class Checkpoint:
         facts = self.facts
         try:
             config = schema.stored_model(facts["config"]["model"])
+            norm = schema.stored_option("norm", facts["config"]["norm"])
         except (TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
         build = self._builder(config, make)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(build, config, facts["config"]["seed"], facts["num_classes"], facts["in_channels"])
+            seed, num_classes, in_channels = facts["config"]["seed"], facts["num_classes"], facts["in_channels"]
+            model = build_model(build, config, norm, seed, num_classes, in_channels)
         return self._rebuild(model)
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from morphtrain.data.protocol import Batch
-from morphtrain.trainer.run import Run
+from morphtrain.trainer.run import Run, passes
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
@@ -23,10 +24,9 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     for images, labels in waited_for(batches, run):
         passed = len(labels) / samples
         set_learning_rate(run, run.progress + passed / 2)
-        with run.precision.autocast():
-            logits = run.model(images)
-            run.loss = F.cross_entropy(logits, labels)
-        run.precision.backward(run.loss, run.optimizer)
+        run.loss, right = backward(run, images, labels)
+        if run.config.clip_norm is not None:
+            clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
         for hook in after_backward:
             hook(run)
         if run.precision.step(run.optimizer):
@@ -34,12 +34,30 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
             for hook in after_step:
                 hook(run)
         run.optimizer.zero_grad()
-        total += run.loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
+        total += run.loss * len(labels)
+        correct += right
         run.clock.step_done()
         if tick is not None:
             tick(len(labels))
     run.train_loss, run.train_accuracy = total.item() / samples, correct.item() / samples
+
+
+def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave the gradient of the batch's mean cross-entropy, part by part if it has to be.
+
+    Returns the loss, and how many images were classified right.
+    """
+    parts = passes(len(labels), run.micro_batch)
+    total = torch.zeros((), device=run.device)
+    correct = torch.zeros((), device=run.device, dtype=torch.long)
+    for number, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
+        with run.precision.autocast():
+            logits = run.model(x)
+            loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
+        run.precision.backward(loss, run.optimizer, more=number < parts)
+        total += loss.detach()
+        correct += (logits.detach().argmax(1) == y).sum()
+    return total, correct
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:

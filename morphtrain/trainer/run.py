@@ -23,6 +23,7 @@ from morphtrain.model.outputs import check_outputs
 from morphtrain.morph import ChannelGraph, MorphError, is_ignored
 from morphtrain.precision import Precision
 from morphtrain.schedule import Schedule
+from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Run:
     epoch: int = 0  # the current one, counted from 1; before and between epochs the last one done
     progress: float = 0.0  # passes over the training data that led to a step; what the schedule sees
     batch_size: int = 0
+    micro_batch: int | None = None  # at most so many images go through the network at once; None: the whole batch
+    lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size; a batch policy's
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
     train_loss: float = 0.0  # mean over the last epoch
     train_accuracy: float = 0.0  # 0..1, of the same forward passes
@@ -56,7 +59,7 @@ class Run:
     change: str = ""  # what the structural change of this epoch did; "" if there was none
     changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces behind it
     lr_factor: float = 1.0  # on the schedule's learning rate, by methods that lower it
-    rewarmed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # progress of the last rewarming, its epochs
+    rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor behind a growth
     stopped: bool = False  # a method ends the run behind this epoch
     params: int = 0
     macs: int = 0
@@ -76,13 +79,12 @@ class Run:
 
     def rewarm(self, epochs: float) -> None:
         """Let the learning rate rise again from zero to what it would be, over `epochs`."""
-        self.rewarmed = [self.progress, epochs]
+        self.rewarmed = Ramp(0.0, 1.0, self.progress, epochs)
 
     def learning_rate(self, epochs_done: float) -> float:
         """The learning rate after so many epochs."""
-        start, epochs = self.rewarmed
-        risen = min(1.0, (epochs_done - start) / epochs) if epochs else 1.0
-        return self.config.optimizer.lr * self.schedule(epochs_done) * self.lr_factor * risen
+        scheduled = self.config.optimizer.lr * self.schedule(epochs_done)
+        return scheduled * self.lr_scale.at(epochs_done) * self.rewarmed.at(epochs_done) * self.lr_factor
 
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
         """The images of the first batches of this epoch, as training sees them."""
@@ -94,6 +96,35 @@ class Run:
         fresh_weights(self.model)
         self.optimizer.state.clear()
 
+    def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
+        """To be called by a batch policy: images in a step, and how many of them go through the network at once.
+
+        Raises:
+            UserError: if there are not so many, or if a single one would go through a network that cannot train on it.
+        """
+        samples = len(self.data.train)
+        if batch_size > samples:
+            raise UserError(
+                f"batch_policy.batch_size={batch_size}: the training set has {samples} images; at most that many"
+            )
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        if 1 in (batch // passes(batch, micro_batch) for batch in (batch_size, samples % batch_size)):
+            self._check_single(samples)
+
+    def _check_single(self, samples: int) -> None:
+        try:
+            check_outputs("the model", self.model, self.data.input_shape, self.data.num_classes, samples=1)
+        except UserError as error:
+            micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
+            raise UserError(
+                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch} it leaves a single one "
+                f"for a pass, but {error}"
+            ) from error
+
+    def scale_learning_rate(self, factor: float, warmup_epochs: float) -> None:
+        """Let the learning rate become `factor` times what `optimizer.lr` and schedule say, within `warmup_epochs`."""
+        self.lr_scale = self.lr_scale.turned(self.progress, factor, warmup_epochs)
+
     def count(self) -> None:
         """Count parameters and MACs of the network as it is now."""
         self.params = count_params(self.model)
@@ -102,6 +133,11 @@ class Run:
     def generator(self, epoch: int) -> torch.Generator:
         """The randomness of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
+
+
+def passes(images: int, micro_batch: int | None) -> int:
+    """In how many parts, of the same size give or take one image, a batch goes through the network."""
+    return 1 if micro_batch is None else max(1, -(-images // micro_batch))
 
 
 def derived_seed(seed: int, epoch: int) -> int:
@@ -130,13 +166,18 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def build_model(
-    build: Callable[..., nn.Module], config: Any, seed: int, num_classes: int, in_channels: int
+    build: Callable[..., nn.Module], config: Any, norm: Any, seed: int, num_classes: int, in_channels: int
 ) -> nn.Module:
-    """The network that `build` makes of the config group `model`, initialised from the run's seed, on the CPU."""
+    """The network that `build` makes of the config group `model`, with the norms of group `norm`, on the CPU.
+
+    It is initialised from the run's seed. Structure and values of a checkpoint come later: they know no norms.
+    """
     # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
     torch.default_generator.manual_seed(derived_seed(seed, 0))
     with torch.device("cpu"):
-        return build(config, num_classes, in_channels)
+        model = build(config, num_classes, in_channels)
+    option("norm", norm)(norm, model)
+    return model
 
 
 def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
@@ -149,7 +190,7 @@ def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | N
     device = pick_device(config.device)
     data: Data = option("data", config.data)(config.data).to(device)
     build = option("model", config.model)
-    model = build_model(build, config.model, config.seed, data.num_classes, data.input_shape[0])
+    model = build_model(build, config.model, config.norm, config.seed, data.num_classes, data.input_shape[0])
     if morph is not None:
         model = morph(model)
     model = model.to(device)

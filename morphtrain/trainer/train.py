@@ -96,7 +96,7 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
     if not math.isfinite(run.train_loss):
         lr = run.config.optimizer.lr
         raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller one may work")
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {"batch_size": run.batch_size}  # of this epoch: its policy may change it for the next
     with run.clock.timed("morph_seconds"):
         for hook in run.hooks("after_epoch"):
             metrics.update(hook(run) or {})
@@ -146,7 +146,6 @@ def _record(run: Run) -> dict[str, float]:
         "macs": run.macs,
         "channel_density": live_channels(run.graph, threshold) / run.initial["channels"] if run.graph.spaces else 1.0,
         "weight_density": count_weights(run.model, threshold) / run.initial["weights"],
-        "batch_size": run.batch_size,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "peak_memory_bytes": peak_memory(run.device),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),

@@ -1,0 +1,47 @@
+"""Larger batches as training goes on, instead of smaller learning rates.
+
+Smith et al. 2018 (arXiv 1711.00489): noise in the gradients falls with lr / batch size, so that raising the one does
+what lowering the other does, in fewer steps. Devarakonda et al. 2017 (AdaBatch, arXiv 1712.02029) do both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from morphtrain import schema
+from morphtrain.batch_policy.growth import grow, tenth, without_single
+from morphtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from morphtrain.trainer.run import Run
+
+
+class AdaBatch:
+    """Multiply the batch size behind every few epochs, up to a limit."""
+
+    def __init__(self, config: schema.AdaBatch) -> None:
+        self.config = config
+
+    def before_training(self, run: Run) -> None:
+        config, samples = self.config, len(run.data.train)
+        if config.max_batch_size is not None and config.max_batch_size > samples:
+            raise UserError(
+                f"batch_policy.max_batch_size={config.max_batch_size}: the training set has {samples} images; "
+                "at most that many, or null for a tenth of them"
+            )
+        if run.epoch == 0:
+            run.set_batch(config.batch_size, config.max_micro_batch)
+
+    def after_epoch(self, run: Run) -> None:
+        config, samples = self.config, len(run.data.train)
+        if run.epoch % config.every or run.epoch == run.config.epochs:
+            return
+        limit = config.max_batch_size or tenth(samples)
+        batch_size = without_single(min(run.batch_size * config.factor, limit), samples)
+        if batch_size > run.batch_size:
+            reason = f"times {config.factor} every {config.every} epochs, up to {limit}"
+            grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
+
+
+def build(config: schema.AdaBatch) -> AdaBatch:
+    return AdaBatch(config)
