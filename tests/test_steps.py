@@ -58,11 +58,13 @@ def network() -> nn.Module:
 def test_in_passes_the_gradient_is_that_of_the_whole_batch(images: int, micro_batch: int) -> None:
     model = network()
     x, y = torch.randn(images, 2, 4, 4, dtype=torch.double), torch.randint(3, (images,))
-    loss = F.cross_entropy(model(x), y)
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     seen: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    found = backward(step_of(model, micro_batch, Precision(CPU)), x, y)  # type: ignore[arg-type]
+    found, correct = backward(step_of(model, micro_batch, Precision(CPU)), x, y)  # type: ignore[arg-type]
+    assert correct == (logits.argmax(1) == y).sum()
     torch.testing.assert_close(found, loss.detach(), check_dtype=False)
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
