@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
     A storage counts from the operation that returns it until nothing refers to it any more, as an allocator that
     hands out exactly what is asked for would have it. What an operation needs inside and frees again does not count,
     but for `copies`: whether the backward of a convolution copies what it reads into a layout of its own, as oneDNN
-    does on a CPU.
+    does on a CPU. A sum of gradients counts as a new tensor; autograd adds in place where it can, but not under a mode.
     """
 
     def __init__(self, copies: bool) -> None:
