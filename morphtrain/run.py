@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,16 @@ def discard_if_unused(run_dir: Path) -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends it with a message and exit code 1, a bug with its traceback."""
+    """Run the command."""
+    with_messages(job)
+
+
+def with_messages(command: Callable[[], Any]) -> None:
+    """Run a command of Hydra's; a user's mistake ends it with a message and exit code 1, a bug with its traceback."""
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here, as they are
     try:
-        job()
+        command()
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if wants_traceback:
             raise

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from morphtrain.byte_sizes import byte_count
 from morphtrain.errors import UserError
 
 METRICS = (
@@ -748,8 +749,7 @@ class Config:
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
-        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device) is not None
-        check(known, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
+        _check_device(self.device)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
@@ -781,6 +781,11 @@ class Config:
             check(stops, "prune.stop_epoch", prune.stop_epoch, wanted)
 
 
+def _check_device(device: str) -> None:
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
+    check(known, "device", device, "auto, cpu, cuda, cuda:N or mps")
+
+
 def keywords(option: Any) -> dict[str, Any]:
     """All keys of an option but its name: the keywords of what it describes, where that calls them alike."""
     return {field.name: getattr(option, field.name) for field in fields(option) if field.name != "name"}
@@ -810,23 +815,76 @@ def stored_option(group: str, stored: Mapping[str, Any]) -> Any:
     return options[name](**stored)
 
 
+@dataclass
+class _MaxBatchKeys:
+    budget: Any  # str or number
+    overhead: Any
+    device: str
+    input_shape: list[int] | None
+    num_classes: int | None
+    throughput_seconds: float
+
+    def __post_init__(self) -> None:
+        check(self.budget_bytes > 0, "budget", self.budget, "above 0 bytes")
+        check(self.usable_bytes > 0, "overhead", self.overhead, f"less than budget={self.budget}")
+        _check_device(self.device)
+        whole = self.input_shape is None or (len(self.input_shape) > 0 and min(self.input_shape) >= 1)
+        check(whole, "input_shape", self.input_shape, "numbers of 1 or more, as [3,32,32], or null")
+        check(self.num_classes is None or self.num_classes >= 2, "num_classes", self.num_classes, "2 or more, or null")
+        check(self.throughput_seconds >= 0, "throughput_seconds", self.throughput_seconds, "0 or more seconds")
+
+    @property
+    def budget_bytes(self) -> float:
+        """All of it."""
+        return byte_count("budget", self.budget)
+
+    @property
+    def usable_bytes(self) -> float:
+        """What is left of it for tensors."""
+        text = str(self.overhead)
+        size = byte_count("overhead", text.removesuffix("%"))
+        share = size / 100 if text.endswith("%") else size
+        return self.budget_bytes * (1 - share) if share < 1 or text.endswith("%") else self.budget_bytes - size
+
+
+@dataclass
+class MaxBatch(_MaxBatchKeys):
+    """What `python -m morphtrain.maxbatch` is asked."""
+
+    model: Any
+    data: Any
+    precision: Any
+    optimizer: Any
+
+
 def parse(composed: DictConfig) -> Config:
     """The typed config of a composed one; raises `UserError` for an unknown key, a wrong type or range."""
+    return _parse(Config, _TopLevel, composed)
+
+
+def parse_max_batch(composed: DictConfig) -> MaxBatch:
+    """The same for `conf/maxbatch.yaml`."""
+    return _parse(MaxBatch, _MaxBatchKeys, composed)
+
+
+def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
+    """An instance of dataclass `kind`: its groups, and the fields of `keys`."""
+    names = [field.name for field in fields(kind)]
     values: dict[str, Any] = {}
-    for field in fields(Config):
-        if field.name not in composed:
-            raise UserError(f"{field.name}: missing from the config")
+    for name in names:
+        if name not in composed:
+            raise UserError(f"{name}: missing; give it a value")
     for key in map(str, composed):
-        if key not in {field.name for field in fields(Config)}:
-            raise UserError(f"{key}: no such key; there are {', '.join(f.name for f in fields(Config))}")
-    for group, options in OPTIONS.items():
-        node = composed[group]
+        if key not in names:
+            raise UserError(f"{key}: no such key; there are {', '.join(names)}")
+    for group in (name for name in names if name in OPTIONS):
+        options, node = OPTIONS[group], composed[group]
         name = option_of(node) if isinstance(node, DictConfig) else node
         check_one_of(f"{group}.name", name, tuple(options))
         values[group] = _custom(node) if options[name] is Custom else _typed(options[name], node, group)
-    top = {f.name: composed[f.name] for f in fields(Config) if f.name not in OPTIONS}
-    plain = _typed(_TopLevel, OmegaConf.create(top), "")
-    return Config(**vars(plain), **values)
+    top = {name: composed[name] for name in names if name not in OPTIONS}
+    plain = _typed(keys, OmegaConf.create(top), "")
+    return kind(**vars(plain), **values)
 
 
 @dataclass

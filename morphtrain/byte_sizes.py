@@ -1,0 +1,33 @@
+"""Sizes in bytes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from morphtrain.errors import UserError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+SIZE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?) *([a-z]*)", re.IGNORECASE)
+
+
+def byte_count(key: str, value: object) -> float:
+    """Bytes of 11GiB, 512MiB, 2.5GB, 8e9 or a number; raises the `UserError` of `key` for anything else."""
+    match = SIZE.fullmatch(str(value).strip())
+    try:
+        return float(match[1]) * UNITS[match[2].upper()] if match else _refuse(key, value)
+    except (ValueError, KeyError):  # 1.2.3, 11GiG
+        return _refuse(key, value)
+
+
+def _refuse(key: str, value: object) -> float:
+    raise UserError(f"{key}={value}: must be a size as 11GiB, 512MiB, 2.5GB, or 8e9 bytes") from None
+
+
+def readable(size: float) -> str:
+    """Four digits and a unit: 1.523 MiB."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(size) >= 1000 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.4g} {units[0]}"

@@ -1,0 +1,64 @@
+"""How fast a network trains by its batch size: the fastest batch is often not the largest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
+from morphtrain.cost.step import blank_batch, training_step
+
+WARMUP_STEPS, LEAST_STEPS = 1, 3  # of every size; the first is not timed
+GOOD_ENOUGH = 0.95  # of the best rate
+
+
+def throughput(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    batch_sizes: Iterable[int],
+    seconds: float,
+    *,
+    optimizer: Optimizing = MOMENTUM_SGD,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[int, float]:
+    """Samples a second in training steps of each batch size, on the device of the model; the median of its steps.
+
+    Takes the sizes as they come, an equal share of `seconds` each, and stops at the first whose steps, as slow as
+    those before, would not be over in time. The first size is always measured. A copy of the model trains.
+    """
+    sizes = list(batch_sizes)
+    twin, its_optimizer = copied(model, optimizer, lambda tensor: tensor.clone())
+    rates: dict[int, float] = {}
+    end = time.perf_counter() + seconds
+    for position, size in enumerate(sizes):
+        left = end - time.perf_counter()
+        if rates and (WARMUP_STEPS + LEAST_STEPS) * size / rates[sizes[position - 1]] > left:
+            break
+        images, labels = blank_batch(twin, tuple(input_shape), size)
+        step = partial(training_step, twin, its_optimizer, images, labels, autocast_dtype)
+        rates[size] = size / _median_seconds(step, images.device, left / (len(sizes) - position))
+    return rates
+
+
+def _median_seconds(step: Callable[[], None], device: torch.device, share: float) -> float:
+    """Of as many steps as go into `share` seconds, but of no fewer than LEAST_STEPS."""
+    start = time.perf_counter()
+    seconds: list[float] = []
+    while len(seconds) < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - start < share:
+        before = time.perf_counter()
+        step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - before)
+    return statistics.median(seconds[WARMUP_STEPS:])
+
+
+def knee(rates: Mapping[int, float]) -> int:
+    """The smallest batch whose rate is within 5 % of the best: larger ones buy nothing but memory."""
+    best = max(rates.values())
+    return min(size for size, rate in rates.items() if rate >= GOOD_ENOUGH * best)

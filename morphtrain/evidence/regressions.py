@@ -1,0 +1,111 @@
+"""The straight lines of the thesis's chapter on batch sizes (ordinary least squares), and how far to trust them.
+
+print(inverse_batch_against_blocks([1, 2, 3, 4], [2704, 1472, 1024, 784]))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEAST_POINTS = 3  # two always lie on a line
+ROUNDING = 1e-12  # of the variance: what is left below it is arithmetic, not scatter
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """An estimate with its standard error, the t and two-sided p of "it is zero", and its confidence interval."""
+
+    value: float
+    standard_error: float
+    t: float
+    p: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.5g} [{self.low:.5g}, {self.high:.5g}], t = {self.t:.4g}, p = {self.p:.3g}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = intercept + slope * x, fitted to `points` points; `confidence` is that of the intervals."""
+
+    x: str
+    y: str
+    slope: Coefficient
+    intercept: Coefficient
+    r_squared: float
+    points: int
+    confidence: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the points lie on the line but for rounding; t, p and intervals then say nothing about a sample."""
+        return 1 - self.r_squared < ROUNDING
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.y} against {self.x} ({self.points} points, R^2 = {self.r_squared:.6f}, "
+            f"intervals of {self.confidence:.0%})",
+            f"  slope     {self.slope}",
+            f"  intercept {self.intercept}",
+        ]
+        if self.exact:
+            lines.append("  a law, not a sample: the points are on the line but for rounding, which is all t and p see")
+        return "\n".join(lines)
+
+
+def fit_line(x: Sequence[float], y: Sequence[float], *, names: tuple[str, str], confidence: float = 0.95) -> Line:
+    """The least-squares line of `y` against `x`; `names` are what they are called, x first.
+
+    Raises:
+        ValueError: for fewer than three points, unequal lengths, numbers that are not finite, or an x that is the same
+            everywhere.
+    """
+    _check(x, y)
+    import numpy as np
+    from statsmodels.api import OLS, add_constant
+
+    result = OLS(np.asarray(y, float), add_constant(np.asarray(x, float))).fit()
+    intervals = result.conf_int(alpha=1 - confidence)
+    intercept, slope = (
+        Coefficient(*(float(value) for value in (*numbers, *interval)))
+        for numbers, interval in zip(
+            zip(result.params, result.bse, result.tvalues, result.pvalues, strict=True), intervals, strict=True
+        )
+    )
+    return Line(*names, slope, intercept, float(result.rsquared), len(x), confidence)
+
+
+def inverse_batch_against_blocks(blocks: Sequence[float], batches: Sequence[float], confidence: float = 0.95) -> Line:
+    """1/B against the blocks n of a stage: linear where every block takes the same memory a sample.
+
+    B = M / (stem + n * block) for M bytes of memory, so 1/B = stem / M + n * block / M.
+    """
+    if min(batches, default=1) <= 0:
+        raise ValueError(f"batches={list(batches)}: must all be above 0")
+    inverse = [1 / batch for batch in batches]
+    return fit_line(blocks, inverse, names=("blocks a stage", "1 / largest batch"), confidence=confidence)
+
+
+def params_against_blocks(blocks: Sequence[float], params: Sequence[float], confidence: float = 0.95) -> Line:
+    """Parameters against the blocks of a stage: each block adds the same number."""
+    return fit_line(blocks, params, names=("blocks a stage", "parameters"), confidence=confidence)
+
+
+def memory_against_batch(batches: Sequence[float], sizes: Sequence[float], confidence: float = 0.95) -> Line:
+    """Bytes of a training step against its batch: what is fixed, and what a sample adds."""
+    return fit_line(batches, sizes, names=("batch", "bytes"), confidence=confidence)
+
+
+def _check(x: Sequence[float], y: Sequence[float]) -> None:
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} values of x and {len(y)} of y: must be as many")
+    if len(x) < LEAST_POINTS:
+        raise ValueError(f"{len(x)} points: a line with an interval needs {LEAST_POINTS} or more")
+    if not all(map(math.isfinite, (*x, *y))):
+        raise ValueError("not every number is finite")
+    if len(set(x)) == 1:
+        raise ValueError(f"every x is {x[0]}: a line needs two or more different ones")

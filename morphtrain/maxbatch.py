@@ -1,0 +1,33 @@
+"""The command: how large a batch a memory budget holds, and how large a one pays.
+
+python -m morphtrain.maxbatch model=resnet32 data=cifar10 budget=11GiB
+python -m morphtrain.maxbatch model=vgg16 input_shape=[3,64,64] num_classes=200 budget=8e9 device=cuda
+"""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from morphtrain import schema
+from morphtrain.run import CONF, with_messages
+
+
+@hydra.main(config_path=str(CONF), config_name="maxbatch")
+def job(composed: DictConfig) -> int:
+    """Print the answer, and return it to a sweeper."""
+    config = schema.parse_max_batch(composed)
+    choices = HydraConfig.get().runtime.choices
+    from morphtrain.trainer.max_batch import show_max_batch  # torch is slow to import; --help and --cfg do without
+
+    return show_max_batch(config, [f"{group}={choices[group]}" for group in ("model", "optimizer", "precision")])
+
+
+def main() -> None:
+    """Run the command."""
+    with_messages(job)
+
+
+if __name__ == "__main__":
+    main()
