@@ -21,7 +21,9 @@ def job(composed: DictConfig) -> int:
     choices = HydraConfig.get().runtime.choices
     from morphtrain.trainer.max_batch import show_max_batch  # torch is slow to import; --help and --cfg do without
 
-    return show_max_batch(config, [f"{group}={choices[group]}" for group in ("model", "optimizer", "precision")])
+    return show_max_batch(
+        config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]
+    )
 
 
 def main() -> None:

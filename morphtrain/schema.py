@@ -536,23 +536,11 @@ class FillMemory:
 
     def __post_init__(self) -> None:
         _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
-        check(
-            self.budget is None or size_in_bytes(self.budget) > 0,
-            "batch_policy.budget",
-            self.budget,
-            "a number of bytes above 0, one with a unit as 11GiB or 500MB, or null",
-        )
+        if self.budget is not None:
+            above = byte_count("batch_policy.budget", self.budget) > 0
+            check(above, "batch_policy.budget", self.budget, "above 0, or null")
         check(self.multiple_of >= 1, "batch_policy.multiple_of", self.multiple_of, "1 or more images")
         check(self.max_factor > 1, "batch_policy.max_factor", self.max_factor, "above 1")
-
-
-UNITS = {"": 1, **{p + i: b**n for n, p in enumerate("KMGT", 1) for i, b in (("", 1000), ("i", 1024))}}
-
-
-def size_in_bytes(size: object) -> int:
-    """The bytes that a number, or a text such as 11GiB or 500 MB, stands for; 0 for what is neither."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?|)B?", str(size))
-    return int(float(found[1]) * UNITS[found[2]]) if found else 0
 
 
 def _check_micro_batch(size: int | None) -> None:
@@ -853,6 +841,7 @@ class MaxBatch(_MaxBatchKeys):
 
     model: Any
     data: Any
+    norm: Any
     precision: Any
     optimizer: Any
 

@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 from test_resume import assert_same, contents
 from torch import nn
 
-from morphtrain import cost, schema
+from morphtrain import schema
 from morphtrain.batch_policy import fill_memory
 from morphtrain.batch_policy.growth import grow, without_single
-from morphtrain.cost import count_params
+from morphtrain.cost import MemoryModel, count_params
 from morphtrain.errors import UserError
 from morphtrain.run import CONF
 from morphtrain.schedule.ramp import Ramp
@@ -68,26 +67,6 @@ def test_a_wrong_key_is_named(case: str) -> None:
     overrides, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         config_of(*overrides)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        (123, 123),
-        ("123", 123),
-        ("11GiB", 11 * 2**30),
-        ("1.5 MiB", 3 * 2**19),
-        ("500MB", 500 * 10**6),
-        ("2T", 2 * 10**12),
-        ("7B", 7),
-        ("-1", 0),
-        ("GiB", 0),
-        ("1e9", 0),
-        (True, 0),
-    ],
-)
-def test_sizes_in_bytes(text: object, size: int) -> None:
-    assert schema.size_in_bytes(text) == size
 
 
 # -- the learning rate -----------------------------------------------------------------------------------------
@@ -158,15 +137,15 @@ def test_no_size_leaves_a_single_image(batch_size: int, samples: int, multiple: 
 # -- fill_memory -----------------------------------------------------------------------------------------------
 
 
-def stand_in(model: nn.Module, input_shape: object, optimizer: object) -> SimpleNamespace:
+def stand_in(model: nn.Module, input_shape: object, **how: object) -> MemoryModel:
     """A memory model that gets smaller with the network: 12 bytes a parameter, and 4 for every image."""
     params = count_params(model)
-    return SimpleNamespace(fixed=12 * params, per_sample=4.0 * params)
+    return MemoryModel(((12.0 * params, 4.0 * params),), exact=True)
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "memory_model", stand_in, raising=False)
+    monkeypatch.setattr(fill_memory, "memory_model", stand_in)
 
 
 def small_run(*overrides: str) -> Run:
@@ -191,8 +170,8 @@ def test_fill_memory_takes_the_most_that_is_allowed(fixed, per_sample, budget, s
     assume(1001 % start != 1)
     policy = fill_memory.build(schema.FillMemory("fill_memory", start, budget, multiple, max_factor, "linear", 0.0))
     with pytest.MonkeyPatch.context() as patch:
-        facts = SimpleNamespace(fixed=fixed, per_sample=per_sample)
-        patch.setattr(cost, "memory_model", lambda *_: facts, raising=False)
+        facts = MemoryModel(((float(fixed), per_sample),), exact=True)
+        patch.setattr(fill_memory, "memory_model", lambda *args, **how: facts)
         if fixed + per_sample > budget:
             with pytest.raises(UserError, match=f"batch_policy.budget={budget}: not even one image fits"):
                 policy.before_training(run)

@@ -50,7 +50,7 @@ def test_the_command_answers_and_leaves_nothing_behind(tmp_path: Path) -> None:
     result = maxbatch(*network, "budget=50MiB", "throughput_seconds=0.5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     said = result.stdout
-    assert said.startswith("model=custom optimizer=sgd precision=o0 device=")
+    assert said.startswith("model=custom norm=batch optimizer=sgd precision=o0 device=")
     fixed, per_sample = map(int, re.search(r"\((\d+) \+ (\d+) \* batch bytes\)", said).groups())
     batch_size = int(re.search(r"largest batch: (\d+)", said)[1])
     assert batch_size == (50 * 2**20 - fixed) // per_sample

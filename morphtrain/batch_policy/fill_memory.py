@@ -7,12 +7,14 @@ batch size and learning rate grow by the same ratio.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from morphtrain import schema
 from morphtrain.batch_policy.growth import grow, tenth, without_single
+from morphtrain.byte_sizes import byte_count, readable
+from morphtrain.cost import MemoryModel, memory_model
 from morphtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class FillMemory:
         if not run.change or run.epoch == run.config.epochs:
             return
         config, samples, memory = self.config, len(run.data.train), memory_of(run)
-        fits = fitting(memory, self.budget)
+        fits = memory.largest_batch(self.budget)
         limits = {
             "the budget": fits,
             f"batch_policy.max_factor={config.max_factor:g}": int(run.batch_size * config.max_factor),
@@ -48,17 +50,17 @@ class FillMemory:
         batch_size = without_single(min(limits.values()), samples, config.multiple_of)
         if batch_size > run.batch_size:
             least = min(limits, key=lambda name: limits[name])
-            needs = readable(memory.fixed + batch_size * memory.per_sample)
+            needs = readable(memory.peak(batch_size))
             reason = f"{self._account(memory)}: {fits} fit, {least} allows {limits[least]}, needs {needs}"
             grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
 
-    def _micro_batch(self, memory: Any, batch_size: int) -> int | None:
+    def _micro_batch(self, memory: MemoryModel, batch_size: int) -> int | None:
         """How many of `batch_size` images go through the network at once; None if all do."""
-        fits = fitting(memory, self.budget)
+        fits = memory.largest_batch(self.budget)
         if fits < 1:
             raise UserError(
                 f"batch_policy.budget={self.config.budget}: not even one image fits, which takes "
-                f"{readable(memory.fixed + memory.per_sample)}; choose a larger budget or a smaller model"
+                f"{readable(memory.peak(1))}; choose a larger budget or a smaller model"
             )
         if fits >= batch_size:
             return None
@@ -66,26 +68,19 @@ class FillMemory:
         log.warning("batch size %d: passes of at most %d images, which is what fits (%s)", batch_size, fits, account)
         return fits
 
-    def _account(self, memory: Any) -> str:
+    def _account(self, memory: MemoryModel) -> str:
         return f"{readable(memory.fixed)} and {readable(memory.per_sample)} an image, of {readable(self.budget)}"
 
 
-def memory_of(run: Run) -> Any:
-    """What a training step takes: `fixed` bytes, and `per_sample` bytes more for every image."""
-    from morphtrain.cost import memory_model  # type: ignore[attr-defined]
-
-    return memory_model(run.model, run.data.input_shape, run.optimizer)
-
-
-def fitting(memory: Any, budget: int) -> int:
-    """How many images a step may have within `budget` bytes; 0 or less if none fits."""
-    return int((budget - memory.fixed) // memory.per_sample)
+def memory_of(run: Run) -> MemoryModel:
+    """What a training step takes, as the run takes it."""
+    return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=run.precision.dtype)
 
 
 def budget_in_bytes(budget: int | str | None, device: torch.device) -> int:
     """The budget as a number; None is what a CUDA device has free, with what this process already holds of it."""
     if budget is not None:
-        return schema.size_in_bytes(budget)
+        return int(byte_count("batch_policy.budget", budget))
     if device.type != "cuda":
         raise UserError(
             f"batch_policy.budget=null: only a CUDA device says how much it has free; on {device} give a size, as "
@@ -93,15 +88,6 @@ def budget_in_bytes(budget: int | str | None, device: torch.device) -> int:
         )
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"
 
 
 def build(config: schema.FillMemory) -> FillMemory:

@@ -60,7 +60,8 @@ def show_max_batch(config: schema.MaxBatch, options: Sequence[str]) -> int:
 def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, tuple[int, ...], int]:
     """The config's network, on `device`, the shape of its images and the number of its classes."""
     input_shape, num_classes = images_of(config)
-    model = build_model(option("model", config.model), config.model, 0, num_classes, input_shape[0]).to(device)
+    build = option("model", config.model)
+    model = build_model(build, config.model, config.norm, 0, num_classes, input_shape[0]).to(device)
     check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
     return model, input_shape, num_classes
 
