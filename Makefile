@@ -30,7 +30,7 @@ lint: setup
 
 # What the product promises about its own speed, as ratios measured interleaved.
 bench: setup
-	cd benchmarks && for b in startup regulariser reconfiguration surgery widths ghost_norm loop loader tracking allocator; do ../$(BIN)/python $$b.py; done
+	cd benchmarks && for b in startup regulariser reconfiguration surgery widths ghost_norm memory loop loader tracking allocator; do ../$(BIN)/python $$b.py; done
 
 ui: setup
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

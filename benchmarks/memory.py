@@ -4,7 +4,7 @@ A fresh process per network and batch size: it trains a copy at batch 2 first, s
 then notes how its resident size grows from before the network is there to the fullest moment of two steps. For the
 comparison glibc gets every block from the system by itself and returns it at once: the resident size is then what the
 tensors need, as an allocator without fragmentation would have it. `kept` is the same under the trainer's own setting
-(`trainer/process.py`), which is faster and leaves holes in the heap. Linux only.
+(`trainer/process.py`), which is faster and leaves holes in the heap. Linux only. First, what an estimate itself takes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+
+from morphtrain.cost import max_batch
+from morphtrain.model import ResNet
 
 NETWORKS = ("resnet32", "vgg11", "mobilenet_v2")
 BATCHES = (64, 128, 256)
@@ -69,7 +73,23 @@ def measure(name: str, batch: int, pruned: bool, kept: bool = False) -> dict[str
     return json.loads(result.stdout)
 
 
+def report_seconds() -> None:
+    """The largest network of the thesis's table, 120 convolutions, in a process that has estimated before."""
+
+    def seconds(blocks: int) -> float:
+        start = time.perf_counter()
+        max_batch(ResNet(stages=4, blocks=blocks, layers=3, downsample=False), (3, 32, 32), 11 * 2**30)
+        return time.perf_counter() - start
+
+    first, worst = seconds(1), max(seconds(10) for _ in range(3))
+    print(
+        f"memory: largest batch of ResNet(4, 10), worst of 3 = {worst:.2f} s   "
+        f"limit 2 s {'ok' if worst <= 2 else 'EXCEEDED'} (the first of a process, ResNet(4, 1): {first:.2f} s)"
+    )
+
+
 def main() -> None:
+    report_seconds()
     for name in NETWORKS:
         for pruned in (False, True):
             for batch in FEWER.get(name, BATCHES):
