@@ -1,0 +1,18 @@
+"""How a range is checked: the error of a wrong value names its key, the value, and what would work."""
+
+from __future__ import annotations
+
+from morphtrain.errors import UserError
+
+
+def check(ok: bool, key: str, value: object, wanted: str) -> None:
+    """Raise the `UserError` of key `key` unless `ok`; `wanted` says which values work."""
+    if not ok:
+        raise UserError(f"{key}={value}: must be {wanted}")
+
+
+def check_one_of(key: str, value: object, choices: tuple[object, ...]) -> None:
+    check(value in choices, key, value, "one of " + ", ".join(map(str, choices)))
+
+
+COSTS = ("flops", "model_size", "latency")

@@ -1,0 +1,87 @@
+"""Options of the group `data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from morphtrain.schema.checks import check
+
+
+@dataclass
+class Digits:
+    name: str
+    image_size: int
+    shift: int
+
+    def __post_init__(self) -> None:
+        check(self.image_size >= 8, "data.image_size", self.image_size, "8 or more pixels")
+        _check_shift(self.shift, self.image_size)
+
+
+@dataclass
+class Downloaded:
+    """Fashion-MNIST, CIFAR-10, CIFAR-100: files below `root`, fetched on demand."""
+
+    name: str
+    root: str
+    download: bool
+    shift: int
+    flip: bool
+    train_samples: int | None
+
+    def __post_init__(self) -> None:
+        _check_shift(self.shift, 28)
+        check(
+            self.train_samples is None or self.train_samples >= 1,
+            "data.train_samples",
+            self.train_samples,
+            "1 or more, or null for all",
+        )
+
+
+@dataclass
+class ImageFolder:
+    name: str
+    root: str
+    image_size: int
+    resize: Any  # auto, or int
+    min_scale: float
+    flip: bool
+    in_memory: Any  # auto, or bool
+    memory_limit: Any  # auto, or float
+    num_workers: Any  # auto, or int
+
+    def __post_init__(self) -> None:
+        check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
+        self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
+        check(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0 and at most 1")
+        self._check_auto("in_memory", bool, False, "true or false")
+        self._check_auto("memory_limit", (int, float), 0, "0 or more GiB")
+        self._check_auto("num_workers", int, 0, "0 or more processes")
+
+    def _check_auto(self, key: str, kind: Any, least: Any, wanted: str) -> None:
+        value = getattr(self, key)
+        whole = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # True is an int to Python
+        check(value == "auto" or (whole and value >= least), f"data.{key}", value, f"auto, or {wanted}")
+
+
+@dataclass
+class Synthetic:
+    name: str
+    train_samples: int
+    val_samples: int
+    image_size: int
+    in_channels: int
+    num_classes: int
+    noise: float
+
+    def __post_init__(self) -> None:
+        for key in ("train_samples", "val_samples", "image_size", "in_channels"):
+            check(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
+        check(self.num_classes >= 2, "data.num_classes", self.num_classes, "2 or more")
+        check(self.noise >= 0, "data.noise", self.noise, "0 or more")
+
+
+def _check_shift(shift: int, image_size: int) -> None:
+    check(0 <= shift < image_size, "data.shift", shift, f"0 to {image_size - 1} pixels")

@@ -1,0 +1,156 @@
+"""Options of the group `grow`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morphtrain.schema.checks import COSTS, check, check_one_of
+
+
+@dataclass(kw_only=True)
+class Growth:
+    """What all ways to grow while training have in common."""
+
+    name: str
+    rewarm_epochs: float
+
+    def __post_init__(self) -> None:
+        check(self.rewarm_epochs >= 0, "grow.rewarm_epochs", self.rewarm_epochs, "0 or more epochs")
+
+
+@dataclass(kw_only=True)
+class Limited(Growth):
+    """Growth within hard limits."""
+
+    max_params: float | None
+    max_macs: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("max_params", "max_macs"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"grow.{key}", value, "1 or more times the first network, or null")
+
+
+@dataclass(kw_only=True)
+class Planned(Limited):
+    """Growth behind given epochs and on plateaus."""
+
+    at_epochs: list[int]
+    patience: int | None
+    smoothing: float
+    max_times: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(all(e >= 1 for e in self.at_epochs), "grow.at_epochs", self.at_epochs, "epochs, counted from 1")
+        some = bool(self.at_epochs) or self.patience is not None
+        check(some, "grow.at_epochs", self.at_epochs, "at least one epoch, or grow.patience a number")
+        check(self.patience is None or self.patience >= 1, "grow.patience", self.patience, "1 or more epochs, or null")
+        check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
+        check(self.max_times >= 1, "grow.max_times", self.max_times, "1 or more")
+
+
+@dataclass(kw_only=True)
+class Wider(Planned):
+    factor: float
+    where: list[str]
+    noise: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.factor > 1, "grow.factor", self.factor, "above 1")
+        check(self.noise >= 0, "grow.noise", self.noise, "0 or more")
+
+
+@dataclass(kw_only=True)
+class Deeper(Planned):
+    operator: str
+    start: str
+    kernel: int
+    where: list[str]
+    calibration_batches: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("grow.operator", self.operator, ("block", "layer"))
+        check_one_of("grow.start", self.start, ("zero_gamma", "half_half"))
+        check(self.kernel >= 1 and self.kernel % 2 == 1, "grow.kernel", self.kernel, "odd")
+        check(self.calibration_batches >= 1, "grow.calibration_batches", self.calibration_batches, "1 or more")
+
+
+@dataclass(kw_only=True)
+class ToTarget:
+    """What grows until the whole network costs something."""
+
+    cost: str
+    noise: float
+
+    def check_cost(self) -> None:
+        check_one_of("grow.cost", self.cost, COSTS)
+        check(self.noise >= 0, "grow.noise", self.noise, "0 or more")
+
+
+@dataclass(kw_only=True)
+class WhereKept(ToTarget):
+    """What grows where pruning left the channels."""
+
+    keep_fraction: float
+    operator: str
+    start: str
+    calibration_batches: int
+
+    def check_kept(self) -> None:
+        self.check_cost()
+        check(0 < self.keep_fraction <= 1, "grow.keep_fraction", self.keep_fraction, "above 0 and at most 1")
+        check_one_of("grow.operator", self.operator, ("wider", "deeper", "auto"))
+        check_one_of("grow.start", self.start, ("zero_gamma", "half_half"))
+        check(self.calibration_batches >= 1, "grow.calibration_batches", self.calibration_batches, "1 or more")
+
+
+@dataclass(kw_only=True)
+class GrowMorphNet(Growth, ToTarget):
+    target: float
+    rounds: int
+    round_epochs: int
+    inherit: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_cost()
+        check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
+        check(self.rounds >= 1, "grow.rounds", self.rounds, "1 or more")
+        check(self.round_epochs >= 1, "grow.round_epochs", self.round_epochs, "1 or more epochs")
+
+
+@dataclass(kw_only=True)
+class Selective(Planned, WhereKept):
+    target: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_kept()
+        check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
+
+
+@dataclass(kw_only=True)
+class Adaptive(Limited, WhereKept):
+    patience: int
+    smoothing: float
+    low_accuracy: float
+    high_accuracy: float
+    step: float
+    lasso_factor: float
+    lr_factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_kept()
+        check(self.patience >= 2, "grow.patience", self.patience, "2 or more epochs")
+        check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
+        check(0 <= self.low_accuracy <= 1, "grow.low_accuracy", self.low_accuracy, "0 to 1")
+        rising = self.low_accuracy <= self.high_accuracy <= 1
+        check(rising, "grow.high_accuracy", self.high_accuracy, f"{self.low_accuracy} (grow.low_accuracy) to 1")
+        check(self.step > 1, "grow.step", self.step, "above 1")
+        check(self.lasso_factor > 1, "grow.lasso_factor", self.lasso_factor, "above 1")
+        check(0 < self.lr_factor < 1, "grow.lr_factor", self.lr_factor, "between 0 and 1, both excluded")

@@ -1,0 +1,133 @@
+"""Options of the group `model`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from morphtrain.schema.checks import check, check_one_of
+
+IMAGE_KINDS = ("cifar", "imagenet")  # small images and large ones: what stems and heads are made for
+
+
+@dataclass
+class ResNet:
+    name: str
+    stages: int
+    blocks: Any  # int, or one int per stage
+    layers: int
+    bottleneck: bool
+    width: int
+    downsample: bool
+    shortcut: str
+    stem: str
+
+    def __post_init__(self) -> None:
+        check(self.stages >= 1, "model.stages", self.stages, "1 or more")
+        self._check_blocks()
+        least = 3 if self.bottleneck else 1
+        check(self.layers >= least, "model.layers", self.layers, f"{least} or more")
+        check(self.width >= 1, "model.width", self.width, "1 or more channels")
+        check_one_of("model.shortcut", self.shortcut, ("A", "B"))
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
+
+    def _check_blocks(self) -> None:
+        numbers = self.blocks if isinstance(self.blocks, list) else [self.blocks]
+        fits = not isinstance(self.blocks, list) or len(numbers) == self.stages
+        whole = all(type(n) is int and n >= 1 for n in numbers)
+        wanted = f"a whole number of 1 or more, or a list of {self.stages} such (model.stages={self.stages})"
+        check(fits and whole, "model.blocks", self.blocks, wanted)
+
+
+@dataclass
+class VGG:
+    name: str
+    depth: int
+    width: int
+    batch_norm: bool
+    head: str
+    dropout: float | None
+
+    def __post_init__(self) -> None:
+        check_one_of("model.depth", self.depth, (8, 11, 13, 16))
+        check(self.width >= 1, "model.width", self.width, "1 or more channels")
+        check_one_of("model.head", self.head, IMAGE_KINDS)
+        _check_dropout(self.dropout)
+
+
+@dataclass
+class AlexNet:
+    name: str
+    stem: str
+    batch_norm: bool
+    dropout: float | None
+
+    def __post_init__(self) -> None:
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
+        _check_dropout(self.dropout)
+
+
+@dataclass
+class MobileNet:
+    name: str
+    version: int
+    width_multiplier: float
+    stem: str
+
+    def __post_init__(self) -> None:
+        check_one_of("model.version", self.version, (1, 2))
+        check(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "above 0")
+        check_one_of("model.stem", self.stem, IMAGE_KINDS)
+
+
+@dataclass
+class Torchvision:
+    """A network of torchvision by its name there; `source` is what chooses this option."""
+
+    source: str
+    name: str
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # A checkpoint's `options` come here, too: none of them may name a file to load.
+        pretrained = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
+        for key, value in self.options.items():
+            check(key not in pretrained, f"model.options.{key}", value, "left away: training starts from fresh weights")
+            check(key != "num_classes", f"model.options.{key}", value, "left away: the data decides it")
+            _check_plain(f"model.options.{key}", key, value)
+
+
+@dataclass
+class Custom:
+    """The user's own network: what makes it, as a dotted path, and the keywords it is called with."""
+
+    _target_: str
+    arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        parts = self._target_.split(".")
+        dotted = len(parts) > 1 and all(part.isidentifier() for part in parts)
+        check(dotted, "model._target_", self._target_, "a class or function with its module, as in my_package.Net")
+        for key, value in self.arguments.items():
+            _check_plain(f"model.{key}", key, value)
+            hydras = key.startswith("_") and key.endswith("_")
+            check(not hydras, f"model.{key}", value, "left away: only _target_ has a meaning of its own")
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return self._target_
+
+
+def _check_dropout(dropout: float | None) -> None:
+    check(dropout is None or 0 <= dropout < 1, "model.dropout", dropout, "0 or more and below 1, or null")
+
+
+def _check_plain(path: str, key: object, value: object) -> None:
+    """A key whose values are free has to survive a checkpoint, which holds it as JSON."""
+    try:
+        survives = json.loads(json.dumps({key: value})) == {key: value}
+    except TypeError:
+        survives = False
+    check(survives, path, value, "text, a number, true, false, null, or a list or dict (keys: text) of these")

@@ -1,0 +1,77 @@
+"""Options of the group `prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from morphtrain.schema.checks import COSTS, check, check_one_of
+
+
+@dataclass
+class PruneTrain:
+    name: str
+    lasso_ratio: float
+    group_weight: str
+    update: str
+    threshold: float
+    interval: int
+    start_epoch: int
+    stop_epoch: int | None
+    round_to: Any  # int, or "auto"
+    min_channels: int
+    residual: str
+    ignore: list[str]
+
+    def __post_init__(self) -> None:
+        check(0 < self.lasso_ratio < 1, "prune.lasso_ratio", self.lasso_ratio, "between 0 and 1, both excluded")
+        check_one_of("prune.group_weight", self.group_weight, ("none", "sqrt_size"))
+        check_one_of("prune.update", self.update, ("proximal", "subgradient"))
+        check(self.threshold > 0, "prune.threshold", self.threshold, "above 0 (the thesis: 1e-5 to 1e-1)")
+        _check_dates(self)
+        whole = type(self.round_to) is int and self.round_to >= 1
+        check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
+        check_one_of("prune.residual", self.residual, ("union", "gating"))
+
+
+@dataclass
+class MorphNet:
+    name: str
+    cost: str
+    regulariser: str
+    lasso_ratio: float | None
+    strength: float | None
+    gamma_threshold: float
+    interval: int
+    start_epoch: int
+    stop_epoch: int | None
+    round_to: int
+    min_channels: int
+    ignore: list[str]
+
+    def __post_init__(self) -> None:
+        check_one_of("prune.cost", self.cost, COSTS)
+        check_one_of("prune.regulariser", self.regulariser, ("gamma_l1", "group_lasso"))
+        ratio, strength = self.lasso_ratio, self.strength
+        if strength is None:
+            wanted = "between 0 and 1, both excluded (or null, with prune.strength given)"
+            check(ratio is not None and 0 < ratio < 1, "prune.lasso_ratio", ratio, wanted)
+        else:
+            check(strength > 0, "prune.strength", strength, "above 0, or null")
+            check(ratio is None, "prune.lasso_ratio", ratio, f"null when prune.strength={strength} says how strong")
+        check(self.gamma_threshold > 0, "prune.gamma_threshold", self.gamma_threshold, "above 0 (usual: 1e-3 to 1e-2)")
+        _check_dates(self)
+        check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
+
+
+def _check_dates(option: PruneTrain | MorphNet) -> None:
+    """What all pruning methods agree on: when they act, and how much they leave."""
+    check(option.interval >= 1, "prune.interval", option.interval, "1 or more epochs")
+    check(option.start_epoch >= 1, "prune.start_epoch", option.start_epoch, "1 or more (the first epoch is 1)")
+    check(
+        option.stop_epoch is None or option.stop_epoch >= option.start_epoch,
+        "prune.stop_epoch",
+        option.stop_epoch,
+        f"prune.start_epoch={option.start_epoch} or later, or null",
+    )
+    check(option.min_channels >= 1, "prune.min_channels", option.min_channels, "1 or more channels")
