@@ -19,13 +19,7 @@ from pathlib import Path
 import torch
 from scipy import stats
 
-COMMON = (
-    "data=fashion_mnist",
-    "data.train_samples=3000",
-    "model.width=8",
-    "batch_policy.batch_size=64",
-    "tracking=none",
-)
+COMMON = ("data.train_samples=3000", "model.width=8", "batch_policy.batch_size=64")
 EPOCHS, MIDDLE = 12, 6
 PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.3", "prune.interval=2", "prune.start_epoch=2")
 ARMS = {
@@ -39,7 +33,8 @@ ARMS = {
 
 def train(directory: Path, *overrides: str) -> list[dict[str, float]]:
     """The records of a run through the real command."""
-    command = [sys.executable, "-m", "morphtrain.run", *COMMON, *overrides, f"hydra.run.dir={directory}"]
+    run = ("data=fashion_mnist", "tracking=none", f"hydra.run.dir={directory}")
+    command = [sys.executable, "-m", "morphtrain.run", *overrides, *run]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     stored = torch.load(directory / "last.pt", weights_only=True)
     history: list[dict[str, float]] = json.loads(stored["facts"])["history"]
@@ -54,7 +49,7 @@ def compare(seed: int, place: Path) -> dict[str, dict[str, float]]:
     """Every arm and its control: final accuracy, seconds, parameters."""
     found = {}
     for name, overrides in ARMS.items():
-        history = train(place / name, f"epochs={EPOCHS}", f"seed={seed}", *overrides)
+        history = train(place / name, *COMMON, f"epochs={EPOCHS}", f"seed={seed}", *overrides)
         found[name] = history[-1]
         if name == "narrow":
             continue
@@ -62,7 +57,7 @@ def compare(seed: int, place: Path) -> dict[str, dict[str, float]]:
         final = [record for record in history if record["params"] == history[-1]["params"]][1:] or history[-1:]
         epochs = max(1, round(history[-1]["train_seconds"] / seconds_of(final)))
         start = (f"architecture={place / name / 'last.pt'}", f"epochs={epochs}", f"seed={seed}")
-        found[f"{name}, from scratch"] = train(place / f"{name}_scratch", *start)[-1]
+        found[f"{name}, from scratch"] = train(place / f"{name}_scratch", *COMMON, *start)[-1]
     for name, record in found.items():
         print(f"growth: seed {seed}: {name:24}: {line(record)}", flush=True)
     return found

@@ -3,7 +3,8 @@
 write    half way through the file of a checkpoint
 rename   between a checkpoint's being written and its getting its name
 renamed  right after that
-morph    inside a reconfiguration, some tensors cut, some not
+morph    inside a reconfiguration or a widening, some tensors made anew, some not
+adopt    inside an insertion, some blocks put in, some not
 report   after MLflow has an epoch, before the run knows
 step     after an optimizer step
 """
@@ -64,6 +65,8 @@ elif event == "renamed":
     around(os, "replace", after=die)
 elif event == "morph":
     around(Rebinder, "reindex", after=die)
+elif event == "adopt":
+    around(Rebinder, "adopt", after=die)
 elif event == "report":
     around(MLflowTracker, "_send", after=die)
 elif event == "step":

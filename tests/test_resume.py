@@ -180,3 +180,25 @@ def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path
     assert command(*there).returncode == 0
     once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert_same(once, twice)
+
+
+@pytest.mark.parametrize(
+    ("moment", "growth"),
+    [
+        ("morph:7", ("grow=wider", "grow.at_epochs=[2]")),
+        ("adopt:2", ("grow=deeper", "grow.at_epochs=[2]")),
+        ("step:40", ("grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer")),
+    ],
+)
+def test_killed_inside_a_growth_or_right_behind_it(
+    moment: str, growth: tuple[str, ...], tmp_path: Path, command: Command
+) -> None:
+    quiet = [*SMALL, "tracking=none", "epochs=4", "prune.start_epoch=4", *growth]
+    assert command(*quiet, "hydra.run.dir=once").returncode == 0
+    there = [*quiet, "hydra.run.dir=twice", "resume=auto"]
+    killed = subprocess.run([sys.executable, KILLED_RUN, moment, *there], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert command(*there).returncode == 0
+    once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
+    assert_same(once, twice)
+    assert once["facts"]["changes"][1]["epoch"] == 2
