@@ -1,4 +1,4 @@
-"""What it brings, and costs, to fill the memory that pruning frees: PruneTrain on a part of Fashion-MNIST, batch 32 at first.
+"""What it brings, and costs, to fill the memory that pruning frees: PruneTrain on 6000 images of Fashion-MNIST.
 
     python fill_memory.py [seeds]        # 5 by default, or their numbers: 4,5; some five minutes a seed on one core
 

@@ -12,7 +12,9 @@ from morphtrain.morph.layer_rules import ACTIVATIONS, NORMS
 from morphtrain.morph.layers import ScatterChannels
 from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import common_path, is_within, prefixes
+from morphtrain.morph.rebind import Shared
 from morphtrain.morph.spaces import Space
+from morphtrain.morph.trace import Role, Trace
 
 Kind = Literal["sum", "cat"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -81,6 +83,27 @@ class Block:
     @property
     def kind(self) -> Kind:
         return self.branch.kind
+
+
+def find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Space]) -> list[Block]:
+    """The branches whose spaces live only inside them, and which nothing else shares tensors with."""
+    blocks = []
+    by_layer: dict[str, list[Space]] = {}
+    for space in spaces:
+        for slot in space.slots:
+            by_layer.setdefault(slot.axis.path, []).append(space)
+    for branch in find_branches(trace.nodes, modules):
+        passed = dict.fromkeys(s for path in branch.chain for s in by_layer.get(path, ()) if _uses("consumes", path, s))
+        inner = [s for s in passed if all(branch.holds(slot.axis.path) for slot in s.slots)]
+        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _uses("produces", branch.last, s)))
+        if branch.kind == "cat":
+            makers = (slot.axis.path for s in outputs for slot in s.slots if slot.role == "produces")
+            removable = bool(outputs) and all(map(branch.holds, makers))
+        else:
+            removable = bool(inner) and _uses("consumes", branch.last, inner[-1])
+        if removable and not _shares(branch, modules, trace.shared):
+            blocks.append(Block(branch, inner, outputs))
+    return blocks
 
 
 def find_branches(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> Iterator[Branch]:
@@ -229,3 +252,14 @@ def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:
     stride = tuple(max(1, -(-b // a)) for b, a in zip(before, behind, strict=True))
     fits = all(-(-b // s) == a for b, a, s in zip(before, behind, stride, strict=True))
     return stride if fits else None
+
+
+def _shares(branch: Branch, modules: Mapping[str, nn.Module], shared: Shared) -> bool:
+    """Whether a module of the branch holds a tensor that others hold too, which then could not go with it."""
+    inside = {id(m): m for part in branch.parts for m in modules[part].modules()}
+    others = [m for (owner, _), names in shared.items() if owner in inside for m, _ in names]
+    return any(id(m) not in inside for m in others)
+
+
+def _uses(role: Role, path: str, space: Space) -> bool:
+    return any(slot.role == role and slot.axis.path == path for slot in space.slots)

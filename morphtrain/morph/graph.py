@@ -10,18 +10,18 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
-from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_branches
+from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_blocks
 from morphtrain.morph.calls import Call, layer_calls
 from morphtrain.morph.gates import Gate, insert_gate
+from morphtrain.morph.indexing import multiplicity, rows_of, scale_of
 from morphtrain.morph.insert import Start, insert_block, insert_layers
 from morphtrain.morph.layers import NoChannels, ZeroBranch
 from morphtrain.morph.points import Point, behind, in_front_of, stage_ends
-from morphtrain.morph.rebind import Change, Rebinder
+from morphtrain.morph.rebind import Change, Rebinder, Shared
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
-from morphtrain.morph.trace import MorphError, Role, Trace, trace_channels
+from morphtrain.morph.trace import MorphError, trace_channels
 
 Index = Sequence[int] | torch.Tensor
-Shared = Mapping[tuple[int, str], list[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
 
 
 class ChannelGraph:
@@ -60,7 +60,7 @@ class ChannelGraph:
         self.calls = layer_calls(trace.nodes, modules)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared
-        self.blocks = _find_blocks(trace, modules, self.spaces)
+        self.blocks = find_blocks(trace, modules, self.spaces)
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
@@ -112,13 +112,13 @@ class ChannelGraph:
         """`reindex` several spaces at once: every tensor is made anew once, not once for each of its sides."""
         indices = {space: self._checked(space, index) for space, index in changes.items()}
         self._check_emptied([space for space, index in indices.items() if len(index) == 0])
-        divisors = {space: d for space, index in indices.items() if (d := _multiplicity(space, index)) is not None}
+        divisors = {space: d for space, index in indices.items() if (d := multiplicity(space, index)) is not None}
         axes = list(dict.fromkeys(slot.axis for space in indices for slot in space.slots))
         rebinder = Rebinder(self.shared, optimizer)
         tensors: dict[tuple[int, str], tuple[nn.Module, list[Change]]] = {}
         for axis in axes:
-            rows = _rows(axis, indices)
-            scale = _scale(axis, indices, divisors) if axis.role == "consumes" else None
+            rows = rows_of(axis, indices)
+            scale = scale_of(axis, indices, divisors) if axis.role == "consumes" else None
             for name, dim in axis.tensors:
                 _, sides = tensors.setdefault((id(axis.module), name), (axis.module, []))
                 sides.append(Change(dim, rows, scale))
@@ -366,73 +366,3 @@ class ChannelGraph:
             if segment.space:
                 segment.space.slots = [slot for slot in segment.space.slots if slot.axis is not axis]
         self.picks = [pick for pick in self.picks if axis not in (pick.source, pick.picked)]
-
-
-def _multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:
-    """1 / how often each entry's row is repeated; None if none is."""
-    counts = torch.bincount(index, minlength=space.size)
-    return 1 / counts[index].double() if bool((counts > 1).any()) else None
-
-
-def _rows(axis: Axis, indices: Mapping[Space, torch.Tensor]) -> torch.Tensor:
-    """The entries of `axis` once the spaces are reindexed, as entries of the axis before."""
-    parts = [torch.zeros(0, dtype=torch.long)]
-    for start, segment in axis.placed():
-        index = indices.get(segment.space) if segment.space else None
-        if index is None:
-            parts.append(torch.arange(start, start + segment.length))
-        elif segment.span == 1:
-            parts.append(start + index)
-        else:
-            parts.append((start + index[:, None] * segment.span + torch.arange(segment.span)).flatten())
-    return torch.cat(parts)
-
-
-def _scale(
-    axis: Axis, indices: Mapping[Space, torch.Tensor], divisors: Mapping[Space, torch.Tensor]
-) -> torch.Tensor | None:
-    """A factor for each of these entries: the multiplicity's inverse; None if nothing is repeated."""
-    if not any(segment.space in divisors for segment in axis.segments if segment.space):
-        return None
-    return torch.cat([_factors(segment, indices, divisors) for segment in axis.segments])
-
-
-def _factors(
-    segment: Segment, indices: Mapping[Space, torch.Tensor], divisors: Mapping[Space, torch.Tensor]
-) -> torch.Tensor:
-    space = segment.space
-    if space is not None and space in divisors:
-        return divisors[space].repeat_interleave(segment.span)
-    length = len(indices[space]) * segment.span if space is not None and space in indices else segment.length
-    return torch.ones(length, dtype=torch.double)
-
-
-def _find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Space]) -> list[Block]:
-    blocks = []
-    by_layer: dict[str, list[Space]] = {}
-    for space in spaces:
-        for slot in space.slots:
-            by_layer.setdefault(slot.axis.path, []).append(space)
-    for branch in find_branches(trace.nodes, modules):
-        passed = dict.fromkeys(s for path in branch.chain for s in by_layer.get(path, ()) if _uses("consumes", path, s))
-        inner = [s for s in passed if all(branch.holds(slot.axis.path) for slot in s.slots)]
-        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _uses("produces", branch.last, s)))
-        if branch.kind == "cat":
-            makers = (slot.axis.path for s in outputs for slot in s.slots if slot.role == "produces")
-            removable = bool(outputs) and all(map(branch.holds, makers))
-        else:
-            removable = bool(inner) and _uses("consumes", branch.last, inner[-1])
-        if removable and not _shares(branch, modules, trace.shared):
-            blocks.append(Block(branch, inner, outputs))
-    return blocks
-
-
-def _shares(branch: Branch, modules: Mapping[str, nn.Module], shared: Shared) -> bool:
-    """Whether a module of the branch holds a tensor that others hold too, which then could not go with it."""
-    inside = {id(m): m for part in branch.parts for m in modules[part].modules()}
-    others = [m for (owner, _), names in shared.items() if owner in inside for m, _ in names]
-    return any(id(m) not in inside for m in others)
-
-
-def _uses(role: Role, path: str, space: Space) -> bool:
-    return any(slot.role == role and slot.axis.path == path for slot in space.slots)

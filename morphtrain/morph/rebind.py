@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 # parameter's shape (Adam's second moments) follows the index only.
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
 
+Shared = Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
+
 
 class Change(NamedTuple):
     """Make row j along `dim` what row `rows[j]` was, times `scale[j]`."""
@@ -26,13 +28,11 @@ class Rebinder:
     """Replaces tensors of modules, and the parameters of an optimizer with them.
 
     Args:
-        shared: (id of module, tensor name) -> the other (module, name) that hold the same tensor.
+        shared: what other modules hold the same tensors.
         optimizer: its parameter groups and its state follow.
     """
 
-    def __init__(
-        self, shared: Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]], optimizer: Optimizer | None
-    ) -> None:
+    def __init__(self, shared: Shared, optimizer: Optimizer | None) -> None:
         self.shared = shared
         self.optimizer = optimizer
         self.positions = {
