@@ -1,7 +1,7 @@
 """Does it pay to grow? A narrow ResNet-8 on a part of Fashion-MNIST that becomes wider or deeper half way, or by rules,
 against the structure it ended with, trained from scratch for the same number of seconds.
 
-    python growth.py [seeds]        # 5 by default, or their numbers: 4,5; some seven minutes a seed on one core
+    python growth.py [seeds [arms]]     # 5 seeds, or their numbers: 4,5; eight minutes a seed on one core
 
 Arms of one seed run one after the other, and a structure's own control directly behind it; the seconds are those of
 `train_seconds` (epochs and structural changes). From scratch the schedule ends where the seconds do.
@@ -27,7 +27,11 @@ ARMS = {
     "wider": ("grow=wider", f"grow.at_epochs=[{MIDDLE}]"),
     "deeper": ("grow=deeper", f"grow.at_epochs=[{MIDDLE}]"),
     "selective": (*PRUNE, "grow=selective", f"grow.at_epochs=[{MIDDLE}]", "grow.target=3", "grow.operator=auto"),
-    "adaptive": (*PRUNE, "grow=adaptive", "grow.patience=3", "grow.step=2", "schedule=constant", "optimizer.lr=0.05"),
+    "adaptive": (*PRUNE, "grow=adaptive", "grow.patience=3", "grow.step=2"),
+    "adaptive, constant": (
+        *(*PRUNE, "grow=adaptive", "grow.patience=3", "grow.step=2"),
+        *("schedule=constant", "optimizer.lr=0.05"),
+    ),
 }
 
 
@@ -45,10 +49,11 @@ def seconds_of(records: list[dict[str, float]]) -> float:
     return statistics.median(record["epoch_seconds"] for record in records)
 
 
-def compare(seed: int, place: Path) -> dict[str, dict[str, float]]:
+def compare(seed: int, arms: list[str], place: Path) -> dict[str, dict[str, float]]:
     """Every arm and its control: final accuracy, seconds, parameters."""
     found = {}
-    for name, overrides in ARMS.items():
+    for name in arms:
+        overrides = ARMS[name]
         history = train(place / name, *COMMON, f"epochs={EPOCHS}", f"seed={seed}", *overrides)
         found[name] = history[-1]
         if name == "narrow":
@@ -79,18 +84,19 @@ def interval(values: list[float]) -> str:
 def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else "5"
     seeds = [int(seed) for seed in wanted.split(",")] if "," in wanted else range(1, int(wanted) + 1)
+    arms = sys.argv[2].split(";") if len(sys.argv) > 2 else list(ARMS)
     results = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as place:
-            results.append(compare(seed, Path(place)))
+            results.append(compare(seed, arms, Path(place)))
     print(f"growth: means of {len(seeds)} seeds with 95 % intervals")
     for name in results[0]:
         columns = [interval([r[name][key] for r in results]) for key in ("val_accuracy", "train_seconds", "params")]
         print(f"growth: {name:24}: val_accuracy {columns[0]}, {columns[1]} s, {columns[2]} params")
-    for name in ARMS:
+    for name in arms:
         if name == "narrow":
             continue
-        for other in (f"{name}, from scratch", "narrow"):
+        for other in (f"{name}, from scratch", *(["narrow"] if "narrow" in arms else [])):
             pairs = [100 * (r[name]["val_accuracy"] - r[other]["val_accuracy"]) for r in results]
             print(f"growth: {name} minus {other}: {interval(pairs)} points, paired")
 
