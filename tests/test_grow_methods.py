@@ -188,7 +188,9 @@ def test_plateaus() -> None:
 
 
 def test_growth_on_a_plateau(small_run) -> None:
-    run = small_run("grow=wider", "grow.patience=2", "grow.max_times=2", "grow.factor=1.2", "grow.smoothing=0")
+    run = small_run(
+        "grow=wider", "grow.patience=2", "grow.max_times=2", "grow.factor=1.2", "grow.smoothing=0", "epochs=20"
+    )
     accuracies = [0.1, 0.5, 0.4, 0.5, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
     grown = []
     for epoch, accuracy in enumerate(accuracies, 1):

@@ -161,7 +161,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ("grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer", "optimizer=adamw"),
         ("grow=deeper", "grow.at_epochs=[3]", "grow.start=half_half"),
         ("grow=selective", "grow.at_epochs=[2]", "grow.operator=auto", "grow.target=2", "prune.lasso_ratio=0.01"),
-        ("grow=adaptive", "grow.patience=2", "schedule=constant"),
+        ("grow=adaptive", "grow.patience=2", "schedule=constant", "grow.low_accuracy=1", "grow.high_accuracy=1"),
         ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
         ("prune=morphnet",),
         ("optimizer=lars", "norm=ghost", "norm.ghost_batch_size=6", "batch_policy.max_micro_batch=12"),

@@ -37,6 +37,8 @@ class Adaptive:
             self.regrowth.start(run)
 
     def after_epoch(self, run: Run) -> None:
+        if run.config.epochs - run.epoch < self.config.patience:
+            return  # what changes now is not trained to its end
         now = self._situation(run)
         decision = decide(now, self.rules)
         if decision.action == "wait":

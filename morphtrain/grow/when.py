@@ -28,7 +28,7 @@ class When:
         if run.epoch in self.config.at_epochs:
             return f"epoch {run.epoch}"
         patience = self.config.patience
-        if patience is None or len(self.grown_at) >= self.config.max_times:
+        if patience is None or len(self.grown_at) >= self.config.max_times or run.epoch >= run.config.epochs:
             return ""
         flat = epochs_without_gain(run.history[self.grown_at[-1] if self.grown_at else 0 :], self.config.smoothing)
         return f"val_accuracy flat for {flat} epochs" if flat >= patience else ""
