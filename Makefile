@@ -16,12 +16,13 @@ PRUNE ?= prune=prunetrain prune.lasso_ratio=0.7 prune.interval=2
 run: setup
 	$(BIN)/python -m morphtrain.run model.width=32 epochs=120 $(PRUNE)
 
+# Two at a time, each on one core: torch's threads would fight over them.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # With the slow proofs, and on a machine with a GPU those that need one.
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu or gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu or gpu"
 
 lint: setup
 	$(BIN)/ruff check .
