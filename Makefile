@@ -18,11 +18,11 @@ run: setup
 
 # Two at a time, each on one core: torch's threads would fight over them.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # With the slow proofs, and on a machine with a GPU those that need one.
 test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu or gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu or gpu"
 
 lint: setup
 	$(BIN)/ruff check .
