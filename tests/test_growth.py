@@ -204,6 +204,29 @@ def check_chain(shape: str, chain: list[str], seed: int) -> None:
     assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["one graph", "traced again"])
+@pytest.mark.parametrize("order", [("branch", "shortcut"), ("shortcut", "branch")])
+@pytest.mark.parametrize("shape", ["plain B", "bottleneck B"])
+def test_both_operands_of_a_sum_can_go(shape: str, order: tuple[str, str], again: bool) -> None:
+    """What is left of a branch is one position for all samples: of two, one has to keep the shape."""
+    model = build(1, **SHAPES[shape])
+    graph = trace(model)
+    graph.insert_layer("stages.1.0.shortcut.0", [INPUT])  # channels of its own make the shortcut a branch
+    first = [b for name in order for b in graph.blocks if b.path == f"stages.1.0.{name}"]
+    assert len(first) == 2
+    with torch.no_grad():
+        for block in first:
+            model.get_submodule(block.branch.last).weight.zero_()
+    before = outputs(model)
+    for block in first:
+        if again:
+            graph = trace(model)
+        (found,) = (b for b in graph.blocks if b.path == block.path)
+        graph.remove_block(found)
+    for a, b in zip(outputs(model), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 # -- widening ---------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from morphtrain import schema
 from morphtrain.cost import Roofline, count_macs, measure_roofline
 from morphtrain.cost import roofline as roofline_module
+from morphtrain.errors import UserError
 from morphtrain.morph import ChannelGraph, Space, WidthCost
 from morphtrain.prune.channel_norms import ChannelNorms
 from morphtrain.prune.constants import fold_constants
@@ -269,7 +270,7 @@ def test_a_removal_is_not_missed(digits: list[dict[str, float]]) -> None:
 
 
 def test_without_norms_the_way_out_is_named(ready: Any) -> None:
-    with pytest.raises(schema.UserError, match=r"prune\.regulariser=group_lasso"):
+    with pytest.raises(UserError, match=r"prune\.regulariser=group_lasso"):
         ready("model=vgg8", "model.batch_norm=false")
     run = ready("model=vgg8", "model.batch_norm=false", "prune.regulariser=group_lasso", "prune.start_epoch=1")
     assert run.methods["prune"].regulariser == "group_lasso"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from morphtrain.morph.layer_rules import ACTIVATIONS, NORMS
-from morphtrain.morph.layers import ScatterChannels
+from morphtrain.morph.layers import ScatterChannels, ZeroBranch
 from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import common_path, is_within, prefixes
 from morphtrain.morph.rebind import Shared
@@ -175,9 +175,22 @@ def _branch(
         chain=_chain(members, node),
         last=str(node.target),
         norm=norm,
-        in_full=bool(tail) or in_place,
+        in_full=bool(tail) or in_place or (kind == "sum" and _other_may_be_small(n, operand, modules)),
         stride=stride,
     )
+
+
+def _other_may_be_small(n: fx.Node, operand: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the sum's shape may have to come from `operand`, even when that is gone.
+
+    The other operand is what was left of a branch, or will be: of two branches the second keeps the shape.
+    """
+    (other,) = (a for a in n.all_input_nodes if a is not operand)
+    left = modules.get(str(other.target)) if other.op == "call_module" else None
+    if isinstance(left, ZeroBranch):
+        return left.stride is None
+    second = n.all_input_nodes[1] is operand
+    return second and _last_layers(other, modules, TAIL)[0] is not None
 
 
 def _last_layers(
