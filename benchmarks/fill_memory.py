@@ -18,7 +18,7 @@ from morphtrain.model import ResNet
 
 BATCH, WIDTH, EPOCHS = 32, 8, 12
 COMMON = ("data.train_samples=6000", f"model.width={WIDTH}", f"epochs={EPOCHS}", f"batch_policy.batch_size={BATCH}")
-PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.8", "prune.interval=1", "prune.start_epoch=2")
+PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.interval=1", "prune.start_epoch=2")
 FILL = (*PRUNE, "batch_policy=fill_memory")
 ARMS = {
     "dense": (),

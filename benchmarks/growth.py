@@ -37,7 +37,7 @@ ARMS = {
 
 def train(directory: Path, *overrides: str) -> list[dict[str, float]]:
     """The records of a run through the real command."""
-    run = ("data=fashion_mnist", "tracking=none", f"hydra.run.dir={directory}")
+    run = ("data=fashion_mnist", "tracking=none", f"hydra.run.dir='{directory}'")  # quoted: names hold commas
     command = [sys.executable, "-m", "morphtrain.run", *overrides, *run]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     stored = torch.load(directory / "last.pt", weights_only=True)
