@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from morphtrain.errors import UserError
+from morphtrain.morph import kept_modes
 
 SAMPLES = 2  # batch norm cannot train on one value per channel
 
@@ -29,13 +30,9 @@ def check_outputs(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{name}: has no parameter to train")
     x = torch.zeros(samples, *input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with kept_modes(model):
         for training in (True, False):
             _check(name, model.train(training), x, num_classes)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

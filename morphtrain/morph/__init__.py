@@ -14,6 +14,7 @@ from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.insert import Start
 from morphtrain.morph.layers import PadChannels, ZeroBranch
+from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.paths import is_ignored, is_within
 from morphtrain.morph.points import Point
 from morphtrain.morph.spaces import Axis, Slot, Space
@@ -36,5 +37,6 @@ __all__ = [
     "describe",
     "is_ignored",
     "is_within",
+    "kept_modes",
     "rebuild",
 ]

@@ -12,7 +12,6 @@ from morphtrain.morph.layer_rules import NORMS, TRANSPOSED
 from morphtrain.morph.layers import NoChannels, ZeroBranch
 from morphtrain.morph.nodes import name_of
 
-SAMPLES = 2  # what a trace runs on
 MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))
 # Of a zero these make something else.
@@ -26,7 +25,7 @@ class Call(NamedTuple):
 
     Args:
         path: of the layer.
-        input_shape, output_shape: of `SAMPLES` samples, with the channels there were when it was traced.
+        input_shape, output_shape: of `trace.SAMPLES` samples, with the channels there were when it was traced.
         behind_norms: whether a norm with a weight stands between every channel of the input and the layers that made
             it: if these norms put out zeros, the channel is a constant.
         norm: the path of the norm that is all that uses the output; "" if it is used otherwise.

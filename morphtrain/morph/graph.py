@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph.architecture import refresh_widths
@@ -16,7 +16,7 @@ from morphtrain.morph.gates import Gate, insert_gate
 from morphtrain.morph.indexing import multiplicity, rows_of, scale_of
 from morphtrain.morph.insert import Start, insert_block, insert_layers
 from morphtrain.morph.layers import NoChannels, ZeroBranch
-from morphtrain.morph.points import Point, behind, in_front_of, stage_ends
+from morphtrain.morph.points import Point, find_places
 from morphtrain.morph.rebind import Change, Rebinder, Shared
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
 from morphtrain.morph.trace import MorphError, trace_channels
@@ -32,7 +32,6 @@ class ChannelGraph:
     blocks: list[Block]
     picks: list[Pick]
     shared: Shared
-    input_shapes: dict[str, torch.Size]  # of each layer, by its path, for two samples
     layer_places: list[str]  # convolutions that `insert_layer` can put a layer in front of
     block_places: dict[str, Point]  # modules that `insert_block` can put a block behind
     stage_ends: list[Point]  # of these, the last of every stage
@@ -44,19 +43,12 @@ class ChannelGraph:
         self.ignore = tuple(ignore)
         self.axes, self.spaces, self.blocks, self.picks = [], [], [], []
         self.layer_places, self.block_places, self.stage_ends = [], {}, []
-        self.shared, self.input_shapes, self.calls = {}, {}, []
+        self.shared, self.calls = {}, []
 
     def _read(self) -> None:
         trace = trace_channels(self.model, self.example_input, self.ignore)
-        self.input_shapes = {
-            str(n.target): n.args[0].meta["shape"]
-            for n in trace.nodes
-            if n.op == "call_module" and n.args and isinstance(n.args[0], fx.Node) and "shape" in n.args[0].meta
-        }
         modules = dict(self.model.named_modules())
-        self.layer_places = in_front_of(trace.nodes, modules)
-        self.block_places = behind(trace.nodes, modules)
-        self.stage_ends = stage_ends(trace.nodes, modules, trace.channels)
+        self.layer_places, self.block_places, self.stage_ends = find_places(trace, modules)
         self.calls = layer_calls(trace.nodes, modules)
         self.axes, self.spaces, self.picks = divide(trace)
         self.shared = trace.shared

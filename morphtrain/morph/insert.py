@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
+from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.points import Point
 from morphtrain.morph.rebind import Rebinder
 from morphtrain.morph.trace import MorphError
@@ -216,14 +217,11 @@ def measure_inputs(
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Put back modes, buffers and the random state behind the block."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next(model.parameters()).device
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with kept_modes(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
-        for module, training in modes:
-            module.training = training

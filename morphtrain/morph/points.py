@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import fx, nn
 
 from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import prefixes
+from morphtrain.morph.trace import Trace
 
 # Their results are not negative, and stay as they are if taken for an input of relu.
 NON_NEGATIVE = frozenset(("relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "abs", "square"))
@@ -37,44 +39,46 @@ class Point:
     non_negative: bool
 
 
-def in_front_of(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the two-dimensional convolutions, called once, whose input is not negative."""
-    calls = [str(n.target) for n in nodes if n.op == "call_module"]
-    signs = non_negative(nodes, modules)
-    return [
-        str(n.target)
-        for n in nodes
-        if n.op == "call_module"
-        and isinstance(modules[str(n.target)], nn.Conv2d)
-        and calls.count(str(n.target)) == 1
-        and n.all_input_nodes[0] in signs
-    ]
+class Places(NamedTuple):
+    """Where a network can become deeper.
 
-
-def behind(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> dict[str, Point]:
-    """Every module, called once, that gives one (B, C, H, W) tensor to what is behind it, by its path."""
-    signs = non_negative(nodes, modules)
-    points = {}
-    for path, node in _outputs(nodes).items():
-        if len(node.meta.get("shape", ())) == 4:
-            points[path] = Point(path, node.meta["shape"][1], node in signs)
-    return points
-
-
-def stage_ends(
-    nodes: list[fx.Node], modules: Mapping[str, nn.Module], channels: Mapping[fx.Node, torch.Tensor]
-) -> list[Point]:
-    """The last place of every stage.
-
-    A stage is what sums of the same channels make; in a network without sums, what activations of one size make.
-    `channels`: of an activation, which channels it has.
+    Args:
+        layers: two-dimensional convolutions, called once, whose input is not negative.
+        blocks: every module, called once, that gives one (B, C, H, W) tensor to what is behind it, by its path.
+        ends: of these the last of every stage. A stage is what sums of the same channels make; in a network without
+            sums, what activations of one size make.
     """
-    points = behind(nodes, modules)
+
+    layers: list[str]
+    blocks: dict[str, Point]
+    ends: list[Point]
+
+
+def find_places(trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
+    """The places of a traced network."""
+    signs, outputs = non_negative(trace.nodes, modules), _outputs(trace.nodes)
+    blocks = {
+        path: Point(path, node.meta["shape"][1], node in signs)
+        for path, node in outputs.items()
+        if len(node.meta.get("shape", ())) == 4
+    }
+    return Places(_layers(trace.nodes, modules, signs), blocks, _stage_ends(trace, modules, blocks, outputs))
+
+
+def _layers(nodes: list[fx.Node], modules: Mapping[str, nn.Module], signs: set[fx.Node]) -> list[str]:
+    called = [n for n in nodes if n.op == "call_module"]
+    times = Counter(str(n.target) for n in called)
+    convolutions = [n for n in called if isinstance(modules[str(n.target)], nn.Conv2d)]
+    return [str(n.target) for n in convolutions if times[str(n.target)] == 1 and n.all_input_nodes[0] in signs]
+
+
+def _stage_ends(
+    trace: Trace, modules: Mapping[str, nn.Module], blocks: Mapping[str, Point], outputs: Mapping[str, fx.Node]
+) -> list[Point]:
     ends: dict[fx.Node, list[str]] = {}  # node -> the modules whose output it is, from the outside in
-    for path, node in _outputs(nodes).items():
-        if path in points:
-            ends.setdefault(node, []).append(path)
-    images = [n for n in nodes if len(n.meta.get("shape", ())) == 4]
+    for path in blocks:
+        ends.setdefault(outputs[path], []).append(path)
+    images = [n for n in trace.nodes if len(n.meta.get("shape", ())) == 4]
     sums = [n for n in images if n.op != "call_module" and name_of(n) in ("add", "iadd", "add_")]
     stages: dict[Hashable, Point] = {}
     for n in sums or [n for n in images if _name(n, modules) in NON_NEGATIVE]:
@@ -83,7 +87,8 @@ def stage_ends(
         size = tuple(n.meta["shape"][2:])
         if end in ends:
             whole = [path for path in ends[end] if path in _modules_of(n)] or ends[end]  # the sum is part of it
-            stages[(size, tuple(channels[n].tolist())) if sums else size] = points[whole[-1]]
+            channels = tuple(trace.roots[trace.labels[n]].flatten().tolist()) if sums else ()
+            stages[size, channels] = blocks[whole[-1]]
     return list(stages.values())
 
 

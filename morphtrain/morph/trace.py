@@ -22,11 +22,13 @@ from torch.nn.utils import parametrize
 from morphtrain.morph import function_rules, layer_rules
 from morphtrain.morph.labels import Joins, along, fixed, varies
 from morphtrain.morph.layers import OWN_LAYERS
+from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.nodes import describe, first_line, fixed_like, holds_tensors, owner_path, tensors_in
 from morphtrain.morph.paths import is_ignored
 
 Role = Literal["produces", "consumes", "elementwise"]
 Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)
+SAMPLES = 2  # of each input, so that a batch is never mistaken for a dimension of size 1
 FAILURES = (RuntimeError, NotImplementedError, ValueError, IndexError)  # of torch's functions
 
 
@@ -62,7 +64,7 @@ class Trace:
     nodes: list[fx.Node]  # in the order of execution; `meta["shape"]` of those that are tensors
     axes: list[TracedAxis]  # in the order of use
     picks: list[TracedPick]
-    channels: dict[fx.Node, torch.Tensor]  # of a tensor, the class of the label behind each of its entries
+    labels: dict[fx.Node, Any]  # of tensors; of tuples of tensors, tuples of labels
     roots: torch.Tensor  # label -> smallest label of its class
     shared: dict[tuple[int, str], list[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
 
@@ -78,18 +80,15 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
     Raises:
         MorphError: naming the operation, the module path and the source line of what cannot be followed.
     """
-    modes = [(module, module.training) for module in model.modules()]
     attributes = set(vars(model))
     try:
-        model.train()  # a forward that asks for the mode: training may use layers that evaluation does not
-        propagator = Propagator(model, _fx_graph(model, ignore), ignore)
-        model.eval()  # no batch statistics: a norm refuses to train on one value per channel
-        inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-        with torch.no_grad():
-            propagator.run(*map(_two_samples, inputs))
+        with kept_modes(model), torch.no_grad():
+            model.train()  # a forward that asks for the mode: training may use layers that evaluation does not
+            propagator = Propagator(model, _fx_graph(model, ignore), ignore)
+            model.eval()  # no batch statistics: a norm refuses to train on one value per channel
+            inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+            propagator.run(*map(_samples, inputs))
     finally:
-        for module, training in modes:
-            module.training = training
         for name in set(vars(model)) - attributes:  # torch.fx leaves tensors that the code makes
             delattr(model, name)
     return propagator.result()
@@ -106,11 +105,11 @@ def _fx_graph(model: nn.Module, ignore: Sequence[str]) -> fx.Graph:
         raise MorphError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)} ({line})") from error
 
 
-def _two_samples(x: Any) -> Any:
-    """Shapes suffice; two samples, so that a batch is never mistaken for a dimension of size 1."""
+def _samples(x: Any) -> Any:
+    """Shapes suffice."""
     if not isinstance(x, torch.Tensor):
         return x
-    return torch.empty((2, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device="meta")
+    return torch.empty((SAMPLES, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device="meta")
 
 
 class _Proxy(fx.Proxy):
@@ -343,14 +342,12 @@ class Propagator(fx.Interpreter):
             for names in several.values()
             for _, module, name in names
         }
-        roots = self.joins.roots()
-        labels = {n: labels for n, labels in self.labels.items() if isinstance(labels, torch.Tensor)}
         return Trace(
             nodes=list(self.graph.nodes),
-            channels={n: roots[value].flatten() for n, value in labels.items()},
+            labels=self.labels,
             axes=list(self.axes.values()),
             picks=list(self.picks.values()),
-            roots=roots,
+            roots=self.joins.roots(),
             shared=shared,
         )
 

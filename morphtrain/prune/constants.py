@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import ChannelGraph, Space
+from morphtrain.morph import ChannelGraph, Space, kept_modes
 from morphtrain.morph.calls import MIXING
 
 CONSTANTS = ("bias", "running_mean")  # what makes a channel's value beside its weights
@@ -58,14 +58,12 @@ def _mean_contributions(
 
     layers = {path: graph.model.get_submodule(path) for path in masks}
     handles = [layer.register_forward_pre_hook(partial(look, path)) for path, layer in layers.items()]
-    modes = [(module, module.training) for module in graph.model.modules()]
     try:
-        graph.model.eval()(images)
+        with kept_modes(graph.model):
+            graph.model.eval()(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return list(found.values())
 
 

@@ -195,6 +195,7 @@ class WidthProbe:
 def timed_places(graph: ChannelGraph) -> list[Place]:
     """The layers whose time follows from their widths: linear, ungrouped and depthwise two-dimensional convolutions."""
     places = []
+    shapes = {call.path: tuple(call.input_shape) for call in graph.calls}
     sides: dict[int, dict[str, Axis]] = {}
     for axis in graph.axes:
         if any(name == "weight" for name, _ in axis.tensors):
@@ -202,9 +203,9 @@ def timed_places(graph: ChannelGraph) -> list[Place]:
     for axes in sides.values():
         outputs = axes.get("produces") or axes.get("elementwise")
         module: Any = outputs.module if outputs else None
-        if outputs is None or outputs.path not in graph.input_shapes:
+        if outputs is None or outputs.path not in shapes:
             continue
-        shape = tuple(graph.input_shapes[outputs.path])
+        shape = shapes[outputs.path]
         plain = isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple)
         if plain and module.groups > 1 and outputs.role == "elementwise":
             places.append(Place(module, shape[2:], outputs, outputs))
