@@ -103,7 +103,7 @@ def test_the_option_is_the_same_composed_typed_and_stored(overrides: list[str], 
     stored = json.loads(json.dumps(asdict(model)))
     assert type(model) is kind
     assert [schema.option_of(node) for node in (config.model, vars(model), stored)] == [name] * 3
-    assert schema.stored_model(stored) == model
+    assert schema.stored_option("model", stored) == model
 
 
 WRONG_MODELS = {

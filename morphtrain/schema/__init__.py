@@ -17,22 +17,10 @@ from morphtrain.schema.config import (
     option_of,
     parse,
     parse_max_batch,
-    stored_model,
     stored_option,
 )
 from morphtrain.schema.data import Digits, Downloaded, ImageFolder, Synthetic
-from morphtrain.schema.grow import (
-    Adaptive,
-    Deeper,
-    GrowMorphNet,
-    Growth,
-    Limited,
-    Planned,
-    Selective,
-    ToTarget,
-    WhereKept,
-    Wider,
-)
+from morphtrain.schema.grow import Adaptive, Deeper, GrowMorphNet, Planned, Selective, Wider
 from morphtrain.schema.model import IMAGE_KINDS, VGG, AlexNet, Custom, MobileNet, ResNet, Torchvision
 from morphtrain.schema.prune import MorphNet, PruneTrain
 from morphtrain.schema.training import LARS, SGD, AdamW, Annealing, Autocast, GhostNorm, Milestones, MLflow, Timing
@@ -60,9 +48,7 @@ __all__ = [
     "FixedBatch",
     "GhostNorm",
     "GrowMorphNet",
-    "Growth",
     "ImageFolder",
-    "Limited",
     "MLflow",
     "MaxBatch",
     "Milestones",
@@ -75,9 +61,7 @@ __all__ = [
     "Selective",
     "Synthetic",
     "Timing",
-    "ToTarget",
     "Torchvision",
-    "WhereKept",
     "Wider",
     "check",
     "check_one_of",
@@ -85,6 +69,5 @@ __all__ = [
     "option_of",
     "parse",
     "parse_max_batch",
-    "stored_model",
     "stored_option",
 ]

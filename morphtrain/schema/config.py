@@ -84,9 +84,7 @@ OPTIONS: dict[str, dict[str, type]] = {
 
 
 @dataclass
-class Config:
-    """A run. The groups hold the dataclass of the chosen option."""
-
+class _TopLevel:
     epochs: int
     seed: int
     device: str
@@ -94,6 +92,12 @@ class Config:
     architecture: str | None
     objective: list[str]
     clip_norm: float | None
+
+
+@dataclass
+class Config(_TopLevel):
+    """A run. The groups hold the dataclass of the chosen option."""
+
     model: Any
     data: Any
     prune: Any
@@ -162,13 +166,8 @@ def option_of(node: Mapping[Any, Any]) -> Any:
     return node.get("source" if "source" in keys else "name")
 
 
-def stored_model(stored: Mapping[str, Any]) -> Any:
-    """The model's dataclass from the plain data of a checkpoint; raises `UserError` for what is none of ours."""
-    return stored_option("model", stored)
-
-
 def stored_option(group: str, stored: Mapping[str, Any]) -> Any:
-    """The dataclass of a group's option from plain data; raises `UserError` for what is none of ours."""
+    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for what is none of ours."""
     options = OPTIONS[group]
     name = option_of(stored)
     check_one_of(f"{group}.name", name, tuple(options))
@@ -246,17 +245,6 @@ def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
     top = {name: composed[name] for name in names if name not in OPTIONS}
     plain = _typed(keys, OmegaConf.create(top), "")
     return kind(**vars(plain), **values)
-
-
-@dataclass
-class _TopLevel:
-    epochs: int
-    seed: int
-    device: str
-    resume: str
-    architecture: str | None
-    objective: list[str]
-    clip_norm: float | None
 
 
 def _custom(node: DictConfig) -> Custom:

@@ -9,7 +9,10 @@ from morphtrain.schema.checks import COSTS, check, check_one_of
 
 @dataclass(kw_only=True)
 class Growth:
-    """What all ways to grow while training have in common."""
+    """What all ways to grow while training have in common.
+
+    An option inherits from those of the classes below that say what it does; each checks its own keys.
+    """
 
     name: str
     rewarm_epochs: float
@@ -52,64 +55,77 @@ class Planned(Limited):
 
 
 @dataclass(kw_only=True)
-class Wider(Planned):
+class Widening(Growth):
+    """Growth in width."""
+
+    noise: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.noise >= 0, "grow.noise", self.noise, "0 or more")
+
+
+@dataclass(kw_only=True)
+class Deepening(Growth):
+    """Growth in depth."""
+
+    start: str
+    calibration_batches: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("grow.start", self.start, ("zero_gamma", "half_half"))
+        check(self.calibration_batches >= 1, "grow.calibration_batches", self.calibration_batches, "1 or more")
+
+
+@dataclass(kw_only=True)
+class Priced(Widening):
+    """Growth until the whole network costs something."""
+
+    cost: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("grow.cost", self.cost, COSTS)
+
+
+@dataclass(kw_only=True)
+class WhereKept(Limited, Priced, Deepening):
+    """Growth where pruning left the channels."""
+
+    keep_fraction: float
+    operator: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.keep_fraction <= 1, "grow.keep_fraction", self.keep_fraction, "above 0 and at most 1")
+        check_one_of("grow.operator", self.operator, ("wider", "deeper", "auto"))
+
+
+@dataclass(kw_only=True)
+class Wider(Planned, Widening):
     factor: float
     where: list[str]
-    noise: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.factor > 1, "grow.factor", self.factor, "above 1")
-        check(self.noise >= 0, "grow.noise", self.noise, "0 or more")
 
 
 @dataclass(kw_only=True)
-class Deeper(Planned):
+class Deeper(Planned, Deepening):
     operator: str
-    start: str
     kernel: int
     where: list[str]
-    calibration_batches: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("grow.operator", self.operator, ("block", "layer"))
-        check_one_of("grow.start", self.start, ("zero_gamma", "half_half"))
         check(self.kernel >= 1 and self.kernel % 2 == 1, "grow.kernel", self.kernel, "odd")
-        check(self.calibration_batches >= 1, "grow.calibration_batches", self.calibration_batches, "1 or more")
 
 
 @dataclass(kw_only=True)
-class ToTarget:
-    """What grows until the whole network costs something."""
-
-    cost: str
-    noise: float
-
-    def check_cost(self) -> None:
-        check_one_of("grow.cost", self.cost, COSTS)
-        check(self.noise >= 0, "grow.noise", self.noise, "0 or more")
-
-
-@dataclass(kw_only=True)
-class WhereKept(ToTarget):
-    """What grows where pruning left the channels."""
-
-    keep_fraction: float
-    operator: str
-    start: str
-    calibration_batches: int
-
-    def check_kept(self) -> None:
-        self.check_cost()
-        check(0 < self.keep_fraction <= 1, "grow.keep_fraction", self.keep_fraction, "above 0 and at most 1")
-        check_one_of("grow.operator", self.operator, ("wider", "deeper", "auto"))
-        check_one_of("grow.start", self.start, ("zero_gamma", "half_half"))
-        check(self.calibration_batches >= 1, "grow.calibration_batches", self.calibration_batches, "1 or more")
-
-
-@dataclass(kw_only=True)
-class GrowMorphNet(Growth, ToTarget):
+class GrowMorphNet(Priced):
     target: float
     rounds: int
     round_epochs: int
@@ -117,7 +133,6 @@ class GrowMorphNet(Growth, ToTarget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_cost()
         check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
         check(self.rounds >= 1, "grow.rounds", self.rounds, "1 or more")
         check(self.round_epochs >= 1, "grow.round_epochs", self.round_epochs, "1 or more epochs")
@@ -129,12 +144,11 @@ class Selective(Planned, WhereKept):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_kept()
         check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
 
 
 @dataclass(kw_only=True)
-class Adaptive(Limited, WhereKept):
+class Adaptive(WhereKept):
     patience: int
     smoothing: float
     low_accuracy: float
@@ -145,7 +159,6 @@ class Adaptive(Limited, WhereKept):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_kept()
         check(self.patience >= 2, "grow.patience", self.patience, "2 or more epochs")
         check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
         check(0 <= self.low_accuracy <= 1, "grow.low_accuracy", self.low_accuracy, "0 to 1")

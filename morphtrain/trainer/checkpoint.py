@@ -112,7 +112,7 @@ class Checkpoint:
         """The network alone, on the CPU; `make` makes a network of the user's own. See `morphtrain.load`."""
         facts = self.facts
         try:
-            config = schema.stored_model(facts["config"]["model"])
+            config = schema.stored_option("model", facts["config"]["model"])
             norm = schema.stored_option("norm", facts["config"]["norm"])
         except (TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
