@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,11 +62,17 @@ def verify_batch(
     if device.type != "cuda":
         raise ValueError(f"only a CUDA device verifies a batch; the model is on {device}")
     guess = max_batch(model, input_shape, budget_bytes, optimizer=optimizer, autocast_dtype=autocast_dtype)
-    job = (*copied(model, optimizer, lambda tensor: tensor.cpu()), tuple(input_shape), autocast_dtype, device)
+    job = (
+        budget_bytes,
+        *copied(model, optimizer, lambda tensor: tensor.cpu()),
+        tuple(input_shape),
+        autocast_dtype,
+        device,
+    )
     trials: dict[int, Trial] = {}
 
     def fits(batch_size: int) -> bool:
-        trials[batch_size] = _in_fresh_process(batch_size, budget_bytes, *job)
+        trials[batch_size] = _in_fresh_process(batch_size, *job)
         return trials[batch_size].fits
 
     best = largest_fitting(fits, guess)
@@ -75,19 +82,11 @@ def verify_batch(
     return Verified(best, budget_bytes - found.peak_bytes, found.retries, tuple(trials.values()))
 
 
-def _in_fresh_process(
-    batch_size: int,
-    budget_bytes: float,
-    model: nn.Module,
-    optimizer: Optimizer,
-    input_shape: tuple[int, ...],
-    autocast_dtype: torch.dtype | None,
-    device: torch.device,
-) -> Trial:
+def _in_fresh_process(batch_size: int, *job: Any) -> Trial:
+    """What `_try` sends; the `job` is the rest of its arguments."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, batch_size, budget_bytes, model, optimizer, input_shape, autocast_dtype, device)
-    process = context.Process(target=_try, args=arguments)
+    process = context.Process(target=_try, args=(sender, batch_size, *job))
     process.start()
     sender.close()  # so that the end of the process is the end of the pipe
     try:
