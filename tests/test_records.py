@@ -19,6 +19,7 @@ from morphtrain.errors import UserError
 
 METRICS = {
     "train_loss",
+    "train_accuracy",
     "val_loss",
     "val_accuracy",
     "epoch_seconds",
@@ -34,7 +35,7 @@ METRICS = {
     "peak_memory_bytes",
 }
 UNPRUNED = [*(o for o in SMALL if not o.startswith("prune")), "prune=none"]
-TAGS = {"prune", "grow", "precision", "batch_policy", "optimizer", "model", "data", "seed", "device", "study"}
+TAGS = {"prune", "grow", "norm", "precision", "batch_policy", "optimizer", "model", "data", "seed", "device", "study"}
 
 
 @pytest.fixture(scope="module")
