@@ -97,8 +97,10 @@ def main() -> None:
         if name == "narrow":
             continue
         for other in (f"{name}, from scratch", *(["narrow"] if "narrow" in arms else [])):
-            pairs = [100 * (r[name]["val_accuracy"] - r[other]["val_accuracy"]) for r in results]
-            print(f"growth: {name} minus {other}: {interval(pairs)} points, paired")
+            ours, theirs = ([100 * r[which]["val_accuracy"] for r in results] for which in (name, other))
+            pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+            p = stats.ttest_rel(ours, theirs).pvalue
+            print(f"growth: {name} minus {other}: {interval(pairs)} points, paired t-test p = {p:.2g}")
 
 
 if __name__ == "__main__":
