@@ -1,24 +1,33 @@
-"""What it brings, and costs, to fill the memory that pruning frees: PruneTrain on 6000 images of Fashion-MNIST.
+"""What it brings, and costs, to fill the memory that pruning frees: PruneTrain on 12000 images of Fashion-MNIST.
 
-    python fill_memory.py [seeds]        # 5 by default, or their numbers: 4,5; some five minutes a seed on one core
+    python fill_memory.py [seeds]        # 5 by default, or their numbers: 4,5; some eight minutes a seed on one core
 
-The budget is what the dense network's step takes. All arms of a seed run one after the other.
+The budget is what the dense network's step takes, and the policy's overhead. All arms of a seed run one after the
+other. Behind each, the steps of all its networks and batch sizes are taken again, counting what torch's allocator gives.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from growth import interval, seconds_of, train
+from scipy import stats
 
+from morphtrain import morph
 from morphtrain.cost import memory_model
+from morphtrain.cost.copies import MOMENTUM_SGD
+from morphtrain.cost.step import training_step
 from morphtrain.model import ResNet
 
-BATCH, WIDTH, EPOCHS = 32, 8, 12
-COMMON = ("data.train_samples=6000", f"model.width={WIDTH}", f"epochs={EPOCHS}", f"batch_policy.batch_size={BATCH}")
-PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.interval=1", "prune.start_epoch=2")
+BATCH, WIDTH, EPOCHS, SHAPE = 32, 8, 12, (1, 28, 28)
+OVERHEAD = 0.1  # batch_policy.overhead's default
+COMMON = ("data.train_samples=12000", f"model.width={WIDTH}", f"epochs={EPOCHS}", f"batch_policy.batch_size={BATCH}")
+PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.3", "prune.interval=1", "prune.start_epoch=2")
 FILL = (*PRUNE, "batch_policy=fill_memory")
 ARMS = {
     "dense": (),
@@ -31,37 +40,77 @@ ARMS = {
 }
 
 
+def dense_network() -> ResNet:
+    return ResNet(blocks=1, width=WIDTH, in_channels=1)
+
+
 def compare(seed: int, place: Path, budget: int) -> dict[str, dict[str, float]]:
-    """Every arm: its last record, and the median seconds of its last epochs."""
+    """Every arm: its last record, the median seconds of its last epochs, and its fullest epoch over the budget."""
     found = {}
     for name, overrides in ARMS.items():
         fill = (f"batch_policy.budget={budget}",) if "batch_policy=fill_memory" in overrides else ()
         history = train(place / name, *COMMON, *overrides, *fill, f"seed={seed}")
         found[name] = {**history[-1], "last epochs": seconds_of(history[-3:])}
+        found[name]["memory / budget"] = max(peaks(history, place / name)) / budget
         last = found[name]
         print(
             f"fill_memory: seed {seed}: {name:20}: val_accuracy {last['val_accuracy']:.4f}, "
             f"{last['train_seconds']:.1f} s, last epochs {last['last epochs']:.2f} s, batch {last['batch_size']:.0f}, "
-            f"{last['params']:.0f} params",
+            f"{last['params']:.0f} params, memory / budget {last['memory / budget']:.3f}",
             flush=True,
         )
     return found
 
 
+def peaks(history: list[dict[str, float]], run_dir: Path) -> list[int]:
+    """Bytes that the fullest moment of each epoch's steps takes, measured anew."""
+    paths = {0: None} | {int(path.stem[-4:]): path for path in (run_dir / "architecture").glob("epoch_*.json")}
+    # A change stands behind its epoch: what an epoch ran on is the latest of an earlier one.
+    steps = {(paths[max(e for e in paths if e < record["epoch"])], int(record["batch_size"])) for record in history}
+    found = []
+    for path, batch in steps:
+        model = dense_network() if path is None else morph.rebuild(dense_network(), json.loads(path.read_text()))
+        found.append(measured_peak(model, batch))
+    return found
+
+
+def measured_peak(model: torch.nn.Module, batch: int) -> int:
+    """Bytes of tensors at the fullest moment of two training steps, by the profiler's account of torch's allocator."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model = copy.deepcopy(model)  # the profiler counts what is made under its eyes
+            optimizer = MOMENTUM_SGD(model.parameters())
+            for _ in range(2):
+                training_step(model, optimizer, torch.randn(batch, *SHAPE), torch.randint(10, (batch,)))
+        profile.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+
+
 def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else "5"
     seeds = [int(seed) for seed in wanted.split(",")] if "," in wanted else range(1, int(wanted) + 1)
-    dense = ResNet(blocks=1, width=WIDTH, in_channels=1)
-    budget = memory_model(dense, (1, 28, 28)).peak(BATCH)
+    budget = round(memory_model(dense_network(), SHAPE).peak(BATCH) / (1 - OVERHEAD))
     results = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as place:
             results.append(compare(seed, Path(place), budget))
-    print(f"fill_memory: means of {len(seeds)} seeds with 95 % intervals, budget {budget} bytes")
+    report(results, budget)
+
+
+def report(results: list[dict[str, dict[str, float]]], budget: int) -> None:
+    """Means with intervals, and every arm against the pruned one, paired by seed."""
+    print(f"fill_memory: means of {len(results)} seeds with 95 % intervals, budget {budget} bytes")
+    keys = ("val_accuracy", "train_seconds", "last epochs", "batch_size", "params")
     for name in ARMS:
-        keys = ("val_accuracy", "train_seconds", "last epochs", "batch_size", "params")
         columns = [f"{key} {interval([r[name][key] for r in results])}" for key in keys]
-        print(f"fill_memory: {name:20}: {', '.join(columns)}")
+        most = max(r[name]["memory / budget"] for r in results)
+        print(f"fill_memory: {name:20}: {', '.join(columns)}, memory / budget at most {most:.3f}")
+    for name in (name for name in ARMS if name.startswith("filled")):
+        for key in ("val_accuracy", "train_seconds"):
+            pairs = [(r[name][key], r["pruned"][key]) for r in results]
+            p = stats.ttest_rel(*zip(*pairs, strict=True)).pvalue
+            print(f"fill_memory: {name} less pruned, {key}: {interval([a - b for a, b in pairs])}, p = {p:.2f}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ def byte_count(key: str, value: object) -> float:
         return _refuse(key, value)
 
 
+def left_of(key: str, size: float, overhead: object) -> float:
+    """What is left of `size` bytes behind an overhead: a share (22%, 0.22), or a size; `key` is the overhead's."""
+    text = str(overhead)
+    part = byte_count(key, text.removesuffix("%"))
+    share = part / 100 if text.endswith("%") else part
+    return size * (1 - share) if share < 1 or text.endswith("%") else size - part
+
+
 def _refuse(key: str, value: object) -> float:
     raise UserError(f"{key}={value}: must be a size as 11GiB, 512MiB, 2.5GB, or 8e9 bytes") from None
 

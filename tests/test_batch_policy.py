@@ -56,6 +56,14 @@ WRONG = {
     ),
     "warm-up": (["batch_policy=adabatch", "batch_policy.warmup_epochs=-1"], "batch_policy.warmup_epochs=-1.0: must be"),
     "budget": (["batch_policy=fill_memory", "batch_policy.budget=much"], "batch_policy.budget=much: must be .*11GiB"),
+    "overhead": (
+        ["batch_policy=fill_memory", "batch_policy.budget=1MiB", "batch_policy.overhead=2MiB"],
+        "batch_policy.overhead=2MiB: must be less than batch_policy.budget",
+    ),
+    "all of it": (
+        ["batch_policy=fill_memory", "batch_policy.overhead=100%"],
+        "batch_policy.overhead=100%: must be less than batch_policy.budget",
+    ),
     "no budget": (
         ["batch_policy=fill_memory", "batch_policy.budget=0"],
         "batch_policy.budget=0: must be above 0, or null",
@@ -171,7 +179,7 @@ def test_fill_memory_takes_the_most_that_is_allowed(fixed, per_sample, budget, s
     run = shared_run()
     run.batch_size, run.micro_batch, run.lr_scale, run.epoch, run.change = 0, None, Ramp(), 0, ""
     assume(1001 % start != 1)
-    policy = fill_memory.build(schema.FillMemory("fill_memory", start, budget, multiple, max_factor, "linear", 0.0))
+    policy = fill_memory.build(schema.FillMemory("fill_memory", start, budget, 0, multiple, max_factor, "linear", 0.0))
     with pytest.MonkeyPatch.context() as patch:
         facts = MemoryModel(((float(fixed), per_sample),), exact=True)
         patch.setattr(fill_memory, "memory_model", lambda *args, **how: facts)
@@ -205,7 +213,7 @@ def test_a_grown_network_that_no_longer_fits_goes_in_passes(memory: None, caplog
     run = small_run()
     params = count_params(run.model)
     policy = fill_memory.build(
-        schema.FillMemory("fill_memory", 32, 12 * params + 4 * params * 40, 8, 2.0, "linear", 0.0)
+        schema.FillMemory("fill_memory", 32, 12 * params + 4 * params * 40, 0, 8, 2.0, "linear", 0.0)
     )
     policy.before_training(run)
     assert run.micro_batch is None
@@ -222,10 +230,17 @@ def test_a_grown_network_that_no_longer_fits_goes_in_passes(memory: None, caplog
 def test_what_a_cuda_device_has_free_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    assert fill_memory.budget_in_bytes(None, torch.device("cuda")) == 750
-    assert fill_memory.budget_in_bytes("1KiB", torch.device("cuda")) == 1024
+
+    def usable(device: str, budget: str | None, overhead: object) -> float:
+        config = schema.FillMemory("fill_memory", 32, budget, overhead, 8, 2.0, "linear", 0.0)
+        return fill_memory.usable_bytes(config, torch.device(device))
+
+    assert usable("cuda", None, 0) == 750
+    assert usable("cuda", None, "20%") == 600
+    assert usable("cuda", "1KiB", "24") == 1000
+    assert usable("cpu", "1KiB", 0.25) == 768
     with pytest.raises(UserError, match=r"batch_policy\.budget=null"):
-        fill_memory.budget_in_bytes(None, torch.device("cpu"))
+        usable("cpu", None, 0)
 
 
 FILL = (
@@ -233,6 +248,7 @@ FILL = (
     "batch_policy.batch_size=16",
     "batch_policy.max_factor=1.5",
     "batch_policy.multiple_of=2",
+    "batch_policy.overhead=0",
     "batch_policy.warmup_epochs=1.5",
 )
 

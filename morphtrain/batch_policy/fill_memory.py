@@ -13,7 +13,7 @@ import torch
 
 from morphtrain import schema
 from morphtrain.batch_policy.growth import grow, tenth, without_single
-from morphtrain.byte_sizes import byte_count, readable
+from morphtrain.byte_sizes import byte_count, left_of, readable
 from morphtrain.cost import MemoryModel, memory_model
 from morphtrain.errors import UserError
 
@@ -28,10 +28,10 @@ class FillMemory:
 
     def __init__(self, config: schema.FillMemory) -> None:
         self.config = config
-        self.budget = 0  # bytes
+        self.budget = 0.0  # bytes, for tensors
 
     def before_training(self, run: Run) -> None:
-        self.budget = budget_in_bytes(self.config.budget, run.device)
+        self.budget = usable_bytes(self.config, run.device)
         if run.epoch == 0:
             batch_size = self.config.batch_size
             run.set_batch(batch_size, self._micro_batch(memory_of(run), batch_size))
@@ -77,17 +77,18 @@ def memory_of(run: Run) -> MemoryModel:
     return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=run.precision.dtype)
 
 
-def budget_in_bytes(budget: int | str | None, device: torch.device) -> int:
-    """The budget as a number; None is what a CUDA device has free, with what this process already holds of it."""
-    if budget is not None:
-        return int(byte_count("batch_policy.budget", budget))
-    if device.type != "cuda":
+def usable_bytes(config: schema.FillMemory, device: torch.device) -> float:
+    """What the budget leaves for tensors; null is what a CUDA device has free, with what this process holds of it."""
+    if config.budget is not None:
+        budget = byte_count("batch_policy.budget", config.budget)
+    elif device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
         raise UserError(
             f"batch_policy.budget=null: only a CUDA device says how much it has free; on {device} give a size, as "
             "batch_policy.budget=2GiB"
         )
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
+    return left_of("batch_policy.overhead", budget, config.overhead)
 
 
 def build(config: schema.FillMemory) -> FillMemory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from morphtrain.byte_sizes import byte_count
+from morphtrain.byte_sizes import byte_count, left_of
 from morphtrain.schema.checks import check, check_one_of
 
 
@@ -49,6 +49,7 @@ class FillMemory:
     name: str
     batch_size: int
     budget: Any  # int, text with a unit, or None
+    overhead: Any  # int, share, or text
     multiple_of: int
     max_factor: float
     lr_scaling: str
@@ -59,6 +60,10 @@ class FillMemory:
         if self.budget is not None:
             above = byte_count("batch_policy.budget", self.budget) > 0
             check(above, "batch_policy.budget", self.budget, "above 0, or null")
+        # Of a budget that only the device will know, a size may turn out too large; a share never does.
+        size = byte_count("batch_policy.budget", self.budget) if self.budget is not None else float("inf")
+        left = left_of("batch_policy.overhead", size, self.overhead)
+        check(left > 0, "batch_policy.overhead", self.overhead, "less than batch_policy.budget")
         check(self.multiple_of >= 1, "batch_policy.multiple_of", self.multiple_of, "1 or more images")
         check(self.max_factor > 1, "batch_policy.max_factor", self.max_factor, "above 1")
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain.byte_sizes import byte_count
+from morphtrain.byte_sizes import byte_count, left_of
 from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import AdaBatch, FillMemory, FixedBatch
 from morphtrain.schema.checks import check, check_one_of
@@ -200,10 +200,7 @@ class _MaxBatchKeys:
     @property
     def usable_bytes(self) -> float:
         """What is left of it for tensors."""
-        text = str(self.overhead)
-        size = byte_count("overhead", text.removesuffix("%"))
-        share = size / 100 if text.endswith("%") else size
-        return self.budget_bytes * (1 - share) if share < 1 or text.endswith("%") else self.budget_bytes - size
+        return left_of("overhead", self.budget_bytes, self.overhead)
 
 
 @dataclass
