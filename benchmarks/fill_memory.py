@@ -3,7 +3,7 @@
     python fill_memory.py [seeds]        # 5 by default, or their numbers: 4,5; some eight minutes a seed on one core
 
 The budget is what the dense network's step takes, and the policy's overhead. All arms of a seed run one after the
-other. Behind each, the steps of all its networks and batch sizes are taken again, counting what torch's allocator gives.
+other. Behind each, steps of all its networks and batch sizes are taken again, counting what torch's allocator gives.
 """
 
 from __future__ import annotations
