@@ -8,7 +8,6 @@ other. Behind each, steps of all its networks and batch sizes are taken again, c
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
@@ -75,16 +74,21 @@ def peaks(history: list[dict[str, float]], run_dir: Path) -> list[int]:
 
 
 def measured_peak(model: torch.nn.Module, batch: int) -> int:
-    """Bytes of tensors at the fullest moment of two training steps, by the profiler's account of torch's allocator."""
+    """Bytes of tensors at the fullest moment of a training step, by the profiler's account of torch's allocator."""
+    images, labels = torch.randn(batch, *SHAPE), torch.randint(10, (batch,))
+    optimizer = MOMENTUM_SGD(model.parameters())
+    training_step(model, optimizer, images, labels)
+    states = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor is not None]
+    now = peak = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *states, images, labels))
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            model = copy.deepcopy(model)  # the profiler counts what is made under its eyes
-            optimizer = MOMENTUM_SGD(model.parameters())
-            for _ in range(2):
-                training_step(model, optimizer, torch.randn(batch, *SHAPE), torch.randint(10, (batch,)))
+            training_step(model, optimizer, images, labels)
         profile.export_chrome_trace(trace.name)
         events = json.loads(Path(trace.name).read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
 
 
 def main() -> None:

@@ -65,6 +65,7 @@ def allocated_peak(run: Run, trace: Path) -> int:
 
 STEPS = {
     "resnet20": (["model=resnet20"], 32),
+    "odd widths": (["model=resnet8", "model.width=7"], 32),
     "resnet20 in bf16": (["model=resnet20", "precision=bf16"], 32),
     "vgg8 with adamw": (["model=vgg8", "model.width=32", "optimizer=adamw"], 32),
     "mobilenet_v2": (["model=mobilenet_v2", "model.width_multiplier=0.25"], 16),

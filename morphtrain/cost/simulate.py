@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from morphtrain.cost.copies import Optimizing, copied
+from morphtrain.cost.onednn import copied_bytes
 from morphtrain.cost.step import backpropagate, blank_batch
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -32,8 +33,8 @@ class LiveBytes(TorchDispatchMode):
 
     A storage counts from the operation that returns it until nothing refers to it any more, as an allocator that
     hands out exactly what is asked for would have it. What an operation needs inside and frees again does not count,
-    but for `copies`: whether the backward of a convolution copies what it reads into a layout of its own, as oneDNN
-    does on a CPU. A sum of gradients counts as a new tensor; autograd adds in place where it can, but not under a mode.
+    but for `copies`: whether convolutions copy what they read and write into a layout of their own, as oneDNN's do. A
+    sum of gradients counts as a new tensor; autograd adds in place where it can, but not under a mode.
     """
 
     def __init__(self, copies: bool) -> None:
@@ -65,14 +66,8 @@ class LiveBytes(TorchDispatchMode):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor):
                     self.hold(tensor)
-            self.moments.append(self.now + self._copies(func, args))
+            self.moments.append(self.now + (copied_bytes(func, args, result) if self.copies else 0))
         return result
-
-    def _copies(self, func: Any, args: Sequence[Any]) -> int:
-        if not self.copies or func is not torch.ops.aten.convolution_backward.default:
-            return 0
-        gradient, inputs, weight = args[:3]
-        return gradient.nbytes + inputs.nbytes + weight.nbytes
 
 
 class AnyValue(TorchDispatchMode):
