@@ -10,12 +10,13 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -23,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import schema
 from morphtrain.errors import UserError
+from morphtrain.sweep.plugin import MorphTrainSweeper
+
+Plugins.instance().register(MorphTrainSweeper)
 
 # What a place says that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
@@ -41,9 +45,11 @@ def job(composed: DictConfig) -> float | list[float]:
         config = schema.parse(composed)
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
         tags["study"] = study(settings)
+        if config.trial is not None:
+            tags["trial"] = str(config.trial)
         from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without
 
-        values = train(config, run_dir, tags)
+        values = train(config, run_dir, tags, reporter(settings, config))
     except (UserError, OSError):
         discard_if_unused(run_dir)
         raise
@@ -55,6 +61,15 @@ def study(settings: Any) -> str:
     if settings.mode != RunMode.MULTIRUN:
         return "none"
     return str(settings.sweeper.get("study_name") or settings.sweep.dir)
+
+
+def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, float]], bool] | None:
+    """What a trial of `hydra/sweeper=morphtrain` tells its study after every epoch; None for other runs."""
+    if config.trial is None:
+        return None
+    from morphtrain.sweep.trial import TrialReporter
+
+    return TrialReporter(settings.sweeper, config.trial, config.objective)
 
 
 def discard_if_unused(run_dir: Path) -> None:

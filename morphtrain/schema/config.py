@@ -91,6 +91,7 @@ class _TopLevel:
     resume: str
     architecture: str | None
     objective: list[str]
+    trial: int | None
     clip_norm: float | None
 
 
@@ -116,6 +117,7 @@ class Config(_TopLevel):
         _check_device(self.device)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
+        check(self.trial is None or self.trial >= 0, "trial", self.trial, "null; a sweep sets it")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         self._check_growth()
         rows = isinstance(self.prune, MorphNet) and self.prune.regulariser == "group_lasso"

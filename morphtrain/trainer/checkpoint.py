@@ -31,7 +31,17 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = "morphtrain checkpoint 4"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
-FREE_KEYS = ("resume", "device", "objective", "tracking", "timing", "data.root", "data.download", "data.num_workers")
+FREE_KEYS = (
+    "resume",
+    "device",
+    "objective",
+    "trial",
+    "tracking",
+    "timing",
+    "data.root",
+    "data.download",
+    "data.num_workers",
+)
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,19 @@ from morphtrain.trainer.run import Run, build_run, count_weights, derived_seed, 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]:
+def train(
+    config: Config,
+    run_dir: Path,
+    tags: Mapping[str, str],
+    on_epoch: Callable[[Mapping[str, float]], bool] | None = None,
+) -> list[float]:
     """Train as `config` says, leave everything in `run_dir`, and return the metrics named in `config.objective`.
 
     Args:
         config: a checked config (`morphtrain.schema.parse`).
         run_dir: an existing directory; a checkpoint in it is continued with `resume=auto` and in the way otherwise.
         tags: for the tracker; the names of the chosen options.
+        on_epoch: hears the record of every epoch; the run ends behind it if it says True.
 
     Raises:
         UserError: for what the user can put right.
@@ -50,10 +56,12 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]
     tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, resumed=config.resume != "never")
     status = "FAILED"
     try:
-        while run.epoch < config.epochs and not run.stopped:
+        unwanted = False
+        while run.epoch < config.epochs and not run.stopped and not unwanted:
             _advance(run, run_dir, tracker)
+            unwanted = on_epoch is not None and on_epoch(run.history[-1])
         _leave_artifacts(run, run_dir, tracker)
-        status = "FINISHED"
+        status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         log.warning("interrupted; go on with the same command, hydra.run.dir=%s and resume=auto", run_dir)

@@ -1,0 +1,177 @@
+"""What a sweep leaves: a closing table, pictures, the results as YAML, and the command that runs the winner again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import statistics
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+
+from morphtrain.errors import UserError
+from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR
+from morphtrain.sweep.trial import METRICS_ATTR
+
+log = logging.getLogger(__name__)
+
+RESULTS = "optimization_results.yaml"  # as Hydra's own sweeper calls it
+
+
+def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> list[Path]:
+    """Print the closing table and leave pictures and results in `sweep_dir`; returns their paths.
+
+    Raises:
+        UserError: if no trial ended with a value.
+    """
+    completed = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    if not completed:
+        raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
+    best = study.best_trials  # of one objective: that with the best value; feasible ones only, if there is a constraint
+    console = Console(width=max(100, Console().width))
+    console.print(_table(study, best, objective))
+    importance = _importance(study, objective)
+    for line in _lines(study, best, objective, importance):
+        console.print(line, highlight=False, soft_wrap=True)
+    paths = [*_pictures(study, objective, sweep_dir, bool(importance)), _results(study, best, objective, sweep_dir)]
+    console.print(f"pictures and results: {sweep_dir}", highlight=False, soft_wrap=True)
+    return paths
+
+
+def _failures(study: optuna.Study) -> str:
+    reasons = [trial.user_attrs[ERROR_ATTR] for trial in study.trials if ERROR_ATTR in trial.user_attrs]
+    return f"the last failed with: {reasons[-1]}" if reasons else "all were stopped early"
+
+
+def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str]) -> Table:
+    """The best trials beside the baseline."""
+    counts = {state: sum(trial.state == state for trial in study.trials) for state in TrialState}
+    counted = ", ".join(f"{number} {state.name}" for state, number in counts.items() if number)
+    table = Table(title=f"study {study.study_name}: {counted}")
+    for column in ("trial", *objective, *_shown(objective), "overrides"):
+        table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
+    baseline = [trial for trial in study.trials if BASELINE_ATTR in trial.user_attrs and trial.values]
+    for trial in (*baseline, *(trial for trial in best if BASELINE_ATTR not in trial.user_attrs)):
+        is_baseline = BASELINE_ATTR in trial.user_attrs
+        metrics = trial.user_attrs.get(METRICS_ATTR, {})
+        table.add_row(
+            f"{trial.number} (baseline)" if is_baseline else str(trial.number),
+            *(_number(value) for value in trial.values),
+            *(_number(metrics.get(name, math.nan)) for name in _shown(objective)),
+            " ".join(f"{key}={_number(value)}" for key, value in trial.params.items()),
+        )
+    return table
+
+
+def _shown(objective: Sequence[str]) -> list[str]:
+    """Metrics that are worth a column though they are not searched."""
+    return [name for name in ("train_seconds", "val_accuracy", "params") if name not in objective]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _lines(
+    study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str], importance: dict[str, float]
+) -> list[str]:
+    lines = []
+    baseline = next((trial for trial in study.trials if BASELINE_ATTR in trial.user_attrs and trial.values), None)
+    if not best:
+        lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search elsewhere")
+    elif len(objective) == 1 and baseline is not None and best[0].number == baseline.number:
+        lines.append("the baseline is the best trial: what was searched does not pay here")
+    elif len(objective) == 1 and baseline is not None:
+        ratio = best[0].values[0] / baseline.values[0] if baseline.values[0] else math.nan
+        lines.append(
+            f"{objective[0]}: best / baseline {ratio:.3f}, one run each, the best of {len(study.trials)}: repeat both "
+            "with other seeds before you believe it"
+        )
+    if importance:
+        shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
+        lines.append(f"importance for {objective[0]} (fANOVA, {_complete(study)} trials): {shares}")
+    if median := _seconds(study):
+        lines.append(f"a trial took {median:.1f} s (median), all together {_seconds(study, sum):.0f} s")
+    if best:
+        lines.append(f"the winner again:  python -m morphtrain.run {rerun(best[0])}")
+    return lines
+
+
+def _complete(study: optuna.Study) -> int:
+    return sum(trial.state == TrialState.COMPLETE for trial in study.trials)
+
+
+def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
+    durations = [trial.duration.total_seconds() for trial in study.trials if trial.duration is not None]
+    return float(of(durations)) if durations else 0.0
+
+
+def rerun(trial: FrozenTrial) -> str:
+    """What to type behind `python -m morphtrain.run` to train what a trial trained."""
+    return shlex.join(trial.user_attrs[OVERRIDES_ATTR])
+
+
+def _importance(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
+    """How much each searched key decided of the first objective; nothing where too few trials tell it."""
+    varied = {key for trial in study.trials if trial.state == TrialState.COMPLETE for key in trial.params}
+    if _complete(study) < 4 or len(varied) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    target = None if len(objective) == 1 else (lambda trial: trial.values[0])
+    try:
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
+    except (ValueError, RuntimeError) as error:  # all values alike, or no key in all trials
+        log.info("no importance of the keys: %s", error)
+        return {}
+
+
+def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, important: bool) -> list[Path]:
+    """Optuna's own charts as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as charts
+
+    several = len(objective) > 1
+    first: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": objective[0]} if several else {}
+    named = first or {"target_name": objective[0]}
+    wanted = {
+        "history": lambda: charts.plot_optimization_history(study, **named),
+        "parallel": lambda: charts.plot_parallel_coordinate(study, **named),
+        "slices": lambda: charts.plot_slice(study, **named),
+    }
+    if important:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        wanted["importance"] = lambda: charts.plot_param_importances(study, evaluator, **named)
+    if several:
+        wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
+    paths = []
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        for name, draw in wanted.items():
+            draw()
+            paths.append(sweep_dir / f"{name}.png")
+            figure: Any = pyplot.gcf()
+            figure.savefig(paths[-1], dpi=120, bbox_inches="tight")  # type: ignore[no-untyped-call]
+            pyplot.close("all")
+    return paths
+
+
+def _results(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:
+    """The same file that Hydra's Optuna sweeper leaves."""
+    results: dict[str, Any] = {"name": "optuna"}
+    if len(objective) == 1 and best:
+        results |= {"best_params": best[0].params, "best_value": best[0].values[0]}
+    else:
+        results["solutions"] = [{"params": trial.params, "values": trial.values} for trial in best]
+    path = sweep_dir / RESULTS
+    OmegaConf.save(OmegaConf.create(results), path)
+    return path

@@ -1,0 +1,130 @@
+"""A study that several workers may share, now and later: who takes which trial, and how many there are to be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from morphtrain.errors import UserError
+from morphtrain.sweep.storage import exclusive, open_storage
+from morphtrain.sweep.workers import Worker, abandoned
+
+log = logging.getLogger(__name__)
+
+BASELINE_ATTR = "baseline"  # of trial 0: it runs with the baseline's overrides
+ERROR_ATTR = "error"  # of a failed trial: why
+OVERRIDES_ATTR = "overrides"  # what its job was started with
+RUN_DIR_ATTR = "run_dir"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all workers of a study must agree on."""
+
+    name: str
+    storage: str
+    directions: Sequence[Literal["minimize", "maximize"]]
+    facts: Mapping[str, Any]  # stored with the study: what its values mean
+    total: int  # trials, those that failed included
+    baseline: Mapping[str, Any] | None  # values that trial 0 has of the searched keys; None for no such trial
+
+
+class SharedStudy:
+    """Takes trials of an Optuna study for one worker, and gives them back or ends them.
+
+    Every step that looks and then acts does so while no other worker can.
+    """
+
+    def __init__(self, plan: Plan, sampler: Any, pruner: Any) -> None:
+        """Open the study, or create it; raises `UserError` if one of that name searched something else."""
+        self.plan = plan
+        storage = open_storage(plan.storage)
+        with exclusive(plan.storage):
+            self.study = optuna.create_study(
+                study_name=plan.name,
+                storage=storage,
+                sampler=sampler,
+                pruner=pruner,
+                directions=list(plan.directions),
+                load_if_exists=True,
+            )
+            self._check_facts()
+            if self.study.trials:
+                sampler.reseed_rng()  # what its seed gives was given to an earlier worker
+            elif plan.baseline is not None:
+                self.study.enqueue_trial(dict(plan.baseline), user_attrs={BASELINE_ATTR: True})
+
+    def _check_facts(self) -> None:
+        wanted = {"directions": list(self.plan.directions), **self.plan.facts}
+        stored = self.study.user_attrs.get("facts")
+        if stored is None and not self.study.trials:
+            self.study.set_user_attr("facts", wanted)
+        elif stored != wanted:
+            key = next(key for key in wanted if (stored or {}).get(key) != wanted[key])
+            raise UserError(
+                f"hydra.sweeper.study_name={self.plan.name}: has trials with {key}={(stored or {}).get(key)}, which "
+                f"{wanted[key]} cannot be compared with; take the same, or another study_name"
+            )
+
+    def take(self, worker: Worker, most: int) -> list[Trial]:
+        """Up to `most` trials for `worker`: abandoned ones first, then new ones until the study has its total."""
+        with exclusive(self.plan.storage):
+            self._release_abandoned(worker.heartbeat_seconds)
+            trials = self.study.get_trials(deepcopy=False)
+            waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+            number = min(most, waiting + max(0, self.plan.total - len(trials)))
+            taken = [self.study.ask() for _ in range(number)]
+            for trial in taken:
+                worker.take(trial._trial_id)
+        return taken
+
+    def _release_abandoned(self, heartbeat_seconds: float) -> None:
+        """Let the running trials of dead workers wait for another one, which goes on from their checkpoints."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if abandoned(trial.user_attrs, heartbeat_seconds):
+                log.info("trial %d was left behind by a worker that is dead: it is taken up again", trial.number)
+                self._let_wait(trial._trial_id)
+
+    def give_back(self, worker: Worker, trials: Sequence[Trial]) -> None:
+        """Let trials that this worker will not finish wait for another one."""
+        for trial in trials:
+            worker.drop(trial._trial_id)
+            self._let_wait(trial._trial_id)
+
+    def _let_wait(self, trial_id: int) -> None:
+        self.study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+    def others_running(self) -> int:
+        """Trials that other workers have under way."""
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+
+    def complete(self, worker: Worker, trial: Trial, values: Sequence[float]) -> None:
+        """End a trial with its objective's values."""
+        self._tell(worker, trial, TrialState.COMPLETE, values)
+
+    def prune(self, worker: Worker, trial: Trial) -> None:
+        """End a trial that was stopped early; its last reported value becomes its value."""
+        self._tell(worker, trial, TrialState.PRUNED)
+
+    def fail(self, worker: Worker, trial: Trial, reason: str) -> None:
+        """End a trial that has no value."""
+        trial.set_user_attr(ERROR_ATTR, reason)
+        self._tell(worker, trial, TrialState.FAIL)
+
+    def _tell(self, worker: Worker, trial: Trial, state: TrialState, values: Sequence[float] | None = None) -> None:
+        worker.drop(trial._trial_id)
+        try:
+            self.study.tell(trial, values, state)
+        except RuntimeError as error:
+            # The grid sampler stops a study behind its last trial, which only `optimize` allows; the trial is told.
+            if "Study.stop" not in str(error):
+                raise
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)

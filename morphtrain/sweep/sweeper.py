@@ -1,0 +1,204 @@
+"""The sweep: take trials, launch them, tell the study how they ended, until the study has its total."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
+from omegaconf import DictConfig, open_dict
+from optuna.trial import Trial, TrialState
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.sweep import report
+from morphtrain.sweep.space import SearchSpace, as_space
+from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Plan, SharedStudy
+from morphtrain.sweep.trial import METRICS_ATTR, STOPPED_ATTR
+from morphtrain.sweep.workers import Worker
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 2.0  # between two looks at what other workers still do
+TRIALS_BEFORE_GIVING_UP = 4
+
+
+class StudySweeper:
+    """What `hydra/sweeper=morphtrain` does; see `morphtrain.sweep.plugin`.
+
+    Args:
+        plain: Hydra's own Optuna sweeper with the keys they share: sampler, directions, storage and so on.
+        pruner: Optuna's; decides in the job, epoch by epoch.
+        baseline, min_accuracy, heartbeat_seconds: as in the plug-in.
+    """
+
+    def __init__(
+        self,
+        plain: OptunaSweeperImpl,
+        *,
+        pruner: Any,
+        baseline: list[str] | None,
+        min_accuracy: float | None,
+        heartbeat_seconds: float,
+    ) -> None:
+        schema.check(plain.n_trials >= 1, "hydra.sweeper.n_trials", plain.n_trials, "1 or more")
+        schema.check(plain.n_jobs >= 1, "hydra.sweeper.n_jobs", plain.n_jobs, "1 or more")
+        schema.check(heartbeat_seconds > 0, "hydra.sweeper.heartbeat_seconds", heartbeat_seconds, "above 0")
+        in_range = min_accuracy is None or 0 <= min_accuracy <= 1
+        schema.check(in_range, "hydra.sweeper.min_accuracy", min_accuracy, "from 0 to 1, or null")
+        self.plain = plain
+        self.pruner = pruner
+        self.baseline = baseline
+        self.min_accuracy = min_accuracy
+        self.heartbeat_seconds = heartbeat_seconds
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.sweep_dir = Path(config.hydra.sweep.dir).resolve()
+        self.launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Search until the study has its total of trials, those of other workers included; then report."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        extend = self.plain.custom_search_space_extender
+        space = SearchSpace([*as_space(self.plain.params), *arguments], extend, self.config)
+        first = self._check(space)
+        sampler, total = self._sampler(space)
+        plan = Plan(
+            name=self.plain.study_name or "",
+            storage=str(self.plain.storage),
+            directions=self._directions(first.objective),
+            facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
+            total=total,
+            baseline=None if self.baseline is None else self._baseline_values(space),
+        )
+        study = SharedStudy(plan, sampler, self.pruner)
+        log.info("study %s in %s: %d of %d trials", plan.name, readable(plan.storage), len(study.trials), total)
+        with Worker(study.study._storage, self.sweep_dir, self.heartbeat_seconds) as worker:
+            while True:
+                if trials := study.take(worker, self.plain.n_jobs):
+                    self._run(study, worker, trials, space)
+                elif study.others_running():
+                    time.sleep(WAIT_SECONDS)
+                else:
+                    break
+        report.close(study.study, first.objective, self.sweep_dir)
+
+    def _check(self, space: SearchSpace) -> schema.Config:
+        """The config at one end of all ranges; raises `UserError` before any trial if there is none at either."""
+        named = (self.plain.storage, "hydra.sweeper.storage", "a place, as sqlite:///optuna.db")
+        for value, key, wanted in (named, (self.plain.study_name, "hydra.sweeper.study_name", "a name")):
+            schema.check(bool(value), key, value, wanted)
+        searched = bool(space.distributions) or space.extend is not None
+        example = "what to search, as {optimizer.lr: interval(0.01,0.1)}"
+        schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
+        configs = [self._parsed(overrides) for overrides in space.corners()]
+        if self.baseline is not None:
+            self._parsed(space.of_baseline(self.baseline))
+        if len(configs[0].objective) > 1 and not isinstance(self.pruner, optuna.pruners.NopPruner):
+            raise UserError(
+                f"hydra/sweeper/pruner: objective={configs[0].objective} has more than one metric, and Optuna stops "
+                "trials early by one alone; hydra/sweeper/pruner=none works"
+            )
+        return configs[0]
+
+    def _parsed(self, overrides: Sequence[str]) -> schema.Config:
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(composed):
+            del composed["hydra"]
+        return schema.parse(composed)
+
+    def _directions(self, objective: Sequence[str]) -> list[Any]:
+        directions = self.plain._get_directions()
+        if len(directions) != len(objective):
+            raise UserError(
+                f"hydra.sweeper.direction={directions}: objective={objective} has {len(objective)} metrics; give one "
+                "direction, minimize or maximize, for each"
+            )
+        return directions
+
+    def _sampler(self, space: SearchSpace) -> tuple[Any, int]:
+        """The sampler, and how many trials the study is to have."""
+        sampler, total = self.plain.sampler, self.plain.n_trials
+        if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
+            return sampler, total
+        grid = space.grid()
+        points = math.prod(map(len, grid.values())) + (self.baseline is not None)
+        return sampler(grid), min(total, points)
+
+    def _baseline_values(self, space: SearchSpace) -> dict[str, Any]:
+        """What trial 0 has of the searched keys: nothing where it runs with overrides of its own."""
+        return {} if self.baseline else space.defaults()
+
+    def _run(self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace) -> None:
+        """Launch some trials and wait for them; those that have not ended when this is left wait for another worker."""
+        open_trials = list(trials)
+        try:
+            overrides = [self._overrides(trial, space) for trial in trials]
+            returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            for trial, returned in zip(trials, returns, strict=True):
+                self._settle(study, worker, trial, returned)
+                open_trials.remove(trial)
+        finally:
+            study.give_back(worker, open_trials)
+        self._check_failures(study)
+
+    def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
+        run_dir = trial.user_attrs.get(RUN_DIR_ATTR) or str(self.sweep_dir / str(trial.number))
+        trial.set_user_attr(RUN_DIR_ATTR, run_dir)
+        if trial.user_attrs.get(BASELINE_ATTR) and not self._baseline_values(space):
+            overrides = space.of_baseline(self.baseline or [])
+        else:
+            overrides = space.suggest(trial)
+        trial.set_user_attr(OVERRIDES_ATTR, overrides)
+        return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
+
+    def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
+        """Tell the study how a trial ended."""
+        attrs = study.study._storage.get_trial(trial._trial_id).user_attrs
+        try:
+            values = returned.return_value
+            values = [float(value) for value in (values if isinstance(values, list) else [values])]
+        except Exception as error:  # noqa: BLE001 (a job's error, whatever it is, ends its trial and not the sweep)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("trial %d failed: %s", trial.number, reason)
+            study.fail(worker, trial, reason)
+            return
+        if self.min_accuracy is not None:
+            trial.set_constraint("val_accuracy", self.min_accuracy - attrs[METRICS_ATTR]["val_accuracy"])
+        if STOPPED_ATTR in attrs:
+            study.prune(worker, trial)
+        elif all(map(math.isfinite, values)):
+            study.complete(worker, trial, values)
+        else:
+            log.warning("trial %d failed: its objective is %s", trial.number, values)
+            study.fail(worker, trial, f"its objective is {values}")
+
+    def _check_failures(self, study: SharedStudy) -> None:
+        ended = [trial for trial in study.trials if trial.state.is_finished()]
+        failed = [trial for trial in ended if trial.state == TrialState.FAIL]
+        rate = self.plain.max_failure_rate
+        if len(ended) >= TRIALS_BEFORE_GIVING_UP and len(failed) > rate * len(ended):
+            raise UserError(
+                f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
+                f"{failed[-1].number} said: {failed[-1].user_attrs.get(ERROR_ATTR)}"
+            )
+
+
+def readable(storage: str) -> str:
+    """The storage's address without a password."""
+    from sqlalchemy.engine import make_url
+
+    return storage if storage.startswith("journal:") else make_url(storage).render_as_string(hide_password=True)

@@ -1,0 +1,60 @@
+"""A job's side of a sweep: what it tells its trial while it trains, and whether it is worth going on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from morphtrain.sweep.storage import open_storage
+
+log = logging.getLogger(__name__)
+
+METRICS_ATTR = "metrics"  # of a trial: the record of its last epoch
+STOPPED_ATTR = "stopped_at"  # of a trial that its pruner ended: the epoch
+
+
+class TrialReporter:
+    """Reports every epoch's objective to the study's storage, and asks the study's pruner.
+
+    Args:
+        sweeper: Hydra's `hydra.sweeper` of the job.
+        number: of the trial in its study.
+        objective: names of the metrics that are searched; with more than one nothing is stopped early.
+    """
+
+    def __init__(self, sweeper: DictConfig, number: int, objective: list[str]) -> None:
+        import optuna
+        from hydra.utils import instantiate
+
+        pruner = instantiate(sweeper.pruner, _execution_whitelist_=("optuna.pruners.*",))
+        self.storage = open_storage(sweeper.storage)
+        self.study = optuna.load_study(study_name=sweeper.study_name, storage=self.storage, pruner=pruner)
+        self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        self.objective = objective
+        self.is_baseline = bool(self._frozen().user_attrs.get("baseline"))
+
+    def __call__(self, record: Mapping[str, float]) -> bool:
+        """Report an epoch's record; True if the run should end here."""
+        try:
+            return self._report(record)
+        except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; training goes on)
+            log.warning("the study was not told of epoch %d: %s", record["epoch"], str(error).splitlines()[0])
+            return False
+
+    def _report(self, record: Mapping[str, float]) -> bool:
+        epoch = int(record["epoch"])
+        self.storage.set_trial_user_attr(self.trial_id, METRICS_ATTR, dict(record))
+        if len(self.objective) > 1:
+            return False
+        self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
+        if self.is_baseline or not self.study.pruner.prune(self.study, self._frozen()):
+            return False
+        self.storage.set_trial_user_attr(self.trial_id, STOPPED_ATTR, epoch)
+        log.info("stopped early behind epoch %d: other trials of the study did better by then", epoch)
+        return True
+
+    def _frozen(self) -> Any:
+        return self.storage.get_trial(self.trial_id)

@@ -1,0 +1,96 @@
+"""Which of the workers that share a study are alive.
+
+A worker holds a lock on a file of its own for as long as it lives; the kernel lets go of it whatever ends the process.
+Who can see that file need not wait. Others, on other machines, go by the heartbeats in the storage.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LOCK_ATTR, BEAT_ATTR = "worker_lock", "heartbeat"
+SILENT_BEATS = 4
+
+
+class Worker:
+    """This process as one of a study's workers: a context that holds its lock and keeps its trials' hearts beating.
+
+    Args:
+        storage: Optuna's, of the study.
+        directory: where the lock file goes.
+        heartbeat_seconds: between two beats.
+    """
+
+    def __init__(self, storage: Any, directory: Path, heartbeat_seconds: float) -> None:
+        self.storage = storage
+        self.path = directory.resolve() / f".worker-{os.uname().nodename}-{os.getpid()}.lock"
+        self.heartbeat_seconds = heartbeat_seconds
+        self.trial_ids: set[int] = set()
+        self._guard = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Worker:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def take(self, trial_id: int) -> None:
+        """Say in the storage that the trial is this worker's."""
+        self.storage.set_trial_user_attr(trial_id, LOCK_ATTR, str(self.path))
+        self.storage.set_trial_user_attr(trial_id, BEAT_ATTR, time.time())
+        with self._guard:
+            self.trial_ids.add(trial_id)
+
+    def drop(self, trial_id: int) -> None:
+        """To be called before the trial is finished, which no attribute may be set behind."""
+        with self._guard:
+            self.trial_ids.discard(trial_id)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self.heartbeat_seconds):
+            with self._guard:
+                for trial_id in self.trial_ids:
+                    self._say_alive(trial_id)
+
+    def _say_alive(self, trial_id: int) -> None:
+        try:
+            self.storage.set_trial_user_attr(trial_id, BEAT_ATTR, time.time())
+        except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; the next beat may work)
+            log.warning("no heartbeat: %s", (str(error).splitlines() or [type(error).__name__])[0])
+
+
+def abandoned(attrs: dict[str, Any], heartbeat_seconds: float) -> bool:
+    """Whether the worker that a running trial's attributes name is dead."""
+    lock = attrs.get(LOCK_ATTR)
+    if lock is not None and Path(lock).exists():
+        return not _held(Path(lock))
+    return bool(time.time() - attrs.get(BEAT_ATTR, 0.0) > SILENT_BEATS * heartbeat_seconds)
+
+
+def _held(path: Path) -> bool:
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
