@@ -19,6 +19,7 @@ class MorphTrainSweeper(OptunaSweeper):
         min_accuracy: final `val_accuracy` (0..1) that makes a trial feasible; None if all are.
         heartbeat_seconds: how often a worker says that it is alive; one of another machine that has been silent four
             times as long is taken for dead. Of a worker whose lock file can be seen, that file tells at once.
+        custom_search_space: dotted path of a function of config and Optuna trial that suggests more values.
         plain: the keys of Hydra's own Optuna sweeper.
     """
 
@@ -29,13 +30,19 @@ class MorphTrainSweeper(OptunaSweeper):
         baseline: Any,
         min_accuracy: float | None,
         heartbeat_seconds: float,
+        custom_search_space: str | None,
         **plain: Any,
     ) -> None:
-        super().__init__(**plain)
+        super().__init__(custom_search_space=None, **plain)
         from morphtrain.sweep.sweeper import StudySweeper
 
+        extend = None
+        if custom_search_space is not None:
+            own = {"_target_": custom_search_space, "_partial_": True}
+            extend = instantiate(own, _execution_whitelist_=(custom_search_space,))
         self.study_sweeper = StudySweeper(
             self.sweeper,
+            extend=extend,
             pruner=instantiate(pruner, _execution_whitelist_=("optuna.pruners.*",)),
             baseline=None if baseline is None else list(baseline),
             min_accuracy=min_accuracy,

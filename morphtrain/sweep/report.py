@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,10 @@ def _lines(
         lines.append("the baseline is the best trial: what was searched does not pay here")
     elif len(objective) == 1 and baseline is not None:
         ratio = best[0].values[0] / baseline.values[0] if baseline.values[0] else math.nan
+        accuracies = [trial.user_attrs[METRICS_ATTR]["val_accuracy"] for trial in (best[0], baseline)]
         lines.append(
-            f"{objective[0]}: best / baseline {ratio:.3f}, one run each, the best of {len(study.trials)}: repeat both "
-            "with other seeds before you believe it"
+            f"{objective[0]}: best / baseline {ratio:.3f}, val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
+            f"one run each, the best of {len(study.trials)}: repeat both with other seeds before you believe it"
         )
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
@@ -138,13 +139,14 @@ def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, im
     import matplotlib
 
     matplotlib.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as charts
 
     several = len(objective) > 1
     first: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": objective[0]} if several else {}
     named = first or {"target_name": objective[0]}
-    wanted = {
+    wanted: dict[str, Callable[[], Any]] = {
         "history": lambda: charts.plot_optimization_history(study, **named),
         "parallel": lambda: charts.plot_parallel_coordinate(study, **named),
         "slices": lambda: charts.plot_slice(study, **named),
@@ -155,12 +157,13 @@ def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, im
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []
-    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that these charts are experimental; that all values of an axis are alike
         for name, draw in wanted.items():
             draw()
             paths.append(sweep_dir / f"{name}.png")
             figure: Any = pyplot.gcf()
-            figure.savefig(paths[-1], dpi=120, bbox_inches="tight")  # type: ignore[no-untyped-call]
+            figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
             pyplot.close("all")
     return paths
 

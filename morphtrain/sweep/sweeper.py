@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class StudySweeper:
 
     Args:
         plain: Hydra's own Optuna sweeper with the keys they share: sampler, directions, storage and so on.
+        extend: the user's own search space, see `morphtrain.sweep.space`.
         pruner: Optuna's; decides in the job, epoch by epoch.
         baseline, min_accuracy, heartbeat_seconds: as in the plug-in.
     """
@@ -45,6 +46,7 @@ class StudySweeper:
         self,
         plain: OptunaSweeperImpl,
         *,
+        extend: Callable[[DictConfig, Trial], None] | None,
         pruner: Any,
         baseline: list[str] | None,
         min_accuracy: float | None,
@@ -56,6 +58,7 @@ class StudySweeper:
         in_range = min_accuracy is None or 0 <= min_accuracy <= 1
         schema.check(in_range, "hydra.sweeper.min_accuracy", min_accuracy, "from 0 to 1, or null")
         self.plain = plain
+        self.extend = extend
         self.pruner = pruner
         self.baseline = baseline
         self.min_accuracy = min_accuracy
@@ -72,8 +75,7 @@ class StudySweeper:
     def sweep(self, arguments: list[str]) -> None:
         """Search until the study has its total of trials, those of other workers included; then report."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        extend = self.plain.custom_search_space_extender
-        space = SearchSpace([*as_space(self.plain.params), *arguments], extend, self.config)
+        space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
         first = self._check(space)
         sampler, total = self._sampler(space)
         plan = Plan(

@@ -1,0 +1,232 @@
+"""Sweeps through the real command: resumed, stopped early, with failing trials, with one objective and with two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import optuna
+import pytest
+import yaml
+from mlflow.entities import Run
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.conftest import SMALL, Command
+
+SWEEP = (
+    *("-m", "hydra/sweeper=morphtrain", "hydra.sweep.dir=sweep", "tracking=none"),
+    *("data=synthetic", "data.train_samples=256", "data.val_samples=64", "data.image_size=8"),
+    *("model.blocks=1", "batch_policy.batch_size=16", "epochs=3"),
+)
+
+
+def trials_in(directory: Path, name: str = "sweep") -> list[FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{directory}/optuna.db").trials
+
+
+def states(trials: list[FrozenTrial]) -> Counter[str]:
+    return Counter(trial.state.name for trial in trials)
+
+
+def runs_in(directory: Path) -> dict[int, Run]:
+    """MLflow's runs of trials, by number."""
+    client = mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = [run for run in client.search_runs(experiments) if "trial" in run.data.tags]
+    numbered = {int(run.data.tags["trial"]): run for run in runs}
+    assert len(numbered) == len(runs)
+    return numbered
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, tmp_path: Path) -> None:
+    sweep = ("+sweep=prunetrain", *SMALL, "epochs=8", "hydra.sweeper.n_trials=5", "hydra.sweeper.min_accuracy=null")
+    command = [sys.executable, "-m", "morphtrain.run", "-m", *(key for key in sweep if key != "epochs=6")]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "multirun/prunetrain/2/last.pt").exists():  # in the middle of the third trial
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(ended_by)
+    first.wait(60)
+    before = trials_in(tmp_path, "prunetrain")
+    assert [trial.number for trial in before] == [0, 1, 2]
+    assert before[2].state == (TrialState.RUNNING if ended_by == signal.SIGKILL else TrialState.WAITING)
+
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stdout + second.stderr
+    trials = trials_in(tmp_path, "prunetrain")
+    assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
+    assert states(trials) == {"COMPLETE": 5}
+    assert trials[2].params == before[2].params, "it is the same trial that goes on"
+    assert "going on behind epoch" in second.stdout
+    runs = runs_in(tmp_path)
+    assert sorted(runs) == [0, 1, 2, 3, 4]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for trial in trials:
+        run = runs[trial.number]
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["train_seconds"] == pytest.approx(trial.values[0])
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")] == list(range(1, 9))
+        assert all(run.data.params[key] == str(value) for key, value in trial.params.items())
+    assert runs[0].data.params["prune.name"] == "none", "trial 0 is the baseline"
+    for name in ("history.png", "parallel.png", "slices.png", "optimization_results.yaml"):
+        assert (tmp_path / "multirun/prunetrain" / name).stat().st_size > 0
+
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0
+    assert len(trials_in(tmp_path, "prunetrain")) == 5, "n_trials is of the whole study"
+
+
+def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_path: Path) -> None:
+    space = ("model.width=4,6", "optimizer.lr=interval(0.05,0.1)", "objective=[macs]")
+    result = command(*SWEEP, *space, "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random")
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("the winner again:"))
+    best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    again = subprocess.run(
+        [*line.split(":", 1)[1].replace("python", sys.executable, 1).split(), "objective=[params]"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0, again.stderr
+    assert best["best_params"]["model.width"] == 4
+    number = next(t.number for t in trials_in(tmp_path) if t.values[0] == best["best_value"])
+    then, now = (
+        [line.split("val_accuracy")[0] for line in text.splitlines() if line.startswith("epoch")]
+        for text in ((tmp_path / f"sweep/{number}/run.log").read_text(), again.stdout)
+    )
+    assert [line.split("INFO ")[-1] for line in then] == now != []
+
+
+def test_trials_behind_the_median_are_stopped(command: Command, tmp_path: Path) -> None:
+    """The objective is the number of MACs: from the second trial on, the wider ones are behind at every epoch."""
+    space = ("model.width=4,6,8,10,12", "objective=[macs]", "hydra/sweeper/sampler=grid")
+    early = ("hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=2")
+    sweep = [key for key in (*SWEEP, *early) if key != "tracking=none"]
+    result = command(*sweep, *space, "hydra.sweeper.pruner.n_warmup_steps=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = trials_in(tmp_path)
+    assert len(trials) == 6
+    assert trials[0].state == TrialState.COMPLETE, "the baseline trains to its end, though all others are narrower"
+    assert states(trials)["PRUNED"] >= 1
+    runs = runs_in(tmp_path)
+    best_so_far = []
+    for trial in trials:
+        epochs = len(trial.intermediate_values)
+        assert runs[trial.number].info.status == ("KILLED" if trial.state == TrialState.PRUNED else "FINISHED")
+        if trial.state == TrialState.PRUNED:
+            assert epochs < 3
+            assert len(best_so_far) >= 2
+            assert trial.values[0] > min(best_so_far)
+        else:
+            assert epochs == 3
+            best_so_far.append(trial.values[0])
+
+
+def test_a_failed_trial_does_not_end_the_sweep(command: Command, tmp_path: Path) -> None:
+    space = ("optimizer.lr=0.05,1e30,0.1", "hydra/sweeper/sampler=grid")
+    result = command(*SWEEP, *space)
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = trials_in(tmp_path)
+    assert states(trials) == {"COMPLETE": 3, "FAIL": 1}
+    failed = next(trial for trial in trials if trial.state == TrialState.FAIL)
+    assert failed.params == {"optimizer.lr": 1e30}
+    assert "optimizer.lr=1e+30: training diverged" in failed.user_attrs["error"]
+    assert f"trial {failed.number} failed: optimizer.lr=1e+30" in result.stdout + result.stderr
+
+
+def test_too_many_failures_end_it(command: Command, tmp_path: Path) -> None:
+    space = ("optimizer.lr=1e30,1e31,1e32,1e33", "hydra.sweeper.baseline=null")
+    result = command(*SWEEP, *space, "hydra.sweeper.n_trials=9")
+    assert result.returncode == 1
+    assert "hydra.sweeper.max_failure_rate=0.5: 4 of 4 trials failed" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert states(trials_in(tmp_path)) == {"FAIL": 4}
+
+
+def test_two_objectives_and_a_constraint(command: Command, tmp_path: Path) -> None:
+    two = ("objective=[macs,val_accuracy]", "hydra.sweeper.direction=[minimize,maximize]")
+    space = ("model.width=4,8", "hydra/sweeper/sampler=nsgaii")
+    result = command(*SWEEP, *two, *space, "hydra.sweeper.n_trials=3", "hydra.sweeper.min_accuracy=0.05")
+    assert result.returncode == 0, result.stdout + result.stderr
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db")
+    assert {len(trial.values) for trial in study.trials} == {2}
+    for trial in study.trials:
+        assert trial.constraints["val_accuracy"] == pytest.approx(0.05 - trial.values[1])
+    stored = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert len(stored["solutions"]) == len(study.best_trials) >= 1
+    assert (tmp_path / "sweep/pareto.png").exists()
+
+
+def test_when_nothing_is_accurate_enough_that_is_said(command: Command) -> None:
+    space = ("model.width=4,8", "hydra.sweeper.min_accuracy=1")
+    result = command(*SWEEP, *space, "epochs=1", "hydra.sweeper.n_trials=2", "optimizer.lr=1e-9")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "no trial is feasible" in result.stdout
+
+
+WRONG = {
+    "key": (["optimizer.lrr=0.1,0.2"], "optimizer.lrr"),
+    "value": (["optimizer.lr=interval(-1.0,0.2)"], "optimizer.lr=-1.0: must be"),
+    "nothing": ([], "hydra.sweeper.params={}: must be what to search"),
+    "directions": (
+        ["model.width=4,8", "objective=[macs,val_accuracy]"],
+        "hydra.sweeper.direction=['minimize']: objective=['macs', 'val_accuracy'] has 2 metrics",
+    ),
+    "pruner": (
+        [
+            "model.width=4,8",
+            "objective=[macs,val_accuracy]",
+            "hydra.sweeper.direction=[minimize,maximize]",
+            "hydra/sweeper/pruner=median",
+        ],
+        "hydra/sweeper/pruner=none works",
+    ),
+    "grid": (
+        ["optimizer.lr=interval(0.1,0.2)", "hydra/sweeper/sampler=grid"],
+        "a grid needs choices or a range with steps",
+    ),
+    "trials": (["model.width=4,8", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
+    "baseline": (
+        ["model.width=4,8", "hydra.sweeper.baseline=[prune=nun]"],
+        "prune",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_found_before_the_first_trial(case: str, command: Command, tmp_path: Path) -> None:
+    overrides, message = WRONG[case]
+    result = command(*SWEEP, *overrides)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_of_something_else_is_not_gone_on_with(command: Command, tmp_path: Path) -> None:
+    space = ("model.width=4,8", "hydra.sweeper.n_trials=2")
+    assert command(*SWEEP, *space, "epochs=1").returncode == 0
+    result = command(*SWEEP, *space, "epochs=2")
+    assert result.returncode == 1
+    assert "hydra.sweeper.study_name=sweep: has trials with overrides=" in result.stderr
+    assert "epochs=1" in result.stderr
+    assert len(trials_in(tmp_path)) == 2
+
+
+def test_help_and_cfg_do_not_load_optuna() -> None:
+    code = (
+        "import sys; sys.argv = ['run', '--cfg', 'job', '+sweep=prunetrain']\n"
+        "from morphtrain.run import main\n"
+        "main()\n"
+        "assert not {'optuna', 'torch', 'mlflow'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
