@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_
     line = next(line for line in result.stdout.splitlines() if line.startswith("the winner again:"))
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     again = subprocess.run(
-        [*line.split(":", 1)[1].replace("python", sys.executable, 1).split(), "objective=[params]"],
+        [*shlex.split(line.split(":", 1)[1].replace("python", sys.executable, 1)), "objective=[params]"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -99,11 +100,11 @@ def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_
     assert again.returncode == 0, again.stderr
     assert best["best_params"]["model.width"] == 4
     number = next(t.number for t in trials_in(tmp_path) if t.values[0] == best["best_value"])
+    log = (tmp_path / f"sweep/{number}/run.log").read_text()
     then, now = (
-        [line.split("val_accuracy")[0] for line in text.splitlines() if line.startswith("epoch")]
-        for text in ((tmp_path / f"sweep/{number}/run.log").read_text(), again.stdout)
+        [line.split("epoch ")[1] for line in text.splitlines() if "loss" in line] for text in (log, again.stdout)
     )
-    assert [line.split("INFO ")[-1] for line in then] == now != []
+    assert [line.split("val_accuracy")[0] for line in then] == [line.split("val_accuracy")[0] for line in now] != []
 
 
 def test_trials_behind_the_median_are_stopped(command: Command, tmp_path: Path) -> None:

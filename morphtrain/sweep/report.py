@@ -36,13 +36,13 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     if not completed:
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
     best = study.best_trials  # of one objective: that with the best value; feasible ones only, if there is a constraint
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(100, Console().width), markup=False, highlight=False)
     console.print(_table(study, best, objective))
     importance = _importance(study, objective)
     for line in _lines(study, best, objective, importance):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     paths = [*_pictures(study, objective, sweep_dir, bool(importance)), _results(study, best, objective, sweep_dir)]
-    console.print(f"pictures and results: {sweep_dir}", highlight=False, soft_wrap=True)
+    console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
     return paths
 
 
