@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import postgres_server
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -74,3 +75,12 @@ def small_run() -> Callable[..., Run]:
         return run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.PostgresServer]:
+    """A PostgreSQL of the tests' own; skips where there is none."""
+    if reason := postgres_server.missing():
+        pytest.skip(reason)
+    with postgres_server.running() as server:
+        yield server
