@@ -1,6 +1,6 @@
 """One worker of a shared study, without training: takes trials, waits a moment in each, ends them.
 
-    python shared_worker.py storage directory total seconds_per_trial
+python shared_worker.py storage directory total seconds_per_trial
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ WORKER = str(Path(__file__).with_name("shared_worker.py"))
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The address of an empty storage of each kind."""
     if request.param == "postgresql":
-        yield request.getfixturevalue("postgresql")
+        yield request.getfixturevalue("postgres").database()
     else:
         yield f"{request.param}:///{tmp_path}/study.db"
 

@@ -18,6 +18,7 @@ import yaml
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
+from morphtrain.sweep.storage import open_storage
 from tests.conftest import SMALL, Command
 
 SWEEP = (
@@ -221,6 +222,28 @@ def test_a_study_of_something_else_is_not_gone_on_with(command: Command, tmp_pat
     assert "hydra.sweeper.study_name=sweep: has trials with overrides=" in result.stderr
     assert "epochs=1" in result.stderr
     assert len(trials_in(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["journal", "postgresql"])
+def test_two_workers_share_a_study_and_one_is_killed(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    journal = f"journal:///{tmp_path}/study.log"
+    storage = journal if kind == "journal" else request.getfixturevalue("postgres").database()
+    sweep = (*SWEEP, "model.width=4", "optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=20", "epochs=2")
+    command = [sys.executable, "-m", "morphtrain.run", *sweep, f"hydra.sweeper.storage='{storage}'"]
+    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    victim, other = subprocess.Popen(command, **quiet), subprocess.Popen(command, **quiet)
+    while not (tmp_path / "sweep/6/last.pt").exists():
+        assert victim.poll() is None
+        assert other.poll() is None
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert other.wait(300) == 0
+    trials = optuna.load_study(study_name="sweep", storage=open_storage(storage)).trials
+    assert [trial.number for trial in trials] == list(range(20))
+    assert states(trials) == {"COMPLETE": 20}
+    assert len({trial.params["optimizer.lr"] for trial in trials}) == 20
+    assert {int(path.parent.name) for path in tmp_path.glob("sweep/*/last.pt")} == set(range(20))
 
 
 def test_help_and_cfg_do_not_load_optuna() -> None:

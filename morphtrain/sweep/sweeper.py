@@ -22,6 +22,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.sweep import report
 from morphtrain.sweep.space import SearchSpace, as_space
+from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Plan, SharedStudy
 from morphtrain.sweep.trial import METRICS_ATTR, STOPPED_ATTR
 from morphtrain.sweep.workers import Worker
@@ -79,7 +80,7 @@ class StudySweeper:
         first = self._check(space)
         sampler, total = self._sampler(space)
         plan = Plan(
-            name=self.plain.study_name or "",
+            name=str(self.plain.study_name),
             storage=str(self.plain.storage),
             directions=self._directions(first.objective),
             facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
@@ -87,7 +88,7 @@ class StudySweeper:
             baseline=None if self.baseline is None else self._baseline_values(space),
         )
         study = SharedStudy(plan, sampler, self.pruner)
-        log.info("study %s in %s: %d of %d trials", plan.name, readable(plan.storage), len(study.trials), total)
+        log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
         with Worker(study.study._storage, self.sweep_dir, self.heartbeat_seconds) as worker:
             while True:
                 if trials := study.take(worker, self.plain.n_jobs):
@@ -100,9 +101,9 @@ class StudySweeper:
 
     def _check(self, space: SearchSpace) -> schema.Config:
         """The config at one end of all ranges; raises `UserError` before any trial if there is none at either."""
-        named = (self.plain.storage, "hydra.sweeper.storage", "a place, as sqlite:///optuna.db")
-        for value, key, wanted in (named, (self.plain.study_name, "hydra.sweeper.study_name", "a name")):
-            schema.check(bool(value), key, value, wanted)
+        name = self.plain.study_name
+        schema.check(bool(name), "hydra.sweeper.study_name", name, "a name, by which the study is found again")
+        without_password(str(self.plain.storage))  # raises UserError for what is no address of a study
         searched = bool(space.distributions) or space.extend is not None
         example = "what to search, as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
@@ -197,10 +198,3 @@ class StudySweeper:
                 f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
                 f"{failed[-1].number} said: {failed[-1].user_attrs.get(ERROR_ATTR)}"
             )
-
-
-def readable(storage: str) -> str:
-    """The storage's address without a password."""
-    from sqlalchemy.engine import make_url
-
-    return storage if storage.startswith("journal:") else make_url(storage).render_as_string(hide_password=True)
