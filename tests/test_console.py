@@ -26,6 +26,7 @@ def history(epochs: int) -> list[dict[str, float]]:
             "macs": 5000 // e,
             "val_accuracy": e / 100,
             "train_loss": 1.0,
+            "contended": float(e == 3),
         }
         for e in range(1, epochs + 1)
     ]
@@ -50,6 +51,7 @@ def test_the_table_compares_the_first_clocked_epochs_with_the_last() -> None:
     assert "0.050" in text  # 50 of 1000 parameters, 250 of 5000 MACs
     assert "0.0600" in text
     assert "0.2000" in text
+    assert "1 of 20" in text  # contended
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])

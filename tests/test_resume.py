@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import KILLED_RUN, SMALL, Command
 
-TIMES = ("seconds", "timestamp", "samples_per_second", "peak_memory")
+TIMES = ("seconds", "timestamp", "samples_per_second", "peak_memory", "contended", "foreign_cpu")
 EPOCHS = 8
 RUN = (*SMALL, f"epochs={EPOCHS}", "hydra.run.dir=run", "resume=auto", "tracking.flush_seconds=0")
 

@@ -20,6 +20,7 @@ from morphtrain.schema.model import VGG, AlexNet, Custom, MobileNet, ResNet, Tor
 from morphtrain.schema.prune import MorphNet, PruneTrain
 from morphtrain.schema.training import LARS, SGD, AdamW, Annealing, Autocast, GhostNorm, Milestones, MLflow, Timing
 
+CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds")  # not with timing.reference=0
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -37,6 +38,8 @@ METRICS = (
     "batch_size",
     "learning_rate",
     "peak_memory_bytes",
+    "contended",
+    *CALIBRATED,
 )
 
 
@@ -129,6 +132,8 @@ class Config(_TopLevel):
         recorded = METRICS + (("lasso_ratio",) if isinstance(self.prune, PruneTrain | MorphNet) else ())
         for metric in self.objective:
             check_one_of("objective", metric, recorded)
+            measured = self.timing.reference > 0 or metric not in CALIBRATED
+            check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
 
     def _check_growth(self) -> None:
         """What a way to grow asks of the rest of the run."""

@@ -28,7 +28,7 @@ from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 4"
+FORMAT = "morphtrain checkpoint 5"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = (
@@ -104,10 +104,13 @@ class Checkpoint:
         self.content = _read(path)
         self.facts: dict[str, Any] = json.loads(self.content["facts"])
 
-    def restore(self, config: schema.Config) -> Run:
-        """The run as it was after its last full epoch; raises `UserError` if `config` asks for another one."""
+    def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
+        """The run as it was after its last full epoch; raises `UserError` if `config` asks for another one.
+
+        `device` is as in `build_run`.
+        """
         self._check_config(config)
-        run = build_run(config, morph=self._rebuild)
+        run = build_run(config, morph=self._rebuild, device=device)
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
         for group, state in self.content["methods"].items():

@@ -78,6 +78,8 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
     early, late = first[-1], last[-1]
     name = f"validation accuracy (after epoch {early['epoch']:.0f}, {late['epoch']:.0f})"
     table.add_row(name, f"{early['val_accuracy']:.4f}", f"{late['val_accuracy']:.4f}", "")
+    if contended := sum(bool(record["contended"]) for record in history):
+        table.add_row("contended epochs (times not comparable)", "", f"{contended} of {len(history)}", "")
     return table
 
 

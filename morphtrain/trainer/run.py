@@ -152,17 +152,21 @@ def option(group: str, config: Any) -> Callable[..., Any]:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of config key `device`; raises `UserError` if this machine has none such."""
+    """The first of `possible_devices`."""
+    return possible_devices(wanted)[0]
+
+
+def possible_devices(wanted: str) -> list[torch.device]:
+    """The devices that config key `device` allows; raises `UserError` if this machine has none such."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    if wanted == "auto":
-        return found or torch.device("cpu")
-    device = torch.device(wanted)
-    available = ["cpu"]
-    if found is not None:
-        available += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    kind = "cpu" if found is None else found.type
+    each = [] if found is None else [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+    if wanted in ("auto", kind):
+        return each or [torch.device("cpu")]
+    available = ["cpu", *([kind] if each else []), *map(str, each)]
     if wanted not in available:
         raise UserError(f"device={wanted}: not on this machine; there are auto, {', '.join(available)}")
-    return device
+    return [torch.device(wanted)]
 
 
 def build_model(
@@ -180,14 +184,20 @@ def build_model(
     return model
 
 
-def build_run(config: schema.Config, morph: Callable[[nn.Module], nn.Module] | None = None) -> Run:
+def build_run(
+    config: schema.Config,
+    morph: Callable[[nn.Module], nn.Module] | None = None,
+    device: torch.device | None = None,
+) -> Run:
     """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+
+    `device` is the one of those that `config.device` allows which the run has taken; None: the first.
 
     Raises:
         UserError: for a device or data set that is not there, or a model that cannot be made, does not fit the data
             or whose channels cannot be followed.
     """
-    device = pick_device(config.device)
+    device = device or pick_device(config.device)
     data: Data = option("data", config.data)(config.data).to(device)
     build = option("model", config.model)
     model = build_model(build, config.model, config.norm, config.seed, data.num_classes, data.input_shape[0])

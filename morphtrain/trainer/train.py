@@ -20,11 +20,13 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.prune.reconfigure import live_channels
 from morphtrain.schema import Config
+from morphtrain.timing.guard import Guard
+from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.trainer import checkpoint
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.loop import evaluate, train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.trainer.run import Run, build_run, count_weights, derived_seed, option
+from morphtrain.trainer.run import Run, build_run, count_weights, derived_seed, option, possible_devices
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,13 @@ def train(
         OSError: if `run_dir` cannot be written.
     """
     prepare_process()
-    run, stored = _start_or_resume(config, run_dir)
+    with take_slot(possible_devices(config.device), config.timing) as slot:
+        return _train(config, run_dir, tags, slot)
+
+
+def _train(config: Config, run_dir: Path, tags: Mapping[str, str], slot: Slot) -> list[float]:
+    run, stored = _start_or_resume(config, run_dir, slot.device)
+    guard = Guard(slot, config.timing, run.history)
     for hook in run.hooks("before_training"):
         hook(run)
     tracker = option("tracking", config.tracking)(config.tracking, stored.facts["tracking_id"] if stored else None)
@@ -58,7 +66,7 @@ def train(
     try:
         unwanted = False
         while run.epoch < config.epochs and not run.stopped and not unwanted:
-            _advance(run, run_dir, tracker)
+            _advance(run, run_dir, tracker, guard)
             unwanted = on_epoch is not None and on_epoch(run.history[-1])
         _leave_artifacts(run, run_dir, tracker)
         status = "KILLED" if unwanted else "FINISHED"
@@ -72,31 +80,33 @@ def train(
     return [run.history[-1][metric] for metric in config.objective]
 
 
-def _start_or_resume(config: Config, run_dir: Path) -> tuple[Run, checkpoint.Checkpoint | None]:
+def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tuple[Run, checkpoint.Checkpoint | None]:
     if config.resume == "never":
         if (run_dir / checkpoint.LAST).exists():
             raise UserError(
                 f"hydra.run.dir={run_dir}: holds a checkpoint; go on from it with resume=auto, or choose another one"
             )
-        return _start(config), None
+        return _start(config, device), None
     auto = config.resume == "auto"
     stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
     if stored is None:
         log.info("no checkpoint in %s: starting anew", run_dir)
-        return _start(config), None
-    run = stored.restore(config)
+        return _start(config, device), None
+    run = stored.restore(config, device)
     log.info("going on behind epoch %d of %s", run.epoch, stored.path)
     return run, stored
 
 
-def _start(config: Config) -> Run:
+def _start(config: Config, device: torch.device) -> Run:
     if config.architecture is None:
-        return build_run(config)
-    return build_run(config, morph=checkpoint.Checkpoint(Path(config.architecture)).architecture(config))
+        return build_run(config, device=device)
+    stored = checkpoint.Checkpoint(Path(config.architecture))
+    return build_run(config, morph=stored.architecture(config), device=device)
 
 
-def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
+def _advance(run: Run, run_dir: Path, tracker: Any, guard: Guard) -> None:
     """One epoch with everything that belongs to it: train, morph, evaluate, record, save, report."""
+    guard.epoch_begins()
     _begin_epoch(run)
     progress = progress_bar(run.epoch, run.config.epochs, len(run.data.train))
     with progress as tick, run.clock.timed("epoch_seconds"):
@@ -115,7 +125,7 @@ def _advance(run: Run, run_dir: Path, tracker: Any) -> None:
             hook(run)
     with run.clock.timed("eval_seconds"):
         metrics["val_loss"], metrics["val_accuracy"] = evaluate(run)
-    run.history.append(_record(run) | metrics)
+    run.history.append(guard.judged(_record(run) | metrics, run.history))
     if run.change:
         _write_architecture(run, run_dir)
     checkpoint.save(run, run_dir, tracker.run_id)

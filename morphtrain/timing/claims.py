@@ -1,0 +1,111 @@
+"""Who uses what on this host: one file a run, locked for as long as the run's process lives.
+
+The kernel takes a lock back when its process ends, however it ends, so nothing is ever left occupied. The processes
+of a user on a host see one another's claims, whatever started them, if they share the directory for temporary files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from morphtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a living process has claimed."""
+
+    pid: int
+    resources: tuple[str, ...]
+
+
+class Claim:
+    """What a run has claimed, until `release` or the end of its process."""
+
+    def __init__(self, claims: Claims, path: Path, descriptor: int, resources: tuple[str, ...]) -> None:
+        self.claims, self.path, self.resources = claims, path, resources
+        self._descriptor = descriptor
+
+    def others(self) -> list[int]:
+        """The processes that have claimed some of it too."""
+        mine = set(self.resources)
+        return [use.pid for use in self.claims.uses(but=self) if mine & set(use.resources)]
+
+    def release(self) -> None:
+        """Give all of it back."""
+        with self.claims.alone():
+            self.path.unlink()
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # forked children hold the same lock, not one of their own
+            os.close(self._descriptor)
+
+
+class Claims:
+    """The claims of all runs that share `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def claim(self, choose: Callable[[Sequence[Use]], tuple[str, ...]]) -> Claim:
+        """Claim what `choose` names when it is told what is in use; nobody else claims anything meanwhile.
+
+        What it names is claimed as a whole, be it in use or not; an exception of it leaves all as it was.
+        """
+        with self.alone():
+            resources = choose(self._living(None))
+            descriptor, name = tempfile.mkstemp(suffix=".claim", dir=self.directory)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.write(descriptor, json.dumps({"pid": os.getpid(), "resources": resources}).encode())
+        return Claim(self, Path(name), descriptor, resources)
+
+    def uses(self, but: Claim | None = None) -> list[Use]:
+        """All living claims, except `but`."""
+        with self.alone():
+            return self._living(but)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else reads or changes claims in this block; not to be nested."""
+        with (self.directory / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile keeps the file open
+
+    def _living(self, but: Claim | None) -> list[Use]:
+        """What the files say that are locked; the others are of processes that were killed, and go."""
+        living = []
+        for path in sorted(self.directory.glob("*.claim")):
+            if but is not None and path == but.path:
+                continue
+            with path.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    content = json.load(file)
+                    living.append(Use(content["pid"], tuple(content["resources"])))
+                else:
+                    path.unlink()
+        return living
+
+
+def shared_claims() -> Claims:
+    """The claims of this user on this host.
+
+    Raises:
+        UserError: if somebody else has made the directory.
+    """
+    directory = Path(tempfile.gettempdir()) / f"morphtrain-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(f"TMPDIR={directory.parent}: {directory} belongs to somebody else; choose another TMPDIR")
+    return Claims(directory)

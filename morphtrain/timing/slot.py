@@ -1,0 +1,124 @@
+"""A run's place on this host: a device, or cores, that no other run uses."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.timing.claims import Claim, Claims, Use, shared_claims
+from morphtrain.timing.cores import allowed_cores, pinned
+
+POLL_SECONDS = 0.5  # between two looks whether a place has become free
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a run has taken."""
+
+    device: torch.device
+    cpus: frozenset[int]  # of its cores; empty beside a GPU, unless timing.cores asks for some
+    claim: Claim
+
+
+class _Busy(Exception):
+    """There is no place that nobody uses; holds who uses what."""
+
+    def __init__(self, resources: Sequence[str], processes: Sequence[int]) -> None:
+        super().__init__(f"{', '.join(resources)}: in use by process {', '.join(map(str, processes))}")
+
+
+@contextmanager
+def take_slot(devices: Sequence[torch.device], timing: schema.Timing, claims: Claims | None = None) -> Iterator[Slot]:
+    """Take one of `devices` and `timing.cores` cores that no other run has, for the time of the block.
+
+    With `timing.cores` this process keeps to its cores and torch to one thread a core; both are given back at the end.
+    Without, a run on a CPU takes all cores that it may use, one on another device none. `timing.when_busy` says what
+    happens if there is not as much left: "mark" takes what the fewest use.
+
+    Args:
+        devices: of one type, the preferred one first.
+        claims: those of the processes to share with; None: all of this user on this host.
+
+    Raises:
+        UserError: if this process may not use as many cores; with `timing.when_busy=refuse` if they are not free.
+    """
+    cores = allowed_cores()
+    if timing.cores is not None and timing.cores > len(cores):
+        raise UserError(
+            f"timing.cores={timing.cores}: this process may use {len(cores)}; that many or fewer, or null, works"
+        )
+    named = {} if devices[0].type == "cpu" else {_name(device): device for device in devices}
+    count = timing.cores if timing.cores is not None else (0 if named else len(cores))
+    claim = _claimed(claims or shared_claims(), _chooser(list(named), list(cores), count, timing.when_busy), timing)
+    try:
+        device = next((named[name] for name in claim.resources if name in named), devices[0])
+        cpus = frozenset(cpu for name in claim.resources if name in cores for cpu in cores[name])
+        with _keeping_to(cpus, timing.cores):
+            yield Slot(device, cpus, claim)
+    finally:
+        claim.release()
+
+
+def _name(device: torch.device) -> str:
+    """The same in all processes: CUDA_VISIBLE_DEVICES gives a device another number in each."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_properties(device).uuid}"
+    return str(device)
+
+
+def _chooser(
+    devices: list[str], cores: list[str], count: int, when_busy: str
+) -> Callable[[Sequence[Use]], tuple[str, ...]]:
+    """What picks, of what is in use, the least used device (if there are any) and the `count` least used cores."""
+
+    def choose(uses: Sequence[Use]) -> tuple[str, ...]:
+        users = Counter(name for use in uses for name in use.resources)
+        chosen = (*sorted(devices, key=lambda name: users[name])[:1], *sorted(cores, key=lambda c: users[c])[:count])
+        busy = [name for name in chosen if users[name]]
+        if busy and when_busy != "mark":
+            raise _Busy(busy, sorted({use.pid for use in uses if set(busy) & set(use.resources)}))
+        return chosen
+
+    return choose
+
+
+def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]], timing: schema.Timing) -> Claim:
+    """The claim, now or when there is a place."""
+    waiting = False
+    while True:
+        try:
+            return claims.claim(choose)
+        except _Busy as busy:
+            if timing.when_busy == "refuse":
+                raise UserError(
+                    f"timing.when_busy=refuse: {busy}; timing.when_busy=wait waits for it, mark trains beside it, and "
+                    "a smaller timing.cores may leave a place for both"
+                ) from busy
+            if not waiting:
+                log.info("waiting for a free place (timing.when_busy=wait): %s", busy)
+            waiting = True
+            time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _keeping_to(cpus: frozenset[int], threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    with pinned(cpus):
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
