@@ -47,7 +47,7 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str]) -> list[float]
         hook(run)
     tracker = option("tracking", config.tracking)(config.tracking, stored.facts["tracking_id"] if stored else None)
     tags = {**tags, "seed": str(config.seed), "device": str(run.device)}
-    tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, resumed=config.resume != "never")
+    tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
     status = "FAILED"
     try:
         while run.epoch < config.epochs and not run.stopped:
