@@ -104,6 +104,7 @@ class MLflow:
     uri: str | None
     experiment: str
     flush_seconds: float
+    parent_run_id: str | None
 
     def __post_init__(self) -> None:
         check(self.experiment != "", "tracking.experiment", self.experiment, "a name")

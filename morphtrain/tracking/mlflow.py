@@ -1,27 +1,27 @@
-"""Runs in MLflow: buffered, sent between epochs, and never a reason for training to stop."""
+"""Runs in MLflow: buffered, sent between epochs, and never a reason for training to stop.
+
+A store that is away is tried again, seldom enough to cost training nothing that matters. What it lacks is kept, in the
+end as a file of the run directory, which `python -m morphtrain.tracking` sends.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.tracking import store, unsent
+from morphtrain.tracking.pace import Pace
+from morphtrain.tracking.unsent import Record
 
-# What MLflow would do by default: report to its makers, and wait minutes for a server that is gone. A user's own
-# settings win.
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 BATCH = 900  # metrics a call; MLflow takes 1000
-SQLITE = "sqlite:///"
+SHARE = 0.005  # of the time, for failing tries of values, and as much for those of files
 RUN_DIR_TAG = "run_dir"
+PARENT_TAG = "mlflow.parentRunId"
+IN_EVERY_RECORD = "epoch_seconds"  # the metric that tells which epochs a store has
 
 log = logging.getLogger(__name__)
 
@@ -34,66 +34,151 @@ class MLflowTracker:
         experiment: name of the MLflow experiment; made if there is none.
         flush_seconds: metrics are sent at most this often.
         run_id: the MLflow run to go on with.
+        parent_run_id: the MLflow run of the sweep that this one belongs to.
     """
 
     def __init__(
-        self, uri: str | None, experiment: str, flush_seconds: float = 10.0, run_id: str | None = None
+        self,
+        uri: str | None,
+        experiment: str,
+        flush_seconds: float = 10.0,
+        run_id: str | None = None,
+        parent_run_id: str | None = None,
     ) -> None:
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        self.uri = store.tracking_uri(uri)
         self.experiment = experiment
         self.flush_seconds = flush_seconds
         self.run_id = run_id
+        self.parent_run_id = parent_run_id
+        self.resumed = False
         self.sent_epoch = 0  # the last epoch MLflow has
         self.last_flush = time.monotonic()
-        self.client: Any = None
+        self.client: Any = None  # None: not connected, be it yet or any more
+        self.paces = {"values": Pace(SHARE), "files": Pace(SHARE)}
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], run_dir: Path, resumed: bool) -> None:
-        """Create the MLflow run, or find the one that `run_dir` belongs to and go on in it if `resumed`."""
-        self._attempt("start", lambda: self._start(params, {**tags, RUN_DIR_TAG: str(run_dir)}, resumed))
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_dir: Path,
+        resumed: bool,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Create the MLflow run or, if `resumed`, go on in the one that `run_dir` and `history` belong to."""
+        name = " ".join(tags[key] for key in ("model", "prune", "precision"))
+        parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
+        self.begin(
+            Record(
+                self.uri,
+                self.experiment,
+                f"{name} seed {tags['seed']}",
+                {key: str(value) for key, value in params.items()},
+                {**tags, RUN_DIR_TAG: str(run_dir), **parent},
+                started=_now(),
+                history=[dict(record) for record in history],
+            ),
+            run_dir,
+            resumed,
+        )
+        self.sync()
+
+    def begin(self, record: Record, run_dir: Path | None, resumed: bool) -> None:
+        """Take `record` for what the store should have; `run_dir` is where it is left if the store is away."""
+        self.run, self.run_dir, self.resumed = record, run_dir, resumed
+        store.load_mlflow()  # here, where its seconds do not count as those of a try
 
     def update(self, history: Sequence[Mapping[str, float]]) -> None:
         """Send the epochs MLflow does not have, if the last sending is long enough ago."""
         if time.monotonic() - self.last_flush >= self.flush_seconds:
-            self._flush(history)
+            self.run.history = [dict(record) for record in history]
+            self.sync()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file."""
-        self._attempt(f"artifact {path.name}", lambda: self.client.log_artifact(self.run_id, str(path), folder))
+        """Upload a file, now or with the values to come."""
+        entry = (str(path), folder)
+        if entry not in self.run.artifacts:
+            self.run.artifacts.append(entry)
+        if self.client is not None:
+            self._attempt("files", self._send_files)
 
     def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:
-        """Send what is left and end the run as FINISHED, FAILED or KILLED."""
-        self._flush(history)
-        self._attempt("finish", lambda: self.client.set_terminated(self.run_id, status))
+        """Send what is left and end the run as FINISHED, FAILED or KILLED; say so if the store does not take it all."""
+        self.run.history = [dict(record) for record in history]
+        self.run.status, self.run.ended = status, _now()
+        # Twice: the first may fail on a connection that a server has closed when it was started again.
+        if not (self.sync(patient=False) or self.sync(patient=False)) and self.run_dir is not None:
+            log.warning(
+                "MLflow (%s) lacks a part of this run; when it is back: python -m morphtrain.tracking %s",
+                store.shown(self.uri),
+                self.run_dir,
+            )
 
-    def _start(self, params: Mapping[str, Any], tags: Mapping[str, str], resumed: bool) -> None:
-        for key, value in ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
-        for name in ("alembic", "mlflow.store.db.utils"):  # their migrations, line by line
-            logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
+    def sync(self, patient: bool = True) -> bool:
+        """Send what the store lacks, and leave in the run directory what it does not take; True if it has all.
 
-        _create_database(self.uri)
-        client = MlflowClient(tracking_uri=self.uri)
-        found = client.get_experiment_by_name(self.experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(self.experiment)
-        run = _find_run(client, experiment_id, self.run_id, tags[RUN_DIR_TAG]) if resumed else None
+        `patient` waits its time behind a failure, otherwise a try is made now.
+        """
+        self.last_flush = time.monotonic()
+        sent = self._attempt("values", self._send_values, patient) and self._attempt("files", self._send_files, patient)
+        if self.run_dir is not None:
+            try:
+                unsent.remove(self.run_dir) if sent else unsent.write(self.run, self.run_dir)
+            except OSError as error:
+                log.warning("%s: cannot keep what MLflow lacks: %s", self.run_dir / unsent.FILE, error.strerror)
+        return sent
+
+    def _send_values(self) -> None:
+        """Everything but files: these may have another place, which fails for other reasons."""
+        if self.client is None:
+            self._connect()
+        if self.run.history:
+            self._send(self.run.history)
+        if self.run.status != "RUNNING":
+            self.client.set_terminated(self.run_id, self.run.status, self.run.ended)
+
+    def _connect(self) -> None:
+        """Reach the store, find or create the run, and learn what is there: answers may have been lost, not values."""
+        from mlflow.entities import Param, RunTag
+
+        client, experiment_id = store.connect(self.uri, self.experiment)
+        run = self._find_run(client, experiment_id)
         if run is None:
-            name = " ".join(tags[key] for key in ("model", "prune", "precision"))
-            run = client.create_run(experiment_id, tags=dict(tags), run_name=f"{name} seed {tags['seed']}")
-        else:
+            run = client.create_run(experiment_id, self.run.started, self.run.tags, self.run.name)
+        elif self.run.status == "RUNNING" != run.info.status:
             client.update_run(run.info.run_id, status="RUNNING")
-            recorded = client.get_metric_history(run.info.run_id, "epoch_seconds")
-            self.sent_epoch = max((metric.step for metric in recorded), default=0)
-        # A resumed run keeps the params it has: MLflow refuses to change them, `resume` itself for one.
-        fresh = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
-        client.log_batch(run.info.run_id, params=fresh)
-        self.run_id = run.info.run_id
+        # A run keeps the params it has: MLflow refuses to change them, `resume` itself for one.
+        params = [Param(key, value) for key, value in self.run.params.items() if key not in run.data.params]
+        tags = [RunTag(key, value) for key, value in self.run.tags.items() if key not in run.data.tags]
+        client.log_batch(run.info.run_id, params=params, tags=tags, synchronous=True)
+        recorded = client.get_metric_history(run.info.run_id, IN_EVERY_RECORD)
+        self.sent_epoch = max((metric.step for metric in recorded), default=0)
+        self.run_id = self.run.run_id = run.info.run_id
         self.client = client
 
-    def _flush(self, history: Sequence[Mapping[str, float]]) -> None:
-        self.last_flush = time.monotonic()
-        self._attempt("metrics", lambda: self._send(history))
+    def _find_run(self, client: Any, experiment_id: str) -> Any:
+        """The MLflow run of a checkpoint, or else the one that was made for this run directory and not remembered."""
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is not None:
+            try:
+                return client.get_run(self.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise  # else the checkpoint was written with another tracking store, or this one begins anew
+        if RUN_DIR_TAG not in self.run.tags:
+            return None
+        runs = client.search_runs([experiment_id], f"tags.{RUN_DIR_TAG} = {store.quoted(self.run.tags[RUN_DIR_TAG])}")
+        return next((run for run in runs if self._is_ours(client, run)), None)
+
+    def _is_ours(self, client: Any, run: Any) -> bool:
+        """Whether an MLflow run of this directory is this one: created by a try whose answer was lost, or continued."""
+        if run.info.start_time == self.run.started:
+            return True
+        if not self.resumed:
+            return False
+        ours = {(int(record["epoch"]), _milliseconds(record)) for record in self.run.history}
+        recorded = client.get_metric_history(run.info.run_id, IN_EVERY_RECORD)
+        return not recorded or any((metric.step, metric.timestamp) in ours for metric in recorded)
 
     def _send(self, history: Sequence[Mapping[str, float]]) -> None:
         from mlflow.entities import Metric
@@ -102,57 +187,60 @@ class MLflowTracker:
         while left:
             epochs = left[: max(1, BATCH // len(left[0]))]
             metrics = [
-                Metric(key, value, int(record["timestamp"] * 1000), int(record["epoch"]))
+                Metric(key, value, _milliseconds(record), int(record["epoch"]))
                 for record in epochs
                 for key, value in record.items()
                 if key not in ("epoch", "timestamp")
             ]
-            self.client.log_batch(self.run_id, metrics=metrics)
+            self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
             self.sent_epoch = int(epochs[-1]["epoch"])
             left = left[len(epochs) :]
 
-    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
-        """Do `action`; a failure is reported and training goes on, whatever MLflow raised."""
-        if self.client is None and what != "start":
-            return
+    def _send_files(self) -> None:
+        waiting = self.run.artifacts
+        while waiting:
+            path, folder = waiting[0]
+            if Path(path).exists():
+                waiting.append(waiting.pop(0))  # if this one fails, the others come before it the next time
+                self.client.log_artifact(self.run_id, path, folder)
+                waiting.pop()
+            else:
+                log.warning("%s is gone, and not in MLflow", path)
+                waiting.pop(0)
+
+    def _attempt(self, what: str, action: Callable[[], Any], patient: bool = True) -> bool:
+        """Do `action` if it is its time; a failure is reported and training goes on, whatever MLflow raised."""
+        pace = self.paces[what]
+        if patient and not pace.due:
+            return False
+        before = time.monotonic()
         try:
             action()
         except Exception as error:  # noqa: BLE001 (databases, servers and disks fail in too many ways to name)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("MLflow (%s): %s failed, training goes on: %s", self.uri, what, reason)
+            self._failed(what, error, pace, time.monotonic() - before)
+            return False
+        if pace.failing:
+            log.info("MLflow (%s): %s sent, all that was due", store.shown(self.uri), what)
+        pace.succeeded()
+        return True
+
+    def _failed(self, what: str, error: Exception, pace: Pace, seconds: float) -> None:
+        if not pace.failing:  # once an outage
+            reason = store.shown((str(error).splitlines() or [type(error).__name__])[0])
+            action = f"sending {what}" if self.run_id else "start"
+            goes_on = ", training goes on" if self.run.status == "RUNNING" else ""
+            log.warning("MLflow (%s): %s failed%s: %s", store.shown(self.uri), action, goes_on, reason)
+        self.client = None
+        pace.failed(seconds)
 
 
-def _create_database(uri: str) -> None:
-    """Make a SQLite store under another name and link it to its own: killed half way, it would be of no use."""
-    from mlflow.tracking import MlflowClient
-
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
-        return
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        MlflowClient(tracking_uri=f"{SQLITE}{fresh}").search_experiments()
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
-def _find_run(client: Any, experiment_id: str, run_id: str | None, run_dir: str) -> Any:
-    """The MLflow run of a checkpoint; without one, the run that was killed in `run_dir` before its first checkpoint."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is not None:
-        try:
-            return client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None  # the checkpoint was written with another tracking store
-    quoted = run_dir.replace("\\", "\\\\").replace("'", "\\'")
-    runs = client.search_runs([experiment_id], f"tags.{RUN_DIR_TAG} = '{quoted}'")
-    return next((run for run in runs if not run.data.metrics), None)
+def _milliseconds(record: Mapping[str, float]) -> int:
+    return int(record["timestamp"] * 1000)
 
 
 def build(config: schema.MLflow, run_id: str | None = None) -> MLflowTracker:
-    return MLflowTracker(config.uri, config.experiment, config.flush_seconds, run_id)
+    return MLflowTracker(config.uri, config.experiment, config.flush_seconds, run_id, config.parent_run_id)

@@ -14,7 +14,14 @@ class NoTracker:
 
     run_id: str | None = None
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], run_dir: Path, resumed: bool) -> None:
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_dir: Path,
+        resumed: bool,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         pass
 
     def update(self, history: Sequence[Mapping[str, float]]) -> None:

@@ -61,7 +61,7 @@ def _train(config: Config, run_dir: Path, tags: Mapping[str, str], slot: Slot) -
         hook(run)
     tracker = option("tracking", config.tracking)(config.tracking, stored.facts["tracking_id"] if stored else None)
     tags = {**tags, "seed": str(config.seed), "device": str(run.device)}
-    tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, resumed=config.resume != "never")
+    tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
     status = "FAILED"
     try:
         unwanted = False

@@ -1,0 +1,76 @@
+"""What a tracking store does not have yet of a run, as a JSON file in the run's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from morphtrain.errors import UserError
+
+FILE = "unsent.json"
+
+
+@dataclass
+class Record:
+    """A run as its tracking store should have it, but for the artifacts that are there already."""
+
+    uri: str
+    experiment: str
+    name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    started: int  # milliseconds since 1970, as MLflow has it
+    ended: int | None = None
+    status: str = "RUNNING"
+    run_id: str | None = None  # None: the store does not know the run, as far as one knows
+    history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
+    artifacts: list[tuple[str, str | None]] = field(default_factory=list)  # file, and its folder in the store
+
+
+def write(record: Record, directory: Path) -> None:
+    """Leave `record` in `directory`, whole or not at all, for its owner alone: the URI may hold a password.
+
+    Files of the directory itself are named as seen from there, so that it can be moved.
+    """
+    facts = asdict(record) | {"artifacts": [(_from(directory, path), folder) for path, folder in record.artifacts]}
+    fresh = directory / f"{FILE}.{os.getpid()}.tmp"
+    try:
+        fresh.touch(mode=0o600)
+        with fresh.open("w") as file:
+            json.dump(facts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, directory / FILE)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read(directory: Path) -> Record | None:
+    """The record left in `directory`; None if all of that run was sent.
+
+    Raises:
+        UserError: if there is no such directory, or the file is none of ours.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such run directory")
+    path = directory / FILE
+    if not path.exists():
+        return None
+    try:
+        record = Record(**json.loads(path.read_text()))
+        record.artifacts = [(str(directory / file), folder) for file, folder in record.artifacts]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or not a record of MorphTrain ({error})") from error
+    return record
+
+
+def remove(directory: Path) -> None:
+    """All was sent."""
+    (directory / FILE).unlink(missing_ok=True)
+
+
+def _from(directory: Path, path: str) -> str:
+    inside = Path(path).absolute()
+    return str(inside.relative_to(directory.absolute())) if inside.is_relative_to(directory.absolute()) else str(inside)
