@@ -77,6 +77,10 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
         assert [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")] == list(range(1, 9))
         assert all(run.data.params[key] == str(value) for key, value in trial.params.items())
     assert runs[0].data.params["prune.name"] == "none", "trial 0 is the baseline"
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs.values()}
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert client.get_run(parent).data.metrics["trials_complete"] == 5
+    assert {file.path for file in client.list_artifacts(parent)} >= {"history.png", "optimization_results.yaml"}
     for name in ("history.png", "parallel.png", "slices.png", "optimization_results.yaml"):
         assert (tmp_path / "multirun/prunetrain" / name).stat().st_size > 0
 

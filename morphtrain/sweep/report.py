@@ -46,6 +46,21 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     return paths
 
 
+def summary(study: optuna.Study, objective: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and params of the sweep's own MLflow run: how its trials ended, and the best of them."""
+    metrics = {f"trials_{state.name.lower()}": float(number) for state, number in _counts(study).items()}
+    best = study.best_trials if _complete(study) else []
+    if not best:
+        return metrics, {}
+    metrics |= {f"best_{name}": value for name, value in zip(objective, best[0].values, strict=True)}
+    return metrics, {"best_trial": best[0].number, **{f"best.{key}": value for key, value in best[0].params.items()}}
+
+
+def _counts(study: optuna.Study) -> dict[TrialState, int]:
+    counts = {state: sum(trial.state == state for trial in study.trials) for state in TrialState}
+    return {state: number for state, number in counts.items() if number}
+
+
 def _failures(study: optuna.Study) -> str:
     reasons = [trial.user_attrs[ERROR_ATTR] for trial in study.trials if ERROR_ATTR in trial.user_attrs]
     return f"the last failed with: {reasons[-1]}" if reasons else "all were stopped early"
@@ -53,8 +68,7 @@ def _failures(study: optuna.Study) -> str:
 
 def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str]) -> Table:
     """The best trials beside the baseline."""
-    counts = {state: sum(trial.state == state for trial in study.trials) for state in TrialState}
-    counted = ", ".join(f"{number} {state.name}" for state, number in counts.items() if number)
+    counted = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
     table = Table(title=f"study {study.study_name}: {counted}")
     for column in ("trial", *objective, *_shown(objective), "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")

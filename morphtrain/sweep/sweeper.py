@@ -26,6 +26,7 @@ from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Plan, SharedStudy
 from morphtrain.sweep.trial import METRICS_ATTR, STOPPED_ATTR
 from morphtrain.sweep.workers import Worker
+from morphtrain.tracking import begin_sweep, end_sweep
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +90,31 @@ class StudySweeper:
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
-        with Worker(study.study._storage, self.sweep_dir, self.heartbeat_seconds) as worker:
-            while True:
-                if trials := study.take(worker, self.plain.n_jobs):
-                    self._run(study, worker, trials, space)
-                elif study.others_running():
-                    time.sleep(WAIT_SECONDS)
-                else:
-                    break
-        report.close(study.study, first.objective, self.sweep_dir)
+        parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
+        status, artifacts = "FAILED", []
+        try:
+            with Worker(study.study._storage, self.sweep_dir, self.heartbeat_seconds) as worker:
+                self._work(study, worker, space, parent)
+            artifacts = report.close(study.study, first.objective, self.sweep_dir)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if parent is not None:
+                metrics, params = report.summary(study.study, first.objective)
+                end_sweep(first.tracking, parent, metrics, params, artifacts, status, self.sweep_dir)
+
+    def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
+        """Take and run trials until there are no more to come."""
+        child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
+        while True:
+            if trials := study.take(worker, self.plain.n_jobs):
+                self._run(study, worker, trials, space, child)
+            elif study.others_running():
+                time.sleep(WAIT_SECONDS)
+            else:
+                break
 
     def _check(self, space: SearchSpace) -> schema.Config:
         """The config at one end of all ranges; raises `UserError` before any trial if there is none at either."""
@@ -145,11 +162,13 @@ class StudySweeper:
         """What trial 0 has of the searched keys: nothing where it runs with overrides of its own."""
         return {} if self.baseline else space.defaults()
 
-    def _run(self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace) -> None:
+    def _run(
+        self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
+    ) -> None:
         """Launch some trials and wait for them; those that have not ended when this is left wait for another worker."""
         open_trials = list(trials)
         try:
-            overrides = [self._overrides(trial, space) for trial in trials]
+            overrides = [[*self._overrides(trial, space), *child] for trial in trials]
             returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
             for trial, returned in zip(trials, returns, strict=True):
                 self._settle(study, worker, trial, returned)
@@ -175,7 +194,8 @@ class StudySweeper:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
         except Exception as error:  # noqa: BLE001 (a job's error, whatever it is, ends its trial and not the sweep)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            first_line = (str(error).splitlines() or [""])[0]
+            reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
             log.warning("trial %d failed: %s", trial.number, reason)
             study.fail(worker, trial, reason)
             return

@@ -51,10 +51,16 @@ def train(
     """
     prepare_process()
     with take_slot(possible_devices(config.device), config.timing) as slot:
-        return _train(config, run_dir, tags, slot)
+        return _train(config, run_dir, tags, on_epoch, slot)
 
 
-def _train(config: Config, run_dir: Path, tags: Mapping[str, str], slot: Slot) -> list[float]:
+def _train(
+    config: Config,
+    run_dir: Path,
+    tags: Mapping[str, str],
+    on_epoch: Callable[[Mapping[str, float]], bool] | None,
+    slot: Slot,
+) -> list[float]:
     run, stored = _start_or_resume(config, run_dir, slot.device)
     guard = Guard(slot, config.timing, run.history)
     for hook in run.hooks("before_training"):
