@@ -158,7 +158,7 @@ def test_shapes_alone_are_enough() -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_it_takes_little_more_memory_than_batch_norm(memory_format: str) -> None:
-    """Simulated, where tensors have no values; the gradient comes in the other format if the norm's is channels_last."""
+    """Simulated, where tensors have no values; under channels_last the gradient comes in the other format."""
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 2))
     plain.to(memory_format=FORMATS[memory_format])
     norm = copy.deepcopy(plain)

@@ -48,8 +48,9 @@ class Normalise(torch.autograd.Function):
         deviations = (variances + eps).rsqrt()  # their inverses
         ctx.save_for_backward(x, weight, means, deviations)
         ctx.chunks, ctx.eps, ctx.has_bias = chunks, eps, bias is not None
-        counts = [size * x.shape[2] * x.shape[3] for size in _sizes(chunks)]
-        unbiased = variances * variances.new_tensor([n / (n - 1) for n in counts])[:, None]
+        parts = variances.split([number for number, _ in chunks])
+        counts = [size * x.shape[2] * x.shape[3] for _, size in chunks]
+        unbiased = torch.cat([part * (count / (count - 1)) for part, count in zip(parts, counts, strict=True)])
         ctx.mark_non_differentiable(means, unbiased)
         return output, means, unbiased
 

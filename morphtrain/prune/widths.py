@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import Axis, ChannelGraph, Space
+from morphtrain.morph import Axis, ChannelGraph, Space, format_of_model
 
 CPU = torch.device("cpu")
 MULTIPLES = (4, 8, 16, 32)
@@ -41,6 +41,7 @@ class Layer:
     dilation: tuple[int, ...]
     depthwise: bool
     size: tuple[int, ...]  # of the input, spatially
+    channels_last: bool  # in memory
 
     def build(self) -> nn.Module:
         """The layer; behind a convolution norm and activation, whose time grows with its outputs too."""
@@ -57,11 +58,17 @@ class Layer:
             groups,
             bias=False,
         )
-        return nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU()).to(self.device)
+        layers = nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU())
+        return layers.to(self.device).to(memory_format=self.memory_format)
 
     def input(self) -> torch.Tensor:
         shape = (*self.size, self.inputs) if not self.kernel else (self.inputs, *self.size)
-        return torch.randn(self.batch_size, *shape, device=self.device, requires_grad=True)
+        x = torch.randn(self.batch_size, *shape, device=self.device)
+        return (x.to(memory_format=self.memory_format) if self.kernel else x).requires_grad_()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 @dataclass(eq=False)
@@ -72,6 +79,7 @@ class Place:
     size: tuple[int, ...]
     inputs: Axis
     outputs: Axis
+    channels_last: bool
 
     @property
     def spaces(self) -> set[Space]:
@@ -81,11 +89,11 @@ class Place:
         """The layer once the spaces have these widths."""
         inputs, outputs = self.inputs.length_at(widths), self.outputs.length_at(widths)
         if isinstance(self.module, nn.Linear):
-            return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size)
+            return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size, False)
         depthwise = self.inputs is self.outputs
         inputs = outputs * self.module.in_channels // self.module.out_channels if depthwise else inputs
         geometry = (self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
-        return Layer(device, batch_size, inputs, outputs, *geometry, depthwise, self.size)
+        return Layer(device, batch_size, inputs, outputs, *geometry, depthwise, self.size, self.channels_last)
 
 
 class WidthProbe:
@@ -195,6 +203,7 @@ class WidthProbe:
 def timed_places(graph: ChannelGraph) -> list[Place]:
     """The layers whose time follows from their widths: linear, ungrouped and depthwise two-dimensional convolutions."""
     places = []
+    last = format_of_model(graph.model) is torch.channels_last
     shapes = {call.path: tuple(call.input_shape) for call in graph.calls}
     sides: dict[int, dict[str, Axis]] = {}
     for axis in graph.axes:
@@ -208,11 +217,11 @@ def timed_places(graph: ChannelGraph) -> list[Place]:
         shape = shapes[outputs.path]
         plain = isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple)
         if plain and module.groups > 1 and outputs.role == "elementwise":
-            places.append(Place(module, shape[2:], outputs, outputs))
+            places.append(Place(module, shape[2:], outputs, outputs, last))
         elif isinstance(module, nn.Linear) and "consumes" in axes:
-            places.append(Place(module, shape[1:-1], axes["consumes"], outputs))
+            places.append(Place(module, shape[1:-1], axes["consumes"], outputs, last))
         elif plain and module.groups == 1 and "consumes" in axes:
-            places.append(Place(module, shape[2:], axes["consumes"], outputs))
+            places.append(Place(module, shape[2:], axes["consumes"], outputs, last))
     return places
 
 
