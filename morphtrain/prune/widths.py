@@ -2,15 +2,15 @@
 
 Time does not fall as smoothly with the width as MACs do: vector units and kernels like some widths better than others
 (`benchmarks/widths.py` shows how much on this machine). So before spaces are cut, the layers around them are timed
-(forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to the present
-ones, and the spaces keep widths whose layers take the least time together.
+(forward and backward, in the network's memory format) at the widths that pruning left and at the next ones that make
+inputs or outputs multiples of 4, 8, 16 and 32, and the spaces keep widths whose layers take the least time together.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,17 +118,19 @@ class WidthProbe:
         self.autocast = autocast
         self.seconds: dict[Layer, float] = {}
 
-    def fastest(self, graph: ChannelGraph, least: Mapping[Space, int]) -> dict[Space, int]:
+    def fastest(
+        self, graph: ChannelGraph, least: Mapping[Space, int], roundings: Iterable[Mapping[Space, int]]
+    ) -> dict[Space, int]:
         """The widths, each from its `least` up to the present one, whose layers take the least time together.
 
-        A layer is fast when both its sides suit it, so all spaces are rounded to one multiple first; from the best of
-        these, single spaces change as long as that saves time. Of widths that are equal but for noise the smallest:
-        pruning's own if no others save more than noise.
+        A layer is fast when both its sides suit it, so `roundings`, of all spaces to one multiple, are tried first;
+        from the best of these, single spaces change as long as that saves time. Of widths that are equal but for noise
+        the smallest: pruning's own if no others save more than noise.
         """
         shrinking = [space for space in graph.spaces if least[space] < space.size]
         places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
-        roundings = [{s: _up(least[s], multiple, s.size) for s in graph.spaces} for multiple in (1, *MULTIPLES)]
-        best = min(roundings, key=lambda widths: self._total(places, widths))
+        first: list[Mapping[Space, int]] = [least, *roundings]
+        best = dict(min(first, key=lambda widths: self._total(places, widths)))
         for _ in range(SWEEPS):
             before = dict(best)
             for space in shrinking:
@@ -142,7 +144,8 @@ class WidthProbe:
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
         """The smallest width of `space` with which these layers are as fast as they get, all others being as given."""
-        candidates = sorted({_up(least, multiple, space.size) for multiple in (1, *MULTIPLES)})
+        axes = [axis for place in places for axis in (place.inputs, place.outputs)]
+        candidates = sorted({least, *(width for axis in axes for width in _suiting(axis, widths, space, least))})
         seconds = {width: self._total(places, {**widths, space: width}) for width in candidates}
         return next(width for width in candidates if seconds[width] <= min(seconds.values()) * (1 + TIE))
 
@@ -225,5 +228,10 @@ def timed_places(graph: ChannelGraph) -> list[Place]:
     return places
 
 
-def _up(width: int, multiple: int, most: int) -> int:
-    return min(-(-width // multiple) * multiple, most)
+def _suiting(axis: Axis, widths: Mapping[Space, int], space: Space, least: int) -> Iterator[int]:
+    """Widths of `space`, `least` or more, with which the whole of `axis` is a multiple, all other spaces as given."""
+    span = sum(segment.span for segment in axis.segments if segment.space is space)
+    rest = axis.length_at({**widths, space: 0})
+    for multiple in MULTIPLES if span else ():
+        length = -(-(rest + span * least) // multiple) * multiple
+        yield min(-(-(length - rest) // span), space.size)
