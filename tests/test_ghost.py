@@ -17,6 +17,7 @@ from torch import nn
 
 import morphtrain
 from morphtrain import schema
+from morphtrain.cost import estimate_memory
 from morphtrain.errors import UserError
 from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, MorphError
@@ -120,18 +121,22 @@ def test_evaluation_and_a_norm_without_statistics() -> None:
     check_same(bare.train(), plain.train(), x)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_is_rounded_once(dtype: torch.dtype) -> None:
+def test_lower_precision_is_rounded_once(dtype: torch.dtype, memory_format: str) -> None:
     norm, plain = pair(4, 8)
-    x = (5 + torch.randn(20, 4, 6, 6)).to(dtype)
+    x = (5 + torch.randn(20, 4, 6, 6)).to(dtype).to(memory_format=FORMATS[memory_format])
     with torch.autocast("cpu", dtype=dtype):
         y = norm(x.requires_grad_())
     assert y.dtype is dtype
     exact = sequentially(plain, x.float(), 8)
     torch.testing.assert_close(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     torch.testing.assert_close(norm.running_var, plain.running_var, rtol=1e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad(y.float().square().mean(), x)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x)
     assert grad.dtype is dtype
+    leaf = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad((sequentially(plain.double(), leaf, 8) * 2 * y.detach()).sum(), leaf)
+    torch.testing.assert_close(grad.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     assert norm.running_mean.dtype is torch.float32
 
 
@@ -149,6 +154,17 @@ def test_shapes_alone_are_enough() -> None:
     x = torch.empty(5, 4, 3, 3, device="meta", requires_grad=True)
     norm(x).sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_it_takes_little_more_memory_than_batch_norm(memory_format: str) -> None:
+    """Simulated, where tensors have no values; under channels_last the gradient comes in the other format."""
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 2))
+    plain.to(memory_format=FORMATS[memory_format])
+    norm = copy.deepcopy(plain)
+    assert to_ghost(norm, 8) == 1
+    least, found = (estimate_memory(model, (3, 8, 8), 64) for model in (plain, norm))
+    assert least <= found <= least + 64 * 8 * 8 * 8 * 4 / 2
 
 
 def test_to_ghost_keeps_everything_else() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from morphtrain.cost import count_macs
 from morphtrain.morph import ChannelGraph, Gate, MorphError, describe, rebuild
 from morphtrain.prune.reconfigure import channel_strengths, channels_to_keep, live_channels, reconfigure
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.widths import WidthProbe, timed_places
 
 
 def chain(producer_alive: set[int], consumer_alive: set[int]) -> nn.Sequential:
@@ -353,6 +353,38 @@ def test_a_space_keeps_the_width_that_is_fastest(seconds, wanted: int) -> None:
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == wanted
     assert keep[space][5:].all()
+
+
+SHAPES_OF_TIME = {
+    "vectors of 16": lambda a, b: 16 * (-(-a // 16) * b + -(-b // 16) * a),
+    "whole multiples of 8": lambda a, b: 100 * ((a % 8 > 0) + (b % 8 > 0)) + a + b,
+    "whole multiples of 4, smaller is faster": lambda a, b: (1 + (a % 4 > 0) + (b % 4 > 0)) * a * b,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_TIME)
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.8])
+def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: float) -> None:
+    """Padded shortcuts put residual sums together from parts: the width of the whole is what counts."""
+
+    def seconds(layer) -> float:
+        return float(SHAPES_OF_TIME[shape](layer.inputs, layer.outputs))
+
+    model = build(2, width=16)
+    graph = trace(model)
+    for space in graph.spaces:
+        dead = torch.arange(round(share * space.size), space.size)
+        for slot in space.slots:
+            if slot.has_weights:
+                slot.axis.weight.data.index_fill_(slot.axis.dim, slot.start + dead, 0.0)
+    probe = TimesByWidth(seconds)
+
+    def total(round_to) -> float:
+        keep = channels_to_keep(graph, 1e-4, 1, round_to)
+        widths = {space: int(kept.sum()) for space, kept in keep.items()}
+        return sum(seconds(place.at(widths, "cpu", 1)) for place in timed_places(graph))
+
+    assert total(probe) <= 1.03 * min(total(multiple) for multiple in (1, 4, 8, 16, 32))
 
 
 def test_the_probe_times_every_layer_once_and_remembers() -> None:

@@ -34,7 +34,14 @@ def training_step(
 
 
 def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, *input_shape) of zeros where the model is, of its type; labels (B,) of the first class."""
+    """Images (B, *input_shape) of zeros where the model is, of its type and format; labels (B,) of the first class."""
     parameter = next(model.parameters())
     images = torch.zeros(batch_size, *input_shape, dtype=parameter.dtype, device=parameter.device)
+    if images.dim() == 4 and any(_is_channels_last(p) for p in model.parameters()):
+        images = images.to(memory_format=torch.channels_last)
     return images, torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()  # of a single channel or pixel it is both

@@ -111,13 +111,22 @@ class Crops:
 
 
 class Normalise:
-    """Callable: 8-bit (or float, 0 to 255) RGB pixels (B, 3, H, W) become floats on `device`, of mean 0 and std 1."""
+    """Callable: 8-bit (or float, 0 to 255) RGB pixels (B, 3, H, W) become floats on `device`, of mean 0 and std 1.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    They are in `memory_format` then.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,  # None: the CPU
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.memory_format = memory_format
         self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
         self.std = torch.tensor(STD, device=device).view(3, 1, 1)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         # 8-bit pixels are a quarter of the floats to copy, and leave pinned memory while the network still computes.
-        return (pixels.to(self.device, non_blocking=True).float() - self.mean) / self.std
+        pixels = pixels.to(self.device, non_blocking=True).to(memory_format=self.memory_format)
+        return (pixels.float() - self.mean) / self.std

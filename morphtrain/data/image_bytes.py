@@ -42,10 +42,10 @@ class ByteData:
     """
 
     def __init__(
-        self, train: Images, val: Images, num_classes: int, crops: Crops, device: torch.device | None = None
+        self, train: Images, val: Images, num_classes: int, crops: Crops, normalise: Normalise | None = None
     ) -> None:
         self.train, self.val, self.num_classes, self.crops = train, val, num_classes, crops
-        self._normalise = Normalise(device or torch.device("cpu"))
+        self._normalise = normalise or Normalise()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -57,9 +57,9 @@ class ByteData:
         """See `Data`."""
         return "data.in_memory=false has data.num_workers processes crop the images while the network trains"
 
-    def to(self, device: torch.device) -> ByteData:
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ByteData:
         """The same pictures, whose batches are cropped on `device`."""
-        return ByteData(self.train, self.val, self.num_classes, self.crops, device)
+        return ByteData(self.train, self.val, self.num_classes, self.crops, Normalise(device, memory_format))
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order; see `Data`."""

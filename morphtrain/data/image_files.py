@@ -142,13 +142,13 @@ class FileData:
         num_workers: processes that read; with 0 the calling one does.
     """
 
-    def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, device: torch.device | None = None) -> None:
-        device = device or torch.device("cpu")
+    def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, normalise: Normalise | None = None) -> None:
         self.train, self.val, self.num_classes = files.train, files.val, files.num_classes
         self.crops = crops
         self._files = files
-        self._loader = PictureLoader(Pictures(files, crops, crops.image_size), num_workers, device.type == "cuda")
-        self._normalise = Normalise(device)
+        self._normalise = normalise or Normalise()
+        pin_memory = self._normalise.device.type == "cuda"
+        self._loader = PictureLoader(Pictures(files, crops, crops.image_size), num_workers, pin_memory)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -163,9 +163,9 @@ class FileData:
             "smaller files decode faster, and data.in_memory=true decodes them once"
         )
 
-    def to(self, device: torch.device) -> FileData:
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> FileData:
         """The same files, whose batches come to `device`: pinned, and copied while it computes, where it can."""
-        return FileData(self._files, self.crops, self._loader.num_workers, device)
+        return FileData(self._files, self.crops, self._loader.num_workers, Normalise(device, memory_format))
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order, the same whoever reads them; see `Data`."""

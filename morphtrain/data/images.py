@@ -23,8 +23,8 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device))
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> Images:
+        return Images(self.pixels.to(device, memory_format=memory_format), self.labels.to(device))
 
 
 @dataclass
@@ -56,9 +56,10 @@ class ImageData:
         """See `Data`."""
         return "with a larger batch_policy.batch_size more images are gathered and augmented at once"
 
-    def to(self, device: torch.device) -> ImageData:
-        """The same data on `device`, where the augmentation then runs too."""
-        return ImageData(self.train.to(device), self.val.to(device), self.num_classes, self.shift, self.flip)
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ImageData:
+        """The same data on `device`, where the augmentation then runs too; batches lie in memory as the set does."""
+        train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
+        return ImageData(train, val, self.num_classes, self.shift, self.flip)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order: (B, C, H, W) and (B,); the last batch may be smaller.

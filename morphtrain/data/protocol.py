@@ -31,8 +31,8 @@ class Data(Protocol):
     def advice(self) -> str:
         """What to change where a run waits for these data."""
 
-    def to(self, device: torch.device) -> Data:
-        """The same data, whose batches are made on `device`."""
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Data:
+        """The same data, whose batches are made on `device`, and their images in `memory_format`."""
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented; the last batch may be smaller.

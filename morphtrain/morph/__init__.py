@@ -10,6 +10,7 @@ Imports torch and nothing else of MorphTrain; knows no training loop.
 from morphtrain.morph.architecture import describe, rebuild
 from morphtrain.morph.branches import Block
 from morphtrain.morph.costs import CostKind, WidthCost
+from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.insert import Start
@@ -35,6 +36,7 @@ __all__ = [
     "WidthCost",
     "ZeroBranch",
     "describe",
+    "format_of_model",
     "is_ignored",
     "is_within",
     "kept_modes",

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
 from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.points import Point
@@ -163,9 +164,7 @@ def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
     """Give what is inserted the device, type, mode and memory format of what is there."""
     weight = next(p for p in neighbour.parameters() if p.is_floating_point())
     new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
-    four = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-    if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
-        new.to(memory_format=torch.channels_last)
+    new.to(memory_format=format_of_model(model))
 
 
 def _measured(

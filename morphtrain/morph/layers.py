@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from morphtrain.morph.formats import format_of
+
 
 class PadChannels(nn.Module):
     """Append zero channels before and after the input's channels (the option-A shortcut of He et al. 2015).
@@ -41,7 +43,7 @@ class SelectChannels(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(1, self.index)
+        return x.index_select(1, self.index).contiguous(memory_format=format_of(x))
 
 
 class ScatterChannels(nn.Module):
@@ -58,7 +60,7 @@ class ScatterChannels(nn.Module):
         self.width = width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_zeros(x.shape[0], self.width, *x.shape[2:])
+        out = x.new_zeros(x.shape[0], self.width, *x.shape[2:]).contiguous(memory_format=format_of(x))
         return out.index_copy(1, self.index, x)
 
     def extra_repr(self) -> str:
@@ -104,7 +106,7 @@ class ZeroBranch(nn.Module):
         out = out[:1, :, :1]
         if self.stride is None:
             return out
-        return out.expand(x.shape[0], -1, *_strided(x, self.stride)).clone()
+        return out.expand(x.shape[0], -1, *_strided(x, self.stride)).clone(memory_format=format_of(x))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}" + (f", stride={self.stride}" if self.stride else "")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from morphtrain.morph.formats import format_of
+
 # Optimizer state that is an average of gradients follows its parameter, scale included. Everything else of the
 # parameter's shape (Adam's second moments) follows the index only.
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
@@ -111,18 +113,8 @@ def _select(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
             shape = [1] * new.dim()
             shape[dim] = -1
             new = new * scale.to(device=new.device, dtype=new.dtype).view(shape)
-    last = _channels_last(tensor)
-    if last is None:
+    memory_format = format_of(tensor)
+    if memory_format is torch.contiguous_format:
         return new.contiguous()
-    # Not contiguous(last): of a single channel that returns what it is given, and the format would be forgotten.
-    return torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=last).copy_(new)
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.memory_format | None:
-    """The channels-last format a tensor is in; None if it is in the ordinary one."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is None or not tensor.is_contiguous(memory_format=last):
-        return None
-    # Of a single channel it is both; what tells is the stride that this channel has.
-    ordinary = tensor.is_contiguous() and tensor.stride(1) != 1
-    return None if ordinary or tensor[0, 0].numel() == 1 else last
+    # Not contiguous(...): of a single channel that returns what it is given, and the format would be forgotten.
+    return torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=memory_format).copy_(new)

@@ -5,18 +5,14 @@ to_ghost(model, ghost_batch_size=32)    # before or after the optimizer is made:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-
-Chunks = list[tuple[int, int]]  # (how many, samples in each), in the order of the batch
+from morphtrain.norm.chunks import Normalise, split
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -56,7 +52,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
                 f"Expected more than 1 value per channel when training, got chunks of {self.ghost_batch_size} sample "
                 f"of input size {list(input.shape)}"
             )
-        output, means, variances = _Normalise.apply(input, self.weight, self.bias, chunks, self.eps)
+        output, means, variances = Normalise.apply(input, self.weight, self.bias, chunks, self.eps)
         if self.track_running_stats:
             self._track(means, variances)
         return output
@@ -81,97 +77,6 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, ghost_batch_size={self.ghost_batch_size}"
-
-
-def split(samples: int, ghost_batch_size: int, values: int) -> Chunks:
-    """The chunks of a batch of `samples` with `values` numbers each in a channel."""
-    full, rest = divmod(samples, ghost_batch_size)
-    if full and rest * values == 1:
-        full, rest = full - 1, ghost_batch_size + 1
-    return [(number, size) for number, size in ((full, ghost_batch_size), (1, rest)) if number and size]
-
-
-class _Normalise(torch.autograd.Function):
-    """Each chunk less its mean, over its deviation, times `weight`, plus `bias`; also means and variances (K, C)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        chunks: Chunks,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        outputs, means, deviations, variances = [], [], [], []
-        for part in _parts(x, chunks):  # one of full chunks, and perhaps the last one
-            count = part.numel() // (part.shape[0] * part.shape[2])
-            mean = _sum(part) / count  # (K, 1, C, 1, 1)
-            squares = F.mse_loss(part, mean.expand_as(part), reduction="none")  # of the distance, in one pass
-            variance = _sum(squares) / count
-            deviation = (variance + eps).rsqrt()  # its inverse
-            scale = deviation if weight is None else deviation * _spread(weight)
-            shift = -scale * mean if bias is None else _spread(bias) - scale * mean
-            output = torch.addcmul(shift, part, scale, out=squares)
-            outputs.append(output.flatten(0, 1).to(x.dtype))
-            means.append(mean)
-            deviations.append(deviation)
-            variances.append(variance * (count / (count - 1)))
-        ctx.save_for_backward(x, weight, torch.cat(means), torch.cat(deviations))
-        ctx.chunks, ctx.has_bias = chunks, bias is not None
-        statistics = torch.cat(means).flatten(1), torch.cat(variances).flatten(1)
-        ctx.mark_non_differentiable(*statistics)
-        return _joined(outputs, x), *statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """dL/dx = w/sd * (g - mean(g) - x' * mean(g * x')), with the means over a chunk and x' = (x - mean) / sd."""
-        x, weight, means, deviations = ctx.saved_tensors
-        numbers = [number for number, _ in ctx.chunks]
-        grads, grad_weights, grad_biases = [], [], []
-        for part, g, mean, deviation in zip(
-            _parts(x, ctx.chunks),
-            _parts(grad, ctx.chunks),
-            means.split(numbers),
-            deviations.split(numbers),
-            strict=True,
-        ):
-            count = part.numel() // (part.shape[0] * part.shape[2])
-            products = g * part
-            total = _sum(g)  # (K, 1, C, 1, 1)
-            slope = deviation * (_sum(products) - mean * total)  # the sum of g * x'
-            scale = deviation if weight is None else deviation * _spread(weight)
-            pull = -scale * deviation * slope / count
-            shift = -scale * total / count - pull * mean
-            grad_part = torch.addcmul(shift, part, pull, out=products).addcmul_(g, scale)
-            grads.append(grad_part.flatten(0, 1).to(x.dtype))
-            grad_weights.append(slope)
-            grad_biases.append(total)
-        grad_weight = None if weight is None else torch.cat(grad_weights).sum(0).flatten().to(weight.dtype)
-        grad_bias = torch.cat(grad_biases).sum(0).flatten() if ctx.has_bias else None
-        return _joined(grads, x), grad_weight, grad_bias, None, None
-
-
-def _parts(x: torch.Tensor, chunks: Chunks) -> Iterator[torch.Tensor]:
-    """(B, C, H, W) -> views (K, G, C, H, W) of 32 bits or more, one for each size of chunks."""
-    for (number, size), part in zip(chunks, x.split([number * size for number, size in chunks]), strict=True):
-        yield part.unflatten(0, (number, size)).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _sum(x: torch.Tensor) -> torch.Tensor:
-    """(K, G, C, H, W) -> (K, 1, C, 1, 1); space first, which is faster and no less exact."""
-    return x.sum((3, 4), keepdim=True).sum(1, keepdim=True)
-
-
-def _spread(channels: torch.Tensor) -> torch.Tensor:
-    """(C,) -> (1, 1, C, 1, 1)"""
-    return channels.view(1, 1, -1, 1, 1)
-
-
-def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The parts as one batch in the memory format of `like`; of a single sample nobody can tell which it is in."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), out=torch.empty_like(like))
 
 
 def to_ghost(model: nn.Module, ghost_batch_size: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph import Axis, Block, ChannelGraph, Gate, Space
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.widths import MULTIPLES, WidthProbe
 
 Strengths = Callable[[ChannelGraph], dict[Space, torch.Tensor]]  # of every channel of every space: (size,), on the CPU
 
@@ -126,13 +126,27 @@ def channels_to_keep(
     keep = {space: strength >= threshold for space, strength in strengths.items()}
     axes = [axis for axis in graph.axes if axis.weight is not None]
     multiple = round_to if isinstance(round_to, int) else 1
-    while any([_revive(axis, keep, strengths, min_channels, multiple) for axis in axes]):
-        pass  # reviving in one layer may put another off its multiple; it only ever adds, so this ends
+    keep = _revived(axes, keep, strengths, min_channels, multiple)
     if isinstance(round_to, WidthProbe):
-        widths = {space: int(kept.sum()) for space, kept in keep.items()}
-        for space, width in round_to.fastest(graph, widths).items():
+        rounded = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
+        least, *roundings = [{space: int(kept.sum()) for space, kept in kepts.items()} for kepts in rounded]
+        for space, width in round_to.fastest(graph, least, roundings).items():
             strongest = strengths[space].masked_fill(keep[space], float("inf")).topk(width).indices
             keep[space][strongest] = True
+    return keep
+
+
+def _revived(
+    axes: list[Axis],
+    keep: dict[Space, torch.Tensor],
+    strengths: dict[Space, torch.Tensor],
+    min_channels: int,
+    round_to: int,
+) -> dict[Space, torch.Tensor]:
+    """`keep` with the strongest dead channels that make every width allowed."""
+    keep = {space: kept.clone() for space, kept in keep.items()}
+    while any([_revive(axis, keep, strengths, min_channels, round_to) for axis in axes]):
+        pass  # reviving in one layer may put another off its multiple; it only ever adds, so this ends
     return keep
 
 

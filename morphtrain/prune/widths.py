@@ -2,15 +2,15 @@
 
 Time does not fall as smoothly with the width as MACs do: vector units and kernels like some widths better than others
 (`benchmarks/widths.py` shows how much on this machine). So before spaces are cut, the layers around them are timed
-(forward and backward) at the widths that pruning left and at the next multiples of 4, 8, 16 and 32 up to the present
-ones, and the spaces keep widths whose layers take the least time together.
+(forward and backward, in the network's memory format) at the widths that pruning left and at the next ones that make
+inputs or outputs multiples of 4, 8, 16 and 32, and the spaces keep widths whose layers take the least time together.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import Axis, ChannelGraph, Space
+from morphtrain.morph import Axis, ChannelGraph, Space, format_of_model
 
 CPU = torch.device("cpu")
 MULTIPLES = (4, 8, 16, 32)
@@ -41,6 +41,7 @@ class Layer:
     dilation: tuple[int, ...]
     depthwise: bool
     size: tuple[int, ...]  # of the input, spatially
+    channels_last: bool  # in memory
 
     def build(self) -> nn.Module:
         """The layer; behind a convolution norm and activation, whose time grows with its outputs too."""
@@ -57,11 +58,17 @@ class Layer:
             groups,
             bias=False,
         )
-        return nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU()).to(self.device)
+        layers = nn.Sequential(convolution, nn.BatchNorm2d(self.outputs), nn.ReLU())
+        return layers.to(self.device).to(memory_format=self.memory_format)
 
     def input(self) -> torch.Tensor:
         shape = (*self.size, self.inputs) if not self.kernel else (self.inputs, *self.size)
-        return torch.randn(self.batch_size, *shape, device=self.device, requires_grad=True)
+        x = torch.randn(self.batch_size, *shape, device=self.device)
+        return (x.to(memory_format=self.memory_format) if self.kernel else x).requires_grad_()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 @dataclass(eq=False)
@@ -72,6 +79,7 @@ class Place:
     size: tuple[int, ...]
     inputs: Axis
     outputs: Axis
+    channels_last: bool
 
     @property
     def spaces(self) -> set[Space]:
@@ -81,11 +89,11 @@ class Place:
         """The layer once the spaces have these widths."""
         inputs, outputs = self.inputs.length_at(widths), self.outputs.length_at(widths)
         if isinstance(self.module, nn.Linear):
-            return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size)
+            return Layer(device, batch_size, inputs, outputs, (), (), (), (), False, self.size, False)
         depthwise = self.inputs is self.outputs
         inputs = outputs * self.module.in_channels // self.module.out_channels if depthwise else inputs
         geometry = (self.module.kernel_size, self.module.stride, self.module.padding, self.module.dilation)
-        return Layer(device, batch_size, inputs, outputs, *geometry, depthwise, self.size)
+        return Layer(device, batch_size, inputs, outputs, *geometry, depthwise, self.size, self.channels_last)
 
 
 class WidthProbe:
@@ -110,17 +118,19 @@ class WidthProbe:
         self.autocast = autocast
         self.seconds: dict[Layer, float] = {}
 
-    def fastest(self, graph: ChannelGraph, least: Mapping[Space, int]) -> dict[Space, int]:
+    def fastest(
+        self, graph: ChannelGraph, least: Mapping[Space, int], roundings: Iterable[Mapping[Space, int]]
+    ) -> dict[Space, int]:
         """The widths, each from its `least` up to the present one, whose layers take the least time together.
 
-        A layer is fast when both its sides suit it, so all spaces are rounded to one multiple first; from the best of
-        these, single spaces change as long as that saves time. Of widths that are equal but for noise the smallest:
-        pruning's own if no others save more than noise.
+        A layer is fast when both its sides suit it, so `roundings`, of all spaces to one multiple, are tried first;
+        from the best of these, single spaces change as long as that saves time. Of widths that are equal but for noise
+        the smallest: pruning's own if no others save more than noise.
         """
         shrinking = [space for space in graph.spaces if least[space] < space.size]
         places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
-        roundings = [{s: _up(least[s], multiple, s.size) for s in graph.spaces} for multiple in (1, *MULTIPLES)]
-        best = min(roundings, key=lambda widths: self._total(places, widths))
+        first: list[Mapping[Space, int]] = [least, *roundings]
+        best = dict(min(first, key=lambda widths: self._total(places, widths)))
         for _ in range(SWEEPS):
             before = dict(best)
             for space in shrinking:
@@ -134,7 +144,8 @@ class WidthProbe:
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
         """The smallest width of `space` with which these layers are as fast as they get, all others being as given."""
-        candidates = sorted({_up(least, multiple, space.size) for multiple in (1, *MULTIPLES)})
+        axes = [axis for place in places for axis in (place.inputs, place.outputs)]
+        candidates = sorted({least, *(width for axis in axes for width in _suiting(axis, widths, space, least))})
         seconds = {width: self._total(places, {**widths, space: width}) for width in candidates}
         return next(width for width in candidates if seconds[width] <= min(seconds.values()) * (1 + TIE))
 
@@ -195,6 +206,7 @@ class WidthProbe:
 def timed_places(graph: ChannelGraph) -> list[Place]:
     """The layers whose time follows from their widths: linear, ungrouped and depthwise two-dimensional convolutions."""
     places = []
+    last = format_of_model(graph.model) is torch.channels_last
     shapes = {call.path: tuple(call.input_shape) for call in graph.calls}
     sides: dict[int, dict[str, Axis]] = {}
     for axis in graph.axes:
@@ -208,13 +220,18 @@ def timed_places(graph: ChannelGraph) -> list[Place]:
         shape = shapes[outputs.path]
         plain = isinstance(module, nn.Conv2d) and isinstance(module.padding, tuple)
         if plain and module.groups > 1 and outputs.role == "elementwise":
-            places.append(Place(module, shape[2:], outputs, outputs))
+            places.append(Place(module, shape[2:], outputs, outputs, last))
         elif isinstance(module, nn.Linear) and "consumes" in axes:
-            places.append(Place(module, shape[1:-1], axes["consumes"], outputs))
+            places.append(Place(module, shape[1:-1], axes["consumes"], outputs, last))
         elif plain and module.groups == 1 and "consumes" in axes:
-            places.append(Place(module, shape[2:], axes["consumes"], outputs))
+            places.append(Place(module, shape[2:], axes["consumes"], outputs, last))
     return places
 
 
-def _up(width: int, multiple: int, most: int) -> int:
-    return min(-(-width // multiple) * multiple, most)
+def _suiting(axis: Axis, widths: Mapping[Space, int], space: Space, least: int) -> Iterator[int]:
+    """Widths of `space`, `least` or more, with which the whole of `axis` is a multiple, all other spaces as given."""
+    span = sum(segment.span for segment in axis.segments if segment.space is space)
+    rest = axis.length_at({**widths, space: 0})
+    for multiple in MULTIPLES if span else ():
+        length = -(-(rest + span * least) // multiple) * multiple
+        yield min(-(-(length - rest) // span), space.size)

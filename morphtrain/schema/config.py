@@ -43,6 +43,9 @@ METRICS = (
 )
 
 
+MEMORY_FORMATS = ("contiguous", "channels_last")
+
+
 @dataclass
 class Nothing:
     """An option that adds no method to the run."""
@@ -91,6 +94,7 @@ class _TopLevel:
     epochs: int
     seed: int
     device: str
+    memory_format: str
     resume: str
     architecture: str | None
     objective: list[str]
@@ -118,6 +122,7 @@ class Config(_TopLevel):
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         _check_device(self.device)
+        check_one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
         check(self.trial is None or self.trial >= 0, "trial", self.trial, "null; a sweep sets it")
@@ -186,6 +191,7 @@ class _MaxBatchKeys:
     budget: Any  # str or number
     overhead: Any
     device: str
+    memory_format: str
     input_shape: list[int] | None
     num_classes: int | None
     throughput_seconds: float
@@ -194,6 +200,7 @@ class _MaxBatchKeys:
         check(self.budget_bytes > 0, "budget", self.budget, "above 0 bytes")
         check(self.usable_bytes > 0, "overhead", self.overhead, f"less than budget={self.budget}")
         _check_device(self.device)
+        check_one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         whole = self.input_shape is None or (len(self.input_shape) > 0 and min(self.input_shape) >= 1)
         check(whole, "input_shape", self.input_shape, "numbers of 1 or more, as [3,32,32], or null")
         check(self.num_classes is None or self.num_classes >= 2, "num_classes", self.num_classes, "2 or more, or null")

@@ -25,7 +25,7 @@ from morphtrain import morph, schema
 from morphtrain.errors import UserError
 from morphtrain.model import custom
 from morphtrain.schedule.ramp import Ramp
-from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, option
+from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, in_format, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = "morphtrain checkpoint 5"
@@ -133,7 +133,7 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             seed, num_classes, in_channels = facts["config"]["seed"], facts["num_classes"], facts["in_channels"]
             model = build_model(build, config, norm, seed, num_classes, in_channels)
-        return self._rebuild(model)
+        return in_format(self._rebuild(model), facts["config"]["memory_format"])
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """What gives a network of `config` the structure that this one ended with, and fresh weights.

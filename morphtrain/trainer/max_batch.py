@@ -17,7 +17,7 @@ from morphtrain.cost.throughput import knee, throughput
 from morphtrain.cost.verify import Verified, verify_batch
 from morphtrain.errors import UserError
 from morphtrain.model.outputs import check_outputs
-from morphtrain.trainer.run import build_model, option, pick_device
+from morphtrain.trainer.run import build_model, in_format, option, pick_device
 
 # (C, H, W) and classes of what `data` would bring, known without it.
 DOWNLOADED = {"fashion_mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
@@ -62,6 +62,7 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
     input_shape, num_classes = images_of(config)
     build = option("model", config.model)
     model = build_model(build, config.model, config.norm, 0, num_classes, input_shape[0]).to(device)
+    in_format(model, config.memory_format)
     check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
     return model, input_shape, num_classes
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # The order in which methods' hooks are called: batch size last, so that it reacts to what the others changed.
 METHOD_GROUPS = ("prune", "grow", "batch_policy")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}  # of config key `memory_format`
 
 
 @dataclass
@@ -198,12 +199,12 @@ def build_run(
             or whose channels cannot be followed.
     """
     device = device or pick_device(config.device)
-    data: Data = option("data", config.data)(config.data).to(device)
+    data: Data = option("data", config.data)(config.data).to(device, FORMATS[config.memory_format])
     build = option("model", config.model)
     model = build_model(build, config.model, config.norm, config.seed, data.num_classes, data.input_shape[0])
     if morph is not None:
         model = morph(model)
-    model = model.to(device)
+    model = in_format(model.to(device), config.memory_format)
     check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
     methods = {group: option(group, getattr(config, group))(getattr(config, group)) for group in METHOD_GROUPS}
     graph = follow_channels(config, model, data.input_shape)
@@ -228,6 +229,14 @@ def build_run(
         "macs": run.macs,
     }
     return run
+
+
+def in_format(model: nn.Module, memory_format: str) -> nn.Module:
+    """The model with its two-dimensional kernels in this format; they, not the images, decide what convolutions use."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=FORMATS[memory_format])
+    return model
 
 
 def fresh_weights(model: nn.Module) -> None:
