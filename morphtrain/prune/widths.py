@@ -130,7 +130,8 @@ class WidthProbe:
         shrinking = [space for space in graph.spaces if least[space] < space.size]
         places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
         first: list[Mapping[Space, int]] = [least, *roundings]
-        best: dict[Space, int] = dict(min(first, key=lambda widths: self._total(places, widths)))
+        fastest = min(first, key=lambda widths: self._total(places, widths))
+        best = dict(fastest)
         for _ in range(SWEEPS):
             before = dict(best)
             for space in shrinking:
