@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import schema
 from morphtrain.errors import UserError
+from morphtrain.sweep import launchers
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
@@ -90,16 +91,20 @@ def with_messages(command: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here, as they are
     try:
         command()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if wants_traceback:
-            raise
-        sys.exit(message(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell has it: ended by SIGINT
+    except Exception as error:
+        users = isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError))
+        said = message(error) if users else launchers.failed(error)
+        if wants_traceback or said is None:
+            raise
+        sys.exit(said)
 
 
 def message(error: Exception) -> str:
     """The error as a line or two, without a traceback."""
+    if missing := launchers.not_installed(error):
+        return missing
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         hint = "; make room there, or choose another place with hydra.run.dir" if error.errno in UNWRITABLE else ""

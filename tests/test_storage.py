@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -24,7 +25,7 @@ from morphtrain.sweep.storage import exclusive, open_storage, without_password
 WORKERS = 4
 KINDS = ("sqlite", "journal", "postgresql")
 
-barrier = None  # of the workers, each in a process of its own
+barrier: Any = None  # of the workers, each in a process of its own
 
 NewStorage = Callable[[], str]
 
@@ -43,14 +44,22 @@ def new_storage(request: pytest.FixtureRequest, tmp_path: Path) -> NewStorage:
 def workers() -> Iterator[Callable[..., list]]:
     """Calls a function in all workers at the same time; returns what each of them made of it."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(WORKERS, context, initializer=join, initargs=(context.Barrier(WORKERS),))
+    pool = ProcessPoolExecutor(WORKERS, context, initializer=join, initargs=(context.Barrier(WORKERS, timeout=60),))
     with pool:
-        yield lambda function, *args: [f.result(120) for f in [pool.submit(function, *args) for _ in range(WORKERS)]]
+        yield lambda *call: [future.result(120) for future in [pool.submit(together, *call) for _ in range(WORKERS)]]
 
 
-def join(all_here: object) -> None:
+def join(all_here: Any) -> None:
     global barrier
     barrier = all_here
+
+
+def together(function: Callable, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception:
+        barrier.abort()  # nobody waits for who will not come
+        raise
 
 
 def count(url: str, file: Path, times: int) -> None:
