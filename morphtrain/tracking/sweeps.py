@@ -64,7 +64,7 @@ def end_sweep(
         metrics: get a further value if the sweep was ended before.
         params: those that the run has already stay as they are: MLflow refuses to change them.
         artifacts: files.
-        sweep_dir: where to leave `unsent.json`, for `python -m morphtrain.tracking`, if the store is away; None: nowhere.
+        sweep_dir: where a store that is away has `unsent.json` left, for `python -m morphtrain.tracking`; None: not.
     """
     tracker = mlflow.MLflowTracker(config.uri, config.experiment, run_id=run_id)
     now = time.time()
@@ -93,6 +93,5 @@ def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str])
 
 def _parents(client: Any, experiment_id: str, study: str) -> list[str]:
     """Ids of the study's parent runs, the oldest first."""
-    query = f"tags.study = {store.quoted(study)} AND tags.{SWEEP_DIR_TAG} LIKE '%'"
-    runs = client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC", "attributes.run_id ASC"])
-    return [run.info.run_id for run in runs]
+    runs = store.runs_tagged(client, experiment_id, "study", study)
+    return [run.info.run_id for run in runs if SWEEP_DIR_TAG in run.data.tags]
