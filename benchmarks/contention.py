@@ -2,8 +2,8 @@
 
     python contention.py [rounds]     # 4; some ten minutes
 
-Once as runs share a machine that is left to them, all with all cores, and once with a core each (timing.cores=1; with fewer
-than four cores two runs share one). The neighbours are runs like it that train until the measured one has ended.
+Once as runs share a machine that is left to them, all with all cores, and once with a core each (timing.cores=1; with
+fewer than four cores two runs share one). The neighbours are runs like it that train until the measured one has ended.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def report(title: str, pairs: list[tuple[Measured, Measured]]) -> None:
     for quiet, busy in pairs:
         print(
             f"contention: {title}: raw {busy.raw:.1f} / {quiet.raw:.1f} s = {busy.raw / quiet.raw:.2f}, calibrated "
-            f"{busy.calibrated:.2f} / {quiet.calibrated:.2f} = {busy.calibrated / quiet.calibrated:.3f}, contended epochs "
-            f"{busy.contended:.0%} / {quiet.contended:.0%}"
+            f"{busy.calibrated:.2f} / {quiet.calibrated:.2f} = {busy.calibrated / quiet.calibrated:.3f}, contended "
+            f"epochs {busy.contended:.0%} / {quiet.contended:.0%}"
         )
     raw = statistics.median(busy.raw / quiet.raw for quiet, busy in pairs)
     calibrated = statistics.median(busy.calibrated / quiet.calibrated for quiet, busy in pairs)
     print(
-        f"contention: {title}: beside three / alone, medians of {len(pairs)}: raw {raw:.2f}, calibrated {calibrated:.3f}   "
-        f"limit 1 +- {LIMIT:.2f} {'ok' if abs(calibrated - 1) <= LIMIT else 'EXCEEDED'}",
+        f"contention: {title}: beside three / alone, medians of {len(pairs)}: raw {raw:.2f}, calibrated {calibrated:.3f} "
+        f"  limit 1 +- {LIMIT:.2f} {'ok' if abs(calibrated - 1) <= LIMIT else 'EXCEEDED'}",
         flush=True,
     )
 

@@ -167,7 +167,7 @@ class MLflowTracker:
                     raise  # else the checkpoint was written with another tracking store, or this one begins anew
         if RUN_DIR_TAG not in self.run.tags:
             return None
-        runs = client.search_runs([experiment_id], f"tags.{RUN_DIR_TAG} = {store.quoted(self.run.tags[RUN_DIR_TAG])}")
+        runs = store.runs_tagged(client, experiment_id, RUN_DIR_TAG, self.run.tags[RUN_DIR_TAG])
         return next((run for run in runs if self._is_ours(client, run)), None)
 
     def _is_ours(self, client: Any, run: Any) -> bool:

@@ -87,10 +87,16 @@ def alone(uri: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def quoted(text: str) -> str:
-    """A string of MLflow's search language."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[Any]:
+    """The runs of the experiment whose tag `key` is `value`, the oldest first.
+
+    MLflow's search language has no way to escape a quote: any character may stand for it there, and is looked at here.
+    """
+    pattern = re.sub(r"['\"\\]", "_", value)
+    comparison = f"= '{value}'" if pattern == value else f"LIKE '{pattern}'"
+    order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+    runs = client.search_runs([experiment_id], f"tags.{key} {comparison}", order_by=order)
+    return [run for run in runs if run.data.tags[key] == value]
 
 
 @contextlib.contextmanager

@@ -59,13 +59,13 @@ def end_sweep(
 ) -> None:
     """End the parent run `run_id` as FINISHED, FAILED or KILLED, with what came out of the sweep.
 
-    Args:
-        config: the config group `tracking`, as `begin_sweep` had it.
-        metrics: get a further value if the sweep was ended before.
-        params: those that the run has already stay as they are: MLflow refuses to change them.
-        artifacts: files.
-        sweep_dir: where `unsent.json` goes, for `python -m morphtrain.tracking`, if the store is away; None: nowhere.
-    """
+        Args:
+            config: the config group `tracking`, as `begin_sweep` had it.
+            metrics: get a further value if the sweep was ended before.
+            params: those that the run has already stay as they are: MLflow refuses to change them.
+            artifacts: files.
+                sweep_dir: where a store that is away has `unsent.json` left, for `python -m morphtrain.tracking`; None: not.
+        """
     tracker = mlflow.MLflowTracker(config.uri, config.experiment, run_id=run_id)
     now = time.time()
     texts = {key: str(value) for key, value in params.items()}
@@ -93,6 +93,5 @@ def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str])
 
 def _parents(client: Any, experiment_id: str, study: str) -> list[str]:
     """Ids of the study's parent runs, the oldest first."""
-    query = f"tags.study = {store.quoted(study)} AND tags.{SWEEP_DIR_TAG} LIKE '%'"
-    runs = client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC", "attributes.run_id ASC"])
-    return [run.info.run_id for run in runs]
+    runs = store.runs_tagged(client, experiment_id, "study", study)
+    return [run.info.run_id for run in runs if SWEEP_DIR_TAG in run.data.tags]
