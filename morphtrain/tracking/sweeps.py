@@ -59,13 +59,13 @@ def end_sweep(
 ) -> None:
     """End the parent run `run_id` as FINISHED, FAILED or KILLED, with what came out of the sweep.
 
-        Args:
-            config: the config group `tracking`, as `begin_sweep` had it.
-            metrics: get a further value if the sweep was ended before.
-            params: those that the run has already stay as they are: MLflow refuses to change them.
-            artifacts: files.
-                sweep_dir: where a store that is away has `unsent.json` left, for `python -m morphtrain.tracking`; None: not.
-        """
+    Args:
+        config: the config group `tracking`, as `begin_sweep` had it.
+        metrics: get a further value if the sweep was ended before.
+        params: those that the run has already stay as they are: MLflow refuses to change them.
+        artifacts: files.
+            sweep_dir: where a store that is away has `unsent.json` left, for `python -m morphtrain.tracking`; None: not.
+    """
     tracker = mlflow.MLflowTracker(config.uri, config.experiment, run_id=run_id)
     now = time.time()
     texts = {key: str(value) for key, value in params.items()}
