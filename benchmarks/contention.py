@@ -101,8 +101,8 @@ def report(title: str, pairs: list[tuple[Measured, Measured]]) -> None:
     raw = statistics.median(busy.raw / quiet.raw for quiet, busy in pairs)
     calibrated = statistics.median(busy.calibrated / quiet.calibrated for quiet, busy in pairs)
     print(
-        f"contention: {title}: beside three / alone, medians of {len(pairs)}: raw {raw:.2f}, calibrated {calibrated:.3f} "
-        f"  limit 1 +- {LIMIT:.2f} {'ok' if abs(calibrated - 1) <= LIMIT else 'EXCEEDED'}",
+        f"contention: {title}: beside three / alone, medians of {len(pairs)}: raw {raw:.2f}, calibrated "
+        f"{calibrated:.3f}   limit 1 +- {LIMIT:.2f} {'ok' if abs(calibrated - 1) <= LIMIT else 'EXCEEDED'}",
         flush=True,
     )
 

@@ -64,7 +64,7 @@ def end_sweep(
         metrics: get a further value if the sweep was ended before.
         params: those that the run has already stay as they are: MLflow refuses to change them.
         artifacts: files.
-            sweep_dir: where a store that is away has `unsent.json` left, for `python -m morphtrain.tracking`; None: not.
+        sweep_dir: where `unsent.json` goes, for `python -m morphtrain.tracking`, if the store is away; None: nowhere.
     """
     tracker = mlflow.MLflowTracker(config.uri, config.experiment, run_id=run_id)
     now = time.time()
