@@ -1,0 +1,62 @@
+"""Jobs side by side are the jobs one after the other: `+launcher=joblib`, in a multirun and in a sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from hydra.errors import MissingConfigException
+from optuna.trial import TrialState
+
+from morphtrain.sweep import launchers
+from tests.conftest import SMALL, Command
+
+pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+
+# Of one record: what does not depend on the clock or on the process.
+SAME = ("epoch", "train_loss", "val_loss", "val_accuracy", "params", "macs", "learning_rate", "batch_size")
+
+
+def records(directory: Path) -> list[list[list[float]]]:
+    """Of each job, of each epoch: the metrics that have to agree."""
+    stored = [torch.load(directory / str(job) / "last.pt", weights_only=True) for job in range(2)]
+    histories = [json.loads(content["facts"])["history"] for content in stored]
+    return [[[record[key] for key in SAME] for record in history] for history in histories]
+
+
+def test_joblib_trains_what_the_basic_launcher_trains(command: Command, tmp_path: Path) -> None:
+    jobs = ("-m", *SMALL, "seed=1,2", "tracking=none", "timing.cores=1")
+    for launcher in ("local", "joblib"):
+        result = command(*jobs, f"+launcher={launcher}", f"hydra.sweep.dir={launcher}")
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert records(tmp_path / "joblib") == records(tmp_path / "local")
+
+
+def test_a_sweep_launches_several_trials_at_once(command: Command, tmp_path: Path) -> None:
+    sweep = ("-m", "hydra/sweeper=morphtrain", *SMALL, "optimizer.lr=interval(0.01,0.1)", "tracking=none")
+    at_once = ("+launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4")
+    result = command(*sweep, *at_once)
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db").trials
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    overlap = trials[0].datetime_complete > trials[1].datetime_start
+    assert overlap, "the first two ran side by side"
+
+
+def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:
+    result = command("-m", *SMALL, "+launcher=joblib", "optimizer.lr=-1,-2", "tracking=none")
+    assert result.returncode != 0
+    assert "optimizer.lr=-1.0: must be" in result.stderr
+    assert "Traceback" not in result.stderr.splitlines()[-1]
+
+
+def test_what_to_install_for_a_launcher_that_is_not_there() -> None:
+    error = MissingConfigException("Could not find it", missing_cfg_file="hydra/launcher/submitit_slurm")
+    assert launchers.not_installed(error) == (
+        "hydra/launcher=submitit_slurm: not installed; pip install 'morphtrain[slurm]'"
+    )
+    assert launchers.not_installed(MissingConfigException("?", missing_cfg_file="model/nothing")) is None
