@@ -34,17 +34,24 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 CHANNELS_LAST = "memory_format=channels_last"
 
 
+UNPRUNED = [override for override in SMALL if not override.startswith("prune")]
+
+
 def config_of(*overrides: str) -> schema.Config:
     with initialize_config_dir(str(CONF)):
-        return schema.parse(compose("config", overrides=[*SMALL, "tracking=none", "device=cpu", *overrides]))
+        return schema.parse(compose("config", overrides=["tracking=none", "device=cpu", *overrides]))
 
 
 def formats(model: nn.Module, x: torch.Tensor) -> set[torch.memory_format]:
-    """Of all that convolutions, norms and whole blocks take in or give out in training, and of the kernels."""
+    """Of all that layers and blocks take in or give out in training, and of the kernels.
+
+    But for views, and where nothing depends on it: at a single pixel, and on the two that stand for an empty branch.
+    """
     found = {format_of(p) for p in model.parameters() if p.dim() == 4}
 
     def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        found.update(format_of(t) for t in (*inputs, output) if t.dim() == 4 and t.shape[1] > 0)
+        images = [t for t in (*inputs, output) if t.dim() == 4 and t.shape[2:].numel() > 2 and t.shape[1] > 0]
+        found.update(format_of(t) for t in images if t.is_contiguous() or t.is_contiguous(memory_format=LAST))
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     model.train()(x)
@@ -109,9 +116,7 @@ def kill_channels(run: Run) -> None:
 @pytest.mark.parametrize("model", ["model.shortcut=A", "model.shortcut=B", "model=mobilenet_v2"])
 def test_it_survives_reconfiguration_growth_and_loading(model: str, tmp_path: Path) -> None:
     own = [o for o in SMALL if o.startswith("model.")] if model.startswith("model.") else []
-    with initialize_config_dir(str(CONF)):
-        overrides = [*(o for o in SMALL if not o.startswith("model.")), *own, model, CHANNELS_LAST, "tracking=none"]
-        run = build_run(schema.parse(compose("config", overrides=overrides)))
+    run = build_run(config_of(*(o for o in SMALL if not o.startswith("model.")), *own, model, CHANNELS_LAST))
     x = next(iter(run.data.train_batches(8, torch.Generator())))[0]
     assert formats(run.model, x) == {LAST}
     kill_channels(run)
@@ -123,9 +128,8 @@ def test_it_survives_reconfiguration_growth_and_loading(model: str, tmp_path: Pa
     assert formats(run.model, x) == {LAST}
     checkpoint.save(run, tmp_path, None)
     loaded = morphtrain.load(tmp_path / "last.pt")
+    assert torch.equal(loaded(x), run.model.eval()(x))
     assert formats(loaded, x) == {LAST}
-    run.model.eval(), loaded.eval()
-    torch.testing.assert_close(loaded(x), run.model.eval()(x))
 
 
 def test_gated_and_emptied_layers_keep_the_format_of_what_passes() -> None:
@@ -133,7 +137,7 @@ def test_gated_and_emptied_layers_keep_the_format_of_what_passes() -> None:
     model = ResNet(blocks=2, width=4)
     gates = {
         "stages.0.1.branch.0": Gate(reads=torch.tensor([0, 2])),
-        "stages.0.1.branch.3": Gate(writes=torch.tensor([1])),
+        "stages.0.1.branch.3": Gate(writes=torch.tensor([1, 3])),
     }
     ChannelGraph.trace(model, x[:1]).gate(gates)
     ordinary = model.train()(x)
@@ -155,7 +159,7 @@ def test_a_rebuilt_network_has_the_strides_of_the_one_that_was_cut() -> None:
 
 
 def test_it_trains_to_the_same_numbers_but_for_rounding() -> None:
-    runs = [build_run(config_of("prune=none", *more)) for more in ([], [CHANNELS_LAST])]
+    runs = [build_run(config_of(*UNPRUNED, *more)) for more in ([], [CHANNELS_LAST])]
     losses = []
     for run in runs:
         run.epoch = 1
@@ -174,7 +178,7 @@ def test_resumed_it_ends_at_the_same_bits(tmp_path: Path) -> None:
         directory = tmp_path / name
         directory.mkdir()
         for number, last in enumerate(epochs):
-            wanted = config_of(CHANNELS_LAST, "epochs=6", f"resume={'auto' if number else 'never'}")
+            wanted = config_of(*SMALL, CHANNELS_LAST, "epochs=6", f"resume={'auto' if number else 'never'}")
             stop_behind(int(last), wanted, directory)
         ends.append(torch.load(directory / "last.pt", weights_only=True))
     whole, parts = ends
@@ -212,12 +216,11 @@ def test_layers_are_timed_in_the_format_of_the_network(small_run) -> None:
         method = run.methods["prune"]
         method.strength, run.train_loss = 1e-4, 1.0
         method.after_epoch(run)
-        timed = list(method.probe.seconds)
-        assert timed and {layer.channels_last for layer in timed} == {wanted is LAST}
+        timed = [layer for layer in method.probe.seconds if layer.kernel]
+        assert len(timed) > 5
         for layer in timed:
-            if layer.kernel and layer.inputs > 1:
-                x = layer.input()
-                assert {format_of(t) for t in (x, layer.build()(x), layer.build()[0].weight)} == {wanted}
+            x, built = layer.input(), layer.build()
+            assert {format_of(t) for t in (x, built(x), built[0].weight)} == {wanted}
 
 
 def test_memory_and_speed_are_of_batches_in_the_format() -> None:

@@ -61,7 +61,7 @@ class ScatterChannels(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_zeros(x.shape[0], self.width, *x.shape[2:]).contiguous(memory_format=format_of(x))
-        return out.index_copy(1, self.index, x)
+        return out.index_copy_(1, self.index, x)  # its out-of-place form forgets the format
 
     def extra_repr(self) -> str:
         return f"width={self.width}"
