@@ -1,0 +1,73 @@
+"""Ray, started for the sweep on this machine, runs the multirun of the basic launcher, and what of it dies again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, Command
+from test_resume import assert_same, contents
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("hydra_plugins.hydra_ray_launcher.ray_launcher")
+
+JOBS = ("-m", *SMALL, "epochs=60", "seed=1,2", "timing.cores=1", "tracking=none", "hydra.sweep.dir=jobs")
+RAY = ("+launcher=ray", "hydra.launcher.ray.init.num_cpus=2")
+
+
+def worker(directory: Path) -> int | None:
+    """The process id of a job that Ray runs in `directory`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            runs_job = process.joinpath("cmdline").read_bytes().startswith(b"ray::_run_job")
+            if runs_job and os.readlink(process / "cwd") == str(directory):
+                return int(process.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    return None
+
+
+def test_a_job_that_dies_is_started_anew_and_goes_on(command: Command, tmp_path: Path) -> None:
+    alone, tasks = tmp_path / "alone", tmp_path / "tasks"
+    for directory in (alone, tasks):
+        directory.mkdir()
+    assert command(*JOBS, cwd=alone).returncode == 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "morphtrain.run", *JOBS, *RAY],
+        cwd=tasks,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as multirun:
+        wait_for_both(tasks, multirun)
+        victim = worker(tasks)
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        said, _ = multirun.communicate(timeout=300)
+    assert multirun.returncode == 0, said
+    resumed = 0
+    for job in ("0", "1"):
+        assert_same(contents(tasks / "jobs" / job / "last.pt"), contents(alone / "jobs" / job / "last.pt"))
+        resumed += "going on behind epoch" in (tasks / "jobs" / job / "run.log").read_text()
+    assert resumed == 1
+
+
+def wait_for_both(directory: Path, multirun: subprocess.Popen) -> None:
+    for _ in range(600):
+        if all((directory / "jobs" / job / "previous.pt").exists() for job in ("0", "1")):
+            return
+        assert multirun.poll() is None, multirun.communicate()
+        time.sleep(0.2)
+    raise AssertionError("no checkpoints within two minutes")
+
+
+def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:
+    result = command("-m", *SMALL, *RAY, "model.width=0,-1", "tracking=none")
+    assert result.returncode == 1
+    assert "model.width=0: must be 1 or more channels" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stdout + result.stderr
