@@ -1,9 +1,11 @@
 """Does calibrated time see through busy neighbours? The same run alone and beside three others, in turns.
 
-    python contention.py [rounds]     # 4; some ten minutes
+    python contention.py [rounds [settings]]     # 4, all; "2 1" is two rounds of the first setting
 
-Once as runs share a machine that is left to them, all with all cores, and once with a core each (timing.cores=1; with
-fewer than four cores two runs share one). The neighbours are runs like it that train until the measured one has ended.
+The neighbours are runs like it that train until the measured one has ended. Settings: a core each (with fewer than four
+cores, two runs share one); all with all cores, whose threads sleep while they wait for one another; and the same with
+threads that spin, as OpenMP has it by default: then many a thread spins for one that waits for its core, and all are
+many times slower than four runs have to be.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +26,12 @@ import torch
 
 LIMIT = 0.10  # by which calibrated times may differ
 NEIGHBOURS = 3
-RUN = ("model.width=32", "tracking=none")
-SETTINGS = {"all cores": (), "a core each": ("timing.cores=1",)}
+RUN = ("model.width=32", "epochs=15", "tracking=none")
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {  # overrides, environment
+    "a core each": (("timing.cores=1",), {}),
+    "all cores, sleeping": ((), {"OMP_WAIT_POLICY": "passive"}),
+    "all cores, spinning": ((), {}),
+}
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,18 @@ def measure(directory: Path, *overrides: str) -> Measured:
 @contextmanager
 def neighbours(place: Path, *overrides: str) -> Iterator[None]:
     """Three trainings that do not end, each behind its first epoch."""
-    processes = [
-        subprocess.Popen(
-            command(place / f"neighbour_{number}", *overrides, "epochs=100000", f"seed={number}"),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2, 2 + NEIGHBOURS)
-    ]
+    places = [place / f"neighbour_{number}" for number in range(NEIGHBOURS)]
+    commands = [command(p, *overrides, "epochs=100000", f"seed={seed}") for seed, p in enumerate(places, 2)]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.DEVNULL) for arguments in commands]
     try:
-        for process in processes:
-            assert process.stdout is not None
-            while not process.stdout.readline().startswith("epoch    1/"):
-                assert process.poll() is None, "a neighbour has died"
+        while not all((p / "last.pt").exists() for p in places):
+            assert all(process.poll() is None for process in processes), "a neighbour has died"
+            time.sleep(0.1)
         yield
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def compare(place: Path, rounds: int, *overrides: str) -> list[tuple[Measured, Measured]]:
@@ -92,27 +93,29 @@ def compare(place: Path, rounds: int, *overrides: str) -> list[tuple[Measured, M
 
 
 def report(title: str, pairs: list[tuple[Measured, Measured]]) -> None:
+    title = f"contention: {title}: beside three / alone"
     for quiet, busy in pairs:
         print(
-            f"contention: {title}: raw {busy.raw:.1f} / {quiet.raw:.1f} s = {busy.raw / quiet.raw:.2f}, calibrated "
-            f"{busy.calibrated:.2f} / {quiet.calibrated:.2f} = {busy.calibrated / quiet.calibrated:.3f}, contended "
-            f"epochs {busy.contended:.0%} / {quiet.contended:.0%}"
+            f"{title}: raw {busy.raw:.1f} / {quiet.raw:.1f} s = {busy.raw / quiet.raw:.2f}, calibrated "
+            f"{busy.calibrated:.2f} / {quiet.calibrated:.2f} = {busy.calibrated / quiet.calibrated:.3f}, "
+            f"contended epochs {busy.contended:.0%} / {quiet.contended:.0%}"
         )
     raw = statistics.median(busy.raw / quiet.raw for quiet, busy in pairs)
     calibrated = statistics.median(busy.calibrated / quiet.calibrated for quiet, busy in pairs)
-    print(
-        f"contention: {title}: beside three / alone, medians of {len(pairs)}: raw {raw:.2f}, calibrated "
-        f"{calibrated:.3f}   limit 1 +- {LIMIT:.2f} {'ok' if abs(calibrated - 1) <= LIMIT else 'EXCEEDED'}",
-        flush=True,
-    )
+    held = "ok" if abs(calibrated - 1) <= LIMIT else "EXCEEDED"
+    print(f"{title}: raw {raw:.2f}, calibrated {calibrated:.3f} ({len(pairs)} pairs)   limit 1 +- {LIMIT:.2f} {held}")
 
 
 def main() -> None:
     os.environ.pop("OMP_NUM_THREADS", None)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 4
-    for title, overrides in SETTINGS.items():
+    chosen = map(int, sys.argv[2].split(",")) if len(sys.argv) > 2 else range(1, 1 + len(SETTINGS))
+    for title, (overrides, environment) in [list(SETTINGS.items())[number - 1] for number in chosen]:
+        os.environ.update(environment)
         with tempfile.TemporaryDirectory() as place:
-            report(title, compare(Path(place), rounds, *overrides, "epochs=15"))
+            report(title, compare(Path(place), rounds, *overrides))
+        for name in environment:
+            del os.environ[name]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -376,3 +378,23 @@ def test_a_run_beside_a_busy_process_is_marked(busy_cpu: int, command: Command, 
     assert "epoch 1 was contended: others used" in result.stdout
     assert "1 of 1" in result.stdout  # the closing table
     assert [record["contended"] for record in history(tmp_path / "run" / "last.pt")] == [1]
+
+
+@pytest.mark.slow
+@linux
+def test_beside_three_others_raw_times_differ_and_calibrated_ones_agree(tmp_path: Path) -> None:
+    """Real runs, each on a core; two or more share one. The benchmark also lets all have all cores."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "contention.py"
+    found = importlib.util.spec_from_file_location("contention", path)
+    assert found is not None
+    assert found.loader is not None
+    contention = importlib.util.module_from_spec(found)
+    sys.modules["contention"] = contention  # its dataclasses look themselves up
+    found.loader.exec_module(contention)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path))
+        pairs = contention.compare(tmp_path, 3, "timing.cores=1")
+    assert all(busy.contended == 1 for _, busy in pairs)
+    assert statistics.median(busy.raw / quiet.raw for quiet, busy in pairs) > 1.4
+    agreement = statistics.median(busy.calibrated / quiet.calibrated for quiet, busy in pairs)
+    assert agreement == pytest.approx(1, abs=contention.LIMIT)
