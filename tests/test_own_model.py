@@ -430,5 +430,5 @@ def test_passing_what_is_not_needed_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
     torch.save({"format": "morphtrain checkpoint 1", "facts": "{}"}, tmp_path / "old.pt")
-    with pytest.raises(UserError, match=r"'morphtrain checkpoint 4', not 'morphtrain checkpoint 1'"):
+    with pytest.raises(UserError, match=r"'morphtrain checkpoint 5', not 'morphtrain checkpoint 1'"):
         morphtrain.load(tmp_path / "old.pt")

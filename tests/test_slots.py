@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,7 +73,7 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> dict[str, frozenset[int]]:
     """This process may use four cores, the first of two CPUs, and stays where it is."""
     found = {f"core {i}": frozenset({i} if i else {0, 4}) for i in range(4)}
     monkeypatch.setattr(slot, "allowed_cores", lambda: found)
-    monkeypatch.setattr(slot, "pinned", lambda cpus: torch.no_grad())  # any context
+    monkeypatch.setattr(slot, "pinned", lambda cpus: contextlib.nullcontext())
     return found
 
 
@@ -146,7 +147,7 @@ def test_runs_of_different_sizes_never_share_while_there_is_room(steps: list[tup
     """Runs of 1 to 4 of 4 cores come and go: who fits gets cores nobody has, who does not is refused."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
         patch.setattr(slot, "allowed_cores", lambda: {f"core {i}": frozenset({i}) for i in range(4)})
-        patch.setattr(slot, "pinned", lambda cpus: torch.no_grad())
+        patch.setattr(slot, "pinned", lambda cpus: contextlib.nullcontext())
         running: list = []
         for count, leaves in steps:
             if leaves and running:
