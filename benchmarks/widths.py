@@ -114,7 +114,9 @@ CHOICES = {"evenly": half_dead_evenly, "lasso": half_dead}
 def where_the_time_goes() -> None:
     """A 3x3 convolution, norm and activation of the first stage by width, and that stage's share of the network."""
     probe = WidthProbe(batch_size=BATCH)
-    layers = {w: Layer("cpu", BATCH, w, w, (3, 3), (1, 1), (1, 1), (1, 1), False, SHAPE[1:]) for w in range(4, 17, 2)}
+    layers = {
+        w: Layer("cpu", BATCH, w, w, (3, 3), (1, 1), (1, 1), (1, 1), False, SHAPE[1:], False) for w in range(4, 17, 2)
+    }
     probe.measure(layers.values())
     full = probe.seconds[layers[16]]
     ratios = ", ".join(f"{width}: {probe.seconds[layer] / full:.2f}" for width, layer in layers.items())
