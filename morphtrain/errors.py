@@ -3,3 +3,8 @@
 
 class UserError(ValueError):
     """A wrong option, range, file or combination; shown as its message alone, without a traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line: the first of its message, or its name if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan = Plan("shared", storage, ["minimize"], {"objective": ["x"]}, total, {})
     study = SharedStudy(plan, optuna.samplers.RandomSampler(seed=1), optuna.pruners.NopPruner())
-    with Worker(study.study._storage, directory, heartbeat_seconds=0.5) as worker:
+    with Worker(study.storage, directory, heartbeat_seconds=0.5) as worker:
         while True:
             trials = study.take(worker, 2)
             if not trials and not study.others_running():

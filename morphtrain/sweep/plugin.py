@@ -9,6 +9,8 @@ from hydra.utils import instantiate
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
+from morphtrain.sweep.trial import make_pruner
+
 
 class MorphTrainSweeper(OptunaSweeper):
     """Hydra's Optuna sweeper whose study can be resumed, shared and stopped early.
@@ -43,7 +45,7 @@ class MorphTrainSweeper(OptunaSweeper):
         self.study_sweeper = StudySweeper(
             self.sweeper,
             extend=extend,
-            pruner=instantiate(pruner, _execution_whitelist_=("optuna.pruners.*",)),
+            pruner=make_pruner(pruner),
             baseline=None if baseline is None else list(baseline),
             min_accuracy=min_accuracy,
             heartbeat_seconds=heartbeat_seconds,

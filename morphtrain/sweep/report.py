@@ -7,6 +7,7 @@ import math
 import shlex
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR
-from morphtrain.sweep.trial import METRICS_ATTR
+from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR, OVERRIDES_ATTR
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,7 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     Raises:
         UserError: if no trial ended with a value.
     """
-    completed = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    if not completed:
+    if not _counts(study)[TrialState.COMPLETE]:
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
     best = study.best_trials  # of one objective: that with the best value; feasible ones only, if there is a constraint
     console = Console(width=max(100, Console().width), markup=False, highlight=False)
@@ -46,19 +45,25 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     return paths
 
 
-def summary(study: optuna.Study, objective: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics and params of the sweep's own MLflow run: how its trials ended, and the best of them."""
-    metrics = {f"trials_{state.name.lower()}": float(number) for state, number in _counts(study).items()}
-    best = study.best_trials if _complete(study) else []
-    if not best:
-        return metrics, {}
-    metrics |= {f"best_{name}": value for name, value in zip(objective, best[0].values, strict=True)}
-    return metrics, {"best_trial": best[0].number, **{f"best.{key}": value for key, value in best[0].params.items()}}
+def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
+    """Metrics of the sweep's own MLflow run: how its trials ended, and the best of them."""
+    counts = _counts(study)
+    metrics = {f"trials_{state.name.lower()}": float(number) for state, number in counts.items()}
+    best = study.best_trials if counts[TrialState.COMPLETE] else []
+    if best:
+        metrics["best_trial"] = best[0].number
+        metrics |= {f"best_{name}": value for name, value in zip(objective, best[0].values, strict=True)}
+    return metrics
 
 
-def _counts(study: optuna.Study) -> dict[TrialState, int]:
-    counts = {state: sum(trial.state == state for trial in study.trials) for state in TrialState}
-    return {state: number for state, number in counts.items() if number}
+def _counts(study: optuna.Study) -> Counter[TrialState]:
+    return Counter(trial.state for trial in study.get_trials(deepcopy=False))
+
+
+def _baseline(study: optuna.Study) -> FrozenTrial | None:
+    """Trial 0, if it is one that ran as the baseline and has ended."""
+    marked = (trial for trial in study.get_trials(deepcopy=False) if BASELINE_ATTR in trial.user_attrs)
+    return next((trial for trial in marked if trial.values), None)
 
 
 def _failures(study: optuna.Study) -> str:
@@ -72,8 +77,9 @@ def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence
     table = Table(title=f"study {study.study_name}: {counted}")
     for column in ("trial", *objective, *_shown(objective), "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
-    baseline = [trial for trial in study.trials if BASELINE_ATTR in trial.user_attrs and trial.values]
-    for trial in (*baseline, *(trial for trial in best if BASELINE_ATTR not in trial.user_attrs)):
+    baseline = _baseline(study)
+    first = [] if baseline is None else [baseline]
+    for trial in (*first, *(trial for trial in best if BASELINE_ATTR not in trial.user_attrs)):
         is_baseline = BASELINE_ATTR in trial.user_attrs
         metrics = trial.user_attrs.get(METRICS_ATTR, {})
         table.add_row(
@@ -98,7 +104,7 @@ def _lines(
     study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str], importance: dict[str, float]
 ) -> list[str]:
     lines = []
-    baseline = next((trial for trial in study.trials if BASELINE_ATTR in trial.user_attrs and trial.values), None)
+    baseline = _baseline(study)
     if not best:
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search elsewhere")
     elif len(objective) == 1 and baseline is not None and best[0].number == baseline.number:
@@ -112,16 +118,12 @@ def _lines(
         )
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
-        lines.append(f"importance for {objective[0]} (fANOVA, {_complete(study)} trials): {shares}")
+        lines.append(f"importance for {objective[0]} (fANOVA, {_counts(study)[TrialState.COMPLETE]} trials): {shares}")
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all together {_seconds(study, sum):.0f} s")
     if best:
         lines.append(f"the winner again:  python -m morphtrain.run {rerun(best[0])}")
     return lines
-
-
-def _complete(study: optuna.Study) -> int:
-    return sum(trial.state == TrialState.COMPLETE for trial in study.trials)
 
 
 def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
@@ -134,15 +136,19 @@ def rerun(trial: FrozenTrial) -> str:
     return shlex.join(trial.user_attrs[OVERRIDES_ATTR])
 
 
+def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:
+    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+
+
 def _importance(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
     """How much each searched key decided of the first objective; nothing where too few trials tell it."""
-    varied = {key for trial in study.trials if trial.state == TrialState.COMPLETE for key in trial.params}
-    if _complete(study) < 4 or len(varied) < 2:
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    varied = {key for trial in completed for key in trial.params}
+    if len(completed) < 4 or len(varied) < 2:
         return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     target = None if len(objective) == 1 else (lambda trial: trial.values[0])
     try:
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=target))
+        return dict(optuna.importance.get_param_importances(study, evaluator=_evaluator(), target=target))
     except (ValueError, RuntimeError) as error:  # all values alike, or no key in all trials
         log.info("no importance of the keys: %s", error)
         return {}
@@ -166,8 +172,7 @@ def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, im
         "slices": lambda: charts.plot_slice(study, **named),
     }
     if important:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        wanted["importance"] = lambda: charts.plot_param_importances(study, evaluator, **named)
+        wanted["importance"] = lambda: charts.plot_param_importances(study, _evaluator(), **named)
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []

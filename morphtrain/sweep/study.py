@@ -12,14 +12,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain.errors import UserError
 from morphtrain.sweep.storage import exclusive, open_storage
+from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR
 from morphtrain.sweep.workers import Worker, abandoned
 
 log = logging.getLogger(__name__)
-
-BASELINE_ATTR = "baseline"  # of trial 0: it runs with the baseline's overrides
-ERROR_ATTR = "error"  # of a failed trial: why
-OVERRIDES_ATTR = "overrides"  # what its job was started with
-RUN_DIR_ATTR = "run_dir"
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,11 @@ class SharedStudy:
     def __init__(self, plan: Plan, sampler: Any, pruner: Any) -> None:
         """Open the study, or create it; raises `UserError` if one of that name searched something else."""
         self.plan = plan
-        storage = open_storage(plan.storage)
+        self.storage = open_storage(plan.storage)
         with exclusive(plan.storage):
             self.study = optuna.create_study(
                 study_name=plan.name,
-                storage=storage,
+                storage=self.storage,
                 sampler=sampler,
                 pruner=pruner,
                 directions=list(plan.directions),
@@ -97,7 +93,7 @@ class SharedStudy:
             self._let_wait(trial._trial_id)
 
     def _let_wait(self, trial_id: int) -> None:
-        self.study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def others_running(self) -> int:
         """Trials that other workers have under way."""
@@ -112,7 +108,8 @@ class SharedStudy:
         self._tell(worker, trial, TrialState.PRUNED)
 
     def fail(self, worker: Worker, trial: Trial, reason: str) -> None:
-        """End a trial that has no value."""
+        """End a trial that has no value, and say why."""
+        log.warning("trial %d failed: %s", trial.number, reason)
         trial.set_user_attr(ERROR_ATTR, reason)
         self._tell(worker, trial, TrialState.FAIL)
 

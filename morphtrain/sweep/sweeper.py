@@ -19,12 +19,19 @@ from omegaconf import DictConfig, open_dict
 from optuna.trial import Trial, TrialState
 
 from morphtrain import schema
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
-from morphtrain.sweep.study import BASELINE_ATTR, ERROR_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Plan, SharedStudy
-from morphtrain.sweep.trial import METRICS_ATTR, STOPPED_ATTR
+from morphtrain.sweep.study import Plan, SharedStudy
+from morphtrain.sweep.trial import (
+    BASELINE_ATTR,
+    ERROR_ATTR,
+    METRICS_ATTR,
+    OVERRIDES_ATTR,
+    RUN_DIR_ATTR,
+    STOPPED_ATTR,
+)
 from morphtrain.sweep.workers import Worker
 from morphtrain.tracking import begin_sweep, end_sweep
 
@@ -93,7 +100,7 @@ class StudySweeper:
         parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
         status, artifacts = "FAILED", []
         try:
-            with Worker(study.study._storage, self.sweep_dir, self.heartbeat_seconds) as worker:
+            with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
                 self._work(study, worker, space, parent)
             artifacts = report.close(study.study, first.objective, self.sweep_dir)
             status = "FINISHED"
@@ -102,8 +109,9 @@ class StudySweeper:
             raise
         finally:
             if parent is not None:
-                metrics, params = report.summary(study.study, first.objective)
-                end_sweep(first.tracking, parent, metrics, params, artifacts, status, self.sweep_dir)
+                # Params stay as they were first written: those of the best trial may change, what is searched may not.
+                metrics = report.summary(study.study, first.objective)
+                end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
 
     def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
         """Take and run trials until there are no more to come."""
@@ -189,15 +197,16 @@ class StudySweeper:
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
-        attrs = study.study._storage.get_trial(trial._trial_id).user_attrs
+        attrs = study.storage.get_trial(trial._trial_id).user_attrs
         try:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
         except Exception as error:  # noqa: BLE001 (a job's error, whatever it is, ends its trial and not the sweep)
-            first_line = (str(error).splitlines() or [""])[0]
-            reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
-            log.warning("trial %d failed: %s", trial.number, reason)
-            study.fail(worker, trial, reason)
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            study.fail(worker, trial, kind + first_line(error))
+            return
+        if METRICS_ATTR not in attrs:  # the job's storage was away, and the log says why
+            study.fail(worker, trial, "its job could not tell the study of any epoch")
             return
         if self.min_accuracy is not None:
             trial.set_constraint("val_accuracy", self.min_accuracy - attrs[METRICS_ATTR]["val_accuracy"])
@@ -206,7 +215,6 @@ class StudySweeper:
         elif all(map(math.isfinite, values)):
             study.complete(worker, trial, values)
         else:
-            log.warning("trial %d failed: its objective is %s", trial.number, values)
             study.fail(worker, trial, f"its objective is {values}")
 
     def _check_failures(self, study: SharedStudy) -> None:

@@ -6,14 +6,26 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from morphtrain.errors import first_line
 from morphtrain.sweep.storage import open_storage
 
 log = logging.getLogger(__name__)
 
-METRICS_ATTR = "metrics"  # of a trial: the record of its last epoch
+# What is stored with a trial, by its worker (workers.py has two more) and by its job.
+BASELINE_ATTR = "baseline"  # of trial 0: it runs with the baseline's overrides
+OVERRIDES_ATTR = "overrides"  # what its job was started with
+RUN_DIR_ATTR = "run_dir"
+ERROR_ATTR = "error"  # of a failed trial: why
+METRICS_ATTR = "metrics"  # the record of its last epoch
 STOPPED_ATTR = "stopped_at"  # of a trial that its pruner ended: the epoch
+
+
+def make_pruner(node: Any) -> Any:
+    """Optuna's pruner of a config node (group `hydra/sweeper/pruner`); none of another package's."""
+    return instantiate(node, _execution_whitelist_=("optuna.pruners.*",))
 
 
 class TrialReporter:
@@ -27,21 +39,20 @@ class TrialReporter:
 
     def __init__(self, sweeper: DictConfig, number: int, objective: list[str]) -> None:
         import optuna
-        from hydra.utils import instantiate
 
-        pruner = instantiate(sweeper.pruner, _execution_whitelist_=("optuna.pruners.*",))
+        pruner = make_pruner(sweeper.pruner)
         self.storage = open_storage(sweeper.storage)
         self.study = optuna.load_study(study_name=sweeper.study_name, storage=self.storage, pruner=pruner)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         self.objective = objective
-        self.is_baseline = bool(self._frozen().user_attrs.get("baseline"))
+        self.is_baseline = bool(self._frozen().user_attrs.get(BASELINE_ATTR))
 
     def __call__(self, record: Mapping[str, float]) -> bool:
         """Report an epoch's record; True if the run should end here."""
         try:
             return self._report(record)
         except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; training goes on)
-            log.warning("the study was not told of epoch %d: %s", record["epoch"], str(error).splitlines()[0])
+            log.warning("the study was not told of epoch %d: %s", record["epoch"], first_line(error))
             return False
 
     def _report(self, record: Mapping[str, float]) -> bool:

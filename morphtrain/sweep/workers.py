@@ -6,14 +6,17 @@ Who can see that file need not wait. Others, on other machines, go by the heartb
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from morphtrain.errors import first_line
+from morphtrain.file_lock import file_lock, is_locked
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +38,14 @@ class Worker:
         self.path = directory.resolve() / f".worker-{os.uname().nodename}-{os.getpid()}.lock"
         self.heartbeat_seconds = heartbeat_seconds
         self.trial_ids: set[int] = set()
+        self._lock = ExitStack()
         self._guard = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Worker:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._lock.enter_context(file_lock(self.path))
         self._thread.start()
         return self
 
@@ -52,7 +55,7 @@ class Worker:
         self._ended.set()
         self._thread.join()
         self.path.unlink(missing_ok=True)
-        self._file.close()
+        self._lock.close()
 
     def take(self, trial_id: int) -> None:
         """Say in the storage that the trial is this worker's."""
@@ -76,21 +79,12 @@ class Worker:
         try:
             self.storage.set_trial_user_attr(trial_id, BEAT_ATTR, time.time())
         except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; the next beat may work)
-            log.warning("no heartbeat: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            log.warning("no heartbeat: %s", first_line(error))
 
 
 def abandoned(attrs: dict[str, Any], heartbeat_seconds: float) -> bool:
     """Whether the worker that a running trial's attributes name is dead."""
     lock = attrs.get(LOCK_ATTR)
     if lock is not None and Path(lock).exists():
-        return not _held(Path(lock))
+        return not is_locked(Path(lock))
     return bool(time.time() - attrs.get(BEAT_ATTR, 0.0) > SILENT_BEATS * heartbeat_seconds)
-
-
-def _held(path: Path) -> bool:
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

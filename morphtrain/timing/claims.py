@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morphtrain.errors import UserError
+from morphtrain.file_lock import file_lock, is_locked
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,8 @@ class Claims:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else reads or changes claims in this block; not to be nested."""
-        with (self.directory / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile keeps the file open
+        with file_lock(self.directory / "lock"):
+            yield
 
     def _living(self, but: Claim | None) -> list[Use]:
         """What the files say that are locked; the others are of processes that were killed, and go."""
@@ -86,14 +83,11 @@ class Claims:
         for path in sorted(self.directory.glob("*.claim")):
             if but is not None and path == but.path:
                 continue
-            with path.open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    content = json.load(file)
-                    living.append(Use(content["pid"], tuple(content["resources"])))
-                else:
-                    path.unlink()
+            if is_locked(path):
+                content = json.loads(path.read_text())
+                living.append(Use(content["pid"], tuple(content["resources"])))
+            else:
+                path.unlink()
         return living
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.errors import first_line
 from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
@@ -226,7 +227,7 @@ class MLflowTracker:
 
     def _failed(self, what: str, error: Exception, pace: Pace, seconds: float) -> None:
         if not pace.failing:  # once an outage
-            reason = store.shown((str(error).splitlines() or [type(error).__name__])[0])
+            reason = store.shown(first_line(error))
             action = f"sending {what}" if self.run_id else "start"
             goes_on = ", training goes on" if self.run.status == "RUNNING" else ""
             log.warning("MLflow (%s): %s failed%s: %s", store.shown(self.uri), action, goes_on, reason)
