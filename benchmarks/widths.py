@@ -1,17 +1,18 @@
-"""What half the MACs of ResNet-20 are worth in time, and what `prune.round_to=auto` adds.
+"""What half the MACs of ResNet-20 are worth in time, in both memory formats, and what `prune.round_to=auto` adds.
 
 The channels that go are chosen in two ways: "evenly", the same share of every space, at random; and "lasso", those that
 are dead when a network trained under the proximal lasso on synthetic images could lose half its MACs. Then training
-steps of the dense network, of the one cut to what is alive and of the one whose widths the probe chose alternate; batch
-64, 32x32.
+steps of the dense network, of the one cut to what is alive and of the one whose widths the probe chose alternate, in
+both formats; batch 64, 32x32. Speed-ups are over the dense network of the same format, and MAC reductions those of each
+network as it is, unless a line says otherwise.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import statistics
 import time
+from functools import partial
 
 import torch
 from interleaved import interleave
@@ -30,7 +31,8 @@ from morphtrain.trainer.process import prepare_process
 
 BATCH, SHAPE = 64, (3, 32, 32)
 IMAGES, LABELS = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
-NETWORKS, ROUNDS = 3, 12
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+NETWORKS, ROUNDS = 2, 8
 
 
 def half_dead(width: int, seed: int) -> nn.Module:
@@ -74,80 +76,109 @@ def half_dead_evenly(width: int, seed: int) -> nn.Module:
     return model
 
 
-def step(model: nn.Module) -> None:
-    F.cross_entropy(model(IMAGES), LABELS).backward()
+def step(model: nn.Module, images: torch.Tensor) -> None:
+    F.cross_entropy(model(images), LABELS).backward()
     model.zero_grad()
 
 
-def compare(chosen: str, width: int, seed: int) -> dict[str, float]:
-    """Cut one network in both ways, time them against the dense one and against a second copy of the cut one."""
-    dense, model = ResNet(blocks=3, width=width), CHOICES[chosen](width, seed)
-    cut, rounded = copy.deepcopy(model), copy.deepcopy(model)
-    reconfigure(ChannelGraph.trace(cut, IMAGES[:1]))
-    start = time.perf_counter()
-    reconfigure(ChannelGraph.trace(rounded, IMAGES[:1]), round_to=WidthProbe(batch_size=BATCH))
-    probing = time.perf_counter() - start
-    networks = {"dense": dense, "cut": cut, "rounded": rounded, "cut again": copy.deepcopy(cut)}
-    seconds = interleave({name: lambda m=m: step(m) for name, m in networks.items()}, rounds=ROUNDS)
+def compare(chosen: str, width: int, seed: int, probes: dict[str, WidthProbe]) -> dict[str, dict[str, float]]:
+    """Cut one network in both ways and formats, time them against the dense one and a second copy of the cut one."""
+    model, networks, probing = CHOICES[chosen](width, seed), {}, {}
+    for name, memory_format in FORMATS.items():
+        dense, cut = ResNet(blocks=3, width=width), copy.deepcopy(model)
+        rounded = copy.deepcopy(model).to(memory_format=memory_format)
+        reconfigure(ChannelGraph.trace(cut, IMAGES[:1]))
+        start = time.perf_counter()
+        reconfigure(ChannelGraph.trace(rounded, IMAGES[:1]), round_to=probes[name])
+        probing[name] = time.perf_counter() - start
+        variants = {"dense": dense, "cut": cut, "rounded": rounded, "cut again": copy.deepcopy(cut)}
+        networks |= {(name, kind): m.to(memory_format=memory_format) for kind, m in variants.items()}
+    images = {name: IMAGES.to(memory_format=memory_format) for name, memory_format in FORMATS.items()}
+    steps = {" ".join(key): partial(step, m, images[key[0]]) for key, m in networks.items()}
+    seconds = interleave(steps, rounds=ROUNDS)
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
-    fewer = {name: count_macs(dense, SHAPE) / count_macs(m, SHAPE) for name, m in networks.items()}
-    faster = {name: ratio("dense", name) for name in networks}
-    for name, m in (("cut", cut), ("rounded", rounded)):
-        spaces = [space.size for space in ChannelGraph.trace(m, IMAGES[:1]).spaces]
-        what = f"{fewer[name]:.2f} x fewer MACs, {faster[name]:.2f} x faster"
-        print(f"widths: {chosen}, {width}/{seed} {name}: {what}; {spaces}")
-    return {
-        "rounded / cut": ratio("rounded", "cut"),
-        "noise": abs(ratio("cut again", "cut") - 1),
-        "efficiency": faster["rounded"] / fewer["rounded"],
-        "of cut": faster["cut"] / fewer["cut"],
-        "probing": probing,
-    }
+    macs = {key: count_macs(m, SHAPE) for key, m in networks.items()}
+    results = {}
+    for name, other in zip(FORMATS, reversed(FORMATS), strict=True):
+        fewer = {kind: macs[name, "dense"] / macs[name, kind] for kind in ("cut", "rounded")}
+        faster = {kind: ratio(f"{name} dense", f"{name} {kind}") for kind in ("cut", "rounded")}
+        for kind in ("cut", "rounded"):
+            sizes = [space.size for space in ChannelGraph.trace(networks[name, kind], IMAGES[:1]).spaces]
+            what = f"{fewer[kind]:.2f} x fewer MACs, {faster[kind]:.2f} x faster"
+            print(f"widths: {chosen}, {width}/{seed} {name} {kind}: {what}; {sizes}")
+        results[name] = {
+            "rounded / cut": ratio(f"{name} rounded", f"{name} cut"),
+            "noise": abs(ratio(f"{name} cut again", f"{name} cut") - 1),
+            "rounded": faster["rounded"] / fewer["rounded"],
+            "cut": faster["cut"] / fewer["cut"],
+            "of cut MACs": faster["rounded"] / fewer["cut"],
+            "over the other": ratio(f"{other} dense", f"{name} rounded") / fewer["rounded"],
+            "dense": ratio(f"{other} dense", f"{name} dense"),
+            "probing": probing[name],
+        }
+    return results
 
 
 CHOICES = {"evenly": half_dead_evenly, "lasso": half_dead}
 
 
-def where_the_time_goes() -> None:
-    """A 3x3 convolution, norm and activation of the first stage by width, and that stage's share of the network."""
-    probe = WidthProbe(batch_size=BATCH)
-    layers = {
-        w: Layer("cpu", BATCH, w, w, (3, 3), (1, 1), (1, 1), (1, 1), False, SHAPE[1:], False) for w in range(4, 17, 2)
-    }
-    probe.measure(layers.values())
-    full = probe.seconds[layers[16]]
-    ratios = ", ".join(f"{width}: {probe.seconds[layer] / full:.2f}" for width, layer in layers.items())
-    print(f"widths: time of the first stage's layer by width, over that of 16 channels ({1e3 * full:.1f} ms): {ratios}")
-    graph = ChannelGraph.trace(ResNet(blocks=3), IMAGES[:1])
+def where_the_time_goes(channels_last: bool) -> None:
+    """A 3x3 convolution, norm and activation of the stages by width, and the share of the first stage in the whole."""
+    probe, name = WidthProbe(batch_size=BATCH), "channels_last" if channels_last else "contiguous"
+    for stage in range(3):
+        top, size = 16 * 2**stage, tuple(side // 2**stage for side in SHAPE[1:])
+        geometry = ((3, 3), (1, 1), (1, 1), (1, 1), False, size, channels_last)
+        layers = {width: Layer("cpu", BATCH, width, width, *geometry) for width in range(top // 4, top + 1, top // 8)}
+        probe.measure(layers.values())
+        full = probe.seconds[layers[top]]
+        ratios = ", ".join(
+            f"{w}: {probe.seconds[layer] / full:.2f} ({(w / top) ** 2:.2f})" for w, layer in layers.items()
+        )
+        print(
+            f"widths: {name}: time of a layer at {size[0]}x{size[1]} over that of {top} channels (its MACs): {ratios}"
+        )
+    graph = ChannelGraph.trace(ResNet(blocks=3).to(memory_format=FORMATS[name]), IMAGES[:1])
     sizes = {space: space.size for space in graph.spaces}
     dense = [place.at(sizes, "cpu", BATCH) for place in timed_places(graph)]
     probe.measure(dense)
     first = sum(probe.seconds[layer] for layer in dense if layer.size == SHAPE[1:])
     share = first / sum(probe.seconds[layer] for layer in dense)
-    print(f"widths: layers at {SHAPE[1]}x{SHAPE[2]} take {share:.2f} of the time of all layers of ResNet-20")
+    print(f"widths: {name}: layers at {SHAPE[1]}x{SHAPE[2]} take {share:.2f} of the time of all layers of ResNet-20")
+
+
+def summarise(title: str, column: dict[str, list[float]]) -> None:
+    worst, noise, middle = (
+        max(column["rounded / cut"]),
+        max(column["noise"]),
+        {key: statistics.median(values) for key, values in column.items()},
+    )
+    print(
+        f"{title}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its own copy differs by up to "
+        f"{noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
+        f"limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
+    )
+    print(
+        f"{title}: speed-up / MAC reduction, median = {middle['rounded']:.3f} (not rounded {middle['cut']:.3f}; over "
+        f"the MACs before rounding {middle['of cut MACs']:.3f}; against the dense network of the other format "
+        f"{middle['over the other']:.3f}, which takes {middle['dense']:.2f} of this one's time)   "
+        f"at least 0.75 {'ok' if middle['rounded'] >= 0.75 else 'MISSED'}"
+    )
 
 
 def main() -> None:
     prepare_process()
-    where_the_time_goes()
-    for chosen, width in itertools.product(CHOICES, (16, 32)):
-        results = [compare(chosen, width, seed) for seed in range(1, NETWORKS + 1)]
-        column = {key: [result[key] for result in results] for key in results[0]}
-        worst, noise = max(column["rounded / cut"]), max(column["noise"])
-        efficiency = statistics.median(column["efficiency"])
-        print(
-            f"widths: {chosen}, width {width}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its "
-            f"own copy differs by up to {noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
-            f"limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
-        )
-        print(
-            f"widths: {chosen}, width {width}: speed-up / MAC reduction, median = {efficiency:.3f} "
-            f"(not rounded {statistics.median(column['of cut']):.3f})   "
-            f"at least 0.75 {'ok' if efficiency >= 0.75 else 'MISSED'}"
-        )
+    for channels_last in (False, True):
+        where_the_time_goes(channels_last)
+    probes = {(name, width): WidthProbe(batch_size=BATCH) for name in FORMATS for width in (16, 32)}
+    for chosen, width in (("evenly", 16), ("lasso", 16), ("evenly", 32)):
+        mine = {name: probes[name, width] for name in FORMATS}
+        results = [compare(chosen, width, seed, mine) for seed in range(1, NETWORKS + 1)]
+        for name in FORMATS:
+            column = {key: [result[name][key] for result in results] for key in results[0][name]}
+            summarise(f"widths: {chosen}, width {width}, {name}", column)
 
 
 if __name__ == "__main__":
