@@ -117,6 +117,7 @@ class WidthProbe:
         self.batch_size = batch_size
         self.autocast = autocast
         self.seconds: dict[Layer, float] = {}
+        self.again: dict[Layer, float] = {}  # of those that a choice came down to, timed once more
 
     def fastest(
         self, graph: ChannelGraph, least: Mapping[Space, int], roundings: Iterable[Mapping[Space, int]]
@@ -128,7 +129,6 @@ class WidthProbe:
         the smallest: pruning's own if no others save more than noise, timed once more: of many measured times the
         shortest is likely one that was measured too short.
         """
-        known = set(self.seconds)
         shrinking = [space for space in graph.spaces if least[space] < space.size]
         places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
         first: list[Mapping[Space, int]] = [least, *roundings]
@@ -142,12 +142,14 @@ class WidthProbe:
                     best[space] = self._narrowest(near, best, space, least[space])
             if best == before:
                 break
-        if set(self.seconds) != known:
-            finalists = {layer for widths in (best, least) for layer in self._layers(places, widths)}
-            self.seconds = {layer: seconds for layer, seconds in self.seconds.items() if layer not in finalists}
-            self.measure(finalists)
-        saves = self._total(places, best) < (1 - TIE) * self._total(places, least)
-        return best if saves else dict(least)  # less than that is noise, and channels for nothing
+        return best if self._saves(places, best, least) else dict(least)
+
+    def _saves(self, places: list[Place], best: Mapping[Space, int], least: Mapping[Space, int]) -> bool:
+        """Whether `best` takes less time by more than noise: otherwise its channels would be for nothing."""
+        layers, plain = self._layers(places, best), self._layers(places, least)
+        if not self.again.keys() >= {*layers, *plain}:
+            self.again.update(self.timed([*layers, *plain]))  # all of them anew: times are compared that are neighbours
+        return sum(self.again[layer] for layer in layers) < (1 - TIE) * sum(self.again[layer] for layer in plain)
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
         """The smallest width of `space` with which these layers are as fast as they get, all others being as given."""
@@ -166,22 +168,33 @@ class WidthProbe:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What was measured so far, as plain data."""
-        return [{**asdict(layer), "seconds": seconds} for layer, seconds in self.seconds.items()]
+        return [
+            {**asdict(layer), "seconds": seconds, "again": self.again.get(layer)}
+            for layer, seconds in self.seconds.items()
+        ]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         for row in state:
             facts: Any = {
                 key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in row.items()
             }
-            seconds = float(facts.pop("seconds"))
-            self.seconds[Layer(**facts)] = seconds
+            seconds, again = facts.pop("seconds"), facts.pop("again")
+            layer = Layer(**facts)
+            self.seconds[layer] = seconds
+            if again is not None:
+                self.again[layer] = again
 
     def measure(self, layers: Iterable[Layer]) -> None:
-        """Time those of the layers that `seconds` does not hold yet.
+        """Time those of the layers that `seconds` does not hold yet."""
+        new = [layer for layer in layers if layer not in self.seconds]
+        self.seconds.update(self.timed(new))
+
+    def timed(self, layers: Iterable[Layer]) -> dict[Layer, float]:
+        """Seconds of each layer, once each.
 
         The median of a few passes each, in turns: what slows the machine for a while slows all of them.
         """
-        new = [layer for layer in dict.fromkeys(layers) if layer not in self.seconds]
+        new = list(dict.fromkeys(layers))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             passes = {layer: self._pass(layer) for layer in new}
             times: dict[Layer, list[float]] = {layer: [] for layer in new}
@@ -190,8 +203,7 @@ class WidthProbe:
                     spent = passes[layer]()
                     if number:  # the first one picks and compiles kernels
                         times[layer].append(spent)
-        for layer, values in times.items():
-            self.seconds[layer] = statistics.median(values)
+        return {layer: statistics.median(values) for layer, values in times.items()}
 
     def _pass(self, layer: Layer) -> Callable[[], float]:
         module, x = layer.build(), layer.input()
