@@ -1,12 +1,14 @@
-"""What MLflow costs: its start on an existing database, and its share of epochs of one second."""
+"""What MLflow costs: its start on an existing database, and its share of epochs of one second; a dead server, too."""
 
 from __future__ import annotations
 
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 START_LIMIT = 4.0  # seconds
@@ -45,6 +47,35 @@ def main() -> None:
             f"tracking: MLflow / epochs of one second = {share:.5f}   "
             f"limit {SHARE_LIMIT:.2f} {'ok' if share <= SHARE_LIMIT else 'EXCEEDED'}"
         )
+        start, share, end = dead_server(Path(directory))
+        print(
+            f"tracking: a server that never answers / epochs of one second = {share:.5f}   "
+            f"limit {SHARE_LIMIT:.2f} {'ok' if share <= SHARE_LIMIT else 'EXCEEDED'} "
+            f"(and {start:.1f} s before the first, {end:.1f} s behind the last)"
+        )
+
+
+def dead_server(directory: Path) -> tuple[float, float, float]:
+    """Seconds at the start, of an epoch of one second (the mean of 20, each sent at once), and at the end."""
+    from morphtrain.tracking.mlflow import MLflowTracker
+
+    tags = {"model": "resnet8", "prune": "none", "precision": "o0", "seed": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts and says nothing
+        tracker = MLflowTracker(f"http://127.0.0.1:{silent.getsockname()[1]}", "benchmark", flush_seconds=0)
+        start = timed(lambda: tracker.start({}, tags, directory, resumed=False))
+        history = []
+        spent = 0.0
+        for epoch in range(1, 21):
+            time.sleep(1)
+            history.append({"epoch": epoch, "timestamp": time.time(), **{f"metric_{i}": 1.0 * i for i in range(18)}})
+            spent += timed(lambda: tracker.update(history))
+        return start, spent / 20, timed(lambda: tracker.finish("FINISHED", history))
+
+
+def timed(action: Callable[[], None]) -> float:
+    before = time.perf_counter()
+    action()
+    return time.perf_counter() - before
 
 
 def flush_share(directory: Path) -> float:
@@ -60,9 +91,7 @@ def flush_share(directory: Path) -> float:
         history.append({"epoch": epoch, "timestamp": time.time(), **{f"metric_{i}": 1.0 * i for i in range(18)}})
         if epoch == 10:
             tracker.last_flush -= tracker.flush_seconds  # ten seconds have passed
-        start = time.perf_counter()
-        tracker.update(history)
-        spent += time.perf_counter() - start
+        spent += timed(lambda: tracker.update(history))
     assert tracker.sent_epoch == 10
     return spent / 10
 
