@@ -13,7 +13,7 @@ from conftest import SMALL, Command
 
 from morphtrain import schema
 from morphtrain.tracking import __main__ as command_line
-from morphtrain.tracking import begin_sweep, end_sweep, unsent
+from morphtrain.tracking import begin_sweep, end_sweep, store, unsent
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -74,6 +74,24 @@ def test_six_processes_at_once_make_one_database_one_experiment_and_one_parent(r
     epochs = rows(tmp_path, "SELECT run_uuid, count(*), count(DISTINCT step) FROM metrics GROUP BY run_uuid")
     assert sorted(epochs) == sorted((child, 5, 5) for (child,) in children)
     assert rows(tmp_path, f"SELECT DISTINCT status FROM runs WHERE run_uuid != '{parent}'") == [("FINISHED",)]
+
+
+def test_an_experiment_that_another_process_makes_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    asked = MlflowClient.get_experiment_by_name
+
+    def another_is_faster(client: MlflowClient, name: str) -> None:
+        monkeypatch.undo()
+        assert asked(client, name) is None
+        client.create_experiment(name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", another_is_faster)
+    _, experiment_id = store.connect(uri, "race")
+    assert rows(tmp_path, "SELECT experiment_id FROM experiments WHERE name = 'race'") == [(int(experiment_id),)]
 
 
 def test_a_study_keeps_its_parent_and_what_came_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
