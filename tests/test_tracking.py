@@ -216,28 +216,44 @@ def history_of(epochs: int, offset: float = 0.0) -> list[dict[str, float]]:
     return [{"epoch": e, "timestamp": 1000.0 + e + offset, "epoch_seconds": 1.0 + e} for e in range(1, epochs + 1)]
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without runs; making one takes a second or two."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    store.connect(f"sqlite:///{path}", "another")
+    return path
+
+
+@pytest.fixture
+def here(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a database: artifacts go below it."""
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def local_tracker(directory: Path, run_id: str | None = None) -> MLflowTracker:
     return MLflowTracker(f"sqlite:///{directory}/mlflow.db", "e", 0.0, run_id)
 
 
-def test_a_run_that_no_checkpoint_remembers_is_found_by_its_values(tmp_path: Path) -> None:
+def test_a_run_that_no_checkpoint_remembers_is_found_by_its_values(here: Path) -> None:
     """The store came back behind the last checkpoint, and the process was killed before the next one."""
-    first = local_tracker(tmp_path)
-    first.start({}, TAGS, tmp_path, resumed=False)
+    first = local_tracker(here)
+    first.start({}, TAGS, here, resumed=False)
     first.update(history_of(3))
-    again = local_tracker(tmp_path)
-    again.start({}, TAGS, tmp_path, resumed=True, history=history_of(3))
+    again = local_tracker(here)
+    again.start({}, TAGS, here, resumed=True, history=history_of(3))
     assert again.run_id == first.run_id
     assert again.sent_epoch == 3
     for resumed, history in ((True, history_of(3, offset=0.5)), (False, history_of(3))):
-        other = local_tracker(tmp_path)
-        other.start({}, TAGS, tmp_path, resumed, history)
+        other = local_tracker(here)
+        other.start({}, TAGS, here, resumed, history)
         assert other.run_id != first.run_id, "another run of the same directory"
         other.client.delete_run(other.run_id)
 
 
 def test_a_run_whose_creation_was_not_answered_is_not_created_twice(
-    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+    here: Path, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -248,27 +264,27 @@ def test_a_run_whose_creation_was_not_answered_is_not_created_twice(
         create(*args, **kwargs)
         raise ConnectionError("answer lost")
 
-    tracker = local_tracker(tmp_path)
+    tracker = local_tracker(here)
     monkeypatch.setattr(MlflowClient, "create_run", answer_lost)
-    tracker.start({"a": 1}, TAGS, tmp_path, resumed=False)
+    tracker.start({"a": 1}, TAGS, here, resumed=False)
     assert tracker.run_id is None
     tracker.update(history_of(1))
-    (run,) = tracker.client.search_runs(["1"])
+    (run,) = tracker.client.search_runs(["2"])
     assert run.info.run_id == tracker.run_id
     assert run.data.params == {"a": "1"}
 
 
-def test_a_store_that_does_not_know_the_run_gets_all_of_it(tmp_path: Path) -> None:
-    tracker = MLflowTracker(f"sqlite:///{tmp_path}/other.db", "e", 0.0, run_id="0" * 32)
-    tracker.start({"a": 1}, TAGS, tmp_path, resumed=True, history=history_of(2))
-    (run,) = tracker.client.search_runs(["1"])
+def test_a_store_that_does_not_know_the_run_gets_all_of_it(here: Path) -> None:
+    tracker = local_tracker(here, run_id="0" * 32)
+    tracker.start({"a": 1}, TAGS, here, resumed=True, history=history_of(2))
+    (run,) = tracker.client.search_runs(["2"])
     assert run.data.metrics["epoch_seconds"] == 3.0
     assert run.data.params == {"a": "1"}
 
 
-def test_runs_are_found_by_any_tag(tmp_path: Path) -> None:
+def test_runs_are_found_by_any_tag(here: Path) -> None:
     """MLflow's search language has no escapes."""
-    client, experiment_id = store.connect(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    client, experiment_id = store.connect(f"sqlite:///{here}/mlflow.db", "e")
     texts = ["a", "it's", "it_s", 'a "b"', "both'\"", "back\\slash", "end\\", "50%", "x = 'y' AND z", "(é)"]
     made = {text: client.create_run(experiment_id, tags={"study": text}).info.run_id for text in texts}
     for text, run_id in made.items():
@@ -278,7 +294,7 @@ def test_runs_are_found_by_any_tag(tmp_path: Path) -> None:
 
 
 def test_files_that_a_store_refuses_do_not_hold_up_the_rest(
-    tmp_path: Path, eager: None, monkeypatch: pytest.MonkeyPatch
+    here: Path, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a server leaves artifacts to its clients, their place may be one that this machine does not have."""
     from mlflow.tracking import MlflowClient
@@ -291,23 +307,23 @@ def test_files_that_a_store_refuses_do_not_hold_up_the_rest(
         log_artifact(client, run_id, path, folder)
 
     monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
-    tracker = local_tracker(tmp_path)
-    tracker.start({}, TAGS, tmp_path, resumed=False)
+    tracker = local_tracker(here)
+    tracker.start({}, TAGS, here, resumed=False)
     for name in ("bad.txt", "good.txt", "gone.txt"):
-        (tmp_path / name).write_text(name)
-        tracker.artifact(tmp_path / name)
-    (tmp_path / "gone.txt").unlink()
+        (here / name).write_text(name)
+        tracker.artifact(here / name)
+    (here / "gone.txt").unlink()
     tracker.finish("FINISHED", history_of(2))
-    record = unsent.read(tmp_path)
+    record = unsent.read(here)
     assert record is not None
-    assert record.artifacts == [(str(tmp_path / "bad.txt"), None)]
+    assert record.artifacts == [(str(here / "bad.txt"), None)]
     client = MlflowClient(tracker.uri)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["epoch_seconds"] == 3.0
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["good.txt"]
     monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
-    assert command.main([str(tmp_path)]) == 0
+    assert command.main([str(here)]) == 0
     assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"good.txt", "bad.txt"}
 
 
