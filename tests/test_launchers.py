@@ -60,3 +60,12 @@ def test_what_to_install_for_a_launcher_that_is_not_there() -> None:
         "hydra/launcher=submitit_slurm: not installed; pip install 'morphtrain[slurm]'"
     )
     assert launchers.not_installed(MissingConfigException("?", missing_cfg_file="model/nothing")) is None
+
+
+def test_what_a_launcher_lacks_is_said_without_a_traceback(command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    result = command("-m", "+launcher=slurm", "seed=1,2", env={"PATH": str(tmp_path)})
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("hydra/launcher: submitit could not run the jobs: Could not detect")
+    assert "Traceback" not in result.stdout + result.stderr
