@@ -80,6 +80,9 @@ def running() -> Iterator[dict[str, str]]:
                 time.sleep(0.5)
         wait_until_idle(environment, directory)
         yield environment
+        # A job's keeper (slurmstepd) that cannot report its end to the controller stays for ever.
+        subprocess.run(["scancel", "--user=root"], env={**os.environ, **environment}, check=True)
+        wait_until_idle(environment, directory)
     finally:
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
@@ -124,4 +127,4 @@ def wait_until_idle(environment: dict[str, str], directory: Path) -> None:
             return
         time.sleep(0.5)
     logs = "\n".join(path.read_text() for path in directory.glob("**/*.log"))
-    raise RuntimeError(f"Slurm's node did not get ready within 30 s: {asked.stdout}{asked.stderr}\n{logs}")
+    raise RuntimeError(f"Slurm's node is not idle within 30 s: {asked.stdout}{asked.stderr}\n{logs}")
