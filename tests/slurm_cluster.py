@@ -64,12 +64,13 @@ def running() -> Iterator[dict[str, str]]:
     directory.chmod(0o755)
     environment = {"SLURM_CONF": str(write_config(directory))}
     munge = write_key(directory)
-    as_munge = ["setpriv", f"--reuid={MUNGE}", f"--regid={MUNGE}", "--clear-groups"]
+    with_us = ["setpriv", "--pdeathsig=TERM"]  # killed tests leave no daemon behind
+    as_munge = [*with_us, f"--reuid={MUNGE}", f"--regid={MUNGE}", "--clear-groups"]
     files = [f"--{name.split('.')[0]}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
     commands = [
         [*as_munge, "munged", "--foreground", f"--socket={munge / 'socket'}", *files],
-        ["slurmctld", "-D", "-L", str(directory / "slurmctld.log")],
-        ["slurmd", "-D", "-L", str(directory / "slurmd.log")],
+        [*with_us, "slurmctld", "-D", "-L", str(directory / "slurmctld.log")],
+        [*with_us, "slurmd", "-D", "-L", str(directory / "slurmd.log")],
     ]
     daemons: list[subprocess.Popen] = []
     try:
