@@ -29,6 +29,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.run import CONF
 from morphtrain.timing import foreign, guard, reference
+from morphtrain.timing.cores import pinned
 from morphtrain.timing.foreign import ForeignCpu, Reading, foreign_share
 from morphtrain.timing.guard import Guard
 from morphtrain.timing.reference import NOMINAL_SECONDS, Calibration, Reference
@@ -242,8 +243,6 @@ def test_the_workload_leaves_the_process_as_it_was(flush: bool) -> None:
 @pytest.mark.slow  # wants a quiet machine
 def test_the_workload_slows_down_beside_others(busy_cpu: int) -> None:
     """On the CPU of a process that never rests it gets half of the time."""
-    from morphtrain.timing.cores import pinned
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     workload = Reference(CPU)
@@ -384,7 +383,7 @@ def test_a_run_beside_a_busy_process_is_marked(busy_cpu: int, command: Command, 
 @pytest.mark.slow
 @linux
 def test_beside_three_others_raw_times_differ_and_calibrated_ones_agree(tmp_path: Path) -> None:
-    """Real runs, each on a core; two or more share one. The benchmark also lets all have all cores."""
+    """Four real runs, each on one of two cores. The benchmark also lets all have all cores."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "contention.py"
     found = importlib.util.spec_from_file_location("contention", path)
     assert found is not None
@@ -392,9 +391,9 @@ def test_beside_three_others_raw_times_differ_and_calibrated_ones_agree(tmp_path
     contention = importlib.util.module_from_spec(found)
     sys.modules["contention"] = contention  # its dataclasses look themselves up
     found.loader.exec_module(contention)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pinned(frozenset(sorted(os.sched_getaffinity(0))[:2])):
         patch.setenv("TMPDIR", str(tmp_path))
-        pairs = contention.compare(tmp_path, 3, "timing.cores=1")
+        pairs = contention.compare(tmp_path, 3, "timing.cores=1", "model.width=16")
     assert all(busy.contended == 1 for _, busy in pairs)
     assert statistics.median(busy.raw / quiet.raw for quiet, busy in pairs) > 1.4
     agreement = statistics.median(busy.calibrated / quiet.calibrated for quiet, busy in pairs)
