@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 
 import torch
 from torch import nn
@@ -16,10 +15,11 @@ from morphtrain.cost.step import training_step
 # measured once, beside others perhaps, is kept for ever. Whoever changes this or the workload devalues all of them.
 NOMINAL_SECONDS = 0.010
 
-BURST_SECONDS = 0.05  # the workload runs at least this long, many slices of the scheduler
-LONGEST_BURST = 2.0
-LEAST_STEPS, WARMUP_STEPS = 3, 1  # of a burst; the first step finds the caches full of something else
-FIRST_WARMUP_STEPS = 3  # the very first ones pick kernels and map memory
+FIRST_SECONDS = 0.1  # of the workload, before the first epoch
+# Behind epochs it runs for at least so long, many slices of the scheduler, and as often as its share allows: beside
+# others a burst is a step or two, but what comes and goes is only seen by looking often.
+LEAST_SECONDS, MOST_SECONDS = 0.05, 2.0
+WARMUP_STEPS = 3  # the very first ones pick kernels and map memory
 LAYERS = ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))  # channels in, out, stride
 
 
@@ -39,16 +39,14 @@ class Reference:
             self.images = torch.randn(batch, 3, 16, 16).to(device)
             self.labels = torch.randint(10, (batch,)).to(device)
         self.optimizer = SGD(self.model.parameters(), lr=0.0, momentum=0.9)  # lr=0: the same work for ever
-        for _ in range(FIRST_WARMUP_STEPS):
+        for _ in range(WARMUP_STEPS):
             self._step()
 
     def burst(self, seconds: float) -> float:
-        """Work for `seconds`, and return the steps a second."""
-        for _ in range(WARMUP_STEPS):
-            self._step()
+        """Work for `seconds`, to the end of a step, and return the steps a second."""
         steps, spent = 0, 0.0
         start = time.perf_counter()
-        while steps < LEAST_STEPS or spent < seconds:
+        while spent < seconds:
             self._step()
             steps += 1
             spent = time.perf_counter() - start
@@ -81,15 +79,16 @@ class Calibration:
         self.reference = reference
         self.share = share
         self.owed = 0.0  # seconds of reference that training has earned
-        self.rates: deque[float] = deque(maxlen=2)  # steps a second, of the latest bursts
+        self.rates: list[float] = []  # steps a second, of the burst before the latest training and of one behind it
         self.fastest = 0.0  # of all bursts so far
-        self._burst(BURST_SECONDS)
+        self._burst(FIRST_SECONDS)
 
     def trained(self, seconds: float) -> None:
         """To be called behind so many seconds of training, outside of what is clocked."""
         self.owed += self.share * seconds
-        if self.owed >= max(BURST_SECONDS, (WARMUP_STEPS + LEAST_STEPS) / self.rates[-1]):
-            self._burst(min(self.owed, LONGEST_BURST))
+        self.rates = self.rates[-1:]
+        if self.owed >= max(LEAST_SECONDS, 1 / self.rates[-1]):
+            self._burst(min(self.owed, MOST_SECONDS))
 
     @property
     def rate(self) -> float:
