@@ -70,12 +70,15 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
     assert states(trials) == {"COMPLETE": 5}
     assert trials[2].params == before[2].params, "it is the same trial that goes on"
     assert "going on behind epoch" in second.stdout
+    (importance,) = (line for line in second.stdout.splitlines() if line.startswith("importance for train_seconds"))
+    assert all(key in importance for key in trials[1].params)
     runs = runs_in(tmp_path)
     assert sorted(runs) == [0, 1, 2, 3, 4]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     for trial in trials:
         run = runs[trial.number]
         assert run.info.status == "FINISHED"
+        assert run.info.run_name.startswith(f"trial {trial.number}: ")
         assert run.data.metrics["train_seconds"] == pytest.approx(trial.values[0])
         assert [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")] == list(range(1, 9))
         assert all(run.data.params[key] == str(value) for key, value in trial.params.items())
@@ -84,7 +87,7 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
     assert client.get_run(parent).info.status == "FINISHED"
     assert client.get_run(parent).data.metrics["trials_complete"] == 5
     assert {file.path for file in client.list_artifacts(parent)} >= {"history.png", "optimization_results.yaml"}
-    for name in ("history.png", "parallel.png", "slices.png", "optimization_results.yaml"):
+    for name in ("history.png", "parallel.png", "slices.png", "importance.png", "optimization_results.yaml"):
         assert (tmp_path / "multirun/prunetrain" / name).stat().st_size > 0
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

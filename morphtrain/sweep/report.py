@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR, OVER
 
 log = logging.getLogger(__name__)
 
+FEW = 5  # best trials in the table
 RESULTS = "optimization_results.yaml"  # as Hydra's own sweeper calls it
 
 
@@ -34,13 +36,15 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     """
     if not _counts(study)[TrialState.COMPLETE]:
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
-    best = study.best_trials  # of one objective: that with the best value; feasible ones only, if there is a constraint
+    best = _best(study)
     console = Console(width=max(100, Console().width), markup=False, highlight=False)
     console.print(_table(study, best, objective))
-    importance = _importance(study, objective)
+    searched = _searched(study)
+    importance = _importance(searched)
     for line in _lines(study, best, objective, importance):
         console.print(line, soft_wrap=True)
-    paths = [*_pictures(study, objective, sweep_dir, bool(importance)), _results(study, best, objective, sweep_dir)]
+    pictures = _pictures(study, searched, objective, sweep_dir, bool(importance))
+    paths = [*pictures, _results(best, objective, sweep_dir)]
     console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
     return paths
 
@@ -49,7 +53,7 @@ def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
     """Metrics of the sweep's own MLflow run: how its trials ended, and the best of them."""
     counts = _counts(study)
     metrics = {f"trials_{state.name.lower()}": float(number) for state, number in counts.items()}
-    best = study.best_trials if counts[TrialState.COMPLETE] else []
+    best = _best(study)
     if best:
         metrics["best_trial"] = best[0].number
         metrics |= {f"best_{name}": value for name, value in zip(objective, best[0].values, strict=True)}
@@ -58,6 +62,24 @@ def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
 
 def _counts(study: optuna.Study) -> Counter[TrialState]:
     return Counter(trial.state for trial in study.get_trials(deepcopy=False))
+
+
+def _best(study: optuna.Study) -> list[FrozenTrial]:
+    """The Pareto front or, with one objective, the few best trials, the best first; feasible ones only."""
+    if len(study.directions) > 1:
+        return study.best_trials
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    feasible = (trial for trial in trials if all(excess <= 0 for excess in trial.constraints.values()))
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    return sorted(feasible, key=lambda trial: sign * trial.values[0])[:FEW]
+
+
+def _searched(study: optuna.Study) -> optuna.Study:
+    """What ended with a value, but for the baseline, which has no values of the keys that were searched."""
+    searched = optuna.create_study(directions=study.directions)
+    completed = study.get_trials(states=(TrialState.COMPLETE,))
+    searched.add_trials([trial for trial in completed if BASELINE_ATTR not in trial.user_attrs])
+    return searched
 
 
 def _baseline(study: optuna.Study) -> FrozenTrial | None:
@@ -118,7 +140,7 @@ def _lines(
         )
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
-        lines.append(f"importance for {objective[0]} (fANOVA, {_counts(study)[TrialState.COMPLETE]} trials): {shares}")
+        lines.append(f"importance for {objective[0]} (fANOVA): {shares}")
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all together {_seconds(study, sum):.0f} s")
     if best:
@@ -140,21 +162,22 @@ def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:
     return optuna.importance.FanovaImportanceEvaluator(seed=0)
 
 
-def _importance(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
+def _importance(searched: optuna.Study) -> dict[str, float]:
     """How much each searched key decided of the first objective; nothing where too few trials tell it."""
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    varied = {key for trial in completed for key in trial.params}
-    if len(completed) < 4 or len(varied) < 2:
+    varied = {key for trial in searched.trials for key in trial.params}
+    if len(searched.trials) < 4 or len(varied) < 2:
         return {}
-    target = None if len(objective) == 1 else (lambda trial: trial.values[0])
+    target = None if len(searched.directions) == 1 else (lambda trial: trial.values[0])
     try:
-        return dict(optuna.importance.get_param_importances(study, evaluator=_evaluator(), target=target))
+        return dict(optuna.importance.get_param_importances(searched, evaluator=_evaluator(), target=target))
     except (ValueError, RuntimeError) as error:  # all values alike, or no key in all trials
         log.info("no importance of the keys: %s", error)
         return {}
 
 
-def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, important: bool) -> list[Path]:
+def _pictures(
+    study: optuna.Study, searched: optuna.Study, objective: Sequence[str], sweep_dir: Path, important: bool
+) -> list[Path]:
     """Optuna's own charts as PNG."""
     import matplotlib
 
@@ -168,11 +191,11 @@ def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, im
     named = first or {"target_name": objective[0]}
     wanted: dict[str, Callable[[], Any]] = {
         "history": lambda: charts.plot_optimization_history(study, **named),
-        "parallel": lambda: charts.plot_parallel_coordinate(study, **named),
-        "slices": lambda: charts.plot_slice(study, **named),
+        "parallel": lambda: charts.plot_parallel_coordinate(searched, **named),
+        "slices": lambda: charts.plot_slice(searched, **named),
     }
     if important:
-        wanted["importance"] = lambda: charts.plot_param_importances(study, _evaluator(), **named)
+        wanted["importance"] = lambda: charts.plot_param_importances(searched, _evaluator(), **named)
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []
@@ -187,7 +210,7 @@ def _pictures(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, im
     return paths
 
 
-def _results(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:
+def _results(best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:
     """The same file that Hydra's Optuna sweeper leaves."""
     results: dict[str, Any] = {"name": "optuna"}
     if len(objective) == 1 and best:

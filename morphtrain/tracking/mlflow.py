@@ -66,13 +66,15 @@ class MLflowTracker:
         history: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """Create the MLflow run or, if `resumed`, go on in the one that `run_dir` and `history` belong to."""
-        name = " ".join(tags[key] for key in ("model", "prune", "precision"))
+        name = " ".join(tags[key] for key in ("model", "prune", "precision")) + f" seed {tags['seed']}"
+        if "trial" in tags:
+            name = f"trial {tags['trial']}: {name}"
         parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
         self.begin(
             Record(
                 self.uri,
                 self.experiment,
-                f"{name} seed {tags['seed']}",
+                name,
                 {key: str(value) for key, value in params.items()},
                 {**tags, RUN_DIR_TAG: str(run_dir), **parent},
                 started=_now(),
