@@ -24,6 +24,11 @@ CASES = {
     "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),
     "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
     "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
+    "rounding down": (
+        ["prune=prunetrain", "prune.round_down=0.1"],
+        ["prune.round_down=0.1: must be 0 with prune.round_to=1; or take auto there"],
+    ),
+    "rounding all down": (["prune=prunetrain", "prune.round_to=auto", "prune.round_down=1"], ["prune.round_down=1"]),
     "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
     "rows under LARS": (
         ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],

@@ -13,7 +13,7 @@ from topologies import TOPOLOGIES
 from torch import nn
 
 from morphtrain.cost import count_macs
-from morphtrain.morph import ChannelGraph, Gate, MorphError, describe, rebuild
+from morphtrain.morph import ChannelGraph, Gate, MorphError, Space, describe, rebuild
 from morphtrain.prune.reconfigure import channel_strengths, channels_to_keep, live_channels, reconfigure
 from morphtrain.prune.widths import WidthProbe, timed_places
 
@@ -328,6 +328,10 @@ def test_a_gate_that_would_lose_something_is_refused() -> None:
         graph.gate({"head": Gate(reads=torch.tensor([0]))})
 
 
+def kept(graph: ChannelGraph, round_to: int | WidthProbe, round_down: float = 0.0) -> dict[Space, torch.Tensor]:
+    return channels_to_keep(graph, channel_strengths(graph), 1e-4, 1, round_to, round_down)
+
+
 class TimesByWidth(WidthProbe):
     """A probe whose clock is a function of the layer."""
 
@@ -350,10 +354,43 @@ class TimesByWidth(WidthProbe):
 )
 def test_a_space_keeps_the_width_that_is_fastest(seconds, wanted: int) -> None:
     model = chain({5, 6, 7}, {5, 6, 7})  # 8 channels, 3 of them alive
-    keep = channels_to_keep(trace(model), 1e-4, 1, TimesByWidth(seconds))
+    keep = kept(trace(model), TimesByWidth(seconds))
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == wanted
     assert keep[space][5:].all()
+
+
+def vectors(layer) -> float:
+    """A device that works on four channels at once."""
+    return float(-(-layer.inputs // 4) * -(-layer.outputs // 4))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "wanted"),
+    [
+        (vectors, 0.0, 6),
+        (vectors, 0.001, 6),  # more than that would go
+        (vectors, 0.1, 4),
+        (vectors, 0.9, 4),  # where a MAC takes longer, it does not go
+        (lambda layer: layer.macs, 0.9, 6),  # nor where it takes as long
+        (lambda layer: layer.macs + 1.0, 0.9, 6),
+    ],
+)
+def test_weak_live_channels_go_where_that_makes_a_mac_cheaper(seconds, share: float, wanted: int) -> None:
+    model = chain(set(range(6)), set(range(6)))
+    weak = torch.tensor([1, 4])
+    model[0].weight.data[weak] *= 0.1
+    model[2].weight.data[:, weak] *= 0.1
+    graph = trace(model)
+    keep = kept(graph, TimesByWidth(seconds), share)
+    (space,) = [space for space in keep if space.size == 8]
+    assert int(keep[space].sum()) == wanted
+    assert keep[space][[0, 2, 3, 5]].all() and not keep[space][[6, 7]].any()
+    squares = channel_strengths(graph)[space].square()
+    assert squares[~keep[space]].sum() <= (share + 1e-9) * squares.sum()
+    change = reconfigure(graph, round_to=TimesByWidth(seconds), round_down=share)
+    assert change.given_up == 6 - wanted
+    assert ("2 of them alive" in change.summary()) == (wanted == 4)
 
 
 SHAPES_OF_TIME = {
@@ -381,7 +418,7 @@ def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: fl
     probe = TimesByWidth(seconds)
 
     def total(round_to) -> float:
-        keep = channels_to_keep(graph, 1e-4, 1, round_to)
+        keep = kept(graph, round_to)
         widths = {space: int(kept.sum()) for space, kept in keep.items()}
         return sum(seconds(place.at(widths, "cpu", 1)) for place in timed_places(graph))
 
@@ -397,7 +434,7 @@ def test_the_probe_times_every_layer_once_and_remembers() -> None:
             module.weight.data[:, ::3] = 0.0
     graph = ChannelGraph.trace(model, INPUT[:1].float())
     state = torch.random.get_rng_state()
-    keep = channels_to_keep(graph, 1e-4, 1, probe)
+    keep = kept(graph, probe)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(seconds > 0 for seconds in probe.seconds.values())
     for layer in probe.seconds:
@@ -406,7 +443,7 @@ def test_the_probe_times_every_layer_once_and_remembers() -> None:
     other = WidthProbe(torch.device("cpu"), 2)
     other.load_state_dict(json.loads(json.dumps(probe.state_dict())))
     assert (other.seconds, other.again) == (probe.seconds, probe.again)
-    again = channels_to_keep(graph, 1e-4, 1, other)
+    again = kept(graph, other)
     assert all(torch.equal(keep[space], again[space]) for space in graph.spaces)
     assert (other.seconds, other.again) == (probe.seconds, probe.again)
 
@@ -423,7 +460,7 @@ def test_a_choice_that_only_noise_speaks_for_is_not_taken(seed: int) -> None:
             }
 
     model = chain({5, 6, 7}, {5, 6, 7})
-    keep = channels_to_keep(trace(model), 1e-4, 1, Noisy(torch.device("cpu"), 1))
+    keep = kept(trace(model), Noisy(torch.device("cpu"), 1))
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == 3
 

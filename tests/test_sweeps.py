@@ -17,9 +17,11 @@ import optuna
 import pytest
 import yaml
 from mlflow.entities import Run
+from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain.sweep.storage import open_storage
+from morphtrain.sweep.trial import TrialReporter
 from tests.conftest import SMALL, Command
 
 SWEEP = (
@@ -141,6 +143,28 @@ def test_trials_behind_the_median_are_stopped(command: Command, tmp_path: Path) 
         else:
             assert epochs == 3
             best_so_far.append(trial.values[0])
+
+
+@pytest.mark.parametrize("objective", ["train_seconds", "calibrated_train_seconds", "val_loss"])
+def test_a_trial_is_stopped_once_it_is_slower(objective: str, tmp_path: Path) -> None:
+    """A clock only ever grows: the best value of a trial, which Optuna goes by, would be the first epoch's for good."""
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    study = optuna.create_study(study_name="early", storage=open_storage(storage))
+    for _ in range(3):
+        trial = study.ask()
+        for epoch in (1, 2, 3):
+            trial.report(float(epoch), epoch)
+        study.tell(trial, 3.0)
+    pruner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3, "n_warmup_steps": 0}
+    sweeper = OmegaConf.create({"study_name": "early", "storage": storage, "pruner": pruner})
+
+    def verdicts(*values: float) -> list[bool]:
+        reporter = TrialReporter(sweeper, study.ask().number, [objective])
+        return [reporter({"epoch": epoch, objective: value}) for epoch, value in enumerate(values, 1)]
+
+    assert verdicts(0.9, 1.8, 2.7) == [False, False, False]
+    assert verdicts(1.1) == [True]
+    assert verdicts(0.5, 2.5, 2.9) == [False, objective != "val_loss", False]
 
 
 def test_a_failed_trial_does_not_end_the_sweep(command: Command, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class PruneTrain:
                 threshold=self.config.threshold,
                 min_channels=self.config.min_channels,
                 round_to=self._round_to(run),
+                round_down=self.config.round_down,
                 residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,9 +18,13 @@ Strengths = Callable[[ChannelGraph], dict[Space, torch.Tensor]]  # of every chan
 
 @dataclass
 class Reconfiguration:
-    """What changed: widths (before, after) by space name, the paths of removed blocks and of gated convolutions."""
+    """What changed: widths (before, after) by space name, the paths of removed blocks and of gated convolutions.
+
+    `given_up` is how many of the removed channels were alive.
+    """
 
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    given_up: int = 0
     removed_blocks: list[str] = field(default_factory=list)
     gated: list[str] = field(default_factory=list)
 
@@ -30,7 +34,8 @@ class Reconfiguration:
     def summary(self) -> str:
         """One line: how many channels went from how many layers, and which blocks."""
         channels = sum(before - after for before, after in self.widths.values())
-        parts = [f"{channels} channels of {len(self.widths)} spaces"] if self.widths else []
+        alive = f" ({self.given_up} of them alive)" if self.given_up else ""
+        parts = [f"{channels} channels of {len(self.widths)} spaces{alive}"] if self.widths else []
         parts += [f"block {path}" for path in self.removed_blocks]
         removed = "removed " + ", ".join(parts) if parts else ""
         gated = f"gated {len(self.gated)} convolutions" if self.gated else ""
@@ -43,6 +48,7 @@ def reconfigure(
     threshold: float = 1e-4,
     min_channels: int = 1,
     round_to: int | WidthProbe = 1,
+    round_down: float = 0.0,
     residual: Literal["union", "gating"] = "union",
     optimizer: Optimizer | None = None,
     strengths_of: Strengths | None = None,
@@ -54,6 +60,8 @@ def reconfigure(
         min_channels: every layer keeps at least this many channels, the strongest.
         round_to: widths are rounded up to a multiple of this by keeping the strongest dead channels; or to what a
             probe finds fastest.
+        round_down: with a probe: weak live channels go, too, where a MAC takes less time for it: at most this share,
+            in [0, 1), of the squared strengths of a space's channels.
         residual: "gating" lets each convolution at a residual sum read and write only the sum's channels that are
             alive in it; "union" keeps a channel in all of them if it is alive in one.
         optimizer: its state follows.
@@ -66,7 +74,9 @@ def reconfigure(
         if _is_dead(block, dead) and graph.can_remove(block):
             _remove(graph, block, dead, optimizer)
             result.removed_blocks.append(block.path)
-    keep = channels_to_keep(graph, threshold, min_channels, round_to, strengths_of)
+    strengths = strengths_of(graph)
+    keep = channels_to_keep(graph, strengths, threshold, min_channels, round_to, round_down)
+    result.given_up = sum(int((~kept & (strengths[space] >= threshold)).sum()) for space, kept in keep.items())
     changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}
     result.widths = {space.name: (space.size, len(index)) for space, index in changes.items()}
     graph.reindex_spaces(changes, optimizer)
@@ -116,30 +126,45 @@ def live_channels(graph: ChannelGraph, threshold: float) -> int:
 
 def channels_to_keep(
     graph: ChannelGraph,
+    strengths: Mapping[Space, torch.Tensor],
     threshold: float,
     min_channels: int,
     round_to: int | WidthProbe,
-    strengths_of: Strengths = channel_strengths,
+    round_down: float = 0.0,
 ) -> dict[Space, torch.Tensor]:
     """space -> mask (size,) of the channels that stay."""
-    strengths = strengths_of(graph)
-    keep = {space: strength >= threshold for space, strength in strengths.items()}
+    alive = {space: strength >= threshold for space, strength in strengths.items()}
     axes = [axis for axis in graph.axes if axis.weight is not None]
-    multiple = round_to if isinstance(round_to, int) else 1
-    keep = _revived(axes, keep, strengths, min_channels, multiple)
-    if isinstance(round_to, WidthProbe):
-        rounded = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
-        least, *roundings = [{space: int(kept.sum()) for space, kept in kepts.items()} for kepts in rounded]
-        for space, width in round_to.fastest(graph, least, roundings).items():
-            strongest = strengths[space].masked_fill(keep[space], float("inf")).topk(width).indices
-            keep[space][strongest] = True
-    return keep
+    keep = _revived(axes, alive, strengths, min_channels, round_to if isinstance(round_to, int) else 1)
+    if isinstance(round_to, int):
+        return keep
+    rounded = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
+    least, *roundings = [{space: int(kept.sum()) for space, kept in kepts.items()} for kepts in rounded]
+    floors = {space: max(_needed(strengths[space][kept], round_down), min_channels) for space, kept in keep.items()}
+    widths = round_to.fastest(graph, least, roundings, floors if round_down else None)
+    return {space: _strongest(strengths[space], keep[space], width) for space, width in widths.items()}
+
+
+def _strongest(strengths: torch.Tensor, keep: torch.Tensor, width: int) -> torch.Tensor:
+    """Mask of `width` channels: the strongest of those to keep, and then of the others."""
+    order = strengths.argsort(descending=True)
+    order = order[keep[order].argsort(descending=True, stable=True)]
+    return torch.zeros_like(keep).index_fill_(0, order[:width], True)
+
+
+def _needed(strengths: torch.Tensor, share: float) -> int:
+    """How many channels, the strongest, hold all but `share` of the squared strengths; all, if one is infinite."""
+    squares = strengths.double().square().sort().values
+    if not squares.isfinite().all():
+        return len(squares)
+    lost = squares.cumsum(0) / squares.sum()
+    return len(squares) - int((lost <= share).sum())
 
 
 def _revived(
     axes: list[Axis],
     keep: dict[Space, torch.Tensor],
-    strengths: dict[Space, torch.Tensor],
+    strengths: Mapping[Space, torch.Tensor],
     min_channels: int,
     round_to: int,
 ) -> dict[Space, torch.Tensor]:
@@ -153,7 +178,7 @@ def _revived(
 def _revive(
     axis: Axis,
     keep: dict[Space, torch.Tensor],
-    strengths: dict[Space, torch.Tensor],
+    strengths: Mapping[Space, torch.Tensor],
     min_channels: int,
     round_to: int,
 ) -> bool:

@@ -4,10 +4,12 @@ Time does not fall as smoothly with the width as MACs do: vector units and kerne
 (`benchmarks/widths.py` shows how much on this machine). So before spaces are cut, the layers around them are timed
 (forward and backward, in the network's memory format) at the widths that pruning left and at the next ones that make
 inputs or outputs multiples of 4, 8, 16 and 32, and the spaces keep widths whose layers take the least time together.
+With `prune.round_down` weak live channels go, too, where that reaches a width at which a MAC takes less time.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,6 +72,12 @@ class Layer:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of a sample's forward pass."""
+        positions = math.prod(self.size) // math.prod(self.stride)
+        return math.prod(self.kernel) * positions * self.outputs * (1 if self.depthwise else self.inputs)
+
 
 @dataclass(eq=False)
 class Place:
@@ -120,36 +128,61 @@ class WidthProbe:
         self.again: dict[Layer, float] = {}  # of those that a choice came down to, timed once more
 
     def fastest(
-        self, graph: ChannelGraph, least: Mapping[Space, int], roundings: Iterable[Mapping[Space, int]]
+        self,
+        graph: ChannelGraph,
+        least: Mapping[Space, int],
+        roundings: Iterable[Mapping[Space, int]],
+        floors: Mapping[Space, int] | None = None,
     ) -> dict[Space, int]:
         """The widths, each from its `least` up to the present one, whose layers take the least time together.
 
         A layer is fast when both its sides suit it, so `roundings`, of all spaces to one multiple, are tried first;
         from the best of these, single spaces change as long as that saves time. Of widths that are equal but for noise
         the smallest: pruning's own if no others save more than noise, timed once more: of many measured times the
-        shortest is likely one that was measured too short.
+        shortest is likely one that was measured too short. Last, with `floors`, spaces go below that, as far as their
+        floor, to where a MAC takes less time.
         """
         shrinking = [space for space in graph.spaces if least[space] < space.size]
-        places = [place for place in timed_places(graph) if not place.spaces.isdisjoint(shrinking)]
+        places = timed_places(graph)
+        changed = [place for place in places if not place.spaces.isdisjoint(shrinking)]
         first: list[Mapping[Space, int]] = [least, *roundings]
-        fastest = min(first, key=lambda widths: self._total(places, widths))
+        fastest = min(first, key=lambda widths: self._total(changed, widths))
         best = dict(fastest)
         for _ in range(SWEEPS):
             before = dict(best)
             for space in shrinking:
-                near = [place for place in places if space in place.spaces]
+                near = [place for place in changed if space in place.spaces]
                 if near:
                     best[space] = self._narrowest(near, best, space, least[space])
             if best == before:
                 break
-        return best if self._saves(places, best, least) else dict(least)
+        seconds, plain = self._again(changed, best, least)
+        chosen = best if seconds < (1 - TIE) * plain else dict(least)
+        return chosen if floors is None else self._below(places, chosen, floors)
 
-    def _saves(self, places: list[Place], best: Mapping[Space, int], least: Mapping[Space, int]) -> bool:
-        """Whether `best` takes less time by more than noise: otherwise its channels would be for nothing."""
-        layers, plain = self._layers(places, best), self._layers(places, least)
-        if not self.again.keys() >= {*layers, *plain}:
-            self.again.update(self.timed([*layers, *plain]))  # all of them anew: times are compared that are neighbours
-        return sum(self.again[layer] for layer in layers) < (1 - TIE) * sum(self.again[layer] for layer in plain)
+    def _below(self, places: list[Place], widths: dict[Space, int], floors: Mapping[Space, int]) -> dict[Space, int]:
+        """`widths`, some of them lower, if the time of a MAC falls by more than noise for it."""
+        lower = dict(widths)
+        for space, floor in floors.items():
+            near = [place for place in places if space in place.spaces]
+            axes = [axis for place in near for axis in (place.inputs, place.outputs)]
+            steps = {width for axis in axes for width in _suiting(axis, lower, space, floor) if width < lower[space]}
+            candidates = [{**lower, space: width} for width in (lower[space], *sorted(steps, reverse=True))]
+            if steps:
+                costs = [self._total(near, choice) / self._macs(near, choice) for choice in candidates]
+                lower = candidates[costs.index(min(costs))]
+        changed = [place for place in places if any(lower[space] < widths[space] for space in place.spaces)]
+        seconds, before = self._again(changed, lower, widths)
+        pays = seconds * self._macs(changed, widths) < (1 - TIE) * before * self._macs(changed, lower)
+        return lower if pays else widths
+
+    def _again(self, places: list[Place], *choices: Mapping[Space, int]) -> list[float]:
+        """What the layers take together at each of the choices of widths, timed once more, side by side."""
+        layers = [self._layers(places, widths) for widths in choices]
+        every = [layer for choice in layers for layer in choice]
+        if not self.again.keys() >= set(every):
+            self.again.update(self.timed(every))  # all of them anew: times are compared that are neighbours
+        return [sum(self.again[layer] for layer in choice) for choice in layers]
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
         """The smallest width of `space` with which these layers are as fast as they get, all others being as given."""
@@ -162,6 +195,9 @@ class WidthProbe:
         layers = self._layers(places, widths)
         self.measure(layers)
         return sum(self.seconds[layer] for layer in layers)
+
+    def _macs(self, places: Iterable[Place], widths: Mapping[Space, int]) -> int:
+        return sum(layer.macs for layer in self._layers(places, widths))
 
     def _layers(self, places: Iterable[Place], widths: Mapping[Space, int]) -> list[Layer]:
         return [place.at(widths, str(self.device), self.batch_size) for place in places]

@@ -19,6 +19,7 @@ class PruneTrain:
     start_epoch: int
     stop_epoch: int | None
     round_to: Any  # int, or "auto"
+    round_down: float
     min_channels: int
     residual: str
     ignore: list[str]
@@ -31,6 +32,9 @@ class PruneTrain:
         _check_dates(self)
         whole = type(self.round_to) is int and self.round_to >= 1
         check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
+        check(0 <= self.round_down < 1, "prune.round_down", self.round_down, "0 or more, less than 1")
+        wanted = f"0 with prune.round_to={self.round_to}; or take auto there"
+        check(self.round_to == "auto" or not self.round_down, "prune.round_down", self.round_down, wanted)
         check_one_of("prune.residual", self.residual, ("union", "gating"))
 
 

@@ -22,6 +22,8 @@ ERROR_ATTR = "error"  # of a failed trial: why
 METRICS_ATTR = "metrics"  # the record of its last epoch
 STOPPED_ATTR = "stopped_at"  # of a trial that its pruner ended: the epoch
 
+CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that only ever grow
+
 
 def make_pruner(node: Any) -> Any:
     """Optuna's pruner of a config node (group `hydra/sweeper/pruner`); none of another package's."""
@@ -61,11 +63,25 @@ class TrialReporter:
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
-        if self.is_baseline or not self.study.pruner.prune(self.study, self._frozen()):
+        if self.is_baseline or not self.study.pruner.prune(self.study, self._judged()):
             return False
         self.storage.set_trial_user_attr(self.trial_id, STOPPED_ATTR, epoch)
         log.info("stopped early behind epoch %d: other trials of the study did better by then", epoch)
         return True
+
+    def _judged(self) -> Any:
+        """The trial as its pruner should see it.
+
+        Optuna's percentile pruners go by the best value that a trial has had. Of a clock that runs on that is the first
+        epoch's, always: it must be the last one's.
+        """
+        import optuna
+
+        trial = self._frozen()
+        if self.objective[0] in CLOCKS and isinstance(self.study.pruner, optuna.pruners.PercentilePruner):
+            values = trial.intermediate_values
+            trial.intermediate_values = dict.fromkeys(values, values[trial.last_step])
+        return trial
 
     def _frozen(self) -> Any:
         return self.storage.get_trial(self.trial_id)
