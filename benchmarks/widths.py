@@ -1,17 +1,19 @@
-"""What half the MACs of ResNet-20 are worth in time, in both memory formats, and what `prune.round_to=auto` adds.
+"""What half the MACs of ResNet-20 are worth in time, and what `prune.round_to=auto` and `prune.round_down` add.
 
-The channels that go are chosen in two ways: "evenly", the same share of every space, at random; and "lasso", those that
-are dead when a network trained under the proximal lasso on synthetic images could lose half its MACs. Then training
-steps of the dense network, of the one cut to what is alive and of the one whose widths the probe chose alternate, in
-both formats; batch 64, 32x32. Speed-ups are over the dense network of the same format, and MAC reductions those of each
-network as it is, unless a line says otherwise.
+    python widths.py [contiguous|channels_last]     # one format instead of both
+
+Which channels go is decided in two ways: "lasso", those that die when a network trains under the proximal lasso on
+synthetic images; and "evenly", the same share of every space, at random. Then training steps of the dense network
+alternate with those of the network cut to what is alive, of the one whose widths the probe chose ("rounded"), and of
+the one that also gave up weak live channels ("lowered", `round_down=0.05`); batch 64, 32x32. Training stops when the
+lowered network has half the MACs. Speed-ups are over the dense network of the same format, MAC reductions their own.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-import time
+import sys
 from functools import partial
 
 import torch
@@ -32,37 +34,48 @@ from morphtrain.trainer.process import prepare_process
 BATCH, SHAPE = 64, (3, 32, 32)
 IMAGES, LABELS = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NETWORKS, ROUNDS = 2, 8
+DATA = synthetic.build(schema.Synthetic("synthetic", 2048, 512, 32, 3, 10, 4.0))
+ROUND_DOWN = 0.05
+ROUNDS = 10
+WAYS = ("rounded", "lowered")
 
 
-def half_dead(width: int, seed: int) -> nn.Module:
-    """A ResNet-20 of its full shape, half of whose MACs dead channels would take along."""
+def dense(width: int, seed: int, memory_format: torch.memory_format) -> ResNet:
     torch.manual_seed(seed)
-    model = ResNet(blocks=3, width=width)
-    data = synthetic.build(schema.Synthetic("synthetic", 2048, 1, 32, 3, 10, 4.0))
+    return ResNet(blocks=3, width=width).to(memory_format=memory_format)
+
+
+def cut_to(model: nn.Module, **options: object) -> nn.Module:
+    """A copy of the network, reconfigured with these options."""
+    twin = copy.deepcopy(model)
+    reconfigure(ChannelGraph.trace(twin, IMAGES[:1]), **options)  # type: ignore[arg-type]
+    return twin
+
+
+def dead_by_lasso(width: int, seed: int, memory_format: torch.memory_format, probe: WidthProbe) -> nn.Module:
+    """A network of its full shape; without what is dead, and lowered, it has half its MACs."""
+    model = dense(width, seed, memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     lassos = group_lassos(ChannelGraph.trace(model, IMAGES[:1]))
     strength = strength_for_ratio(0.95, 2.3, penalty(lassos).item())
     half, steps = count_macs(model, SHAPE) / 2, 0
     while True:
-        for images, labels in data.train_batches(32, torch.Generator().manual_seed(steps)):
-            F.cross_entropy(model(images), labels).backward()
+        for images, labels in DATA.train_batches(32, torch.Generator().manual_seed(steps)):
+            F.cross_entropy(model(images.contiguous(memory_format=memory_format)), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             shrink(lassos, 0.1 * strength / (1 - 0.9))
             steps += 1
-            if steps % 10 == 0:
-                cut = copy.deepcopy(model)
-                reconfigure(ChannelGraph.trace(cut, IMAGES[:1]))
-                if count_macs(cut, SHAPE) <= half:
+            if steps % 10 == 0 and count_macs(cut_to(model), SHAPE) <= 1.2 * half:
+                lowered = cut_to(model, round_to=probe, round_down=ROUND_DOWN)
+                if count_macs(lowered, SHAPE) <= half:
                     return model
 
 
 @torch.no_grad()
-def half_dead_evenly(width: int, seed: int) -> nn.Module:
-    """A ResNet-20 of its full shape; dead channels, the same share of every space, would take half the MACs along."""
-    torch.manual_seed(seed)
-    model = ResNet(blocks=3, width=width)
+def dead_evenly(width: int, seed: int, memory_format: torch.memory_format, probe: WidthProbe) -> nn.Module:
+    """A network of its full shape; without the dead channels, the same share of every space, it has half its MACs."""
+    model = dense(width, seed, memory_format)
     graph = ChannelGraph.trace(model, IMAGES[:1])
     cost = WidthCost(graph, "flops")
     shares = (share / 1000 for share in range(1000, 0, -1))
@@ -76,58 +89,56 @@ def half_dead_evenly(width: int, seed: int) -> nn.Module:
     return model
 
 
+DEAD = {"lasso": dead_by_lasso, "evenly": dead_evenly}
+
+
 def step(model: nn.Module, images: torch.Tensor) -> None:
     F.cross_entropy(model(images), LABELS).backward()
     model.zero_grad()
 
 
-def compare(chosen: str, width: int, seed: int, probes: dict[str, WidthProbe]) -> dict[str, dict[str, float]]:
-    """Cut one network in both ways and formats, time them against the dense one and a second copy of the cut one."""
-    model, networks, probing = CHOICES[chosen](width, seed), {}, {}
-    for name, memory_format in FORMATS.items():
-        dense, cut = ResNet(blocks=3, width=width), copy.deepcopy(model)
-        rounded = copy.deepcopy(model).to(memory_format=memory_format)
-        reconfigure(ChannelGraph.trace(cut, IMAGES[:1]))
-        start = time.perf_counter()
-        reconfigure(ChannelGraph.trace(rounded, IMAGES[:1]), round_to=probes[name])
-        probing[name] = time.perf_counter() - start
-        variants = {"dense": dense, "cut": cut, "rounded": rounded, "cut again": copy.deepcopy(cut)}
-        networks |= {(name, kind): m.to(memory_format=memory_format) for kind, m in variants.items()}
-    images = {name: IMAGES.to(memory_format=memory_format) for name, memory_format in FORMATS.items()}
-    steps = {" ".join(key): partial(step, m, images[key[0]]) for key, m in networks.items()}
-    seconds = interleave(steps, rounds=ROUNDS)
+@torch.no_grad()
+def accuracy(model: nn.Module) -> float:
+    """On images that were not trained on, by the batch's own statistics."""
+    batches = list(DATA.val_batches())
+    right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches)
+    return right / sum(len(labels) for _, labels in batches)
+
+
+def compare(title: str, chosen: str, width: int, seed: int, name: str, probe: WidthProbe) -> dict[str, float]:
+    """Time what was cut in all ways against the dense network, and against a second copy of the plainly cut one."""
+    memory_format = FORMATS[name]
+    model = DEAD[chosen](width, seed, memory_format, probe)
+    networks = {
+        "dense": dense(width, seed, memory_format),
+        "cut": cut_to(model),
+        "rounded": cut_to(model, round_to=probe),
+        "lowered": cut_to(model, round_to=probe, round_down=ROUND_DOWN),
+        "cut again": cut_to(model),
+    }
+    images = IMAGES.contiguous(memory_format=memory_format)
+    seconds = interleave({kind: partial(step, network, images) for kind, network in networks.items()}, rounds=ROUNDS)
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
-    macs = {key: count_macs(m, SHAPE) for key, m in networks.items()}
-    results = {}
-    for name, other in zip(FORMATS, reversed(FORMATS), strict=True):
-        fewer = {kind: macs[name, "dense"] / macs[name, kind] for kind in ("cut", "rounded")}
-        faster = {kind: ratio(f"{name} dense", f"{name} {kind}") for kind in ("cut", "rounded")}
-        for kind in ("cut", "rounded"):
-            sizes = [space.size for space in ChannelGraph.trace(networks[name, kind], IMAGES[:1]).spaces]
-            what = f"{fewer[kind]:.2f} x fewer MACs, {faster[kind]:.2f} x faster"
-            print(f"widths: {chosen}, {width}/{seed} {name} {kind}: {what}; {sizes}")
-        results[name] = {
-            "rounded / cut": ratio(f"{name} rounded", f"{name} cut"),
-            "noise": abs(ratio(f"{name} cut again", f"{name} cut") - 1),
-            "rounded": faster["rounded"] / fewer["rounded"],
-            "cut": faster["cut"] / fewer["cut"],
-            "of cut MACs": faster["rounded"] / fewer["cut"],
-            "over the other": ratio(f"{other} dense", f"{name} rounded") / fewer["rounded"],
-            "dense": ratio(f"{other} dense", f"{name} dense"),
-            "probing": probing[name],
-        }
+    results = {f"{kind} / cut": ratio(kind, "cut") for kind in WAYS} | {"noise": abs(ratio("cut again", "cut") - 1)}
+    for kind in ("cut", *WAYS):
+        fewer = count_macs(networks["dense"], SHAPE) / count_macs(networks[kind], SHAPE)
+        faster = ratio("dense", kind)
+        results[kind] = faster / fewer
+        sizes = [space.size for space in ChannelGraph.trace(networks[kind], IMAGES[:1]).spaces]
+        print(
+            f"{title}: seed {seed}, {kind}: {fewer:.2f} x fewer MACs, {faster:.2f} x faster ({faster / fewer:.3f}), "
+            f"validation accuracy {accuracy(networks[kind]):.3f}; {sizes}",
+            flush=True,
+        )
     return results
 
 
-CHOICES = {"evenly": half_dead_evenly, "lasso": half_dead}
-
-
-def where_the_time_goes(channels_last: bool) -> None:
+def where_the_time_goes(name: str) -> None:
     """A 3x3 convolution, norm and activation of the stages by width, and the share of the first stage in the whole."""
-    probe, name = WidthProbe(batch_size=BATCH), "channels_last" if channels_last else "contiguous"
+    probe, channels_last = WidthProbe(batch_size=BATCH), name == "channels_last"
     for stage in range(3):
         top, size = 16 * 2**stage, tuple(side // 2**stage for side in SHAPE[1:])
         geometry = ((3, 3), (1, 1), (1, 1), (1, 1), False, size, channels_last)
@@ -150,35 +161,28 @@ def where_the_time_goes(channels_last: bool) -> None:
 
 
 def summarise(title: str, column: dict[str, list[float]]) -> None:
-    worst, noise, middle = (
-        max(column["rounded / cut"]),
-        max(column["noise"]),
-        {key: statistics.median(values) for key, values in column.items()},
-    )
-    print(
-        f"{title}: rounded / cut, worst of {NETWORKS} = {worst:.3f} (a network against its own copy differs by up to "
-        f"{noise:.3f}; probing takes {max(column['probing']):.1f} s)   "
-        f"limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
-    )
-    print(
-        f"{title}: speed-up / MAC reduction, median = {middle['rounded']:.3f} (not rounded {middle['cut']:.3f}; over "
-        f"the MACs before rounding {middle['of cut MACs']:.3f}; against the dense network of the other format "
-        f"{middle['over the other']:.3f}, which takes {middle['dense']:.2f} of this one's time)   "
-        f"at least 0.75 {'ok' if middle['rounded'] >= 0.75 else 'MISSED'}"
-    )
+    noise, networks = max(column["noise"]), len(column["noise"])
+    for kind in WAYS:
+        worst, middle = max(column[f"{kind} / cut"]), statistics.median(column[kind])
+        print(
+            f"{title}: {kind} / cut, worst of {networks} = {worst:.3f} (a network and its own copy differ by up to "
+            f"{noise:.3f})   limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
+        )
+        print(
+            f"{title}: {kind}: speed-up / MAC reduction, median of {networks} = {middle:.3f} "
+            f"(cut {statistics.median(column['cut']):.3f})   at least 0.75 {'ok' if middle >= 0.75 else 'MISSED'}",
+            flush=True,
+        )
 
 
 def main() -> None:
     prepare_process()
-    for channels_last in (False, True):
-        where_the_time_goes(channels_last)
-    probes = {(name, width): WidthProbe(batch_size=BATCH) for name in FORMATS for width in (16, 32)}
-    for chosen, width in (("evenly", 16), ("lasso", 16), ("evenly", 32)):
-        mine = {name: probes[name, width] for name in FORMATS}
-        results = [compare(chosen, width, seed, mine) for seed in range(1, NETWORKS + 1)]
-        for name in FORMATS:
-            column = {key: [result[name][key] for result in results] for key in results[0][name]}
-            summarise(f"widths: {chosen}, width {width}, {name}", column)
+    for name in sys.argv[1:] or FORMATS:
+        where_the_time_goes(name)
+        for chosen, width, networks in (("lasso", 16, 3), ("evenly", 16, 1), ("lasso", 32, 1)):
+            title, probe = f"widths: {name}: {chosen}, width {width}", WidthProbe(batch_size=BATCH)
+            results = [compare(title, chosen, width, seed, name, probe) for seed in range(1, networks + 1)]
+            summarise(title, {key: [result[key] for result in results] for key in results[0]})
 
 
 if __name__ == "__main__":
