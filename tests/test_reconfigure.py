@@ -424,6 +424,18 @@ def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: fl
 
     assert total(probe) <= 1.03 * min(total(multiple) for multiple in (1, 4, 8, 16, 32))
 
+    class Slowing(TimesByWidth):
+        """Of a machine that becomes slower with every question."""
+
+        speed = 1.0
+
+        def timed(self, layers) -> dict:
+            self.speed *= 1.3
+            return {layer: self.speed * found for layer, found in super().timed(layers).items()}
+
+    steady, slowing = kept(graph, TimesByWidth(seconds), 0.3), kept(graph, Slowing(seconds), 0.3)
+    assert all(torch.equal(steady[space], slowing[space]) for space in graph.spaces)
+
 
 def test_the_probe_times_every_layer_once_and_remembers() -> None:
     probe = WidthProbe(torch.device("cpu"), 2)

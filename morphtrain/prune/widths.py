@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 MULTIPLES = (4, 8, 16, 32)
 TIE = 0.03  # of the fastest time: what repeated measurements of the same layer differ by
 ROUNDS = 5  # measurements of each layer, of which the median counts
+ANCHORS = 4  # layers that are timed again with new ones: by them, times that are far apart compare
 SWEEPS = 3  # over the spaces, looking for single ones to change
 
 
@@ -125,7 +126,7 @@ class WidthProbe:
         self.batch_size = batch_size
         self.autocast = autocast
         self.seconds: dict[Layer, float] = {}
-        self.again: dict[Layer, float] = {}  # of those that a choice came down to, timed once more
+        self.again: dict[Layer, float] = {}  # of those that a choice came down to, in a second measurement
 
     def fastest(
         self,
@@ -146,6 +147,7 @@ class WidthProbe:
         places = timed_places(graph)
         changed = [place for place in places if not place.spaces.isdisjoint(shrinking)]
         first: list[Mapping[Space, int]] = [least, *roundings]
+        self._measure(self.seconds, [layer for widths in first for layer in self._layers(changed, widths)])
         fastest = min(first, key=lambda widths: self._total(changed, widths))
         best = dict(fastest)
         for _ in range(SWEEPS):
@@ -168,8 +170,8 @@ class WidthProbe:
             axes = [axis for place in near for axis in (place.inputs, place.outputs)]
             steps = {width for axis in axes for width in _suiting(axis, lower, space, floor) if width < lower[space]}
             candidates = [{**lower, space: width} for width in (lower[space], *sorted(steps, reverse=True))]
-            if steps:
-                costs = [self._total(near, choice) / self._macs(near, choice) for choice in candidates]
+            costs = [self._total(near, choice) / self._macs(near, choice) for choice in candidates] if steps else [0.0]
+            if min(costs) < (1 - TIE) * costs[0]:
                 lower = candidates[costs.index(min(costs))]
         changed = [place for place in places if any(lower[space] < widths[space] for space in place.spaces)]
         seconds, before = self._again(changed, lower, widths)
@@ -177,11 +179,9 @@ class WidthProbe:
         return lower if pays else widths
 
     def _again(self, places: list[Place], *choices: Mapping[Space, int]) -> list[float]:
-        """What the layers take together at each of the choices of widths, timed once more, side by side."""
+        """What the layers take together at each of the choices of widths, in a second measurement."""
         layers = [self._layers(places, widths) for widths in choices]
-        every = [layer for choice in layers for layer in choice]
-        if not self.again.keys() >= set(every):
-            self.again.update(self.timed(every))  # all of them anew: times are compared that are neighbours
+        self._measure(self.again, [layer for choice in layers for layer in choice])
         return [sum(self.again[layer] for layer in choice) for choice in layers]
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
@@ -193,7 +193,7 @@ class WidthProbe:
 
     def _total(self, places: Iterable[Place], widths: Mapping[Space, int]) -> float:
         layers = self._layers(places, widths)
-        self.measure(layers)
+        self._measure(self.seconds, layers)
         return sum(self.seconds[layer] for layer in layers)
 
     def _macs(self, places: Iterable[Place], widths: Mapping[Space, int]) -> int:
@@ -220,17 +220,21 @@ class WidthProbe:
             if again is not None:
                 self.again[layer] = again
 
-    def measure(self, layers: Iterable[Layer]) -> None:
-        """Time those of the layers that `seconds` does not hold yet."""
-        new = [layer for layer in layers if layer not in self.seconds]
-        self.seconds.update(self.timed(new))
+    def _measure(self, times: dict[Layer, float], layers: Iterable[Layer]) -> None:
+        """Add to `times` those of the layers that it lacks, at the speed the machine had when its first were timed."""
+        new = [layer for layer in dict.fromkeys(layers) if layer not in times]
+        if new:
+            anchors = list(times)[:ANCHORS]
+            found = self.timed([*anchors, *new])
+            pace = sum(times[layer] for layer in anchors) / sum(found[layer] for layer in anchors) if anchors else 1.0
+            times.update({layer: pace * found[layer] for layer in new})
 
     def timed(self, layers: Iterable[Layer]) -> dict[Layer, float]:
         """Seconds of each layer, once each.
 
         The median of a few passes each, in turns: what slows the machine for a while slows all of them.
         """
-        new = list(dict.fromkeys(layers))
+        new = list(layers)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             passes = {layer: self._pass(layer) for layer in new}
             times: dict[Layer, list[float]] = {layer: [] for layer in new}
