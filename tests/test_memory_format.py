@@ -152,9 +152,12 @@ def test_a_rebuilt_network_has_the_strides_of_the_one_that_was_cut() -> None:
     graph = ChannelGraph.trace(model, torch.zeros(1, 3, 8, 8))
     for space in graph.spaces:
         graph.reindex(space, range(space.size - 1))
-    twin = in_format(rebuild(ResNet(blocks=1, width=4, layers=3, bottleneck=True), describe(model)), "channels_last")
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    assert {name: p.stride() for name, p in twin.named_parameters()} == strides
+    for late in (False, True):  # made channels_last behind the rebuilding, or in front of it
+        fresh = ResNet(blocks=1, width=4, layers=3, bottleneck=True)
+        twin = rebuild(fresh if late else in_format(fresh, "channels_last"), describe(model))
+        twin = in_format(twin, "channels_last") if late else twin
+        assert {name: p.stride() for name, p in twin.named_parameters()} == strides
     assert any(p.shape[2:] == (1, 1) for p in model.parameters() if p.dim() == 4)
 
 

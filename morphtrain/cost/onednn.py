@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from morphtrain.cost.step import is_channels_last
+
 BLOCKS = {"AVX512": 16, "AVX2": 8}  # channels; elsewhere a copy is as large as its tensor
 FEW_CHANNELS = 8  # kernels larger than 1x1 read up to that many as they are
 
@@ -63,7 +65,4 @@ def _blocked(tensor: torch.Tensor) -> int:
 
 def _channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the convolution works in channels_last, as one of the two asks for."""
-    return any(
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        for tensor in (inputs, weight)
-    )
+    return is_channels_last(inputs) or is_channels_last(weight)

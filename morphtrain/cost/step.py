@@ -37,11 +37,15 @@ def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int)
     """Images (B, *input_shape) of zeros where the model is, of its type and format; labels (B,) of the first class."""
     parameter = next(model.parameters())
     images = torch.zeros(batch_size, *input_shape, dtype=parameter.dtype, device=parameter.device)
-    if images.dim() == 4 and any(_is_channels_last(p) for p in model.parameters()):
+    if images.dim() == 4 and any(is_channels_last(p) for p in model.parameters()):
         images = images.to(memory_format=torch.channels_last)
     return images, torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
 
 
-def _is_channels_last(tensor: torch.Tensor) -> bool:
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether torch's kernels take it for a (B, C, H, W) in channels_last.
+
+    With a single channel it is contiguous in both formats, and they go by the strides of dimensions of one entry.
+    """
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return last and not tensor.is_contiguous()  # of a single channel or pixel it is both
+    return last and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1] and tensor.shape[1:].numel() > 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.insert import norm_like
 from morphtrain.morph.layers import (
     Gated,
@@ -49,7 +50,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`."""
+    """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`.
+
+    A model in channels_last stays so.
+    """
+    channels_last = format_of_model(model) is torch.channels_last
     for path in sorted(description["layers"], key=lambda p: p.count(".")):
         facts = dict(description["layers"][path])
         layer = facts.pop("layer")
@@ -65,7 +70,7 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     for name, shape in description["shapes"].items():
         path, _, tensor_name = name.rpartition(".")
         _resize(model.get_submodule(path), tensor_name, torch.Size(shape), resized)
-    return model
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def refresh_widths(module: nn.Module) -> None:
