@@ -30,7 +30,7 @@ def main() -> None:
     norms = {"batch norm": nn.BatchNorm2d(channels), "ghost norm": GhostBatchNorm2d(channels, GHOST)}
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x, grad = (torch.randn(SHAPE).to(memory_format=memory_format) for _ in range(2))
-        seconds = interleave({name: step(norm, x, grad) for name, norm in norms.items()}, rounds=30)
+        seconds = interleave({name: step(norm, x, grad) for name, norm in norms.items()}, rounds=100)
         title = f"ghost norm: {str(memory_format).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)"
         report(title, seconds, "batch norm", limit=1.3)
 

@@ -21,7 +21,7 @@ from morphtrain.cost import estimate_memory
 from morphtrain.errors import UserError
 from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, MorphError
-from morphtrain.norm import chunks, ghost
+from morphtrain.norm import ghost
 from morphtrain.norm.ghost import GhostBatchNorm2d, to_ghost
 from morphtrain.run import CONF
 from morphtrain.trainer import checkpoint
@@ -49,15 +49,18 @@ def sequentially(plain: nn.BatchNorm2d, x: torch.Tensor, size: int) -> torch.Ten
     return torch.cat([plain(part) for part in parts])
 
 
-def check_same(norm: GhostBatchNorm2d, plain: nn.BatchNorm2d, x: torch.Tensor, tolerance: float = 1e-6) -> None:
-    """Two training steps: outputs, gradients, state; in parts of the largest value of each.
-
-    The loop runs in double precision: in channels_last torch's own batch norm is off by more than 1e-6 in single.
-    """
-    plain = plain.double()
+def check_same(
+    norm: GhostBatchNorm2d,
+    plain: nn.BatchNorm2d,
+    x: torch.Tensor,
+    tolerance: float = 1e-6,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Two training steps, the loop in `dtype`: outputs, gradients, state; in parts of the largest value of each."""
+    plain = plain.to(dtype)
     draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
-        ours, theirs = (x.clone().requires_grad_(), x.double().requires_grad_())
+        ours, theirs = (x.clone().requires_grad_(), x.to(dtype, copy=True).requires_grad_())
         results = []
         for module, leaf in ((norm, ours), (plain, theirs)):
             y = norm(leaf) if module is norm else sequentially(plain, leaf, norm.ghost_batch_size)
@@ -69,7 +72,6 @@ def check_same(norm: GhostBatchNorm2d, plain: nn.BatchNorm2d, x: torch.Tensor, t
             assert error <= tolerance, (ours - theirs).abs().max()
 
 
-@pytest.mark.parametrize("tile", [1, 1000, chunks.TILE])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
@@ -81,24 +83,26 @@ def check_same(norm: GhostBatchNorm2d, plain: nn.BatchNorm2d, x: torch.Tensor, t
     momentum=st.sampled_from([0.1, 0.7, None]),
     affine=st.booleans(),
 )
-def test_it_equals_batch_norms_in_sequence(memory_format, tile, batch, size, channels, height, width, momentum, affine):
+def test_it_equals_batch_norms_in_sequence(memory_format, batch, size, channels, height, width, momentum, affine):
     x = (2 + 3 * torch.randn(batch, channels, height, width)).double().to(memory_format=FORMATS[memory_format])
     norm, plain = pair(channels, size, momentum=momentum, affine=affine)
     if size * height * width == 1:
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             norm(x)
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "TILE", tile)
-        check_same(norm.double(), plain, x, 1e-9)
+    check_same(norm.double(), plain, x, 1e-9)
 
 
 @pytest.mark.parametrize("batch", [128, 136, 97, 20])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_it_is_as_exact_in_32_bits_and_keeps_the_memory_format(memory_format: str, batch: int) -> None:
     x = (1 + torch.randn(batch, 16, 8, 8)).to(memory_format=FORMATS[memory_format])
+    # Where it is left to torch's kernel it is as exact as that, which is off by more than 1e-6 in single precision.
+    torchs_own = batch <= 32 or memory_format == "channels_last"
+    check_same(*pair(16, 32), x, 3e-6 if torchs_own else 1e-6)
     norm, plain = pair(16, 32)
-    check_same(norm, plain, x, 1e-6 if batch > 32 else 3e-6)  # a single chunk is left to torch
+    if torchs_own:
+        check_same(norm, plain, x, 1e-6, torch.float32)
     y = norm(x.requires_grad_())
     (grad,) = torch.autograd.grad(y.square().sum(), x)
     for tensor in (y, grad):
@@ -160,9 +164,8 @@ def test_shapes_alone_are_enough() -> None:
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_it_takes_little_more_memory_than_batch_norm(memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_takes_little_more_memory_than_batch_norm(memory_format: str) -> None:
     """Simulated, where tensors have no values; under channels_last the gradient comes in the other format."""
-    monkeypatch.setattr(chunks, "TILE", 1)  # chunk by chunk, as with large ones
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 2))
     plain.to(memory_format=FORMATS[memory_format])
     norm = copy.deepcopy(plain)
