@@ -147,7 +147,7 @@ class WidthProbe:
         places = timed_places(graph)
         changed = [place for place in places if not place.spaces.isdisjoint(shrinking)]
         first: list[Mapping[Space, int]] = [least, *roundings]
-        self._measure(self.seconds, [layer for widths in first for layer in self._layers(changed, widths)])
+        self._measure([layer for widths in first for layer in self._layers(changed, widths)])
         fastest = min(first, key=lambda widths: self._total(changed, widths))
         best = dict(fastest)
         for _ in range(SWEEPS):
@@ -179,9 +179,11 @@ class WidthProbe:
         return lower if pays else widths
 
     def _again(self, places: list[Place], *choices: Mapping[Space, int]) -> list[float]:
-        """What the layers take together at each of the choices of widths, in a second measurement."""
+        """What the layers take together at each of the choices of widths, in a second measurement, side by side."""
         layers = [self._layers(places, widths) for widths in choices]
-        self._measure(self.again, [layer for choice in layers for layer in choice])
+        every = dict.fromkeys(layer for choice in layers for layer in choice)
+        if not self.again.keys() >= every.keys():
+            self.again.update(self.timed(every))
         return [sum(self.again[layer] for layer in choice) for choice in layers]
 
     def _narrowest(self, places: list[Place], widths: Mapping[Space, int], space: Space, least: int) -> int:
@@ -193,7 +195,7 @@ class WidthProbe:
 
     def _total(self, places: Iterable[Place], widths: Mapping[Space, int]) -> float:
         layers = self._layers(places, widths)
-        self._measure(self.seconds, layers)
+        self._measure(layers)
         return sum(self.seconds[layer] for layer in layers)
 
     def _macs(self, places: Iterable[Place], widths: Mapping[Space, int]) -> int:
@@ -220,14 +222,14 @@ class WidthProbe:
             if again is not None:
                 self.again[layer] = again
 
-    def _measure(self, times: dict[Layer, float], layers: Iterable[Layer]) -> None:
-        """Add to `times` those of the layers that it lacks, at the speed the machine had when its first were timed."""
-        new = [layer for layer in dict.fromkeys(layers) if layer not in times]
+    def _measure(self, layers: Iterable[Layer]) -> None:
+        """Time those of the layers that `seconds` lacks, at the speed the machine had when its first were timed."""
+        new = [layer for layer in dict.fromkeys(layers) if layer not in self.seconds]
         if new:
-            anchors = list(times)[:ANCHORS]
+            anchors = list(self.seconds)[:ANCHORS]
             found = self.timed([*anchors, *new])
-            pace = sum(times[layer] for layer in anchors) / sum(found[layer] for layer in anchors) if anchors else 1.0
-            times.update({layer: pace * found[layer] for layer in new})
+            before, now = (sum(times[layer] for layer in anchors) for times in (self.seconds, found))
+            self.seconds.update({layer: found[layer] * (before / now if anchors else 1.0) for layer in new})
 
     def timed(self, layers: Iterable[Layer]) -> dict[Layer, float]:
         """Seconds of each layer, once each.
