@@ -66,7 +66,12 @@ def reconfigure(
             alive in it; "union" keeps a channel in all of them if it is alive in one.
         optimizer: its state follows.
         strengths_of: what the threshold is for, instead of max |w| over all weights of a channel, `channel_strengths`.
+
+    Raises:
+        ValueError: for `round_down` without a probe.
     """
+    if round_down and not isinstance(round_to, WidthProbe):
+        raise ValueError(f"round_down={round_down} needs a WidthProbe as round_to, to tell which widths are faster")
     strengths_of = strengths_of or channel_strengths
     result = Reconfiguration()
     dead = {space for space, strength in strengths_of(graph).items() if not (strength >= threshold).any()}
