@@ -30,10 +30,10 @@ from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_r
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.widths import Layer, WidthProbe, timed_places
 from morphtrain.trainer.process import prepare_process
+from morphtrain.trainer.run import FORMATS
 
 BATCH, SHAPE = 64, (3, 32, 32)
 IMAGES, LABELS = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DATA = synthetic.build(schema.Synthetic("synthetic", 2048, 512, 32, 3, 10, 4.0))
 ROUND_DOWN = 0.05
 ROUNDS = 10
@@ -153,10 +153,10 @@ def where_the_time_goes(name: str) -> None:
         )
     graph = ChannelGraph.trace(ResNet(blocks=3).to(memory_format=FORMATS[name]), IMAGES[:1])
     sizes = {space: space.size for space in graph.spaces}
-    dense = [place.at(sizes, "cpu", BATCH) for place in timed_places(graph)]
-    seconds = probe.timed(dict.fromkeys(dense))
-    first = sum(seconds[layer] for layer in dense if layer.size == SHAPE[1:])
-    share = first / sum(seconds[layer] for layer in dense)
+    every = [place.at(sizes, "cpu", BATCH) for place in timed_places(graph)]
+    seconds = probe.timed(dict.fromkeys(every))
+    first = sum(seconds[layer] for layer in every if layer.size == SHAPE[1:])
+    share = first / sum(seconds[layer] for layer in every)
     print(f"widths: {name}: layers at {SHAPE[1]}x{SHAPE[2]} take {share:.2f} of the time of all layers of ResNet-20")
 
 

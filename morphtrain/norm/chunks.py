@@ -123,9 +123,20 @@ def _forward_by_chunk(
     norm = torch.ops.aten.native_batch_norm.out
     for part, out, mean, variance in zip(x.split(sizes), output.split(sizes), means, variances, strict=True):
         exact = out if out.dtype == means.dtype else torch.empty_like(out, dtype=means.dtype)
-        options: dict[str, torch.Tensor] = dict(zip(("out", "save_mean", "save_invstd"), (exact, *unused), strict=True))
         # Running statistics that follow at once are the chunk's own, the variance unbiased.
-        norm(_exact(part), weight, bias, mean, variance, True, 1.0, eps, **options)
+        norm(
+            _exact(part),
+            weight,
+            bias,
+            mean,
+            variance,
+            True,
+            1.0,
+            eps,
+            out=exact,
+            save_mean=unused[0],
+            save_invstd=unused[1],
+        )
         if exact is not out:
             out.copy_(exact)
     counts = means.new_tensor(sizes)[:, None] * x[0, 0].numel()

@@ -74,12 +74,14 @@ def reconfigure(
         raise ValueError(f"round_down={round_down} needs a WidthProbe as round_to, to tell which widths are faster")
     strengths_of = strengths_of or channel_strengths
     result = Reconfiguration()
-    dead = {space for space, strength in strengths_of(graph).items() if not (strength >= threshold).any()}
+    strengths = strengths_of(graph)
+    dead = {space for space, strength in strengths.items() if not (strength >= threshold).any()}
     for block in list(graph.blocks):
         if _is_dead(block, dead) and graph.can_remove(block):
             _remove(graph, block, dead, optimizer)
             result.removed_blocks.append(block.path)
-    strengths = strengths_of(graph)
+    if result.removed_blocks:
+        strengths = strengths_of(graph)
     keep = channels_to_keep(graph, strengths, threshold, min_channels, round_to, round_down)
     result.given_up = sum(int((~kept & (strengths[space] >= threshold)).sum()) for space, kept in keep.items())
     changes = {space: kept.nonzero().flatten() for space, kept in keep.items() if not kept.all()}

@@ -169,8 +169,10 @@ class WidthProbe:
             near = [place for place in places if space in place.spaces]
             axes = [axis for place in near for axis in (place.inputs, place.outputs)]
             steps = {width for axis in axes for width in _suiting(axis, lower, space, floor) if width < lower[space]}
+            if not steps:
+                continue
             candidates = [{**lower, space: width} for width in (lower[space], *sorted(steps, reverse=True))]
-            costs = [self._total(near, choice) / self._macs(near, choice) for choice in candidates] if steps else [0.0]
+            costs = [self._total(near, choice) / self._macs(near, choice) for choice in candidates]
             if min(costs) < (1 - TIE) * costs[0]:
                 lower = candidates[costs.index(min(costs))]
         changed = [place for place in places if any(lower[space] < widths[space] for space in place.spaces)]
