@@ -182,3 +182,16 @@ def assert_close(actual: tuple, expected: tuple, tolerance: float) -> None:
         assert b.abs().max() > 0, mode
         error = float((a - b).abs().max() / b.abs().max())
         assert error <= tolerance, f"{mode}: {error}"
+
+
+def chain(producer_alive: set[int], consumer_alive: set[int]) -> nn.Sequential:
+    """Two convolutions around a space of 8, alive only where the sets say."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(256, 4)).double()
+    with torch.no_grad():
+        for channel in range(8):
+            if channel not in producer_alive:
+                model[0].weight[channel] = 1e-6
+                model[0].bias[channel] = 0
+            if channel not in consumer_alive:
+                model[2].weight[:, channel] = -1e-6  # magnitude counts, not sign
+    return model
