@@ -28,7 +28,7 @@ from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, in_format, option
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 6"
+FORMAT = "morphtrain checkpoint 5"
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = (
