@@ -68,6 +68,8 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     """What a trial of `hydra/sweeper=morphtrain` tells its study after every epoch; None for other runs."""
     if config.trial is None:
         return None
+    in_study = settings.mode == RunMode.MULTIRUN and "pruner" in settings.sweeper  # no other sweeper has one
+    schema.check(in_study, "trial", config.trial, "null; hydra/sweeper=morphtrain numbers its trials")
     from morphtrain.sweep.trial import TrialReporter
 
     return TrialReporter(settings.sweeper, config.trial, config.objective)

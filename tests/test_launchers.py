@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 from hydra.errors import MissingConfigException
+from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from morphtrain.sweep import launchers
@@ -35,16 +36,30 @@ def test_joblib_trains_what_the_basic_launcher_trains(command: Command, tmp_path
     assert records(tmp_path / "joblib") == records(tmp_path / "local")
 
 
-def test_a_sweep_launches_several_trials_at_once(command: Command, tmp_path: Path) -> None:
-    sweep = ("-m", "hydra/sweeper=morphtrain", *SMALL, "optimizer.lr=interval(0.01,0.1)", "tracking=none")
-    at_once = ("+launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4")
-    result = command(*sweep, *at_once)
+def check_a_sweep_two_by_two(command: Command, directory: Path, *launcher: str, env: dict | None = None) -> None:
+    """A sweep of four trials, launched in pairs, has them all in its study and, as runs of a parent, in MLflow."""
+    sweep = ("-m", "hydra/sweeper=morphtrain", *SMALL, "optimizer.lr=interval(0.01,0.1)")
+    result = command(*sweep, *launcher, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4", env=env)
     assert result.returncode == 0, result.stdout + result.stderr
-    trials = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db").trials
+    trials = optuna.load_study(study_name="sweep", storage=f"sqlite:///{directory}/optuna.db").trials
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
-    overlap = trials[0].datetime_complete > trials[1].datetime_start
-    assert overlap, "the first two ran side by side"
+    assert [len(trial.intermediate_values) for trial in trials] == [6, 6, 6, 6], "an objective of every epoch"
+    for first, second in (trials[:2], trials[2:]):
+        assert first.datetime_complete > second.datetime_start, "a pair ran side by side"
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    (parent,) = (run.info.run_id for run in runs if "trial" not in run.data.tags)
+    for trial in trials:
+        (run,) = (run for run in runs if run.data.tags.get("trial") == str(trial.number))
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert run.data.metrics["train_seconds"] == trial.value
+
+
+def test_a_sweep_launches_several_trials_at_once(command: Command, tmp_path: Path) -> None:
+    check_a_sweep_two_by_two(command, tmp_path, "+launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
 def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:

@@ -1,4 +1,4 @@
-"""Ray, started for the sweep on this machine, runs the multirun of the basic launcher, and what of it dies again."""
+"""Ray, started for the sweep on this machine, runs what the basic launcher runs, and what of it dies again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, Command
+from test_launchers import check_a_sweep_two_by_two
 from test_resume import assert_same, contents
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,10 @@ def wait_for_both(directory: Path, multirun: subprocess.Popen) -> None:
         assert multirun.poll() is None, multirun.communicate()
         time.sleep(0.2)
     raise AssertionError("no checkpoints within two minutes")
+
+
+def test_a_sweep_is_trained_by_tasks(command: Command, tmp_path: Path) -> None:
+    check_a_sweep_two_by_two(command, tmp_path, *RAY)
 
 
 def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:

@@ -1,4 +1,4 @@
-"""A real Slurm runs a multirun, and requeues some of its jobs: they end as if nothing had happened.
+"""A real Slurm runs multiruns and sweeps, and requeues some jobs: they end as if nothing had happened.
 
 Slurm lets a requeued job wait for two minutes.
 """
@@ -16,6 +16,7 @@ import pytest
 import slurm_cluster
 from conftest import SMALL, Command
 from mlflow.tracking import MlflowClient
+from test_launchers import check_a_sweep_two_by_two
 from test_resume import assert_same, contents
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,10 @@ def check_mlflow(directory: Path) -> None:
         assert run.info.status == "FINISHED"
         epochs = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]
         assert epochs == list(range(1, EPOCHS + 1))
+
+
+def test_a_sweep_is_trained_by_job_arrays(slurm: dict[str, str], command: Command, tmp_path: Path) -> None:
+    check_a_sweep_two_by_two(command, tmp_path, "+launcher=slurm", env=slurm)
 
 
 def test_what_slurm_refuses_is_said_without_a_traceback(slurm: dict[str, str], command: Command) -> None:
