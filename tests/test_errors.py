@@ -56,7 +56,10 @@ CASES = {
     "cost": (["prune=morphnet", "prune.cost=params"], ["prune.cost=params", "flops, model_size, latency"]),
     "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], ["prune.round_to=auto"]),
     "trial of no study": (["+sweep=prunetrain", "trial=1"], ["trial=1: must be null", "hydra/sweeper=morphtrain"]),
-    "trial of a plain multirun": (["-m", "hydra.sweep.dir=outputs", "trial=1"], ["trial=1: must be null", "hydra/sweeper=morphtrain"]),
+    "trial of a plain multirun": (
+        ["-m", "hydra.sweep.dir=outputs", "trial=1"],
+        ["trial=1: must be null", "hydra/sweeper=morphtrain"],
+    ),
     "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
     "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
     "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
