@@ -28,7 +28,7 @@ from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, WidthCost
 from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.prune.widths import Layer, WidthProbe, timed_places
+from morphtrain.prune.widths import WidthProbe
 from morphtrain.trainer.process import prepare_process
 from morphtrain.trainer.run import FORMATS
 
@@ -66,7 +66,7 @@ def dead_by_lasso(width: int, seed: int, memory_format: torch.memory_format, pro
             optimizer.zero_grad()
             shrink(lassos, 0.1 * strength / (1 - 0.9))
             steps += 1
-            if steps % 10 == 0 and count_macs(cut_to(model), SHAPE) <= 1.2 * half:
+            if steps % 20 == 0 and count_macs(cut_to(model), SHAPE) <= 1.2 * half:
                 lowered = cut_to(model, round_to=probe, round_down=ROUND_DOWN)
                 if count_macs(lowered, SHAPE) <= half:
                     return model
@@ -138,26 +138,33 @@ def compare(title: str, chosen: str, width: int, seed: int, name: str, probe: Wi
     return results
 
 
+def layer(channels: int, memory_format: torch.memory_format) -> nn.Module:
+    """A 3x3 convolution with norm and activation."""
+    parts = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+    return nn.Sequential(*parts).to(memory_format=memory_format)
+
+
 def where_the_time_goes(name: str) -> None:
-    """A 3x3 convolution, norm and activation of the stages by width, and the share of the first stage in the whole."""
-    probe, channels_last = WidthProbe(batch_size=BATCH), name == "channels_last"
+    """Layers of the stages by width: even alone they do not take their MACs' share of the time."""
     for stage in range(3):
-        top, size = 16 * 2**stage, tuple(side // 2**stage for side in SHAPE[1:])
-        geometry = ((3, 3), (1, 1), (1, 1), (1, 1), False, size, channels_last)
-        layers = {width: Layer("cpu", BATCH, width, width, *geometry) for width in range(top // 4, top + 1, top // 8)}
-        seconds = probe.timed(layers.values())
-        full = seconds[layers[top]]
-        ratios = ", ".join(f"{w}: {seconds[layer] / full:.2f} ({(w / top) ** 2:.2f})" for w, layer in layers.items())
-        print(
-            f"widths: {name}: time of a layer at {size[0]}x{size[1]} over that of {top} channels (its MACs): {ratios}"
+        top, side = 16 * 2**stage, SHAPE[1] // 2**stage
+        steps = {}
+        for width in range(top // 4, top + 1, top // 8):
+            x = torch.randn(BATCH, width, side, side).to(memory_format=FORMATS[name]).requires_grad_()
+            steps[width] = partial(backpropagate, layer(width, FORMATS[name]), x)
+        seconds = interleave(steps, rounds=ROUNDS)
+        ratios = (
+            f"{width}: {statistics.median(a / b for a, b in zip(spent, seconds[top], strict=True)):.2f} "
+            f"({(width / top) ** 2:.2f})"
+            for width, spent in seconds.items()
         )
-    graph = ChannelGraph.trace(ResNet(blocks=3).to(memory_format=FORMATS[name]), IMAGES[:1])
-    sizes = {space: space.size for space in graph.spaces}
-    every = [place.at(sizes, "cpu", BATCH) for place in timed_places(graph)]
-    seconds = probe.timed(dict.fromkeys(every))
-    first = sum(seconds[layer] for layer in every if layer.size == SHAPE[1:])
-    share = first / sum(seconds[layer] for layer in every)
-    print(f"widths: {name}: layers at {SHAPE[1]}x{SHAPE[2]} take {share:.2f} of the time of all layers of ResNet-20")
+        print(f"widths: {name}: time of a layer at {side}x{side} over that of {top} channels (its MACs): ", end="")
+        print(", ".join(ratios), flush=True)
+
+
+def backpropagate(module: nn.Module, x: torch.Tensor) -> None:
+    y = module(x)
+    y.backward(torch.ones_like(y))
 
 
 def summarise(title: str, column: dict[str, list[float]]) -> None:
@@ -179,8 +186,9 @@ def main() -> None:
     prepare_process()
     for name in sys.argv[1:] or FORMATS:
         where_the_time_goes(name)
+        probe = WidthProbe(BATCH)
         for chosen, width, networks in (("lasso", 16, 3), ("evenly", 16, 1), ("lasso", 32, 1)):
-            title, probe = f"widths: {name}: {chosen}, width {width}", WidthProbe(batch_size=BATCH)
+            title = f"widths: {name}: {chosen}, width {width}"
             results = [compare(title, chosen, width, seed, name, probe) for seed in range(1, networks + 1)]
             summarise(title, {key: [result[key] for result in results] for key in results[0]})
 

@@ -212,20 +212,6 @@ def stop_behind(epoch: int, config: schema.Config, directory: Path) -> None:
         checkpoint.save = original  # type: ignore[assignment]
 
 
-def test_layers_are_timed_in_the_format_of_the_network(small_run) -> None:
-    for override, wanted in ((CHANNELS_LAST, LAST), ("memory_format=contiguous", FIRST)):
-        run = small_run("prune.round_to=auto", "prune.start_epoch=1", override)
-        kill_channels(run)
-        method = run.methods["prune"]
-        method.strength, run.train_loss = 1e-4, 1.0
-        method.after_epoch(run)
-        timed = [layer for layer in method.probe.seconds if layer.kernel]
-        assert len(timed) > 5
-        for layer in timed:
-            x, built = layer.input(), layer.build()
-            assert {format_of(t) for t in (x, built(x), built[0].weight)} == {wanted}
-
-
 def test_memory_and_speed_are_of_batches_in_the_format() -> None:
     model = ResNet(blocks=1, width=4)
     for name, wanted in (("channels_last", LAST), ("contiguous", FIRST)):

@@ -404,3 +404,18 @@ def test_a_space_may_stand_twice_in_an_axis() -> None:
     graph.reindex(space, [0, 1, 2, 2, 0])
     for a, b in zip(outputs(model), outputs(masked), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_graph_of_a_copy_changes_the_copy() -> None:
+    """Two modules hold one weight: in the copy they share one as well, and it follows."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    model[3].weight = model[1].weight
+    graph = ChannelGraph.trace(model, torch.zeros(1, 3, 4, 4))
+    twin = copy.deepcopy(graph)
+    twin.reindex_spaces({space: torch.arange(5) for space in twin.spaces})
+    assert twin.model[1].weight is twin.model[3].weight
+    assert twin.model[1].weight.shape[:2] == (5, 5)
+    assert twin.model(torch.zeros(1, 3, 4, 4)).shape == (1, 2, 4, 4)
+    assert model[1].weight is model[3].weight
+    assert [space.size for space in graph.spaces] == [8] * len(graph.spaces)
+    assert model[1].weight.shape[:2] == (8, 8)

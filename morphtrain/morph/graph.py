@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,14 @@ class ChannelGraph:
     def untraced(cls, model: nn.Module) -> ChannelGraph:
         """A graph without spaces: nothing of `model` can be changed."""
         return cls(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChannelGraph:
+        """The graph of a copy of the model."""
+        twin = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        # Modules that share tensors are known by their ids, and those are others now.
+        twin.shared = {(id(memo[owner]), name): names for (owner, name), names in twin.shared.items()}
+        return twin
 
     def __repr__(self) -> str:
         return "\n".join([f"ChannelGraph of {type(self.model).__name__}:", *map(repr, self.spaces)])

@@ -20,7 +20,6 @@ class PruneTrain:
     def __init__(self, config: schema.PruneTrain) -> None:
         self.config = config
         self.strength: float | None = None  # lambda; fixed by the first batch
-        self.probe = WidthProbe() if config.round_to == "auto" else None
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
@@ -49,7 +48,7 @@ class PruneTrain:
                 run.graph,
                 threshold=self.config.threshold,
                 min_channels=self.config.min_channels,
-                round_to=self._round_to(run),
+                round_to=self._probe(run) if self.config.round_to == "auto" else self.config.round_to,
                 round_down=self.config.round_down,
                 residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
@@ -62,27 +61,16 @@ class PruneTrain:
         self._find_groups(run)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength, "measured": self.probe.state_dict() if self.probe else []}
+        return {"strength": self.strength}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strength = state["strength"]
-        if self.probe:
-            self.probe.load_state_dict(state["measured"])
+
+    def _probe(self, run: Run) -> WidthProbe:
+        return WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
 
     def _find_groups(self, run: Run) -> None:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")
-
-    def _round_to(self, run: Run) -> int | WidthProbe:
-        if self.probe is None:
-            multiple: int = self.config.round_to
-            return multiple
-        # As the run is now: when `before_training` is called it has no batch size yet, and later it may change.
-        self.probe.device, self.probe.batch_size, self.probe.autocast = (
-            run.device,
-            run.micro_batch or run.batch_size,
-            run.precision.autocast,
-        )
-        return self.probe
 
 
 def build(config: schema.PruneTrain) -> PruneTrain:

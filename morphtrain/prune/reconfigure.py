@@ -145,18 +145,15 @@ def channels_to_keep(
     keep = _revived(axes, alive, strengths, min_channels, round_to if isinstance(round_to, int) else 1)
     if isinstance(round_to, int):
         return keep
-    rounded = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
-    least, *roundings = [{space: int(kept.sum()) for space, kept in kepts.items()} for kepts in rounded]
-    floors = {space: max(_needed(strengths[space][kept], round_down), min_channels) for space, kept in keep.items()}
-    widths = round_to.fastest(graph, least, roundings, floors if round_down else None)
-    return {space: _strongest(strengths[space], keep[space], width) for space, width in widths.items()}
-
-
-def _strongest(strengths: torch.Tensor, keep: torch.Tensor, width: int) -> torch.Tensor:
-    """Mask of `width` channels: the strongest of those to keep, and then of the others."""
-    order = strengths.argsort(descending=True)
-    order = order[keep[order].argsort(descending=True, stable=True)]
-    return torch.zeros_like(keep).index_fill_(0, order[:width], True)
+    options = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
+    if round_down:
+        floors = {space: max(_needed(strengths[space][kept], round_down), min_channels) for space, kept in keep.items()}
+        lowered = (_lowered(axes, keep, strengths, floors, multiple) for multiple in MULTIPLES)
+        options += [
+            _revived(axes, kept, strengths, min_channels, multiple)
+            for kept, multiple in zip(lowered, MULTIPLES, strict=True)
+        ]
+    return dict(round_to.fastest(graph, options))
 
 
 def _needed(strengths: torch.Tensor, share: float) -> int:
@@ -205,6 +202,32 @@ def _revive(
     for _, space, i in dead[: wanted - width]:
         keep[space][i] = True
     return True
+
+
+def _lowered(
+    axes: list[Axis],
+    keep: dict[Space, torch.Tensor],
+    strengths: Mapping[Space, torch.Tensor],
+    floors: Mapping[Space, int],
+    round_to: int,
+) -> dict[Space, torch.Tensor]:
+    """`keep` without the weakest channels that put widths off their multiple, where the spaces' floors let them go."""
+    keep = {space: kept.clone() for space, kept in keep.items()}
+    for axis in axes:
+        spaces = [segment.space for segment in axis.segments if segment.space]
+        width = sum(segment.fixed_size for segment in axis.segments) + sum(int(keep[space].sum()) for space in spaces)
+        spare = [channel for space in spaces for channel in _spare(space, keep[space], strengths[space], floors[space])]
+        excess = width % round_to
+        if excess <= len(spare) and excess < width:
+            for _, space, i in sorted(spare, key=lambda channel: channel[0])[:excess]:
+                keep[space][i] = False
+    return keep
+
+
+def _spare(space: Space, kept: torch.Tensor, strength: torch.Tensor, floor: int) -> list[tuple[float, Space, int]]:
+    """(strength, space, position) of the kept channels of a space but for the `floor` strongest."""
+    order = [i for i in strength.argsort().tolist() if kept[i]]
+    return [(float(strength[i]), space, i) for i in order[: max(len(order) - floor, 0)]]
 
 
 def gates_at_sums(graph: ChannelGraph, threshold: float, min_channels: int = 1) -> dict[str, Gate]:
