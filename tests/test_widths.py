@@ -71,7 +71,7 @@ def vectors(a: int, b: int) -> float:
         (vectors, 0.001, 6),  # more than that would go
         (vectors, 0.1, 4),
         (vectors, 0.9, 4),
-        (lambda a, b: -(-a // 8) * b, 0.9, 6),  # nothing is won by it
+        (lambda a, b: -(-a // 8) * -(-b // 8), 0.9, 6),  # nothing is won by it
         (lambda a, b: 100 / (a * b), 0.9, 8),
     ],
 )

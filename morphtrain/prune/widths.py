@@ -125,13 +125,13 @@ def widths_of(kept: Kept) -> tuple[int, ...]:
 
 
 def by_resolution(graph: ChannelGraph) -> list[list[Space]]:
-    """The spaces, together with those that layers use at the same number of positions; the most positions first."""
-    positions = {call.path: math.prod(call.input_shape[2:]) for call in graph.calls}
+    """The spaces, together with those that have as many positions where they have most; the most positions first."""
+    shapes = {call.path: (call.input_shape, call.output_shape) for call in graph.calls}
     groups: dict[int, list[Space]] = {}
     for space in graph.spaces:
-        most = max((positions.get(slot.axis.path, 1) for slot in space.slots), default=1)
-        groups.setdefault(most, []).append(space)
-    return [groups[number] for number in sorted(groups, reverse=True)]
+        known = [shapes[slot.axis.path][slot.role != "consumes"] for slot in space.slots if slot.axis.path in shapes]
+        groups.setdefault(max((math.prod(shape[2:]) for shape in known), default=1), []).append(space)
+    return [groups[positions] for positions in sorted(groups, reverse=True)]
 
 
 def _wait(device: torch.device) -> None:
