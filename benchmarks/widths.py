@@ -6,7 +6,7 @@ Which channels go is decided in three ways: "lasso", those that die when a netwo
 synthetic images; "spared", the same but for the stage at full resolution, which is ignored; and "evenly", the same
 share of every space, at random. Then training steps of the dense network alternate with those of the network cut to
 what is alive, which has half the MACs, of the one whose widths the probe chose ("rounded"), and of the one that also
-gave up weak live channels ("lowered", `round_down=0.05`); batch 64, 32x32. Speed-ups are over the dense network of the
+gave up weak live channels ("lowered", `round_down=0.5`); batch 64, 32x32. Speed-ups are over the dense network of the
 same format, MAC reductions their own.
 """
 
@@ -36,7 +36,7 @@ from morphtrain.trainer.run import FORMATS
 BATCH, SHAPE = 64, (3, 32, 32)
 IMAGES, LABELS = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
 DATA = synthetic.build(schema.Synthetic("synthetic", 2048, 512, 32, 3, 10, 4.0))
-ROUND_DOWN = 0.05
+ROUND_DOWN = 0.5
 ROUNDS = 10
 WAYS = ("rounded", "lowered")
 
@@ -190,7 +190,7 @@ def main() -> None:
     for name in sys.argv[1:] or FORMATS:
         where_the_time_goes(name)
         probe = WidthProbe(BATCH)
-        for chosen, width, networks in (("lasso", 16, 3), ("spared", 16, 3), ("evenly", 16, 1), ("spared", 32, 1)):
+        for chosen, width, networks in (("lasso", 16, 3), ("spared", 16, 3), ("evenly", 16, 1)):
             title = f"widths: {name}: {chosen}, width {width}"
             results = [compare(title, chosen, width, seed, name, probe) for seed in range(1, networks + 1)]
             summarise(title, {key: [result[key] for result in results] for key in results[0]})

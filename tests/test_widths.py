@@ -68,8 +68,8 @@ def vectors(a: int, b: int) -> float:
     ("seconds", "share", "wanted"),
     [
         (vectors, 0.0, 6),
-        (vectors, 0.001, 6),  # more than that would go
-        (vectors, 0.1, 4),
+        (vectors, 0.02, 6),  # none is as weak as that
+        (vectors, 0.3, 4),
         (vectors, 0.9, 4),
         (lambda a, b: -(-a // 8) * -(-b // 8), 0.9, 6),  # nothing is won by it
         (lambda a, b: 100 / (a * b), 0.9, 8),
@@ -86,8 +86,8 @@ def test_weak_live_channels_go_where_that_is_faster(seconds: Clock, share: float
     assert int(keep[space].sum()) == wanted
     assert keep[space][[0, 2, 3, 5]].all()
     assert wanted == 8 or not keep[space][[6, 7]].any()
-    squares = channel_strengths(graph)[space].square()
-    assert squares[~keep[space]].sum() <= (share + 1e-9) * squares.sum()
+    strengths = channel_strengths(graph)[space][:6]  # the live ones
+    assert (strengths[~keep[space][:6]] <= share * strengths.median()).all()
     change = reconfigure(graph, round_to=probe, round_down=share)
     assert change.given_up == max(6 - wanted, 0)
     assert ("2 of them alive" in change.summary()) == (wanted == 4)

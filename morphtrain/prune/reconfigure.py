@@ -60,8 +60,8 @@ def reconfigure(
         min_channels: every layer keeps at least this many channels, the strongest.
         round_to: widths are rounded up to a multiple of this by keeping the strongest dead channels; or to what a
             probe finds fastest.
-        round_down: with a probe: weak live channels go, too, where a MAC takes less time for it: at most this share,
-            in [0, 1), of the squared strengths of a space's channels.
+        round_down: with a probe: widths may be rounded down, too, where that is faster. The weakest live channels go
+            then, of those whose strength is at most this share, in [0, 1), of the median of their space's live ones.
         residual: "gating" lets each convolution at a residual sum read and write only the sum's channels that are
             alive in it; "union" keeps a channel in all of them if it is alive in one.
         optimizer: its state follows.
@@ -148,21 +148,17 @@ def channels_to_keep(
     options = [keep, *(_revived(axes, keep, strengths, min_channels, multiple) for multiple in MULTIPLES)]
     if round_down:
         floors = {space: max(_needed(strengths[space][kept], round_down), min_channels) for space, kept in keep.items()}
-        lowered = (_lowered(axes, keep, strengths, floors, multiple) for multiple in MULTIPLES)
-        options += [
-            _revived(axes, kept, strengths, min_channels, multiple)
-            for kept, multiple in zip(lowered, MULTIPLES, strict=True)
-        ]
+        lowered = [_lowered(axes, keep, strengths, floors, multiple) for multiple in MULTIPLES]
+        again = zip(lowered, MULTIPLES, strict=True)  # where too many would have to go, up
+        options += [*lowered, *(_revived(axes, kept, strengths, min_channels, multiple) for kept, multiple in again)]
     return dict(round_to.fastest(graph, options))
 
 
 def _needed(strengths: torch.Tensor, share: float) -> int:
-    """How many channels, the strongest, hold all but `share` of the squared strengths; all, if one is infinite."""
-    squares = strengths.double().square().sort().values
-    if not squares.isfinite().all():
-        return len(squares)
-    lost = squares.cumsum(0) / squares.sum()
-    return len(squares) - int((lost <= share).sum())
+    """How many channels are stronger than `share` of their median; infinite ones, without weights, all are."""
+    if len(strengths) == 0:
+        return 0
+    return int((strengths.isinf() | (strengths > share * strengths.median())).sum())
 
 
 def _revived(

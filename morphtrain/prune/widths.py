@@ -23,7 +23,7 @@ from morphtrain.morph import ChannelGraph, Space, format_of_model
 
 MULTIPLES = (4, 8, 16)
 TIE = 0.03  # of the fastest time: what repeated measurements of the same network differ by
-CLEARLY = 1.25  # slower than the fastest in a single step: more than noise
+CLEARLY = 1.15  # slower than the fastest in a single step: more than noise
 ROUNDS, LAST_ROUNDS = 4, 8  # steps of each network, of which the median counts: while searching, and for the last word
 
 Kept = Mapping[Space, torch.Tensor]  # space -> mask (size,) of the channels that stay
