@@ -1,7 +1,7 @@
 """Batch norm of each part of a batch by its own statistics: forward and backward of ghost norm.
 
-The chunks of a batch are normalised all at once. On a CPU in channels_last torch's own kernel takes them one by one,
-each as it lies: a chunk stays in the cache between the readings.
+`Normalise` takes the chunks of a batch all at once. On a CPU in channels_last `NormaliseByChunk` is faster: torch's own
+kernel takes them one by one, each as it lies, and a chunk stays in the cache between the readings.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class Normalise(torch.autograd.Function):
         chunks: Chunks,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        forward = _forward_by_chunk if _chunk_by_chunk(x) else _forward
-        output, means, variances = forward(x, weight, bias, chunks, eps)
+        output, means, variances = _forward(x, weight, bias, chunks, eps)
         deviations = (variances + eps).rsqrt()  # their inverses
         ctx.save_for_backward(x, weight, means, deviations)
         ctx.chunks, ctx.has_bias = chunks, bias is not None
@@ -56,10 +55,67 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         """dL/dx = w/sd * (g - mean(g) - x' * mean(g * x')), with the means over a chunk and x' = (x - mean) / sd."""
         x, weight, means, deviations = ctx.saved_tensors
-        backward = _backward_by_chunk if _chunk_by_chunk(x) else _backward
-        grad_x, grad_weights, grad_biases = backward(grad, x, weight, means, deviations, ctx.chunks)
+        grad_x, grad_weights, grad_biases = _backward(grad, x, weight, means, deviations, ctx.chunks)
         grad_weight = None if weight is None else grad_weights.sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_biases.sum(0) if ctx.has_bias else None, None, None
+
+
+def is_fast_by_chunk(x: torch.Tensor) -> bool:
+    """Whether torch's own batch norm takes each chunk as it lies, on a device where many calls cost little."""
+    return x.device.type == "cpu" and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class NormaliseByChunk(torch.autograd.Function):
+    """Batch norm of one chunk after the other by torch's own kernel, which also takes the `running` statistics along.
+
+    (B, C, H, W) -> the same, in the same memory format. All is computed in 32 bits or more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        sizes: Sequence[int],
+        momenta: Sequence[float],
+        running: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+    ) -> torch.Tensor:
+        output = torch.empty_like(x)
+        means, deviations = _exact(x.new_empty(2, len(sizes), x.shape[1]))  # the latter are inverses
+        tracked = [_exact(statistic) for statistic in running or ()]
+        norm = torch.ops.aten.native_batch_norm.out
+        parts = zip(x.split(sizes), output.split(sizes), momenta, means.unbind(), deviations.unbind(), strict=True)
+        for part, out, momentum, mean, deviation in parts:
+            exact = out if out.dtype == means.dtype else torch.empty_like(out, dtype=means.dtype)
+            saved = {"save_mean": mean, "save_invstd": deviation}
+            norm(_exact(part), weight, bias, *(tracked or (None, None)), True, momentum, eps, out=exact, **saved)
+            if exact is not out:
+                out.copy_(exact)
+        for statistic, new in zip(running or (), tracked, strict=True):
+            if new is not statistic:
+                statistic.copy_(new)
+        ctx.save_for_backward(x, weight, means, deviations)
+        ctx.sizes, ctx.has_bias = sizes, bias is not None
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, means, deviations = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        slopes, totals = [], []
+        tensors = (tensor.split(ctx.sizes) for tensor in (grad, x, grad_x))
+        for g, part, out, mean, deviation in zip(*tensors, means.unbind(), deviations.unbind(), strict=True):
+            new, slope, total = torch.ops.aten.native_batch_norm_backward(
+                _exact(g), _exact(part), weight, None, None, mean, deviation, True, 0.0, [True, True, True]
+            )
+            out.copy_(new)
+            slopes.append(slope)
+            totals.append(total)
+        grad_weight = None if weight is None else torch.stack(slopes).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, torch.stack(totals).sum(0) if ctx.has_bias else None, None, None, None, None
 
 
 def _forward(
@@ -105,69 +161,6 @@ def _backward(
         grad_weights.append(slope)
         grad_biases.append(total)
     return _joined(grads, x), torch.cat(grad_weights).flatten(1), torch.cat(grad_biases).flatten(1)
-
-
-def _chunk_by_chunk(x: torch.Tensor) -> bool:
-    """Whether torch's own batch norm takes each chunk as it lies, on a device where many calls cost little."""
-    return x.device.type == "cpu" and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _forward_by_chunk(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, chunks: Chunks, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_forward` by torch's own kernel."""
-    output = torch.empty_like(x)
-    sizes = _sizes(chunks)
-    means, variances = _exact(x.new_zeros(2, len(sizes), x.shape[1]))
-    unused = means.new_empty(2, x.shape[1])
-    norm = torch.ops.aten.native_batch_norm.out
-    for part, out, mean, variance in zip(x.split(sizes), output.split(sizes), means, variances, strict=True):
-        exact = out if out.dtype == means.dtype else torch.empty_like(out, dtype=means.dtype)
-        # Running statistics that follow at once are the chunk's own, the variance unbiased.
-        norm(
-            _exact(part),
-            weight,
-            bias,
-            mean,
-            variance,
-            True,
-            1.0,
-            eps,
-            out=exact,
-            save_mean=unused[0],
-            save_invstd=unused[1],
-        )
-        if exact is not out:
-            out.copy_(exact)
-    counts = means.new_tensor(sizes)[:, None] * x[0, 0].numel()
-    return output, means, variances * ((counts - 1) / counts)
-
-
-def _backward_by_chunk(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    means: torch.Tensor,
-    deviations: torch.Tensor,
-    chunks: Chunks,
-) -> Grads:
-    """`_backward` by torch's own kernel."""
-    grad_x = torch.empty_like(x)
-    sizes = _sizes(chunks)
-    slopes, totals = [], []
-    parts = (tensor.split(sizes) for tensor in (grad, x, grad_x))
-    for g, part, out, mean, deviation in zip(*parts, means, deviations, strict=True):
-        new, slope, total = torch.ops.aten.native_batch_norm_backward(
-            _exact(g), _exact(part), weight, None, None, mean, deviation, True, 0.0, [True, True, True]
-        )
-        out.copy_(new)
-        slopes.append(slope)
-        totals.append(total)
-    return grad_x, torch.stack(slopes), torch.stack(totals)
-
-
-def _sizes(chunks: Chunks) -> list[int]:
-    return [size for number, size in chunks for _ in range(number)]
 
 
 def _scale_and_shift(

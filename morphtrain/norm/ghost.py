@@ -12,7 +12,7 @@ from torch import nn
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.norm.chunks import Normalise, split
+from morphtrain.norm.chunks import Normalise, NormaliseByChunk, is_fast_by_chunk, split
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -52,9 +52,26 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
                 f"Expected more than 1 value per channel when training, got chunks of {self.ghost_batch_size} sample "
                 f"of input size {list(input.shape)}"
             )
+        if is_fast_by_chunk(input):
+            return self._by_chunk(input, [size for number, size in chunks for _ in range(number)])
         output, means, variances = Normalise.apply(input, self.weight, self.bias, chunks, self.eps)
         if self.track_running_stats:
             self._track(means, variances)
+        return output
+
+    def _by_chunk(self, input: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        running, momenta = None, [0.0] * len(sizes)
+        if self.track_running_stats:
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            running = (self.running_mean, self.running_var)
+            if self.momentum is not None:
+                momenta = [self.momentum] * len(sizes)
+            else:  # the mean of all chunks that were ever seen
+                seen = int(self.num_batches_tracked)
+                momenta = [1 / (seen + number) for number in range(1, len(sizes) + 1)]
+            self.num_batches_tracked += len(sizes)
+        output: torch.Tensor = NormaliseByChunk.apply(input, self.weight, self.bias, sizes, momenta, running, self.eps)
         return output
 
     @torch.no_grad()
