@@ -127,14 +127,19 @@ def test_frozen_weights_are_not_shrunk(small_run) -> None:
     assert torch.equal(frozen, before)
 
 
+@torch.no_grad()
+def kill_a_third(run: Run) -> dict[str, int]:
+    """How many channels of each space are left."""
+    for space in run.graph.spaces:
+        for slot in space.slots:
+            if slot.has_weights:
+                slot.axis.weight.index_fill_(slot.axis.dim, slot.start + torch.arange(space.size // 3), 0.0)
+    return {space.name: space.size - space.size // 3 for space in run.graph.spaces}
+
+
 def test_widths_are_timed_when_asked_for(small_run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run("prune.round_to=auto", "model.width=32", "prune.start_epoch=1")
-    with torch.no_grad():
-        for space in run.graph.spaces:
-            for slot in space.slots:
-                if slot.has_weights:
-                    name, dim = slot.axis.tensors[0]
-                    getattr(slot.axis.module, name).index_fill_(dim, slot.start + torch.arange(space.size // 3), 0.0)
+    kill_a_third(run)
     method = run.methods["prune"]
     method.strength, run.train_loss = 1e-4, 1.0
     timed = []
@@ -149,6 +154,26 @@ def test_widths_are_timed_when_asked_for(small_run, monkeypatch: pytest.MonkeyPa
     assert "removed" in run.change
     assert len(timed) > 10
     assert set(timed) == {run.batch_size} == {16}, "the run's own steps are to become fast"
+
+
+def test_looking_for_fast_widths_takes_a_small_share_of_the_training(small_run) -> None:
+    """While it has taken more than that, pruning cuts to what is alive."""
+    run = small_run("prune.round_to=auto", "prune.round_down=0.5", "prune.start_epoch=1")
+    method = run.methods["prune"]
+    assert isinstance(method._round_to(run), WidthProbe), "the first time"
+    method.load_state_dict({"strength": 1e-4, "probe_seconds": 1.0})
+    for trained, probes in ((19.0, False), (21.0, True)):
+        run.history = [{"train_seconds": trained}]
+        assert isinstance(method._round_to(run), WidthProbe) == probes
+    run.history, run.train_loss = [{"train_seconds": 19.0}], 1.0
+    left = kill_a_third(run)
+    method.after_epoch(run)
+    assert {space.name: space.size for space in run.graph.spaces} == left
+    assert method.probe_seconds == 1.0
+    run.history = [{"train_seconds": 21.0}]
+    kill_a_third(run)
+    method.after_epoch(run)
+    assert method.state_dict()["probe_seconds"] > 1.0
 
 
 def test_a_network_that_cannot_be_followed_trains_without_a_method() -> None:

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
 
 
+PROBE_SHARE = 0.05  # of the training so far: while the probe has taken more, widths are not rounded
+
+
 class PruneTrain:
     """The method as hooks of the training loop; `lasso.py` and `reconfigure.py` hold its functional form."""
 
     def __init__(self, config: schema.PruneTrain) -> None:
         self.config = config
         self.strength: float | None = None  # lambda; fixed by the first batch
+        self.probe_seconds = 0.0  # that looking for the fastest widths has taken
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
@@ -44,15 +48,18 @@ class PruneTrain:
             return {"lasso_ratio": 0.0}
         gl = self.strength * penalty(self.lassos).item()
         if is_due(self.config, run.epoch):
+            round_to = self._round_to(run)
             change = reconfigure(
                 run.graph,
                 threshold=self.config.threshold,
                 min_channels=self.config.min_channels,
-                round_to=self._probe(run) if self.config.round_to == "auto" else self.config.round_to,
-                round_down=self.config.round_down,
+                round_to=round_to,
+                round_down=self.config.round_down if isinstance(round_to, WidthProbe) else 0.0,
                 residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
             )
+            if isinstance(round_to, WidthProbe):
+                self.probe_seconds += round_to.spent_seconds
             if change:
                 run.shape_changed(change.summary())
         return {"lasso_ratio": gl / (run.train_loss + gl)}
@@ -61,12 +68,19 @@ class PruneTrain:
         self._find_groups(run)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength}
+        return {"strength": self.strength, "probe_seconds": self.probe_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strength = state["strength"]
+        self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none
 
-    def _probe(self, run: Run) -> WidthProbe:
+    def _round_to(self, run: Run) -> int | WidthProbe:
+        if self.config.round_to != "auto":
+            multiple: int = self.config.round_to
+            return multiple
+        trained = run.history[-1]["train_seconds"] if run.history else 0.0
+        if self.probe_seconds > PROBE_SHARE * trained:
+            return 1
         return WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
 
     def _find_groups(self, run: Run) -> None:

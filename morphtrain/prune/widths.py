@@ -40,6 +40,7 @@ class WidthProbe:
     def __init__(self, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.batch_size = batch_size
         self.autocast = autocast
+        self.spent_seconds = 0.0  # on this
 
     def fastest(self, graph: ChannelGraph, options: Sequence[Kept]) -> Kept:
         """The cut with the fastest training steps, put together from `options`.
@@ -50,6 +51,12 @@ class WidthProbe:
         saves no more than noise over it, timed once more: of many measured times the shortest is likely one that was
         measured too short.
         """
+        start = time.perf_counter()
+        chosen = self._search(graph, options)
+        self.spent_seconds += time.perf_counter() - start
+        return chosen
+
+    def _search(self, graph: ChannelGraph, options: Sequence[Kept]) -> Kept:
         plain = options[0]
         best = self._first_of_the_fastest(graph, options)
         for spaces in by_resolution(graph):
