@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import INPUT, build, chain, trace
+from networks import INPUT, build, chain, mask, trace
 from torch import nn
 
 from morphtrain.morph import ChannelGraph, Space
@@ -107,10 +107,7 @@ def partly_dead(share: float) -> ChannelGraph:
     """A ResNet of 16, 32 and 64 channels, of which `share` are alive everywhere."""
     graph = trace(build(2, width=16))
     for space in graph.spaces:
-        dead = torch.arange(round(share * space.size), space.size)
-        for slot in space.slots:
-            if slot.has_weights:
-                slot.axis.weight.data.index_fill_(slot.axis.dim, slot.start + dead, 0.0)
+        mask(space, torch.arange(round(share * space.size), space.size))
     return graph
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from morphtrain.cost.step import wait_for
+
 ROUNDS = 5  # of which the median counts
 COPIED = 2**25  # numbers of 4 bytes, 128 MiB: no cache holds them
 
@@ -43,15 +45,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median over a few passes; the one before them picks kernels and maps memory."""
     times = []
     for number in range(1 + ROUNDS):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         if number:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

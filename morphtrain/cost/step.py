@@ -33,6 +33,12 @@ def training_step(
     optimizer.zero_grad()
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all it was given; on a CPU that is always so."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, *input_shape) of zeros where the model is, of its type and format; labels (B,) of the first class."""
     parameter = next(model.parameters())

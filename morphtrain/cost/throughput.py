@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
-from morphtrain.cost.step import blank_batch, training_step
+from morphtrain.cost.step import blank_batch, training_step, wait_for
 
 WARMUP_STEPS, LEAST_STEPS = 1, 3  # of every size; the first is not timed
 GOOD_ENOUGH = 0.95  # of the best rate
@@ -52,8 +52,7 @@ def _median_seconds(step: Callable[[], None], device: torch.device, share: float
     while len(seconds) < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - start < share:
         before = time.perf_counter()
         step()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - before)
     return statistics.median(seconds[WARMUP_STEPS:])
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from morphtrain.cost.step import wait_for
 from morphtrain.morph import ChannelGraph, Space, format_of_model
 
 MULTIPLES = (4, 8, 16)
@@ -95,13 +96,13 @@ class WidthProbe:
 
     def _step(self, network: nn.Module, inputs: Sequence[Any], device: torch.device) -> float:
         """Seconds of a forward and backward pass."""
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         with torch.enable_grad():
             with self.autocast():
                 outputs = [leaf for leaf in tree_leaves(network(*inputs)) if getattr(leaf, "requires_grad", False)]
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        _wait(device)
+        wait_for(device)
         spent = time.perf_counter() - start
         network.zero_grad()
         return spent
@@ -139,8 +140,3 @@ def by_resolution(graph: ChannelGraph) -> list[list[Space]]:
         known = [shapes[slot.axis.path][slot.role != "consumes"] for slot in space.slots if slot.axis.path in shapes]
         groups.setdefault(max((math.prod(shape[2:]) for shape in known), default=1), []).append(space)
     return [groups[positions] for positions in sorted(groups, reverse=True)]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from morphtrain.cost.step import training_step
+from morphtrain.cost.step import training_step, wait_for
 
 # The unit of calibrated time: a machine that always takes just so long for a step of the workload. A constant, and not
 # the first quiet time of each host: so the times of several hosts and of all years compare, and nothing that was
@@ -55,8 +55,7 @@ class Reference:
     @torch.enable_grad()
     def _step(self) -> None:
         training_step(self.model, self.optimizer, self.images, self.labels)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        wait_for(self.device)
 
 
 def _network() -> nn.Sequential:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from morphtrain.cost.step import wait_for
+
 
 class Clock:
     """Times blocks of work on `device`; `seconds` holds the last time of each, by its name.
@@ -40,5 +42,4 @@ class Clock:
 
     def wait(self) -> None:
         """Until the device has done all it was given; on a CPU that is always so."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        wait_for(self.device)
