@@ -27,7 +27,7 @@ def main() -> None:
         make_images(Path(directory))
         for size in (224, 64):
             for name, (in_memory, workers) in WAYS.items():
-                config = schema.ImageFolder(
+                config = schema.data.ImageFolder(
                     "image_folder", directory, size, "auto", 0.08, True, in_memory, "auto", workers
                 )
                 data = image_folder.build(config)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import copy
 
 import torch
-from hydra import compose, initialize_config_dir
 from interleaved import interleave, report
 from torch.nn import functional as F
 
-from morphtrain import schema
-from morphtrain.run import CONF
+import morphtrain
+from morphtrain.trainer.build import build_run
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.trainer.run import build_run
 
 OVERRIDES = ["data=synthetic", "data.train_samples=640", "schedule.warmup_epochs=0"]
 
 
 def main() -> None:
     prepare_process()
-    with initialize_config_dir(str(CONF)):
-        config = schema.parse(compose("config", overrides=OVERRIDES))
+    config = morphtrain.compose(*OVERRIDES)
     run = build_run(config)
     run.batch_size = config.batch_policy.batch_size
     model = copy.deepcopy(run.model).train()

@@ -30,12 +30,12 @@ from morphtrain.morph import ChannelGraph, WidthCost
 from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.widths import WidthProbe
+from morphtrain.trainer.build import FORMATS
 from morphtrain.trainer.process import prepare_process
-from morphtrain.trainer.run import FORMATS
 
 BATCH, SHAPE = 64, (3, 32, 32)
 IMAGES, LABELS = torch.randn(BATCH, *SHAPE), torch.randint(10, (BATCH,))
-DATA = synthetic.build(schema.Synthetic("synthetic", 2048, 512, 32, 3, 10, 4.0))
+DATA = synthetic.build(schema.data.Synthetic("synthetic", 2048, 512, 32, 3, 10, 4.0))
 ROUND_DOWN = 0.5
 ROUNDS = 10
 WAYS = ("rounded", "lowered")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from morphtrain.schema import Config
+
 __version__ = "0.1.0"
 
 
@@ -33,3 +35,16 @@ def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.
     from morphtrain.trainer.checkpoint import load_model
 
     return load_model(Path(path), model)
+
+
+def compose(*overrides: str) -> Config:
+    """The checked config that the same words after `python -m morphtrain.run` would give.
+
+        config = morphtrain.compose("prune=prunetrain", "optimizer.lr=0.05")
+
+    Raises:
+        UserError: for a wrong value, naming the key; Hydra raises its own errors for unknown options and keys.
+    """
+    from morphtrain import schema
+
+    return schema.compose(*overrides)

@@ -11,10 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from morphtrain import schema
-from morphtrain.run import CONF, with_messages
+from morphtrain.run import with_messages
 
 
-@hydra.main(config_path=str(CONF), config_name="maxbatch")
+@hydra.main(config_path=str(schema.CONF), config_name="maxbatch")
 def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
     config = schema.parse_max_batch(composed)

@@ -32,12 +32,11 @@ Plugins.instance().register(MorphTrainSweeper)
 # What a place says that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
 
-HERE = Path(__file__).resolve().parent
-# An installed wheel carries `conf` inside the package, a checkout beside it.
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+# Overrides that change nothing of what is computed.
+UNTOLD = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
 
 
-@hydra.main(config_path=str(CONF), config_name="config")
+@hydra.main(config_path=str(schema.CONF), config_name="config")
 def job(composed: DictConfig) -> float | list[float]:
     """One run (of a multirun, perhaps)."""
     settings = HydraConfig.get()
@@ -46,6 +45,7 @@ def job(composed: DictConfig) -> float | list[float]:
         config = schema.parse(composed)
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
         tags["study"] = study(settings)
+        tags["name"] = run_name(settings, config)
         if config.trial is not None:
             tags["trial"] = str(config.trial)
         from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without
@@ -62,6 +62,16 @@ def study(settings: Any) -> str:
     if settings.mode != RunMode.MULTIRUN:
         return "none"
     return str(settings.sweeper.get("study_name") or settings.sweep.dir)
+
+
+def run_name(settings: Any, config: schema.Config) -> str:
+    """What tells the run from others at a glance: what was typed, and in any case the model and the seed."""
+    typed = [override for override in settings.overrides.task if not override.lstrip("+").startswith(UNTOLD)]
+    keys = {override.partition("=")[0].lstrip("+") for override in typed}
+    model = [] if "model" in keys else [settings.runtime.choices["model"]]
+    seed = [] if "seed" in keys else [f"seed={config.seed}"]
+    trial = "" if config.trial is None else f"trial {config.trial}: "
+    return trial + " ".join([*model, *typed, *seed])
 
 
 def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, float]], bool] | None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import postgres_server
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from morphtrain import schema
-from morphtrain.run import CONF
-from morphtrain.trainer.run import Run, build_run
+import morphtrain
+from morphtrain.state import Run
+from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import start
 
 # A run of a second or two that still prunes: quick to learn, quick to shrink.
 SMALL = (
@@ -67,10 +67,8 @@ def small_run() -> Callable[..., Run]:
     """A run that is ready for its first epoch."""
 
     def make(*overrides: str) -> Run:
-        with initialize_config_dir(str(CONF)):
-            run = build_run(schema.parse(compose("config", overrides=[*SMALL, *overrides])))
-        for hook in run.hooks("before_training"):
-            hook(run)
+        run = build_run(morphtrain.compose(*SMALL, *overrides))
+        start(run)
         run.epoch = 1
         return run
 

@@ -11,28 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_resume import assert_same, contents
 from torch import nn
 
+import morphtrain
 from morphtrain import schema
 from morphtrain.batch_policy import fill_memory
 from morphtrain.batch_policy.growth import grow, without_single
 from morphtrain.cost import MemoryModel, count_params
 from morphtrain.errors import UserError
-from morphtrain.run import CONF
-from morphtrain.schedule.ramp import Ramp
+from morphtrain.ramp import Ramp
+from morphtrain.state import Run
 from morphtrain.trainer import checkpoint, train
-from morphtrain.trainer.run import Run, build_run
+from morphtrain.trainer.build import build_run
 
 ANY_POLICY = [override for override in SMALL if not override.startswith("batch_policy.")]
 
 
 def config_of(*overrides: str) -> schema.Config:
-    with initialize_config_dir(str(CONF)):
-        return schema.parse(compose("config", overrides=[*ANY_POLICY, "tracking=none", "device=cpu", *overrides]))
+    return morphtrain.compose(*ANY_POLICY, "tracking=none", "device=cpu", *overrides)
 
 
 WRONG = {
@@ -120,8 +119,7 @@ NO_PRUNE = [o for o in ANY_POLICY if not o.startswith("prune")]
 
 
 def test_adabatch_multiplies_up_to_its_limit(tmp_path: Path) -> None:
-    with initialize_config_dir(str(CONF)):
-        config = schema.parse(compose("config", overrides=[*NO_PRUNE, "tracking=none", "device=cpu", *ADABATCH]))
+    config = morphtrain.compose(*NO_PRUNE, "tracking=none", "device=cpu", *ADABATCH)
     train(config, tmp_path, {})
     history = contents(tmp_path / "last.pt")["facts"]["history"]
     sizes = [record["batch_size"] for record in history]
@@ -179,7 +177,9 @@ def test_fill_memory_takes_the_most_that_is_allowed(fixed, per_sample, budget, s
     run = shared_run()
     run.batch_size, run.micro_batch, run.lr_scale, run.epoch, run.change = 0, None, Ramp(), 0, ""
     assume(1001 % start != 1)
-    policy = fill_memory.build(schema.FillMemory("fill_memory", start, budget, 0, multiple, max_factor, "linear", 0.0))
+    policy = fill_memory.build(
+        schema.batch_policy.FillMemory("fill_memory", start, budget, 0, multiple, max_factor, "linear", 0.0)
+    )
     with pytest.MonkeyPatch.context() as patch:
         facts = MemoryModel(((float(fixed), per_sample),), exact=True)
         patch.setattr(fill_memory, "memory_model", lambda *args, **how: facts)
@@ -213,7 +213,7 @@ def test_a_grown_network_that_no_longer_fits_goes_in_passes(memory: None, caplog
     run = small_run()
     params = count_params(run.model)
     policy = fill_memory.build(
-        schema.FillMemory("fill_memory", 32, 12 * params + 4 * params * 40, 0, 8, 2.0, "linear", 0.0)
+        schema.batch_policy.FillMemory("fill_memory", 32, 12 * params + 4 * params * 40, 0, 8, 2.0, "linear", 0.0)
     )
     policy.before_training(run)
     assert run.micro_batch is None
@@ -232,7 +232,7 @@ def test_what_a_cuda_device_has_free_is_the_budget(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
 
     def usable(device: str, budget: str | None, overhead: object) -> float:
-        config = schema.FillMemory("fill_memory", 32, budget, overhead, 8, 2.0, "linear", 0.0)
+        config = schema.batch_policy.FillMemory("fill_memory", 32, budget, overhead, 8, 2.0, "linear", 0.0)
         return fill_memory.usable_bytes(config, torch.device(device))
 
     assert usable("cuda", None, 0) == 750

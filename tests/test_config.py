@@ -91,8 +91,8 @@ def test_numbers_are_converted_as_yaml_users_expect() -> None:
 @pytest.mark.parametrize(
     ("overrides", "kind", "name"),
     [
-        (["model=resnet50", "model.stem=cifar"], schema.ResNet, "resnet"),
-        (["model=torchvision", "model.name=resnet18"], schema.Torchvision, "torchvision"),
+        (["model=resnet50", "model.stem=cifar"], schema.model.ResNet, "resnet"),
+        (["model=torchvision", "model.name=resnet18"], schema.model.Torchvision, "torchvision"),
         (["model=custom", "model._target_=a.B"], schema.Custom, "custom"),
         (["model=custom", "model._target_=a.B", "+model.name=resnet", "+model.source=vgg"], schema.Custom, "custom"),
     ],

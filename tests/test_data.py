@@ -17,7 +17,7 @@ import torch
 
 from morphtrain import schema
 from morphtrain.data import ImageData, Images, digits, fashion_mnist, synthetic
-from morphtrain.trainer.clock import Clock
+from morphtrain.timing.clock import Clock
 from morphtrain.trainer.loop import waited_for
 
 
@@ -74,7 +74,7 @@ def moved(image: torch.Tensor, dy: int, dx: int, mirrored: bool) -> torch.Tensor
 
 
 def test_digits_hold_out_the_same_stratified_images() -> None:
-    data = digits.build(schema.Digits("digits", 16, 1))
+    data = digits.build(schema.data.Digits("digits", 16, 1))
     assert data.input_shape == (1, 16, 16)
     assert (len(data.train), len(data.val)) == (1437, 360)
     assert torch.bincount(data.val.labels).min() >= 34
@@ -85,7 +85,7 @@ def test_digits_hold_out_the_same_stratified_images() -> None:
 
 
 def test_synthetic_data_can_be_learned_and_repeated() -> None:
-    config = schema.Synthetic("synthetic", 100, 50, 8, 3, 4, 0.1)
+    config = schema.data.Synthetic("synthetic", 100, 50, 8, 3, 4, 0.1)
     a, b = synthetic.build(config), synthetic.build(config)
     assert torch.equal(a.train.pixels, b.train.pixels)
     means = torch.stack([a.train.pixels[a.train.labels == k].mean(0) for k in range(4)])
@@ -101,7 +101,7 @@ def test_fashion_mnist_reads_debians_files(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
         (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path)
-    config = schema.Downloaded("fashion_mnist", str(tmp_path / "none"), False, 0, False, 20)
+    config = schema.data.Downloaded("fashion_mnist", str(tmp_path / "none"), False, 0, False, 20)
     data = fashion_mnist.build(config)
     assert data.input_shape == (1, 28, 28)
     assert (len(data.train), len(data.val)) == (20, 10)
@@ -112,7 +112,7 @@ def test_fashion_mnist_reads_debians_files(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not fashion_mnist.DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist() -> None:
-    data = fashion_mnist.build(schema.Downloaded("fashion_mnist", "nowhere", False, 2, True, None))
+    data = fashion_mnist.build(schema.data.Downloaded("fashion_mnist", "nowhere", False, 2, True, None))
     assert (len(data.train), len(data.val)) == (60000, 10000)
     assert torch.bincount(data.train.labels).tolist() == [6000] * 10
 
@@ -140,7 +140,7 @@ def test_cifar_is_read_as_published(name: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / folder / meta).write_bytes(pickle.dumps(names))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     build = import_module(f"morphtrain.data.{name}").build
-    data = build(schema.Downloaded(name, str(tmp_path), False, 4, True, None))
+    data = build(schema.data.Downloaded(name, str(tmp_path), False, 4, True, None))
     assert (data.num_classes, data.input_shape, data.shift, data.flip) == (num_classes, (3, 32, 32), 4, True)
     assert (len(data.train), len(data.val)) == (8 * len(train_files), 8)
     assert data.val.labels.tolist() == stored[test_file][1]

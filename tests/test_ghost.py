@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import assert_close, check_surgery, dropped, mask, outputs
@@ -23,9 +22,8 @@ from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, MorphError
 from morphtrain.norm import ghost
 from morphtrain.norm.ghost import GhostBatchNorm2d, to_ghost
-from morphtrain.run import CONF
 from morphtrain.trainer import checkpoint
-from morphtrain.trainer.run import build_run
+from morphtrain.trainer.build import build_run
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -244,8 +242,7 @@ def test_a_norm_that_does_not_say_so_is_looked_into() -> None:
 
 
 def config_of(*overrides: str) -> schema.Config:
-    with initialize_config_dir(str(CONF)):
-        return schema.parse(compose("config", overrides=[*SMALL, *overrides]))
+    return morphtrain.compose(*SMALL, *overrides)
 
 
 def test_a_run_and_what_is_loaded_of_it_have_it(tmp_path: Path) -> None:
@@ -269,6 +266,6 @@ def test_a_run_and_what_is_loaded_of_it_have_it(tmp_path: Path) -> None:
 
 def test_a_model_without_batch_norm_is_named() -> None:
     with pytest.raises(UserError, match="norm=ghost: the model has no BatchNorm2d"):
-        ghost.build(schema.GhostNorm("ghost", 4), nn.Linear(2, 2))
+        ghost.build(schema.norm.GhostNorm("ghost", 4), nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"norm\.ghost_batch_size=0: must be 1 or more"):
         config_of("norm=ghost", "norm.ghost_batch_size=0")

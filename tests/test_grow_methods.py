@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, Command
-from hydra import compose, initialize_config_dir
 
 import morphtrain
-from morphtrain import schema
 from morphtrain.cost import count_macs, count_params
 from morphtrain.evidence.plots import plot_widths
 from morphtrain.grow.decision import Rules, Situation, decide
 from morphtrain.grow.when import epochs_without_gain, smoothed
-from morphtrain.run import CONF
+from morphtrain.state import Run
+from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate, train_epoch
-from morphtrain.trainer.run import Run, build_run
 
 PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.start_epoch=2", "prune.interval=1")
 GROWTHS = {
@@ -75,10 +74,8 @@ def test_accuracy_stays_and_training_goes_on(small_run, growth: str, optimizer: 
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_on_digits_no_image_is_classified_otherwise_and_the_loss_goes_on_falling(growth: str) -> None:
     overrides = ["data=digits", "model.width=8", "batch_policy.batch_size=32", "epochs=10", *GROWTHS[growth]]
-    with initialize_config_dir(str(CONF)):
-        run = build_run(schema.parse(compose("config", overrides=overrides)))
-    for hook in run.hooks("before_training"):
-        hook(run)
+    run = build_run(morphtrain.compose(*overrides))
+    start(run)
     for epoch in (1, 2):
         run.epoch = epoch
         train_epoch(run)

@@ -20,14 +20,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import KILLED_RUN, SMALL, Command
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import assert_same, contents
 
+import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.run import CONF
 from morphtrain.timing import foreign, guard, reference
 from morphtrain.timing.cores import pinned
 from morphtrain.timing.foreign import ForeignCpu, Reading, foreign_share
@@ -296,19 +295,16 @@ def test_calibrated_times_add_up_over_a_kill(tmp_path: Path, command: Command) -
 def test_they_are_returned_to_a_sweeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     metrics = ["contended", *sorted(CALIBRATED)]
-    with initialize_config_dir(str(CONF)):
-        config = schema.parse(compose("config", overrides=[*QUICK[:-1], f"objective=[{','.join(metrics)}]"]))
+    config = morphtrain.compose(*QUICK[:-1], f"objective=[{','.join(metrics)}]")
     returned = train(config, tmp_path, dict.fromkeys(schema.OPTIONS, ""))
     assert returned == [history(tmp_path / "last.pt")[-1][metric] for metric in metrics]
 
 
 @pytest.mark.parametrize("metric", sorted(CALIBRATED))
 def test_no_reference_no_calibrated_objective(metric: str) -> None:
-    with initialize_config_dir(str(CONF)):
-        schema.parse(compose("config", overrides=[f"objective=[{metric}]"]))
-        wrong = compose("config", overrides=[f"objective=[{metric}]", "timing.reference=0"])
+    morphtrain.compose(f"objective=[{metric}]")
     with pytest.raises(UserError, match=rf"timing.reference=0.0: must be above 0 for objective={metric}"):
-        schema.parse(wrong)
+        morphtrain.compose(f"objective=[{metric}]", "timing.reference=0")
 
 
 @pytest.mark.parametrize(
@@ -320,16 +316,14 @@ def test_no_reference_no_calibrated_objective(metric: str) -> None:
     ],
 )
 def test_wrong_keys_are_named(override: str, message: str) -> None:
-    with initialize_config_dir(str(CONF)):
-        wrong = compose("config", overrides=[override])
     with pytest.raises(UserError, match=message):
-        schema.parse(wrong)
+        morphtrain.compose(override)
 
 
 def judge(reference_share: float, before: list[dict[str, float]], **slot: Any) -> Guard:
     place = SimpleNamespace(device=CPU, cpus=frozenset(), claim=SimpleNamespace(others=lambda: []))
     vars(place).update(slot)
-    return Guard(place, schema.Timing("default", "edges", 1, None, "mark", reference_share), before)  # type: ignore[arg-type]
+    return Guard(place, schema.timing.Timing("default", "edges", 1, None, "mark", reference_share), before)  # type: ignore[arg-type]
 
 
 EPOCH = {"epoch": 1.0, "epoch_seconds": 1.0, "morph_seconds": 0.0}

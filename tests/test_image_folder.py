@@ -32,9 +32,11 @@ KINDS = pytest.mark.parametrize("in_memory", [False, True], ids=["files", "memor
 ODD_SIZES = [(40, 30), (31, 53), (64, 64), (33, 40), (90, 35), (36, 37), (20, 20), (37, 36)]  # height, width
 
 
-def config(root: Path, **changes: Any) -> schema.ImageFolder:
+def config(root: Path, **changes: Any) -> schema.data.ImageFolder:
     defaults = dict(image_size=16, resize=20, min_scale=0.08, flip=True, memory_limit="auto", num_workers=0)
-    return schema.ImageFolder(**{"name": "image_folder", "root": str(root), "in_memory": False, **defaults, **changes})
+    return schema.data.ImageFolder(
+        **{"name": "image_folder", "root": str(root), "in_memory": False, **defaults, **changes}
+    )
 
 
 def write(root: Path, images: list[np.ndarray], classes: int = 2, suffix: str = "png") -> Path:

@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import INPUT, LABELS, build, step, trace
 from torch import nn
 from torch.nn import functional as F
 
+import morphtrain
 from morphtrain import schema
 from morphtrain.optimizer import lars
 from morphtrain.optimizer.lars import LARS
 from morphtrain.prune.lasso import shrink
-from morphtrain.run import CONF
 from morphtrain.trainer import train
-from morphtrain.trainer.run import build_run
+from morphtrain.trainer.build import build_run
 
 SHAPES = [(3, 2, 2, 2), (4, 3), (5,)]
 
@@ -111,7 +110,7 @@ def test_it_agrees_with_timm(nesterov: bool, zero: bool) -> None:
 def test_norms_and_biases_take_plain_steps() -> None:
     model = build()
     twin = copy.deepcopy(model)
-    optimizer = lars.build(schema.LARS("lars", 0.1, 0.9, True, 0.3, 0.01), model)
+    optimizer = lars.build(schema.optimizer.LARS("lars", 0.1, 0.9, True, 0.3, 0.01), model)
     vectors = [p for p in twin.parameters() if p.dim() <= 1]
     sgd = torch.optim.SGD(vectors, lr=0.1, momentum=0.9, nesterov=True)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -133,7 +132,7 @@ def test_norms_and_biases_take_plain_steps() -> None:
 
 def test_momentum_follows_a_reindexing() -> None:
     model = build()
-    optimizer = lars.build(schema.LARS("lars", 0.1, 0.9, False, 1e-3, 0.01), model)
+    optimizer = lars.build(schema.optimizer.LARS("lars", 0.1, 0.9, False, 1e-3, 0.01), model)
     step(model, optimizer)
     graph = trace(model)
     space = graph.spaces[1]
@@ -148,7 +147,7 @@ def test_momentum_follows_a_reindexing() -> None:
 
 def test_it_survives_a_copy_and_takes_a_closure() -> None:
     model = build()
-    optimizer = lars.build(schema.LARS("lars", 0.1, 0.9, False, 1e-3, 0.01), model)
+    optimizer = lars.build(schema.optimizer.LARS("lars", 0.1, 0.9, False, 1e-3, 0.01), model)
     assert optimizer.step_size(model.classifier.weight) == 0.1
 
     def closure() -> torch.Tensor:
@@ -167,8 +166,7 @@ def test_it_survives_a_copy_and_takes_a_closure() -> None:
 
 def test_the_lasso_still_prunes(tmp_path: Path) -> None:
     overrides = [*SMALL, "tracking=none", "device=cpu", "optimizer=lars", "optimizer.trust_coefficient=0.02"]
-    with initialize_config_dir(str(CONF)):
-        train(schema.parse(compose("config", overrides=overrides)), tmp_path, {})
+    train(morphtrain.compose(*overrides), tmp_path, {})
     history = json.loads(torch.load(tmp_path / "last.pt")["facts"])["history"]
     assert history[-1]["params"] < 0.9 * history[0]["params"]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
@@ -176,11 +174,10 @@ def test_the_lasso_still_prunes(tmp_path: Path) -> None:
 
 def test_the_lasso_takes_each_layers_step() -> None:
     """With the whole network's learning rate in its place, nothing would be left of it."""
-    with initialize_config_dir(str(CONF)):
-        run = build_run(schema.parse(compose("config", overrides=[*SMALL, "optimizer=lars"])))
+    run = build_run(morphtrain.compose(*SMALL, "optimizer=lars"))
     method = run.methods["prune"]
     method.before_training(run)
-    method.strength, run.epoch = 0.5, 1
+    method.penalty_weight, run.epoch = 0.5, 1
     F.cross_entropy(run.model(torch.randn(8, *run.data.input_shape)), torch.arange(8)).backward()
     run.optimizer.step()
     alone = [dataclasses.replace(lasso, weight=lasso.weight.detach().clone()) for lasso in method.lassos]

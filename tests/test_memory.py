@@ -10,22 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from morphtrain import schema
+import morphtrain
 from morphtrain.cost import MemoryModel, count_params, estimate_memory, max_batch, memory_model
 from morphtrain.cost.throughput import throughput
 from morphtrain.model import VGG, MobileNet, ResNet
 from morphtrain.morph import ChannelGraph
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.run import CONF
+from morphtrain.state import Run
+from morphtrain.trainer.build import build_run
 from morphtrain.trainer.loop import train_epoch
-from morphtrain.trainer.run import Run, build_run
 
 SHAPE = (3, 32, 32)
 WITHOUT_MOMENTUM = partial(SGD, lr=0.1)
@@ -41,8 +40,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 def run_of_one_step(batch_size: int, *overrides: str) -> Run:
     data = ["data=synthetic", f"data.train_samples={batch_size}", "data.in_channels=3", "data.image_size=32"]
-    with initialize_config_dir(str(CONF)):
-        config = schema.parse(compose("config", overrides=[*data, "tracking=none", "data.val_samples=2", *overrides]))
+    config = morphtrain.compose(*data, "tracking=none", "data.val_samples=2", *overrides)
     run = build_run(config)
     run.batch_size = batch_size
     return run

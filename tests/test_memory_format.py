@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import mask
@@ -25,10 +24,11 @@ from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, Gate, describe, format_of_model, rebuild
 from morphtrain.morph.formats import format_of
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.run import CONF
+from morphtrain.state import Run
 from morphtrain.trainer import checkpoint
+from morphtrain.trainer.build import build_run, in_format
+from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate, train_epoch
-from morphtrain.trainer.run import Run, build_run, in_format
 from morphtrain.trainer.train import train
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -39,8 +39,7 @@ UNPRUNED = [override for override in SMALL if not override.startswith("prune")]
 
 
 def config_of(*overrides: str) -> schema.Config:
-    with initialize_config_dir(str(CONF)):
-        return schema.parse(compose("config", overrides=["tracking=none", "device=cpu", *overrides]))
+    return morphtrain.compose("tracking=none", "device=cpu", *overrides)
 
 
 def formats(model: nn.Module, x: torch.Tensor) -> set[torch.memory_format]:
@@ -83,12 +82,12 @@ def pictures(root: Path) -> Path:
 @pytest.mark.parametrize("kind", ["digits", "colours", "files", "bytes"])
 def test_batches_are_in_the_format_and_the_same_but_for_it(kind: str, tmp_path: Path) -> None:
     if kind == "digits":
-        data = digits.build(schema.Digits("digits", 8, 1))
+        data = digits.build(schema.data.Digits("digits", 8, 1))
     elif kind == "colours":
-        data = synthetic.build(schema.Synthetic("synthetic", 20, 8, 8, 3, 4, 1.0))
+        data = synthetic.build(schema.data.Synthetic("synthetic", 20, 8, 8, 3, 4, 1.0))
         data.shift, data.flip = 1, True
     else:
-        folder = schema.ImageFolder(
+        folder = schema.data.ImageFolder(
             "image_folder", str(pictures(tmp_path)), 16, 18, 0.1, True, kind == "bytes", "auto", 0
         )
         data = image_folder.build(folder)
@@ -163,8 +162,7 @@ def test_it_trains_to_the_same_numbers_but_for_rounding() -> None:
     losses = []
     for run in runs:
         run.epoch = 1
-        for hook in run.hooks("before_training"):
-            hook(run)
+        start(run)
         train_epoch(run)
         losses.append((run.train_loss, *evaluate(run)))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -17,13 +17,12 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 from torchvision.models.vgg import cfgs, make_layers
 
-from morphtrain import schema
+from morphtrain import options, schema
 from morphtrain.cost import count_macs, count_params
 from morphtrain.errors import UserError
 from morphtrain.model import VGG, AlexNet, MobileNet, ResNet
 from morphtrain.model import torchvision as option_torchvision
 from morphtrain.model.mobilenet import InvertedResidual, rounded
-from morphtrain.trainer.run import option
 
 # (stages, blocks a stage) -> parameters, from the thesis' table of batch sizes: the count for one block a stage, and
 # what each further block adds. All 43 rows follow (one digit of the print is wrong in row (4, 5)).
@@ -120,7 +119,7 @@ CHOICES = {
 def test_every_preset_takes_the_images_it_is_meant_for(choice: str) -> None:
     config = schema.parse(composed(*choice.split(), *REQUIRED.get(choice, []))).model
     for in_channels in (1, 3):
-        model = option("model", config)(config, 7, in_channels)
+        model = options.build("model", config, num_classes=7, in_channels=in_channels)
         for size in CHOICES[choice][:: 1 if in_channels == 3 else 2]:
             assert model(torch.empty(2, in_channels, size, size)).shape == (2, 7), (in_channels, size)
 
@@ -281,7 +280,7 @@ def test_convolutions_start_with_the_variance_of_their_own_fan_out() -> None:
 
 
 def torchvision_network(name: str, in_channels: int = 3, **options: Any) -> nn.Module:
-    return option_torchvision.build(schema.Torchvision("torchvision", name, options), 7, in_channels)
+    return option_torchvision.build(schema.model.Torchvision("torchvision", name, options), 7, in_channels)
 
 
 @pytest.mark.usefixtures("without_data")

@@ -25,9 +25,10 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.model import custom
-from morphtrain.model.outputs import check_outputs
+from morphtrain.outputs import check_outputs
+from morphtrain.state import Run
 from morphtrain.trainer import checkpoint
-from morphtrain.trainer.run import Run, build_run
+from morphtrain.trainer.build import build_run
 
 PACKAGE = '''
 import torch

@@ -28,8 +28,9 @@ import mlflow.store.tracking.sqlalchemy_store
 
 def one(number, barrier):
     barrier.wait()
-    parent = begin_sweep(schema.MLflow("mlflow", None, "race", 0.0, None), "it's \\\\ a study", {}, Path("sweep"))
-    tracker = build(schema.MLflow("mlflow", None, "race", 0.0, parent))
+    config = schema.tracking.MLflow("mlflow", None, "race", 0.0, None)
+    parent = begin_sweep(config, "it's \\\\ a study", {}, Path("sweep"))
+    tracker = build(schema.tracking.MLflow("mlflow", None, "race", 0.0, parent))
     tags = {"model": "m", "prune": "p", "precision": "o0", "seed": str(number)}
     directory = Path(str(number))
     directory.mkdir()
@@ -55,8 +56,8 @@ def rows(directory: Path, sql: str) -> list[tuple]:
         return database.execute(sql).fetchall()
 
 
-def config(uri: str | None = None) -> schema.MLflow:
-    return schema.MLflow("mlflow", uri, "sweeps", 0.0, None)
+def config(uri: str | None = None) -> schema.tracking.MLflow:
+    return schema.tracking.MLflow("mlflow", uri, "sweeps", 0.0, None)
 
 
 @pytest.mark.parametrize("repeat", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 21))])
@@ -123,7 +124,7 @@ def test_without_a_store_a_sweep_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert begin_sweep(schema.Nothing("none"), "s", {}, tmp_path) is None
+    assert begin_sweep(schema.tracking.Tracking("none"), "s", {}, tmp_path) is None
     assert caplog.text == ""
     assert begin_sweep(config(NOWHERE), "s", {}, tmp_path) is None
     assert caplog.text.count("no parent run for the sweep") == 1

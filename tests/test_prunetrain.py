@@ -6,18 +6,18 @@ import copy
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from networks import mask
 from torch import nn
 
-from morphtrain import schema
+import morphtrain
+from morphtrain.cost.params import count_weights
 from morphtrain.prune.lasso import group_lassos, penalty
 from morphtrain.prune.reconfigure import live_channels
 from morphtrain.prune.schedule import is_active, is_due
 from morphtrain.prune.widths import WidthProbe
-from morphtrain.run import CONF
+from morphtrain.state import Run
+from morphtrain.trainer.build import build_run
 from morphtrain.trainer.loop import train_epoch
-from morphtrain.trainer.run import Run, build_run, count_weights
 
 
 def first_batch_loss(run: Run) -> float:
@@ -34,11 +34,11 @@ def test_lambda_gives_the_ratio_on_the_first_batch_and_stays(small_run, group_we
     gl = penalty(group_lassos(run.graph, sqrt_size=group_weight == "sqrt_size")).item()
     loss = first_batch_loss(run)
     train_epoch(run)
-    strength = run.methods["prune"].strength
+    strength = run.methods["prune"].penalty_weight
     assert abs(strength * gl / (loss + strength * gl) - 0.3) < 1e-6
     run.epoch = 2
     train_epoch(run)
-    assert run.methods["prune"].strength == strength
+    assert run.methods["prune"].penalty_weight == strength
 
 
 @pytest.mark.parametrize("update", ["proximal", "subgradient"])
@@ -139,7 +139,7 @@ def test_widths_are_timed_when_asked_for(small_run, monkeypatch: pytest.MonkeyPa
     run = small_run("prune.round_to=auto", "model.width=32", "prune.start_epoch=1")
     kill_a_third(run)
     method = run.methods["prune"]
-    method.strength, run.train_loss = 1e-4, 1.0
+    method.penalty_weight, run.train_loss = 1e-4, 1.0
     timed = []
     step = WidthProbe._step
 
@@ -177,12 +177,7 @@ def test_looking_for_fast_widths_takes_a_small_share_of_the_training(small_run) 
 def test_a_network_that_cannot_be_followed_trains_without_a_method() -> None:
     options = ["model=torchvision", "model.name=vit_b_16", "data=synthetic", "data.image_size=32"]
     options += ["+model.options.image_size=32"]
-    with initialize_config_dir(str(CONF)):
-        run = build_run(schema.parse(compose("config", overrides=options)))
+    run = build_run(morphtrain.compose(*options))
     assert run.graph.spaces == []
-    with initialize_config_dir(str(CONF)):
-        pruned = schema.parse(
-            compose("config", overrides=[*options, "prune=prunetrain", "prune.ignore=['*.self_attention']"])
-        )
-    run = build_run(pruned)
+    run = build_run(morphtrain.compose(*options, "prune=prunetrain", "prune.ignore=['*.self_attention']"))
     assert [space.name for space in run.graph.spaces] == [f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(12)]

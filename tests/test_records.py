@@ -120,7 +120,7 @@ def test_the_checkpoint_alone_rebuilds_the_network(sweep: Path) -> None:
 def test_the_loaded_network_is_as_accurate_as_recorded(sweep: Path) -> None:
     from morphtrain.data.synthetic import build
 
-    data = build(schema.Synthetic("synthetic", 256, 64, 8, 3, 10, 1.0))
+    data = build(schema.data.Synthetic("synthetic", 256, 64, 8, 3, 10, 1.0))
     for run in runs(sweep):
         model = morphtrain.load(Path(run.data.tags["run_dir"]) / "last.pt")
         right = (model(data.val.pixels).argmax(1) == data.val.labels).float().mean().item()

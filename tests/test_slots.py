@@ -42,8 +42,8 @@ sys.stdin.read()
 """
 
 
-def timing(**keys: object) -> schema.Timing:
-    return schema.Timing(
+def timing(**keys: object) -> schema.timing.Timing:
+    return schema.timing.Timing(
         **{
             **dict(name="default", sync="edges", warmup_epochs=1, cores=None),
             **dict(when_busy="mark", reference=0.0),
@@ -274,7 +274,7 @@ MULTIRUN = """
 import json, os, torch
 from morphtrain.run import main
 from morphtrain.trainer import train
-from morphtrain.trainer.clock import Clock
+from morphtrain.timing.clock import Clock
 seen = []
 original = Clock.step_done
 def note():

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from morphtrain import schema
+import morphtrain
 from morphtrain.errors import UserError
 from morphtrain.precision import Precision
-from morphtrain.run import CONF
+from morphtrain.state import Run, passes
+from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import backward, train_epoch
-from morphtrain.trainer.run import Run, build_run, passes
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -36,11 +36,9 @@ NO_NORM = ("model=alexnet", "model.dropout=null", "model.batch_norm=false")
 
 
 def started(*overrides: str) -> Run:
-    with initialize_config_dir(str(CONF)):
-        run = build_run(schema.parse(compose("config", overrides=[*SMALL, *overrides])))
+    run = build_run(morphtrain.compose(*SMALL, *overrides))
     run.epoch = 1
-    for hook in run.hooks("before_training"):
-        hook(run)
+    start(run)
     return run
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow_server import Server
 
+import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.run import CONF
 from morphtrain.tracking import __main__ as command
 from morphtrain.tracking import mlflow, store, unsent
 from morphtrain.tracking.mlflow import MLflowTracker
@@ -64,8 +63,7 @@ def a_run(directory: Path, uri: str, hooks: dict[int, Hook], monkeypatch: pytest
 
     monkeypatch.setattr(MLflowTracker, "update", with_hook)
     overrides = [*SMALL, f"epochs={EPOCHS}", f"tracking.uri={uri}", "tracking.flush_seconds=0", "device=cpu"]
-    with initialize_config_dir(str(CONF)):
-        config = schema.parse(compose("config", overrides=overrides))
+    config = morphtrain.compose(*overrides)
     directory.mkdir()
     tags = {group: "x" for group in schema.OPTIONS}
     assert train(config, directory, {**tags, "study": directory.name})[0] > 0

@@ -16,14 +16,14 @@ from morphtrain.model import ResNet
 from morphtrain.optimizer import adamw, sgd
 from morphtrain.precision import bf16, o0, o1
 from morphtrain.schedule import cosine, linear, milestones
-from morphtrain.trainer.clock import Clock
-from morphtrain.trainer.run import derived_seed
+from morphtrain.state import derived_seed
+from morphtrain.timing.clock import Clock
 
 CPU = torch.device("cpu")
 
 
 def test_cosine_agrees_with_torchs() -> None:
-    factor = cosine.build(schema.Annealing("cosine", 0), epochs=10)
+    factor = cosine.build(schema.schedule.Schedule("cosine", 0), epochs=10)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for epoch in range(11):
@@ -33,15 +33,15 @@ def test_cosine_agrees_with_torchs() -> None:
 
 
 def test_linear_ends_at_zero_and_milestones_fall() -> None:
-    line = linear.build(schema.Annealing("linear", 0), epochs=8)
+    line = linear.build(schema.schedule.Schedule("linear", 0), epochs=8)
     assert [line(e) for e in (0, 2, 8, 9)] == [1, 0.75, 0, 0]
-    steps = milestones.build(schema.Milestones("milestones", [0.5, 0.75], 0.1, 0), epochs=100)
+    steps = milestones.build(schema.schedule.Milestones("milestones", [0.5, 0.75], 0.1, 0), epochs=100)
     assert [steps(e) for e in (0, 49.99, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 def test_warmup_rises_linearly_to_the_schedule() -> None:
-    plain = cosine.build(schema.Annealing("cosine", 0), epochs=10)
-    warm = cosine.build(schema.Annealing("cosine", 4), epochs=10)
+    plain = cosine.build(schema.schedule.Schedule("cosine", 0), epochs=10)
+    warm = cosine.build(schema.schedule.Schedule("cosine", 4), epochs=10)
     assert warm(0) == 0
     assert warm(1) == pytest.approx(plain(1) / 4)
     assert [warm(e) for e in (4, 7)] == [plain(e) for e in (4, 7)]
@@ -50,9 +50,9 @@ def test_warmup_rises_linearly_to_the_schedule() -> None:
 @pytest.mark.parametrize("build", [sgd.build, adamw.build])
 def test_norms_and_biases_do_not_decay(build) -> None:
     config = (
-        schema.SGD("sgd", 0.1, 0.9, True, 0.3)
+        schema.optimizer.SGD("sgd", 0.1, 0.9, True, 0.3)
         if build is sgd.build
-        else schema.AdamW("adamw", 0.1, [0.9, 0.99], 1e-8, 0.3)
+        else schema.optimizer.AdamW("adamw", 0.1, [0.9, 0.99], 1e-8, 0.3)
     )
     model = ResNet(blocks=1)
     decaying, plain = build(config, model).param_groups
@@ -65,10 +65,10 @@ def test_norms_and_biases_do_not_decay(build) -> None:
 def test_precision_types() -> None:
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
     for precision, expected in (
-        (o0.build(schema.Nothing("o0"), CPU), torch.float32),
-        (bf16.build(schema.Nothing("bf16"), CPU), torch.bfloat16),
-        (o1.build(schema.Autocast("o1", "auto", 2.0**16), CPU), torch.bfloat16),
-        (o1.build(schema.Autocast("o1", "float16", 2.0**16), CPU), torch.float16),
+        (o0.build(schema.precision.Precision("o0"), CPU), torch.float32),
+        (bf16.build(schema.precision.Precision("bf16"), CPU), torch.bfloat16),
+        (o1.build(schema.precision.Autocast("o1", "auto", 2.0**16), CPU), torch.bfloat16),
+        (o1.build(schema.precision.Autocast("o1", "float16", 2.0**16), CPU), torch.float16),
     ):
         with precision.autocast():
             assert layer(x).dtype is expected
@@ -82,7 +82,7 @@ def test_loss_scaling_unscales_before_the_hooks_and_skips_overflows() -> None:
     F.cross_entropy(model(x), LABELS).backward()
     expected = model.weight.grad.clone()
     optimizer.zero_grad()
-    precision = o1.build(schema.Autocast("o1", "float16", 1024.0), CPU)
+    precision = o1.build(schema.precision.Autocast("o1", "float16", 1024.0), CPU)
     precision.backward(F.cross_entropy(model(x), LABELS), optimizer)
     torch.testing.assert_close(model.weight.grad, expected)
     assert precision.step(optimizer)

@@ -6,20 +6,17 @@ what lowering the other does, in fewer steps. Devarakonda et al. 2017 (AdaBatch,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from morphtrain import schema
 from morphtrain.batch_policy.growth import grow, tenth, without_single
 from morphtrain.errors import UserError
+from morphtrain.method import Method
+from morphtrain.state import Run
 
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
 
+class AdaBatch(Method):
+    """Multiply the batch size after every few epochs, up to a limit."""
 
-class AdaBatch:
-    """Multiply the batch size behind every few epochs, up to a limit."""
-
-    def __init__(self, config: schema.AdaBatch) -> None:
+    def __init__(self, config: schema.batch_policy.AdaBatch) -> None:
         self.config = config
 
     def before_training(self, run: Run) -> None:
@@ -43,5 +40,5 @@ class AdaBatch:
             grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
 
 
-def build(config: schema.AdaBatch) -> AdaBatch:
+def build(config: schema.batch_policy.AdaBatch) -> AdaBatch:
     return AdaBatch(config)

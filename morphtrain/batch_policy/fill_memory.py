@@ -7,7 +7,6 @@ batch size and learning rate grow by the same ratio.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,22 +15,22 @@ from morphtrain.batch_policy.growth import grow, tenth, without_single
 from morphtrain.byte_sizes import byte_count, left_of, readable
 from morphtrain.cost import MemoryModel, memory_model
 from morphtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.method import Method
+from morphtrain.state import Run
+from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
 
-class FillMemory:
-    """Raise the batch size behind structural changes; split batches that do not fit into passes that do."""
+class FillMemory(Method):
+    """Raise the batch size after structural changes; split batches that do not fit into passes that do."""
 
-    def __init__(self, config: schema.FillMemory) -> None:
+    def __init__(self, config: schema.batch_policy.FillMemory) -> None:
         self.config = config
         self.budget = 0.0  # bytes, for tensors
 
     def before_training(self, run: Run) -> None:
-        self.budget = usable_bytes(self.config, run.device)
+        self.budget = agree(usable_bytes(self.config, run.device))
         if run.epoch == 0:
             batch_size = self.config.batch_size
             run.set_batch(batch_size, self._micro_batch(memory_of(run), batch_size))
@@ -77,7 +76,7 @@ def memory_of(run: Run) -> MemoryModel:
     return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=run.precision.dtype)
 
 
-def usable_bytes(config: schema.FillMemory, device: torch.device) -> float:
+def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:
     """What the budget leaves for tensors; null is what a CUDA device has free, with what this process holds of it."""
     if config.budget is not None:
         budget = byte_count("batch_policy.budget", config.budget)
@@ -91,5 +90,5 @@ def usable_bytes(config: schema.FillMemory, device: torch.device) -> float:
     return left_of("batch_policy.overhead", budget, config.overhead)
 
 
-def build(config: schema.FillMemory) -> FillMemory:
+def build(config: schema.batch_policy.FillMemory) -> FillMemory:
     return FillMemory(config)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from morphtrain import schema
+from morphtrain.method import Method
+from morphtrain.state import Run
 
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
 
-
-class FixedBatch:
+class FixedBatch(Method):
     """Set the batch size once."""
 
     def __init__(self, batch_size: int, max_micro_batch: int | None = None) -> None:
@@ -21,5 +18,5 @@ class FixedBatch:
         run.set_batch(self.batch_size, self.max_micro_batch)
 
 
-def build(config: schema.FixedBatch) -> FixedBatch:
+def build(config: schema.batch_policy.FixedBatch) -> FixedBatch:
     return FixedBatch(config.batch_size, config.max_micro_batch)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 

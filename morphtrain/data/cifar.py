@@ -9,7 +9,7 @@ from morphtrain.data.download import load
 from morphtrain.data.images import ImageData, from_bytes
 
 
-def build_cifar(dataset: str, num_classes: int, config: schema.Downloaded) -> ImageData:
+def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) -> ImageData:
     """torchvision's `dataset`: 50000 training and 10000 test images of 32x32 RGB pixels.
 
     Raises:

@@ -7,6 +7,6 @@ from morphtrain.data.cifar import build_cifar
 from morphtrain.data.images import ImageData
 
 
-def build(config: schema.Downloaded) -> ImageData:
+def build(config: schema.data.Downloaded) -> ImageData:
     """50000 training and 10000 test images of 32x32 RGB pixels in 10 classes."""
     return build_cifar("CIFAR10", 10, config)

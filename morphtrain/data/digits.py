@@ -11,7 +11,7 @@ from morphtrain.data.images import ImageData, Images, normalised
 HELD_OUT = 360  # of 1797; the same images for every seed
 
 
-def build(config: schema.Digits) -> ImageData:
+def build(config: schema.data.Digits) -> ImageData:
     """1437 training and 360 held-out images (stratified), upsampled from 8x8 to `image_size`."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

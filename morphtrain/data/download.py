@@ -8,7 +8,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 
 
-def load(dataset: str, config: schema.Downloaded, train: bool, hint: str = "") -> Any:
+def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = "") -> Any:
     """torchvision's data set `dataset` below `config.root`, downloaded if it is missing and `config.download`.
 
     Raises:
@@ -28,6 +28,6 @@ def load(dataset: str, config: schema.Downloaded, train: bool, hint: str = "") -
         raise UserError(_message(dataset, config, f"the download failed ({error})", hint)) from error
 
 
-def _message(dataset: str, config: schema.Downloaded, why: str, hint: str) -> str:
+def _message(dataset: str, config: schema.data.Downloaded, why: str, hint: str) -> str:
     text = f"data.root={config.root}: holds no {dataset}, and {why}; copy the files there"
     return f"{text}, {hint}" if hint else text

@@ -14,7 +14,7 @@ from morphtrain.data.images import ImageData, from_bytes
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 
-def build(config: schema.Downloaded) -> ImageData:
+def build(config: schema.data.Downloaded) -> ImageData:
     """60000 training and 10000 test images of 28x28 grey pixels in 10 classes."""
     sets = []
     for train in (True, False):

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from morphtrain.contracts import Batch
 from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, random_boxes, resized_crops
 from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
 from morphtrain.data.images import Images
-from morphtrain.data.protocol import Batch
 
 
 def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:

@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets.folder import pil_loader
 
+from morphtrain.contracts import Batch
 from morphtrain.data.crops import Crops, Normalise
-from morphtrain.data.protocol import Batch
 from morphtrain.errors import UserError
 
 EVALUATION_BATCH = 64

@@ -23,7 +23,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 LAYOUT = "wanted are train/<class>/ and val/<class>/ with images in each"
 
 
-def build(config: schema.ImageFolder) -> ByteData | FileData:
+def build(config: schema.data.ImageFolder) -> ByteData | FileData:
     """The pictures below `data.root`.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from morphtrain.data.protocol import Batch
+from morphtrain.contracts import Batch
 
 EVALUATION_BATCH = 512
 

@@ -9,7 +9,7 @@ from morphtrain import schema
 from morphtrain.data.images import ImageData, Images
 
 
-def build(config: schema.Synthetic) -> ImageData:
+def build(config: schema.data.Synthetic) -> ImageData:
     """One random smooth pattern a class, plus noise; the same images for every seed of the run."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_classes, config.in_channels, 4, 4)

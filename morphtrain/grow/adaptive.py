@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
 from morphtrain.grow.decision import Decision, Rules, Situation, decide
 from morphtrain.grow.regrowth import Regrowth
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.method import Method
+from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +17,12 @@ STATE = ("decided_at", "structure_at", "best", "lr_lowered")
 FULL = 0.95  # of the limits: less room than that is none
 
 
-class Adaptive:
+class Adaptive(Method):
     """The method as hooks of the training loop; `decision.decide` holds the rules."""
 
-    def __init__(self, config: schema.Adaptive) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.grow.Adaptive) -> None:
         self.config = config
         self.rules = Rules(
             config.patience, config.smoothing, config.low_accuracy, config.high_accuracy, config.keep_fraction
@@ -56,7 +57,7 @@ class Adaptive:
             history=[*run.history[self.decided_at :], latest],
             kept=sum(space.size for space in run.graph.spaces) / reference,
             can_grow=self.regrowth.share_of_limits(run, run.graph)({}) < FULL,
-            can_prune=hasattr(run.methods.get("prune"), "strength"),
+            can_prune=bool(penalised(run)),
             lr_lowered=self.lr_lowered,
             helped=max(since, default=1.0) > self.best,
         )
@@ -73,16 +74,18 @@ class Adaptive:
         self.lr_lowered, self.structure_at = False, run.epoch
         self.best = max((record["val_accuracy"] for record in run.history), default=0.0)
         if decision.action == "prune":
-            method = run.methods["prune"]
-            before = method.strength
-            method.strength *= self.config.lasso_factor
-            return f"strength of the penalty {before:.4g} -> {method.strength:.4g}"
+            return ", ".join(self._penalise_more(method) for method in penalised(run))
         before = self.regrowth.cost(run)
         growth = self.regrowth.grow(run, self.config.step * before)
         if growth:
             run.shape_changed(growth.summary())
             run.rewarm(self.config.rewarm_epochs)
         return f"{growth.summary() or 'nothing grew'}; {self.config.cost} {before:.4g} -> {self.regrowth.cost(run):.4g}"
+
+    def _penalise_more(self, method: Method) -> str:
+        assert method.penalty_weight is not None
+        before, method.penalty_weight = method.penalty_weight, method.penalty_weight * self.config.lasso_factor
+        return f"weight of the penalty {before:.4g} -> {method.penalty_weight:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in STATE}
@@ -94,5 +97,10 @@ class Adaptive:
         self.regrowth.load_state_dict(state["regrowth"])
 
 
-def build(config: schema.Adaptive) -> Adaptive:
+def penalised(run: Run) -> list[Method]:
+    """The methods that add a penalty to the loss."""
+    return [method for method in run.methods.values() if method.penalty_weight is not None]
+
+
+def build(config: schema.grow.Adaptive) -> Adaptive:
     return Adaptive(config)

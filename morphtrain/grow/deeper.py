@@ -11,20 +11,22 @@ from morphtrain.errors import UserError
 from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2deeper import insert_block_like, layer_places
 from morphtrain.grow.when import When
+from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, is_ignored
+from morphtrain.state import Run
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from morphtrain.trainer.run import Run
-
 log = logging.getLogger(__name__)
 
 
-class Deeper:
+class Deeper(Method):
     """The method as hooks of the training loop; `ChannelGraph.insert_layer`, `insert_block` its functional form."""
 
-    def __init__(self, config: schema.Deeper) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.grow.Deeper) -> None:
         self.config = config
         self.when = When(config)
 
@@ -85,5 +87,5 @@ class Deeper:
         return [path for path in self._all_places(graph) if is_ignored(path, self.config.where)]
 
 
-def build(config: schema.Deeper) -> Deeper:
+def build(config: schema.grow.Deeper) -> Deeper:
     return Deeper(config)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from morphtrain.grow.expand import Cost, params_at
 from morphtrain.morph import ChannelGraph, Space, WidthCost
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
 
 
 def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max_macs: float | None) -> Cost:
@@ -33,5 +30,5 @@ def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max
 
 def cost_of(run: Run, graph: ChannelGraph, kind: str, roofline: tuple[float, float] | None) -> WidthCost:
     """What a sample costs in this network, in batches as the run starts with."""
-    batch_size = run.config.batch_policy.batch_size
+    batch_size = run.config.first_batch_size
     return WidthCost(graph, kind, batch_size=batch_size, roofline=roofline)  # type: ignore[arg-type]

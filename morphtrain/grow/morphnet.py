@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
 from morphtrain.cost import measure_roofline
 from morphtrain.grow.expand import expand_to
 from morphtrain.grow.limits import cost_of
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.method import Method
+from morphtrain.state import Run
+from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
 
-class MorphNet:
+class MorphNetExpansion(Method):
     """The method as hooks of the training loop; `expand.expand_to` is its functional form."""
 
-    def __init__(self, config: schema.GrowMorphNet) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.grow.MorphNetExpansion) -> None:
         self.config = config
         self.target = 0.0  # in the unit of config.cost
         self.roofline: tuple[float, float] | None = None
@@ -28,7 +30,7 @@ class MorphNet:
         if run.epoch > 0:
             return
         if self.config.cost == "latency":
-            self.roofline = measure_roofline(run.device)
+            self.roofline = agree(measure_roofline(run.device))
         self.target = self.config.target * cost_of(run, run.graph, self.config.cost, self.roofline)()
 
     def after_epoch(self, run: Run) -> None:
@@ -72,5 +74,5 @@ class MorphNet:
         self.target, self.roofline = state["target"], state["roofline"]
 
 
-def build(config: schema.GrowMorphNet) -> MorphNet:
-    return MorphNet(config)
+def build(config: schema.grow.MorphNetExpansion) -> MorphNetExpansion:
+    return MorphNetExpansion(config)

@@ -3,5 +3,5 @@
 from morphtrain import schema
 
 
-def build(config: schema.Nothing) -> None:
+def build(config: schema.grow.Grow) -> None:
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
 from morphtrain.cost import measure_roofline
@@ -10,15 +10,14 @@ from morphtrain.grow.expand import Cost
 from morphtrain.grow.kept import Growth, grow_where_kept
 from morphtrain.grow.limits import cost_of, share_of_limits
 from morphtrain.morph import ChannelGraph
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
+from morphtrain.world import agree
 
 
 class Regrowth:
     """`kept.grow_where_kept` with what it needs to know of a run: what channels there were, and what they cost."""
 
-    def __init__(self, config: schema.Selective | schema.Adaptive) -> None:
+    def __init__(self, config: schema.grow.Selective | schema.grow.Adaptive) -> None:
         self.config = config
         self.reference: dict[str, int] = {}  # widths at the start, and behind the last growth, by space name
         self.roofline: tuple[float, float] | None = None
@@ -26,7 +25,7 @@ class Regrowth:
     def start(self, run: Run) -> None:
         """To be called before the first epoch of a run that is not resumed."""
         if self.config.cost == "latency":
-            self.roofline = measure_roofline(run.device)
+            self.roofline = agree(measure_roofline(run.device))
         self.reference = {space.name: space.size for space in run.graph.spaces}
 
     def cost(self, run: Run) -> float:

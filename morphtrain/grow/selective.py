@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
 from morphtrain.grow.kept import kept_spaces
 from morphtrain.grow.regrowth import Regrowth
 from morphtrain.grow.when import When
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.method import Method
+from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 
 
-class Selective:
+class Selective(Method):
     """The method as hooks of the training loop; `kept.grow_where_kept` is its functional form."""
 
-    def __init__(self, config: schema.Selective) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.grow.Selective) -> None:
         self.config = config
         self.when = When(config)
         self.regrowth = Regrowth(config)
@@ -54,5 +55,5 @@ class Selective:
         self.regrowth.load_state_dict(state["regrowth"])
 
 
-def build(config: schema.Selective) -> Selective:
+def build(config: schema.grow.Selective) -> Selective:
     return Selective(config)

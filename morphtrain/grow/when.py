@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from morphtrain import schema
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
 
 
 class When:
@@ -19,7 +16,7 @@ class When:
     seen are the epochs before it.
     """
 
-    def __init__(self, config: schema.Planned) -> None:
+    def __init__(self, config: schema.grow.Planned) -> None:
         self.config = config
         self.grown_at: list[int] = []  # epochs behind which the network grew
 

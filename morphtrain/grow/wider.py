@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
 from morphtrain.errors import UserError
@@ -11,18 +11,19 @@ from morphtrain.grow.expand import widest
 from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2net import widen
 from morphtrain.grow.when import When
+from morphtrain.method import Method
 from morphtrain.morph import Space, is_ignored
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 
 
-class Wider:
+class Wider(Method):
     """The method as hooks of the training loop; `net2net.widen` is its functional form."""
 
-    def __init__(self, config: schema.Wider) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.grow.Wider) -> None:
         self.config = config
         self.when = When(config)
 
@@ -64,5 +65,5 @@ class Wider:
         return [s for s in run.graph.spaces if not s.is_ambiguous and is_ignored(s.name, self.config.where)]
 
 
-def build(config: schema.Wider) -> Wider:
+def build(config: schema.grow.Wider) -> Wider:
     return Wider(config)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.model.initialise import initialise
+from morphtrain.initialise import initialise
 
 HIDDEN = 4096  # features of the ImageNet head's hidden layers
 
@@ -78,6 +78,6 @@ def _head(small: bool, channels: int, dropout: float | None, num_classes: int) -
     return nn.Sequential(*hidden, nn.Linear(HIDDEN, num_classes))
 
 
-def build(config: schema.AlexNet, num_classes: int, in_channels: int) -> AlexNet:
+def build(config: schema.model.AlexNet, num_classes: int, in_channels: int) -> AlexNet:
     """The network of the config group `model`, for data of these classes and image channels."""
     return AlexNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.model.initialise import initialise
+from morphtrain.initialise import initialise
 
 # v1, table 1: (channels, stride) of each depthwise separable convolution. The table's last stride of 2 is a misprint:
 # its output has the size of its input.
@@ -132,6 +132,6 @@ def rounded(width: float, multiple: int = 8) -> int:
     return nearest if nearest >= 0.9 * width else nearest + multiple
 
 
-def build(config: schema.MobileNet, num_classes: int, in_channels: int) -> MobileNet:
+def build(config: schema.model.MobileNet, num_classes: int, in_channels: int) -> MobileNet:
     """The network of the config group `model`, for data of these classes and image channels."""
     return MobileNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphtrain import schema
-from morphtrain.model.initialise import initialise
+from morphtrain.initialise import initialise
 from morphtrain.morph.layers import PadChannels
 
 EXPANSION = 4  # of a bottleneck block's output over its inner width
@@ -131,6 +131,6 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def build(config: schema.ResNet, num_classes: int, in_channels: int) -> ResNet:
+def build(config: schema.model.ResNet, num_classes: int, in_channels: int) -> ResNet:
     """The network of the config group `model`, for data of these classes and image channels."""
     return ResNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -29,7 +29,7 @@ def names() -> list[str]:
     return found
 
 
-def build(config: schema.Torchvision, num_classes: int, in_channels: int) -> nn.Module:
+def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) -> nn.Module:
     """The network `model.name`, for data of these classes and image channels.
 
     Raises:

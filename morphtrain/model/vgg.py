@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.model.initialise import initialise
+from morphtrain.initialise import initialise
 
 # depth -> convolutions in each of the five stages; 11, 13 and 16 are A, B and D of the paper's table, 8 is the small
 # one of PruneTrain's CIFAR experiments.
@@ -81,6 +81,6 @@ def _head(kind: str, channels: int, dropout: float | None, num_classes: int) -> 
     return nn.AdaptiveAvgPool2d(7), nn.Sequential(*hidden, nn.Linear(HIDDEN, num_classes))
 
 
-def build(config: schema.VGG, num_classes: int, in_channels: int) -> VGG:
+def build(config: schema.model.VGG, num_classes: int, in_channels: int) -> VGG:
     """The network of the config group `model`, for data of these classes and image channels."""
     return VGG(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -5,5 +5,5 @@ from torch import nn
 from morphtrain import schema
 
 
-def build(config: schema.Nothing, model: nn.Module) -> None:
+def build(config: schema.norm.Norm, model: nn.Module) -> None:
     return None

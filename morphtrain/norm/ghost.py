@@ -109,6 +109,6 @@ def to_ghost(model: nn.Module, ghost_batch_size: int) -> int:
     return len(norms)
 
 
-def build(config: schema.GhostNorm, model: nn.Module) -> None:
+def build(config: schema.norm.GhostNorm, model: nn.Module) -> None:
     if to_ghost(model, config.ghost_batch_size) == 0:
         raise UserError("norm=ghost: the model has no BatchNorm2d; choose norm=batch, or a model with batch norm")

@@ -7,6 +7,6 @@ from morphtrain import schema
 from morphtrain.optimizer.groups import decay_groups
 
 
-def build(config: schema.AdamW, model: nn.Module) -> Optimizer:
+def build(config: schema.optimizer.AdamW, model: nn.Module) -> Optimizer:
     beta1, beta2 = config.betas
     return AdamW(decay_groups(model, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps)

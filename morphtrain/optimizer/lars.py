@@ -101,7 +101,7 @@ def _trust_ratios(
     return list(torch.where((weights > 0) & (slopes > 0), ratios, 1.0).unbind())
 
 
-def build(config: schema.LARS, model: nn.Module) -> Optimizer:
+def build(config: schema.optimizer.LARS, model: nn.Module) -> Optimizer:
     weights, vectors = decay_groups(model, config.weight_decay)
     weights["trust_coefficient"], vectors["trust_coefficient"] = config.trust_coefficient, None
     return LARS([weights, vectors], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -7,7 +7,7 @@ from morphtrain import schema
 from morphtrain.optimizer.groups import decay_groups
 
 
-def build(config: schema.SGD, model: nn.Module) -> Optimizer:
+def build(config: schema.optimizer.SGD, model: nn.Module) -> Optimizer:
     return SGD(
         decay_groups(model, config.weight_decay),
         lr=config.lr,

@@ -6,6 +6,6 @@ from morphtrain import schema
 from morphtrain.precision.autocast import Precision, warn_if_slow
 
 
-def build(config: schema.Nothing, device: torch.device) -> Precision:
+def build(config: schema.precision.Precision, device: torch.device) -> Precision:
     warn_if_slow(config.name, device, torch.bfloat16)
     return Precision(device, torch.bfloat16)

@@ -6,5 +6,5 @@ from morphtrain import schema
 from morphtrain.precision.autocast import Precision
 
 
-def build(config: schema.Nothing, device: torch.device) -> Precision:
+def build(config: schema.precision.Precision, device: torch.device) -> Precision:
     return Precision(device)

@@ -6,7 +6,7 @@ from morphtrain import schema
 from morphtrain.precision.autocast import Precision, warn_if_slow
 
 
-def build(config: schema.Autocast, device: torch.device) -> Precision:
+def build(config: schema.precision.Autocast, device: torch.device) -> Precision:
     """`dtype=auto` is float16 on CUDA and bfloat16 elsewhere: CPUs emulate float16 slowly."""
     name = config.dtype
     if name == "auto":

@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from morphtrain import schema
 from morphtrain.cost import Roofline, measure_roofline
 from morphtrain.errors import UserError
+from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
 from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
 from morphtrain.prune.constants import fold_constants
 from morphtrain.prune.lasso import strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
+from morphtrain.state import Run
+from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
 
-class MorphNet:
+class MorphNetPenalty(Method):
     """The method as hooks of the training loop; `WidthCost`, `ChannelNorms` and `reconfigure` are its functional form.
 
     The slopes, what a channel of each space costs at the present live widths, are computed once an epoch, with its
     first batch: widths change little within one, and a device need not be waited for in every step.
     """
 
-    def __init__(self, config: schema.MorphNet) -> None:
+    follows_channels = True
+
+    def __init__(self, config: schema.prune.MorphNetPenalty) -> None:
         self.config = config
         self.cost, self.regulariser = cast(CostKind, config.cost), cast(Regulariser, config.regulariser)
-        self.strength: float | None = config.strength  # loss per unit of cost; without one fixed by the first batch
+        self.ignore = config.ignore
+        self.penalty_weight = config.strength  # loss per unit of cost; without one fixed by the first batch
         self.roofline: Roofline | None = None
         self.priced = 0  # the epoch that `norms` and `slopes` are of
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
         if self.config.cost == "latency" and self.roofline is None:
-            self.roofline = measure_roofline(run.device)
+            self.roofline = agree(measure_roofline(run.device))
         self._check_spaces(run.graph)
 
     def after_backward(self, run: Run) -> None:
@@ -49,34 +52,34 @@ class MorphNet:
             return
         if self.priced != run.epoch:
             self._price(run)
-        if self.strength is None:
+        if self.penalty_weight is None:
             assert self.config.lasso_ratio is not None
             penalty = self.norms.penalty(self.slopes).item()
-            self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
+            self.penalty_weight = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
 
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
-            assert self.strength is not None
-            self.norms.shrink(step_length(run.optimizer) * self.strength * self.slopes)
+            assert self.penalty_weight is not None
+            self.norms.shrink(step_length(run.optimizer) * self.penalty_weight * self.slopes)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         penalty = 0.0
         if is_active(self.config, run.epoch):
-            assert self.strength is not None
+            assert self.penalty_weight is not None
             self._price(run)
-            penalty = self.strength * self.norms.penalty(self.slopes).item()
+            penalty = self.penalty_weight * self.norms.penalty(self.slopes).item()
             if is_due(self.config, run.epoch):
                 self._reconfigure(run)
-        return {
-            "lasso_ratio": penalty / (run.train_loss + penalty),
-            "channel_density": self._live_channels(run.graph) / run.initial["channels"],
-        }
+        return {"lasso_ratio": penalty / (run.train_loss + penalty)}
+
+    def measure(self, run: Run) -> dict[str, float]:
+        return {"channel_density": self._live_channels(run.graph) / run.initial["channels"]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength, "roofline": list(self.roofline) if self.roofline else None}
+        return {"strength": self.penalty_weight, "roofline": list(self.roofline) if self.roofline else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.strength = state["strength"]
+        self.penalty_weight = state["strength"]
         self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
 
     def _price(self, run: Run) -> None:
@@ -130,5 +133,5 @@ def strengths_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Spac
     return strengths | {space: r.float().cpu() for space, r in found.items()}
 
 
-def build(config: schema.MorphNet) -> MorphNet:
-    return MorphNet(config)
+def build(config: schema.prune.MorphNetPenalty) -> MorphNetPenalty:
+    return MorphNetPenalty(config)

@@ -3,5 +3,5 @@
 from morphtrain import schema
 
 
-def build(config: schema.Nothing) -> None:
+def build(config: schema.prune.Prune) -> None:
     return None

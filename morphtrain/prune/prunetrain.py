@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from morphtrain import schema
+from morphtrain.cost.params import count_weights
+from morphtrain.method import Method
 from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, shrink, strength_for_ratio
-from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.reconfigure import live_channels, reconfigure
 from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
 from morphtrain.prune.widths import WidthProbe
-
-if TYPE_CHECKING:
-    from morphtrain.trainer.run import Run
-
+from morphtrain.state import Run
 
 PROBE_SHARE = 0.05  # of the training so far: while the probe has taken more, widths are not rounded
 
 
-class PruneTrain:
-    """The method as hooks of the training loop; `lasso.py` and `reconfigure.py` hold its functional form."""
+class PruneTrain(Method):
+    """The method as hooks of the training loop; `lasso.py` and `reconfigure.py` hold its functional form.
 
-    def __init__(self, config: schema.PruneTrain) -> None:
+    The weight of its penalty, lambda, is fixed by the first batch.
+    """
+
+    follows_channels = True
+
+    def __init__(self, config: schema.prune.PruneTrain) -> None:
         self.config = config
-        self.strength: float | None = None  # lambda; fixed by the first batch
+        self.ignore = config.ignore
         self.probe_seconds = 0.0  # that looking for the fastest widths has taken
 
     def before_training(self, run: Run) -> None:
@@ -30,23 +34,23 @@ class PruneTrain:
         self._find_groups(run)
 
     def after_backward(self, run: Run) -> None:
-        if self.strength is None:
+        if self.penalty_weight is None:
             gl = penalty(self.lassos).item()
-            self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
+            self.penalty_weight = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
         if self.config.update == "subgradient" and is_active(self.config, run.epoch):
-            add_gradient(self.lassos, self.strength)
+            add_gradient(self.lassos, self.penalty_weight)
 
     def after_step(self, run: Run) -> None:
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
-            assert self.strength is not None
+            assert self.penalty_weight is not None
             for lasso in self.lassos:
-                shrink([lasso], step_length(run.optimizer, lasso.weight) * self.strength)
+                shrink([lasso], step_length(run.optimizer, lasso.weight) * self.penalty_weight)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
-        assert self.strength is not None
+        assert self.penalty_weight is not None
         if not is_active(self.config, run.epoch):
             return {"lasso_ratio": 0.0}
-        gl = self.strength * penalty(self.lassos).item()
+        gl = self.penalty_weight * penalty(self.lassos).item()
         if is_due(self.config, run.epoch):
             round_to = self._round_to(run)
             change = reconfigure(
@@ -67,11 +71,18 @@ class PruneTrain:
     def after_change(self, run: Run) -> None:
         self._find_groups(run)
 
+    def measure(self, run: Run) -> dict[str, float]:
+        live, threshold = live_channels(run.graph, self.config.threshold), self.config.threshold
+        return {
+            "channel_density": live / run.initial["channels"] if run.graph.spaces else 1.0,
+            "weight_density": count_weights(run.model, threshold) / run.initial["weights"],
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength, "probe_seconds": self.probe_seconds}
+        return {"strength": self.penalty_weight, "probe_seconds": self.probe_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.strength = state["strength"]
+        self.penalty_weight = state["strength"]
         self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none
 
     def _round_to(self, run: Run) -> int | WidthProbe:
@@ -87,5 +98,5 @@ class PruneTrain:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")
 
 
-def build(config: schema.PruneTrain) -> PruneTrain:
+def build(config: schema.prune.PruneTrain) -> PruneTrain:
     return PruneTrain(config)

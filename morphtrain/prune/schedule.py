@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from morphtrain.errors import UserError
+from morphtrain.schema.prune import MorphNetPenalty, PruneTrain
+from morphtrain.state import Run
 
-if TYPE_CHECKING:
-    from morphtrain import schema
-    from morphtrain.trainer.run import Run
-
-    Option = schema.PruneTrain | schema.MorphNet
+Option = PruneTrain | MorphNetPenalty
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """Linear warm-up in front of any schedule."""
 
-from collections.abc import Callable
-
-Schedule = Callable[[float], float]  # epochs done -> factor on the learning rate
+from morphtrain.contracts import Schedule
 
 
 def with_warmup(schedule: Schedule, warmup_epochs: float) -> Schedule:

@@ -7,23 +7,28 @@ from typing import Any
 
 from morphtrain.byte_sizes import byte_count, left_of
 from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.option import Option
 
 
 @dataclass
-class FixedBatch:
-    name: str
+class BatchPolicy(Option, group="batch_policy"):
     batch_size: int
-    max_micro_batch: int | None
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_policy.batch_size", self.batch_size, "1 or more images")
+
+
+@dataclass
+class FixedBatch(BatchPolicy, option="fixed"):
+    max_micro_batch: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _check_micro_batch(self.max_micro_batch)
 
 
 @dataclass
-class AdaBatch:
-    name: str
-    batch_size: int
+class AdaBatch(BatchPolicy, option="adabatch"):
     factor: int
     every: int
     max_batch_size: int | None
@@ -32,7 +37,8 @@ class AdaBatch:
     max_micro_batch: int | None
 
     def __post_init__(self) -> None:
-        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        super().__post_init__()
+        _check_growth(self.lr_scaling, self.warmup_epochs)
         _check_micro_batch(self.max_micro_batch)
         check(self.factor >= 2, "batch_policy.factor", self.factor, "2 or more")
         check(self.every >= 1, "batch_policy.every", self.every, "1 or more epochs")
@@ -45,9 +51,7 @@ class AdaBatch:
 
 
 @dataclass
-class FillMemory:
-    name: str
-    batch_size: int
+class FillMemory(BatchPolicy, option="fill_memory"):
     budget: Any  # int, text with a unit, or None
     overhead: Any  # int, share, or text
     multiple_of: int
@@ -56,7 +60,8 @@ class FillMemory:
     warmup_epochs: float
 
     def __post_init__(self) -> None:
-        _check_growth(self.batch_size, self.lr_scaling, self.warmup_epochs)
+        super().__post_init__()
+        _check_growth(self.lr_scaling, self.warmup_epochs)
         if self.budget is not None:
             above = byte_count("batch_policy.budget", self.budget) > 0
             check(above, "batch_policy.budget", self.budget, "above 0, or null")
@@ -72,7 +77,6 @@ def _check_micro_batch(size: int | None) -> None:
     check(size is None or size >= 1, "batch_policy.max_micro_batch", size, "1 or more images, or null")
 
 
-def _check_growth(batch_size: int, lr_scaling: str, warmup_epochs: float) -> None:
-    check(batch_size >= 1, "batch_policy.batch_size", batch_size, "1 or more images")
+def _check_growth(lr_scaling: str, warmup_epochs: float) -> None:
     check_one_of("batch_policy.lr_scaling", lr_scaling, ("linear", "sqrt", "none"))
     check(warmup_epochs >= 0, "batch_policy.warmup_epochs", warmup_epochs, "0 or more epochs")

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from morphtrain.schema.checks import check
+from morphtrain.schema.option import Option
 
 
 @dataclass
-class Digits:
-    name: str
+class Data(Option, group="data"):
+    pass
+
+
+@dataclass
+class Digits(Data, option="digits"):
     image_size: int
     shift: int
 
@@ -20,10 +25,9 @@ class Digits:
 
 
 @dataclass
-class Downloaded:
-    """Fashion-MNIST, CIFAR-10, CIFAR-100: files below `root`, fetched on demand."""
+class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
+    """Files below `root`, fetched on demand."""
 
-    name: str
     root: str
     download: bool
     shift: int
@@ -41,8 +45,7 @@ class Downloaded:
 
 
 @dataclass
-class ImageFolder:
-    name: str
+class ImageFolder(Data, option="image_folder"):
     root: str
     image_size: int
     resize: Any  # auto, or int
@@ -67,8 +70,7 @@ class ImageFolder:
 
 
 @dataclass
-class Synthetic:
-    name: str
+class Synthetic(Data, option="synthetic"):
     train_samples: int
     val_samples: int
     image_size: int

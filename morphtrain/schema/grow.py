@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from morphtrain.schema.checks import COSTS, check, check_one_of
+from morphtrain.schema.option import Option
+
+
+@dataclass
+class Grow(Option, group="grow", plain=("none",)):
+    pass
 
 
 @dataclass(kw_only=True)
-class Growth:
+class Growth(Grow):
     """What all ways to grow while training have in common.
 
     An option inherits from those of the classes below that say what it does; each checks its own keys.
     """
 
-    name: str
     rewarm_epochs: float
 
     def __post_init__(self) -> None:
@@ -37,7 +42,7 @@ class Limited(Growth):
 
 @dataclass(kw_only=True)
 class Planned(Limited):
-    """Growth behind given epochs and on plateaus."""
+    """Growth after given epochs and on plateaus."""
 
     at_epochs: list[int]
     patience: int | None
@@ -103,7 +108,7 @@ class WhereKept(Limited, Priced, Deepening):
 
 
 @dataclass(kw_only=True)
-class Wider(Planned, Widening):
+class Wider(Planned, Widening, option="wider"):
     factor: float
     where: list[str]
 
@@ -113,7 +118,7 @@ class Wider(Planned, Widening):
 
 
 @dataclass(kw_only=True)
-class Deeper(Planned, Deepening):
+class Deeper(Planned, Deepening, option="deeper"):
     operator: str
     kernel: int
     where: list[str]
@@ -125,7 +130,7 @@ class Deeper(Planned, Deepening):
 
 
 @dataclass(kw_only=True)
-class GrowMorphNet(Priced):
+class MorphNetExpansion(Priced, option="morphnet"):
     target: float
     rounds: int
     round_epochs: int
@@ -139,7 +144,7 @@ class GrowMorphNet(Priced):
 
 
 @dataclass(kw_only=True)
-class Selective(Planned, WhereKept):
+class Selective(Planned, WhereKept, option="selective"):
     target: float
 
     def __post_init__(self) -> None:
@@ -148,7 +153,7 @@ class Selective(Planned, WhereKept):
 
 
 @dataclass(kw_only=True)
-class Adaptive(WhereKept):
+class Adaptive(WhereKept, option="adaptive"):
     patience: int
     smoothing: float
     low_accuracy: float

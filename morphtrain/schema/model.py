@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.custom import check_plain
+from morphtrain.schema.option import Option
 
 IMAGE_KINDS = ("cifar", "imagenet")  # small images and large ones: what stems and heads are made for
 
 
 @dataclass
-class ResNet:
-    name: str
+class Model(Option, group="model"):
+    pass
+
+
+@dataclass
+class ResNet(Model, option="resnet"):
     stages: int
     blocks: Any  # int, or one int per stage
     layers: int
@@ -41,8 +46,7 @@ class ResNet:
 
 
 @dataclass
-class VGG:
-    name: str
+class VGG(Model, option="vgg"):
     depth: int
     width: int
     batch_norm: bool
@@ -57,8 +61,7 @@ class VGG:
 
 
 @dataclass
-class AlexNet:
-    name: str
+class AlexNet(Model, option="alexnet"):
     stem: str
     batch_norm: bool
     dropout: float | None
@@ -69,8 +72,7 @@ class AlexNet:
 
 
 @dataclass
-class MobileNet:
-    name: str
+class MobileNet(Model, option="mobilenet"):
     version: int
     width_multiplier: float
     stem: str
@@ -82,52 +84,20 @@ class MobileNet:
 
 
 @dataclass
-class Torchvision:
+class Torchvision(Model, option="torchvision"):
     """A network of torchvision by its name there; `source` is what chooses this option."""
 
     source: str
-    name: str
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
         # A checkpoint's `options` come here, too: none of them may name a file to load.
         pretrained = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
         for key, value in self.options.items():
-            check(key not in pretrained, f"model.options.{key}", value, "left away: training starts from fresh weights")
-            check(key != "num_classes", f"model.options.{key}", value, "left away: the data decides it")
-            _check_plain(f"model.options.{key}", key, value)
-
-
-@dataclass
-class Custom:
-    """The user's own network: what makes it, as a dotted path, and the keywords it is called with."""
-
-    _target_: str
-    arguments: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        parts = self._target_.split(".")
-        dotted = len(parts) > 1 and all(part.isidentifier() for part in parts)
-        check(dotted, "model._target_", self._target_, "a class or function with its module, as in my_package.Net")
-        for key, value in self.arguments.items():
-            _check_plain(f"model.{key}", key, value)
-            hydras = key.startswith("_") and key.endswith("_")
-            check(not hydras, f"model.{key}", value, "left away: only _target_ has a meaning of its own")
-
-    @property
-    def name(self) -> str:
-        """What to call it in a message."""
-        return self._target_
+            check(key not in pretrained, f"model.options.{key}", value, "left out: training starts from fresh weights")
+            check(key != "num_classes", f"model.options.{key}", value, "left out: the data decides it")
+            check_plain(f"model.options.{key}", key, value)
 
 
 def _check_dropout(dropout: float | None) -> None:
     check(dropout is None or 0 <= dropout < 1, "model.dropout", dropout, "0 or more and below 1, or null")
-
-
-def _check_plain(path: str, key: object, value: object) -> None:
-    """A key whose values are free has to survive a checkpoint, which holds it as JSON."""
-    try:
-        survives = json.loads(json.dumps({key: value})) == {key: value}
-    except TypeError:
-        survives = False
-    check(survives, path, value, "text, a number, true, false, null, or a list or dict (keys: text) of these")

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from morphtrain.schema.checks import COSTS, check, check_one_of
+from morphtrain.schema.option import Option
 
 
 @dataclass
-class PruneTrain:
-    name: str
+class Prune(Option, group="prune", plain=("none",)):
+    pass
+
+
+@dataclass
+class PruneTrain(Prune, option="prunetrain"):
+    metrics = ("lasso_ratio",)
+
     lasso_ratio: float
     group_weight: str
     update: str
@@ -39,8 +46,9 @@ class PruneTrain:
 
 
 @dataclass
-class MorphNet:
-    name: str
+class MorphNetPenalty(Prune, option="morphnet"):
+    metrics = ("lasso_ratio",)
+
     cost: str
     regulariser: str
     lasso_ratio: float | None
@@ -68,7 +76,7 @@ class MorphNet:
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
 
 
-def _check_dates(option: PruneTrain | MorphNet) -> None:
+def _check_dates(option: PruneTrain | MorphNetPenalty) -> None:
     """What all pruning methods agree on: when they act, and how much they leave."""
     check(option.interval >= 1, "prune.interval", option.interval, "1 or more epochs")
     check(option.start_epoch >= 1, "prune.start_epoch", option.start_epoch, "1 or more (the first epoch is 1)")

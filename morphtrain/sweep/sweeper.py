@@ -108,7 +108,7 @@ class StudySweeper:
             status = "KILLED"
             raise
         finally:
-            if parent is not None:
+            if parent is not None and isinstance(first.tracking, schema.tracking.MLflow):
                 # Params stay as they were first written: those of the best trial may change, what is searched may not.
                 metrics = report.summary(study.study, first.objective)
                 end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)

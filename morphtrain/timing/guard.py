@@ -35,7 +35,7 @@ class Guard:
         UserError: if calibrated times are wanted and some epochs before were trained without.
     """
 
-    def __init__(self, slot: Slot, timing: schema.Timing, history: Sequence[Record]) -> None:
+    def __init__(self, slot: Slot, timing: schema.timing.Timing, history: Sequence[Record]) -> None:
         bare = [record["epoch"] for record in history if "calibrated_train_seconds" not in record]
         if timing.reference and bare:
             raise UserError(

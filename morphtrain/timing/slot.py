@@ -38,7 +38,9 @@ class _Busy(Exception):
 
 
 @contextmanager
-def take_slot(devices: Sequence[torch.device], timing: schema.Timing, claims: Claims | None = None) -> Iterator[Slot]:
+def take_slot(
+    devices: Sequence[torch.device], timing: schema.timing.Timing, claims: Claims | None = None
+) -> Iterator[Slot]:
     """Take one of `devices` and `timing.cores` cores that no other run has, for the time of the block.
 
     With `timing.cores` this process keeps to its cores and torch to one thread a core; both are given back at the end.
@@ -92,7 +94,7 @@ def _chooser(
     return choose
 
 
-def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]], timing: schema.Timing) -> Claim:
+def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]], timing: schema.timing.Timing) -> Claim:
     """The claim, now or when there is a place."""
     waiting = False
     while True:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.contracts import Tracker
 from morphtrain.errors import first_line
 from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
@@ -27,7 +28,7 @@ IN_EVERY_RECORD = "epoch_seconds"  # the metric that tells which epochs a store 
 log = logging.getLogger(__name__)
 
 
-class MLflowTracker:
+class MLflowTracker(Tracker):
     """Sends params, tags, one value an epoch of every metric, and files to one MLflow run.
 
     Args:
@@ -66,9 +67,8 @@ class MLflowTracker:
         history: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """Create the MLflow run or, if `resumed`, go on in the one that `run_dir` and `history` belong to."""
-        name = " ".join(tags[key] for key in ("model", "prune", "precision")) + f" seed {tags['seed']}"
-        if "trial" in tags:
-            name = f"trial {tags['trial']}: {name}"
+        tags = dict(tags)
+        name = tags.pop("name", f"seed {tags['seed']}")
         parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
         self.begin(
             Record(
@@ -245,5 +245,5 @@ def _milliseconds(record: Mapping[str, float]) -> int:
     return int(record["timestamp"] * 1000)
 
 
-def build(config: schema.MLflow, run_id: str | None = None) -> MLflowTracker:
+def build(config: schema.tracking.MLflow, run_id: str | None = None) -> MLflowTracker:
     return MLflowTracker(config.uri, config.experiment, config.flush_seconds, run_id, config.parent_run_id)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.contracts import Tracker
 
 
-class NoTracker:
+class NoTracker(Tracker):
     """A tracker that keeps nothing."""
-
-    run_id: str | None = None
 
     def start(
         self,
@@ -34,5 +33,5 @@ class NoTracker:
         pass
 
 
-def build(config: schema.Nothing, run_id: str | None = None) -> NoTracker:
+def build(config: schema.tracking.Tracking, run_id: str | None = None) -> NoTracker:
     return NoTracker()

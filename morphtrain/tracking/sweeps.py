@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def begin_sweep(
-    config: schema.MLflow | schema.Nothing, name: str, tags: Mapping[str, str], sweep_dir: Path
+    config: schema.tracking.Tracking | schema.Custom, name: str, tags: Mapping[str, str], sweep_dir: Path
 ) -> str | None:
     """Make the parent run of a sweep, or find the one of its study again, and return its id.
 
@@ -27,7 +27,7 @@ def begin_sweep(
     may begin at once: those of one study get the same run.
 
     Args:
-        config: the config group `tracking`; with `tracking=none` there is no run.
+        config: the config group `tracking`; without MLflow there is no run.
         name: of the run, and of the study unless `tags` has `study`.
         tags: of the run.
         sweep_dir: where the sweep's files are.
@@ -35,7 +35,7 @@ def begin_sweep(
     Returns:
         None, with a warning, if the store is away: trials do without a parent then.
     """
-    if config.name == "none" or isinstance(config, schema.Nothing):
+    if not isinstance(config, schema.tracking.MLflow):
         return None
     uri = store.tracking_uri(config.uri)
     tags = {"study": name, **tags, SWEEP_DIR_TAG: str(sweep_dir)}
@@ -50,7 +50,7 @@ def begin_sweep(
 
 
 def end_sweep(
-    config: schema.MLflow,
+    config: schema.tracking.MLflow,
     run_id: str,
     metrics: Mapping[str, float],
     params: Mapping[str, Any],

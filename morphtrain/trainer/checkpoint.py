@@ -16,16 +16,20 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from morphtrain import morph, schema
+from morphtrain import custom, morph, options, schema
 from morphtrain.errors import UserError
-from morphtrain.model import custom
-from morphtrain.schedule.ramp import Ramp
-from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, in_format, option
+from morphtrain.initialise import fresh_weights
+from morphtrain.ramp import Ramp
+from morphtrain.schema.custom import Custom
+from morphtrain.state import Run
+from morphtrain.trainer.build import build_model, build_run, in_format
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = "morphtrain checkpoint 5"
@@ -42,6 +46,10 @@ FREE_KEYS = (
     "data.download",
     "data.num_workers",
 )
+# Keys that came later, as all runs were that were written before.
+ADDED_KEYS = {"loss.name": "cross_entropy", "methods": []}
+# Parts of a run that may have state: those of the user's own.
+PARTS = ("data", "criterion", "schedule")
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
@@ -89,10 +97,25 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "precision": run.precision.state_dict(),
-        "methods": {
-            group: method.state_dict() for group, method in run.methods.items() if hasattr(method, "state_dict")
-        },
+        "methods": {name: _plain(name, method.state_dict()) for name, method in run.methods.items()},
+        "parts": {name: _plain(name, part.state_dict()) for name, part in _stateful(run).items()},
     }
+
+
+def _stateful(run: Run) -> dict[str, Any]:
+    """The parts of the user's own that have state."""
+    parts = {name: getattr(run, name) for name in PARTS}
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+def _plain(name: str, state: Any) -> Any:
+    """`state` itself; raises `UserError` for what no checkpoint could be loaded with again."""
+    leaves = tree_leaves(state)
+    foreign = [leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, str, int, float, NoneType))]
+    if foreign:
+        kind = type(foreign[0]).__name__
+        raise UserError(f"{name}: its state_dict() holds a {kind}; tensors, numbers, text, lists and dicts work")
+    return state
 
 
 class Checkpoint:
@@ -113,8 +136,10 @@ class Checkpoint:
         run = build_run(config, morph=self._rebuild, device=device)
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
-        for group, state in self.content["methods"].items():
-            run.methods[group].load_state_dict(state)
+        for name, state in self.content["methods"].items():
+            run.methods[name].load_state_dict(state)
+        for name, state in self.content.get("parts", {}).items():  # older checkpoints have none
+            getattr(run, name).load_state_dict(state)
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         for key in RAMPS:
@@ -129,10 +154,10 @@ class Checkpoint:
             norm = schema.stored_option("norm", facts["config"]["norm"])
         except (TypeError, AttributeError) as error:
             raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
-        build = self._builder(config, make)
+        given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
+        build = self._builder(config, norm, make, given)
         with torch.random.fork_rng(devices=[]):
-            seed, num_classes, in_channels = facts["config"]["seed"], facts["num_classes"], facts["in_channels"]
-            model = build_model(build, config, norm, seed, num_classes, in_channels)
+            model = build_model(build, norm if isinstance(norm, schema.norm.Norm) else None, facts["config"]["seed"])
         return in_format(self._rebuild(model), facts["config"]["memory_format"])
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
@@ -161,15 +186,27 @@ class Checkpoint:
 
         return restructure
 
-    def _builder(self, config: Any, make: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
-        """What makes the network again; for one of the user's own, nothing that only this file asks for."""
-        if not isinstance(config, schema.Custom):
-            if make is not None:
-                raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
-            return option("model", config)
-        if make is None:
-            make = custom.of_checkpoint(config._target_)
-        return functools.partial(custom.construct, make)
+    def _builder(
+        self, config: Any, norm: Any, make: Callable[..., nn.Module] | None, given: dict[str, Any]
+    ) -> Callable[[], nn.Module]:
+        """What makes the network again; of the user's own, nothing that only this file asks for."""
+        own = isinstance(config, Custom)
+        if isinstance(norm, Custom) and make is None:
+            hint = "pass model=, a function that makes the network and applies it"
+            raise UserError(f"{self.path}: its norm is {norm.name}, which is not called because a file says so; {hint}")
+        if make is not None and not own and not isinstance(norm, Custom):
+            raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
+        if not own and make is None:
+            return functools.partial(options.build, "model", config, **given)
+        wanted = config if own else Custom(config.name, schema.keywords(config))
+        maker = make if make is not None else custom.of_checkpoint(config._target_)
+
+        def build() -> nn.Module:
+            model: nn.Module = custom.construct("model", maker, wanted, given)
+            options.check_kind("model", "model", wanted, model)
+            return model
+
+        return build
 
     def _rebuild(self, model: nn.Module) -> nn.Module:
         """Structure and values: a trace reads the indices of gates."""
@@ -186,13 +223,15 @@ class Checkpoint:
         return UserError(f"{self.path}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
-        then, now = flat(self.facts["config"]), flat(asdict(config))
+        stored = self.facts["config"]
+        added = {key: value for key, value in ADDED_KEYS.items() if key.partition(".")[0] not in stored}
+        then, now = added | flat(stored), flat(asdict(config))
         for key in sorted({*then, *now}):
             free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
             if not free and then.get(key) != now.get(key):
                 raise UserError(
                     f"{key}={now.get(key)}: {self.path} was written with {key}={then.get(key)}; "
-                    "resume with the same value, or start anew with resume=never"
+                    "resume with the same value, or start again with resume=never"
                 )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from morphtrain.trainer.run import Run
+from morphtrain.state import Run
 
 WINDOW = 5  # epochs a median is taken over
 SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
@@ -39,7 +39,7 @@ def data_share(record: Record) -> float:
 
 
 def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> str | None:
-    """What to say about waiting for data behind the first clocked epoch with too much of it; None behind all others."""
+    """What to say about waiting for data after the first clocked epoch with too much of it; None after all others."""
     slow = [record for record in history[warmup_epochs:] if data_share(record) > WARNED_SHARE]
     if len(slow) != 1 or slow[0] is not history[-1]:
         return None

@@ -6,16 +6,23 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from morphtrain.data.protocol import Batch
-from morphtrain.trainer.run import Run, passes
+from morphtrain.contracts import Batch
+from morphtrain.state import Run, passes
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
-    """Train over the data once; sets `run.train_loss`. `tick`, if given, hears the images of every step."""
-    after_backward, after_step = run.hooks("after_backward"), run.hooks("after_step")
+    """Train over the data once, clocked as `epoch_seconds`; sets `run.train_loss` and `run.train_accuracy`.
+
+    `tick`, if given, hears the images of every step.
+    """
+    with run.clock.timed("epoch_seconds"):
+        _train_epoch(run, tick)
+
+
+def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
+    before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     samples = len(run.data.train)
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
@@ -23,18 +30,16 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
     for images, labels in waited_for(batches, run):
         passed = len(labels) / samples
-        set_learning_rate(run, run.progress + passed / 2)
-        run.loss, right = backward(run, images, labels)
-        if run.config.clip_norm is not None:
-            clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
-        for hook in after_backward:
-            hook(run)
-        if run.precision.step(run.optimizer):
+        set_learning_rates(run, run.progress + passed / 2)
+        for hook in before_forward:
+            images, labels = hook(run, (images, labels))
+        loss, right = gradients(run, images, labels)
+        if take_step(run, images, labels):
             run.progress += passed
             for hook in after_step:
                 hook(run)
         run.optimizer.zero_grad()
-        total += run.loss * len(labels)
+        total += loss * len(labels)
         correct += right
         run.clock.step_done()
         if tick is not None:
@@ -42,8 +47,21 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     run.train_loss, run.train_accuracy = total.item() / samples, correct.item() / samples
 
 
+def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave the gradients of a batch that a step is to follow: of its loss, clipped, and what methods add.
+
+    Returns the loss, and how many images were classified right.
+    """
+    run.loss, right = backward(run, images, labels)
+    if run.config.clip_norm is not None:
+        clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
+    for hook in run.hooks("after_backward"):
+        hook(run)
+    return run.loss, right
+
+
 def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave the gradient of the batch's mean cross-entropy, part by part if it has to be.
+    """Leave the gradients of the batch's mean loss, part by part if it has to be.
 
     Returns the loss, and how many images were classified right.
     """
@@ -53,11 +71,25 @@ def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     for number, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
         with run.precision.autocast():
             logits = run.model(x)
-            loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
+            loss = run.criterion(logits, y) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
     return total, correct
+
+
+def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
+    """The step of the first method that takes it, or else the optimizer's; False if there was none."""
+
+    def closure() -> torch.Tensor:
+        run.optimizer.zero_grad()
+        return gradients(run, images, labels)[0]
+
+    for hook in run.hooks("step"):
+        taken: bool | None = hook(run, closure)
+        if taken is not None:
+            return taken
+    return run.precision.step(run.optimizer)
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
@@ -76,21 +108,22 @@ def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
     run.clock.seconds["data_seconds"] = waited
 
 
-def set_learning_rate(run: Run, epochs_done: float) -> None:
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.learning_rate(epochs_done)
+def set_learning_rates(run: Run, epochs_done: float) -> None:
+    """Give every parameter group of the optimizer the learning rate of this moment."""
+    for number, group in enumerate(run.optimizer.param_groups):
+        group["lr"] = run.learning_rate(epochs_done, number)
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0..1) on the held-out set."""
+    """Mean loss and accuracy (0..1) on the held-out set."""
     run.model.eval()
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     for images, labels in run.data.val_batches():
         with run.precision.autocast():
             logits = run.model(images)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()
     samples = len(run.data.val)
     return loss.item() / samples, correct.item() / samples

@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain import schema
+from morphtrain import options, schema
 from morphtrain.byte_sizes import readable
 from morphtrain.cost.memory import NOT_MODELLED, MemoryModel, fitted, fitting_batch
 from morphtrain.cost.simulate import SimulatedStep
 from morphtrain.cost.throughput import knee, throughput
 from morphtrain.cost.verify import Verified, verify_batch
 from morphtrain.errors import UserError
-from morphtrain.model.outputs import check_outputs
-from morphtrain.trainer.run import build_model, in_format, option, pick_device
+from morphtrain.outputs import check_outputs
+from morphtrain.trainer.build import build_model, in_format
+from morphtrain.trainer.devices import pick_device
 
 # (C, H, W) and classes of what `data` would bring, known without it.
 DOWNLOADED = {"fashion_mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 DIGITS = 10
 
 
-def show_max_batch(config: schema.MaxBatch, options: Sequence[str]) -> int:
+def show_max_batch(config: schema.MaxBatch, choices: Sequence[str]) -> int:
     """Print the memory model of the config's network, the largest batch, and the speed by batch size; return the batch.
 
     Args:
         config: a checked config (`morphtrain.schema.parse_max_batch`).
-        options: what was chosen, for the first line: `model=resnet32`.
+        choices: what was chosen, for the first line: `model=resnet32`.
 
     Raises:
         UserError: for a network that cannot be made or does not fit the images, and a budget nothing fits.
@@ -37,7 +38,7 @@ def show_max_batch(config: schema.MaxBatch, options: Sequence[str]) -> int:
     device, here = pick_possible_device(config.device)
     model, input_shape, num_classes = _network(config, device if here else torch.device("cpu"))
     settings = _settings(config, model, device, here)
-    print(f"{' '.join(options)} device={device.type}, images {input_shape}, {num_classes} classes")
+    print(f"{' '.join(choices)} device={device.type}, images {input_shape}, {num_classes} classes")
     step, memory = _simulated(config, model, input_shape, device, settings)
     _show_model(memory)
     usable = config.usable_bytes
@@ -60,8 +61,8 @@ def show_max_batch(config: schema.MaxBatch, options: Sequence[str]) -> int:
 def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, tuple[int, ...], int]:
     """The config's network, on `device`, the shape of its images and the number of its classes."""
     input_shape, num_classes = images_of(config)
-    build = option("model", config.model)
-    model = build_model(build, config.model, config.norm, 0, num_classes, input_shape[0]).to(device)
+    given = {"num_classes": num_classes, "in_channels": input_shape[0]}
+    model = build_model(lambda: options.build("model", config.model, **given), config.norm, seed=0).to(device)
     in_format(model, config.memory_format)
     check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
     return model, input_shape, num_classes
@@ -72,8 +73,8 @@ def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, h
     with warnings.catch_warnings():
         if not here:
             warnings.simplefilter("ignore")  # a loss scaler without its GPU says so
-        precision = option("precision", config.precision)(config.precision, device)
-    optimizer = option("optimizer", config.optimizer)(config.optimizer, model)
+        precision = options.build("precision", config.precision, device=device)
+    optimizer = options.build("optimizer", config.optimizer, model=model)
     return {"optimizer": optimizer, "autocast_dtype": precision.dtype}
 
 
@@ -103,13 +104,13 @@ def images_of(config: schema.MaxBatch) -> tuple[tuple[int, ...], int]:
 
 
 def _known_images(data: Any) -> tuple[tuple[int, ...] | None, int | None]:
-    if isinstance(data, schema.Downloaded):
+    if isinstance(data, schema.data.Downloaded):
         return DOWNLOADED[data.name]
-    if isinstance(data, schema.Digits):
+    if isinstance(data, schema.data.Digits):
         return (1, data.image_size, data.image_size), DIGITS
-    if isinstance(data, schema.Synthetic):
+    if isinstance(data, schema.data.Synthetic):
         return (data.in_channels, data.image_size, data.image_size), data.num_classes
-    if isinstance(data, schema.ImageFolder):
+    if isinstance(data, schema.data.ImageFolder):
         return (3, data.image_size, data.image_size), None
     return None, None
 

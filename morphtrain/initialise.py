@@ -18,3 +18,14 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0, math.sqrt(2.0) / math.sqrt(fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def fresh_weights(model: nn.Module) -> None:
+    """New random weights for a network of any structure.
+
+    Each layer starts as torch would start it, convolutions as those of MorphTrain's networks.
+    """
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+    model.apply(initialise)

@@ -1,0 +1,134 @@
+"""What the parts of a run have to be: MorphTrain's own, and those that a user brings (`_target_`).
+
+A group's option is built from its config, and from what its group is given as keywords:
+
+    group          is given                    is built to
+    model          num_classes, in_channels    an nn.Module: images (B, C, H, W) -> logits (B, num_classes)
+    data                                       Data
+    norm           model                       nothing: it changes the model's norms in place
+    precision      device                      Precision
+    optimizer      model                       a torch.optim.Optimizer
+    loss                                       Loss
+    schedule       epochs                      Schedule
+    prune, grow,                               a Method (`morphtrain.method`), or None
+      batch_policy
+    tracking       run_id                      Tracker
+
+An optimizer of the user's own is also given `params`, the trained parameters. A part with `state_dict` and
+`load_state_dict` is saved in the checkpoints and goes on from them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.optim import Optimizer
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # (B, C, H, W), float and normalised; (B,), int64
+
+# Logits (B, classes) and labels (B,) -> the mean loss of the batch, a scalar.
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Epochs done so far, fractions included -> factor on the optimizer's learning rates. It has no state: a resumed run
+# asks it again, and a changed batch size does not stretch it.
+Schedule = Callable[[float], float]
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A training and a held-out set of labelled images; labels are 0 .. num_classes - 1."""
+
+    num_classes: int
+
+    @property
+    def train(self) -> Sized:
+        """The training set; its length is the number of images in an epoch."""
+
+    @property
+    def val(self) -> Sized:
+        """The held-out set."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+
+    @property
+    def advice(self) -> str:
+        """What to change where a run waits for these data."""
+
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Data:
+        """The same data, whose batches are made on `device`, and their images in `memory_format`."""
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """One epoch in random order, augmented; the last batch may be smaller.
+
+        Order and augmentation depend on `generator` (a CPU generator) alone, and on no `batch_size`.
+        """
+
+    def val_batches(self) -> Iterator[Batch]:
+        """The held-out set once, in order."""
+
+
+@runtime_checkable
+class Precision(Protocol):
+    """How a training step computes: the type that operations are cast to, and the loss scale that goes with it."""
+
+    dtype: torch.dtype | None  # what `autocast` casts to; None for the parameters' own type
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+
+    def backward(self, loss: torch.Tensor, optimizer: Optimizer, more: bool = False) -> None:
+        """Add the gradients of `loss`, unscaled unless `more` losses of the same step are to come."""
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Take the optimizer's step; False if it was skipped."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Tracker(ABC):
+    """Where the records of a run go while it trains.
+
+    The checkpoint and `records.jsonl`, not the tracker, are the records that count. A tracker is told the whole history
+    each time and sends what it has not sent, so a lost call costs nothing; it is never a reason for training to stop.
+    Called in this order: `start`, then `update` after every epoch, `artifact` at any time, `finish` at the end.
+    """
+
+    run_id: str | None = None  # by which the tracker finds this run again; saved in the checkpoints
+
+    @abstractmethod
+    def start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_dir: Path,
+        resumed: bool,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Begin a run, or go on with one if it was `resumed`.
+
+        Args:
+            params: the config, flattened to dotted keys.
+            tags: the chosen options, seed, device, machine and code; `name` is what to call the run.
+            history: the records of the epochs before.
+        """
+
+    @abstractmethod
+    def update(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Take the records of all epochs so far. Outside of everything that is clocked."""
+
+    @abstractmethod
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a copy of a file, in `folder` of the run's files."""
+
+    @abstractmethod
+    def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""

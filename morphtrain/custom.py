@@ -1,0 +1,126 @@
+"""The user's own part of a run: a class, or a function that makes it, by its dotted path.
+
+python -m morphtrain.run model=custom model._target_=my_package.Net +model.width=32
+
+Every key beside `_target_` is a keyword of the call; what its group is given (`num_classes` of a model, `epochs` of a
+schedule) comes from the run, where the callable takes it and the config does not set it. What a *config* names is
+imported: it is the user's own. What a *checkpoint* names is not, since a file must not decide what runs: see
+`of_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+
+
+def find(key: str, target: str) -> Callable[..., Any]:
+    """Import the callable of this dotted path; the current directory is searched, as `python -m` has it.
+
+    Raises:
+        UserError: of config key `key`, if there is no such module or name, or it cannot be called.
+    """
+    module_name, _, name = target.rpartition(".")
+    module = _import(key, target, module_name)
+    if not hasattr(module, name):
+        raise UserError(f"{key}._target_={target}: {module_name} has no {name}; {_what_it_has(key, module, name)}")
+    found = getattr(module, name)
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise UserError(
+            f"{key}._target_={target}: is an object of type {kind}; name a class, or a function that makes one"
+        )
+    return found
+
+
+def _import(key: str, target: str, module_name: str) -> ModuleType:
+    try:
+        # A module that draws while it is imported must not shift what the network draws: the next run of a sweep, or
+        # `morphtrain.load`, finds it imported already.
+        with torch.random.fork_rng(devices=[]):
+            return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            where = f"there is no module {error.name}, neither in the current directory ({Path.cwd()}) nor installed"
+            raise UserError(f"{key}._target_={target}: {where}; PYTHONPATH adds further places") from error
+        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
+
+
+def _what_it_has(key: str, module: ModuleType, name: str) -> str:
+    """A hint: the names that look like `name`, or else what is defined in `module`; of a model, the networks."""
+    close = difflib.get_close_matches(name, vars(module), n=3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__}
+    if key == "model":
+        networks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]
+        return f"its networks: {', '.join(networks) or 'none'}"
+    return f"it defines {', '.join(n for n, v in defined.items() if callable(v)) or 'nothing that can be called'}"
+
+
+def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: Mapping[str, Any]) -> Any:
+    """Call `make` with the config's keywords, and with those of `given` that it takes and the config does not set.
+
+    Raises:
+        UserError: of config key `key`, if the call fails.
+    """
+    anything = key == "model"  # networks hand **keywords on; others would choke on, say, `epochs`
+    offered = {name: value for name, value in given.items() if _takes(make, name, anything)}
+    try:
+        # A copy: a constructor that empties a list must not change what the checkpoints will hold.
+        return make(**offered | copy.deepcopy(config.arguments))
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
+        called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        raise UserError(f"{key}._target_={config._target_}: called with ({called}): {error}") from error
+
+
+def _takes(make: Callable[..., Any], keyword: str, anything: bool) -> bool:
+    """Whether a callable has this parameter or, if `anything` counts, takes all keywords."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # compiled code may have none
+        return False
+    named = parameters.get(keyword)
+    if named is not None:
+        return named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY)
+    return anything and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def of_checkpoint(target: str) -> type[nn.Module]:
+    """The class a checkpoint names, if the caller has imported it already. Nothing is imported and nothing called.
+
+    It has to be a subclass of `torch.nn.Module` from the package the path begins with: neither a function nor what
+    that package happens to have imported from elsewhere.
+
+    Raises:
+        UserError: that says how to load the checkpoint all the same.
+    """
+    module_name, _, name = target.rpartition(".")
+    module = sys.modules.get(module_name)
+    if module is None:
+        raise UserError(f"the network is {target}: import {module_name} first, or pass model=")
+    # Not getattr: a module's own __getattr__ would run, and may import, because a file says so.
+    found = vars(module).get(name)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        home = found.__module__
+        if home.partition(".")[0] == module_name.partition(".")[0]:
+            return found
+    raise UserError(f"the network is {target}, which is no class of a network defined there: pass model={target}")

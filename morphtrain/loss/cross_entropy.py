@@ -1,0 +1,10 @@
+"""The mean cross-entropy."""
+
+from torch.nn import functional as F
+
+from morphtrain import schema
+from morphtrain.contracts import Loss
+
+
+def build(config: schema.loss.Loss) -> Loss:
+    return F.cross_entropy

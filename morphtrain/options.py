@@ -1,0 +1,73 @@
+"""From the chosen option of a config group to the part of a run that it describes (see `morphtrain.contracts`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from morphtrain import custom
+from morphtrain.contracts import Data, Precision, Tracker
+from morphtrain.errors import UserError
+from morphtrain.method import Method
+from morphtrain.schema import Custom, Option, option_of
+
+# What the user's own part of a group has to be; where the kind is None, a function.
+KINDS: dict[str, type | None] = {
+    "model": nn.Module,
+    "data": Data,
+    "precision": Precision,
+    "optimizer": Optimizer,
+    "loss": None,
+    "schedule": None,
+    "prune": Method,
+    "grow": Method,
+    "methods": Method,
+    "batch_policy": Method,
+    "tracking": Tracker,
+}
+
+
+def build(group: str, config: Option | Custom, **given: Any) -> Any:
+    """What an option of `group` describes; `given` is what its group is given (`morphtrain.contracts`).
+
+    Raises:
+        UserError: for an option that cannot be built here, and for a part of the user's own that is none of its kind.
+    """
+    if isinstance(config, Custom):
+        return build_custom(group, group, config, **given)
+    module = importlib.import_module(f"morphtrain.{group}.{option_of(vars(config))}")
+    return module.build(config, **given)
+
+
+def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
+    """What the user's own callable makes; `key` is the config key of its node, for messages."""
+    make = custom.find(key, config._target_)
+    if group == "norm":  # which is applied, not made
+        custom.construct(key, make, config, given)
+        return None
+    if group == "optimizer":
+        given["params"] = [parameter for parameter in given["model"].parameters() if parameter.requires_grad]
+    part = custom.construct(key, make, config, given)
+    check_kind(group, key, config, part)
+    return part
+
+
+def check_kind(group: str, key: str, config: Custom, part: Any) -> None:
+    """Raise the `UserError` of `key` unless `part` is what the group's contract asks for."""
+    kind, made = KINDS[group], type(part).__name__
+    if kind is None and not callable(part):
+        raise UserError(f"{key}._target_={config._target_}: makes a {made}, not a function (morphtrain.contracts)")
+    if kind is not None and not isinstance(part, kind):
+        wanted = "torch.nn.Module" if kind is nn.Module else f"{kind.__module__}.{kind.__name__}"
+        raise UserError(f"{key}._target_={config._target_}: makes a {made}, not a {wanted}{_lacking(kind, part)}")
+
+
+def _lacking(kind: type, part: Any) -> str:
+    """What a part lacks of a protocol."""
+    if kind not in (Data, Precision):
+        return ""
+    names = [name for name in (*kind.__annotations__, *vars(kind)) if not name.startswith("_")]
+    return f"; it lacks {', '.join(name for name in names if not hasattr(part, name))}"

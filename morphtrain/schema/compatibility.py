@@ -1,0 +1,56 @@
+"""Which options do not go together, and what an option asks of the others; checked when a config is composed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from morphtrain.errors import UserError
+from morphtrain.schema.checks import check
+from morphtrain.schema.custom import Custom
+from morphtrain.schema.grow import MorphNetExpansion, Planned, Selective
+from morphtrain.schema.optimizer import LARS
+from morphtrain.schema.prune import MorphNetPenalty, PruneTrain
+
+if TYPE_CHECKING:
+    from morphtrain.schema.config import Config
+
+
+def check_compatible(config: Config) -> None:
+    """Raise the `UserError` of the first pair of options that do not go together, saying what to change."""
+    _check_penalty(config)
+    _check_growth(config)
+    _check_custom_policy(config)
+
+
+def _check_penalty(config: Config) -> None:
+    rows = isinstance(config.prune, MorphNetPenalty) and config.prune.regulariser == "group_lasso"
+    if rows and isinstance(config.optimizer, LARS):
+        raise UserError(
+            "prune.regulariser=group_lasso: would shrink all layers alike, where optimizer=lars takes steps of "
+            "different sizes; prune.regulariser=gamma_l1 or optimizer=sgd works"
+        )
+
+
+def _check_growth(config: Config) -> None:
+    grow, prune, epochs = config.grow, config.prune, config.epochs
+    if isinstance(grow, (MorphNetExpansion, Selective)) and prune.name == "none":
+        raise UserError(f"grow={grow.name}: needs a method that shrinks; prune=prunetrain or prune=morphnet works")
+    if isinstance(grow, Planned):
+        late = [epoch for epoch in grow.at_epochs if epoch >= epochs]
+        check(not late, "grow.at_epochs", grow.at_epochs, f"before the last epoch (epochs={epochs})")
+    if isinstance(grow, MorphNetExpansion):
+        end = grow.rounds * grow.round_epochs
+        wanted = f"so that the last round ends before epochs={epochs} (now: after epoch {end})"
+        check(end < epochs, "grow.rounds", grow.rounds, wanted)
+        if isinstance(prune, (PruneTrain, MorphNetPenalty)):
+            stops = prune.stop_epoch is not None and prune.stop_epoch <= end
+            wanted = f"grow.rounds * grow.round_epochs = {end} or earlier, or what grew would be shrunk again"
+            check(stops, "prune.stop_epoch", prune.stop_epoch, wanted)
+
+
+def _check_custom_policy(config: Config) -> None:
+    policy = config.batch_policy
+    if isinstance(policy, Custom):
+        size = policy.arguments.get("batch_size")
+        whole = type(size) is int and size >= 1
+        check(whole, "batch_policy.batch_size", size, "1 or more images: those of the first step, of any policy")

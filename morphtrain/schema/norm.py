@@ -1,0 +1,21 @@
+"""Options of the group `norm`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morphtrain.schema.checks import check
+from morphtrain.schema.option import Option
+
+
+@dataclass
+class Norm(Option, group="norm", plain=("batch",)):
+    pass
+
+
+@dataclass
+class GhostNorm(Norm, option="ghost"):
+    ghost_batch_size: int
+
+    def __post_init__(self) -> None:
+        check(self.ghost_batch_size >= 1, "norm.ghost_batch_size", self.ghost_batch_size, "1 or more samples")

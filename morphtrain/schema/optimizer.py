@@ -1,0 +1,58 @@
+"""Options of the group `optimizer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morphtrain.schema.checks import check
+from morphtrain.schema.option import Option
+
+
+@dataclass
+class Optimizer(Option, group="optimizer"):
+    lr: float
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+
+
+@dataclass
+class SGD(Optimizer, option="sgd"):
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "0 or more and below 1")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        check(
+            not (self.nesterov and self.momentum == 0),
+            "optimizer.nesterov",
+            self.nesterov,
+            "false when optimizer.momentum=0",
+        )
+
+
+@dataclass
+class LARS(SGD, option="lars"):
+    trust_coefficient: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = "optimizer.trust_coefficient"
+        check(self.trust_coefficient > 0, key, self.trust_coefficient, "above 0 (You et al.: 0.001)")
+
+
+@dataclass
+class AdamW(Optimizer, option="adamw"):
+    betas: list[float]
+    eps: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        proper = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check(proper, "optimizer.betas", self.betas, "two numbers, each 0 or more and below 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")

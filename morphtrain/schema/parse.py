@@ -1,0 +1,122 @@
+"""From a composed Hydra config, or a checkpoint's plain data, to the typed one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from morphtrain.errors import UserError
+from morphtrain.schema.checks import check_one_of
+from morphtrain.schema.config import Config, TopLevel
+from morphtrain.schema.custom import Custom
+from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
+from morphtrain.schema.option import OPTIONS, Option, option_of
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel carries `conf` inside the package, a checkout beside it.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+
+def compose(*overrides: str) -> Config:
+    """See `morphtrain.compose`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF)):
+        return parse(hydra_compose("config", overrides=list(overrides)))
+
+
+def parse(composed: DictConfig) -> Config:
+    """The typed config of a composed one; raises `UserError` for an unknown key, a wrong type or range."""
+    config: Config = _parse(Config, TopLevel, composed)
+    return config
+
+
+def parse_max_batch(composed: DictConfig) -> MaxBatch:
+    """The same for `conf/maxbatch.yaml`."""
+    config: MaxBatch = _parse(MaxBatch, MaxBatchKeys, composed)
+    return config
+
+
+def stored_option(group: str, stored: Mapping[str, Any]) -> Option | Custom:
+    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for what is none of ours."""
+    name = option_of(stored)
+    check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
+    option = OPTIONS[group][name](**stored)
+    if isinstance(option, Custom):
+        option.check(group)
+    return option
+
+
+def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
+    """An instance of dataclass `kind`: its groups, and the fields of `keys`."""
+    names = [field.name for field in fields(kind)]
+    for name in names:
+        if name not in composed:
+            raise UserError(f"{name}: missing; give it a value")
+    for key in map(str, composed):
+        if key not in names:
+            raise UserError(f"{key}: no such key; there are {', '.join(names)}")
+    values: dict[str, Any] = {name: _option(name, composed[name]) for name in names if name in OPTIONS}
+    if "methods" in names:
+        values["methods"] = _methods(composed["methods"])
+    top = {name: composed[name] for name in names if name not in values}
+    plain = _typed(keys, OmegaConf.create(top), "")
+    return kind(**vars(plain), **values)
+
+
+def _option(group: str, node: Any) -> Option | Custom:
+    name = option_of(node) if isinstance(node, DictConfig) else node
+    check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
+    kind = OPTIONS[group][name]
+    option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
+    return option
+
+
+def _methods(nodes: Any) -> list[Custom]:
+    """`methods`: nodes with a `_target_` each."""
+    if not isinstance(nodes, ListConfig):
+        raise UserError(f"methods={nodes}: must be a list, as methods=[{{_target_: my_package.Method}}]")
+    for number, node in enumerate(nodes):
+        if not isinstance(node, DictConfig) or "_target_" not in set(node):
+            raise UserError(f"methods[{number}]={node}: must have a _target_, as {{_target_: my_package.Method}}")
+    return [_custom(node, f"methods[{number}]") for number, node in enumerate(nodes)]
+
+
+def _custom(node: DictConfig, at: str) -> Custom:
+    """All keys except `_target_` are the call's, with nothing but plain containers in them."""
+    for key in ("_target_", *node):
+        if key not in node:
+            raise UserError(f"{at}.{key}: missing; give it a value")
+    try:
+        plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    custom = Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # `check` looks at the keys
+    custom.check(at)
+    return custom
+
+
+def _typed(kind: type, node: Any, group: str) -> Any:
+    """An instance of dataclass `kind`, its fields converted from `node` by OmegaConf's rules."""
+    prefix = f"{group}." if group else ""
+    names = [field.name for field in fields(kind)]
+    for key in map(str, node):
+        if key not in names:
+            raise UserError(f"{prefix}{key}: no such key; {group} has {', '.join(names)}")
+    for name in names:
+        if name not in node or OmegaConf.is_missing(node, name):
+            raise UserError(f"{prefix}{name}: missing; give it a value")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))
+    except OmegaConfBaseException as error:
+        key = f"{prefix}{error.key}" if error.key is not None else group
+        value = OmegaConf.select(node, str(error.key)) if error.key is not None else node
+        wanted = str(error).splitlines()[0]
+        raise UserError(f"{key}={value}: {wanted[0].lower()}{wanted[1:]}") from error

@@ -1,0 +1,30 @@
+"""Options of the group `schedule`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morphtrain.schema.checks import check
+from morphtrain.schema.option import Option
+
+
+@dataclass
+class Schedule(Option, group="schedule", plain=("cosine", "linear", "constant")):
+    """cosine, linear: from the full learning rate to zero over the run; constant: the full one."""
+
+    warmup_epochs: float
+
+    def __post_init__(self) -> None:
+        check(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more epochs")
+
+
+@dataclass
+class Milestones(Schedule, option="milestones"):
+    milestones: list[float]
+    gamma: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rising = all(0 < m < 1 for m in self.milestones) and self.milestones == sorted(set(self.milestones))
+        check(rising, "schedule.milestones", self.milestones, "rising fractions of the run, between 0 and 1")
+        check(0 < self.gamma <= 1, "schedule.gamma", self.gamma, "above 0 and at most 1")

@@ -1,0 +1,24 @@
+"""Options of the group `timing`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.option import Option
+
+
+@dataclass
+class Timing(Option, group="timing", plain=("default",), closed=True):
+    sync: str
+    warmup_epochs: int
+    cores: int | None
+    when_busy: str
+    reference: float
+
+    def __post_init__(self) -> None:
+        check_one_of("timing.sync", self.sync, ("edges", "each", "none"))
+        check(self.warmup_epochs >= 0, "timing.warmup_epochs", self.warmup_epochs, "0 or more epochs")
+        check(self.cores is None or self.cores >= 1, "timing.cores", self.cores, "1 or more, or null")
+        check_one_of("timing.when_busy", self.when_busy, ("mark", "wait", "refuse"))
+        check(0 <= self.reference <= 1, "timing.reference", self.reference, "a share of training's time, 0 to 1")

@@ -1,0 +1,139 @@
+"""The live state of a run, which the loop advances and the methods change. It stands below all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from morphtrain import schema
+from morphtrain.contracts import Data, Loss, Precision, Schedule
+from morphtrain.cost import count_macs, count_params
+from morphtrain.errors import UserError
+from morphtrain.initialise import fresh_weights
+from morphtrain.method import Method
+from morphtrain.morph import ChannelGraph
+from morphtrain.outputs import check_outputs
+from morphtrain.ramp import Ramp
+from morphtrain.timing.clock import Clock
+
+
+@dataclass
+class Run:
+    """Model, graph, optimizer, schedule, data, clock and methods, and how far training has come."""
+
+    config: schema.Config
+    device: torch.device
+    data: Data
+    model: nn.Module
+    graph: ChannelGraph
+    optimizer: Optimizer
+    criterion: Loss
+    schedule: Schedule
+    precision: Precision
+    clock: Clock
+    methods: dict[str, Method]  # by group, in the order of `method.ORDER`
+    base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
+    initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the dense network
+    epoch: int = 0  # the current one, counted from 1; before and between epochs the last one done
+    progress: float = 0.0  # passes over the training data that led to a step; what the schedule sees
+    batch_size: int = 0
+    micro_batch: int | None = None  # at most so many images go through the network at once; None: the whole batch
+    lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size; a batch policy's
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
+    train_loss: float = 0.0  # mean over the last epoch
+    train_accuracy: float = 0.0  # 0..1, of the same forward passes
+    history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
+    change: str = ""  # what the structural change of this epoch did; "" if there was none
+    changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces after it
+    lr_factor: float = 1.0  # on the schedule's learning rate, by methods that lower it
+    rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after a growth
+    stopped: bool = False  # a method ends the run after this epoch
+    params: int = 0
+    macs: int = 0
+
+    def hooks(self, name: str) -> list[Callable[..., Any]]:
+        """The hook of this name of every method that implements it, in the declared order."""
+        return [getattr(method, name) for method in self.methods.values() if method.implements(name)]
+
+    def shape_changed(self, summary: str) -> None:
+        """To be called by a method after every structural change."""
+        self.change = f"{self.change}; {summary}" if self.change else summary
+
+    def note(self, event: str) -> None:
+        """Remember what a method did after this epoch, and the widths that the network has now."""
+        widths = {space.name: space.size for space in self.graph.spaces}
+        self.changes.append({"epoch": self.epoch, "event": event, "widths": widths})
+
+    def rewarm(self, epochs: float) -> None:
+        """Let the learning rate rise again from zero to what it would be, over `epochs`."""
+        self.rewarmed = Ramp(0.0, 1.0, self.progress, epochs)
+
+    def learning_rate(self, epochs_done: float, group: int = 0) -> float:
+        """The learning rate of one of the optimizer's parameter groups after so many epochs."""
+        scheduled = self.base_lrs[group] * self.schedule(epochs_done)
+        return scheduled * self.lr_scale.at(epochs_done) * self.rewarmed.at(epochs_done) * self.lr_factor
+
+    def training_inputs(self, batches: int) -> list[torch.Tensor]:
+        """The images of the first batches of this epoch, as training sees them."""
+        loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
+        return [images for images, _ in itertools.islice(loader, batches)]
+
+    def reset_weights(self) -> None:
+        """Give the network as it is now fresh weights, and the optimizer fresh state."""
+        fresh_weights(self.model)
+        self.optimizer.state.clear()
+
+    def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
+        """To be called by a batch policy: images in a step, and how many of them go through the network at once.
+
+        Raises:
+            UserError: if there are not so many, or if a single one would go through a network that cannot train on it.
+        """
+        samples = len(self.data.train)
+        if batch_size > samples:
+            raise UserError(
+                f"batch_policy.batch_size={batch_size}: the training set has {samples} images; at most that many"
+            )
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        if 1 in (batch // passes(batch, micro_batch) for batch in (batch_size, samples % batch_size)):
+            self._check_single(samples)
+
+    def _check_single(self, samples: int) -> None:
+        try:
+            check_outputs("the model", self.model, self.data.input_shape, self.data.num_classes, samples=1)
+        except UserError as error:
+            micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
+            raise UserError(
+                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch} it leaves a single one "
+                f"for a pass, but {error}"
+            ) from error
+
+    def scale_learning_rate(self, factor: float, warmup_epochs: float) -> None:
+        """Let the learning rate become `factor` times what `optimizer.lr` and schedule say, within `warmup_epochs`."""
+        self.lr_scale = self.lr_scale.turned(self.progress, factor, warmup_epochs)
+
+    def count(self) -> None:
+        """Count parameters and MACs of the network as it is now."""
+        self.params = count_params(self.model)
+        self.macs = count_macs(self.model, self.data.input_shape)
+
+    def generator(self, epoch: int) -> torch.Generator:
+        """The randomness of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
+
+
+def passes(images: int, micro_batch: int | None) -> int:
+    """In how many parts, of the same size give or take one image, a batch goes through the network."""
+    return 1 if micro_batch is None else max(1, -(-images // micro_batch))
+
+
+def derived_seed(seed: int, epoch: int) -> int:
+    """A 64-bit seed for an epoch; epoch 0 is the initialisation."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)

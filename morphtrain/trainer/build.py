@@ -1,0 +1,138 @@
+"""Everything that a run needs before its first epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from morphtrain import options, schema
+from morphtrain.contracts import Data
+from morphtrain.cost.params import count_weights
+from morphtrain.errors import UserError
+from morphtrain.method import ORDER, Method
+from morphtrain.morph import ChannelGraph, MorphError, is_ignored
+from morphtrain.outputs import check_outputs
+from morphtrain.state import Run, derived_seed
+from morphtrain.timing.clock import Clock
+from morphtrain.trainer.devices import pick_device
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}  # of config key `memory_format`
+
+
+def build_run(
+    config: schema.Config,
+    morph: Callable[[nn.Module], nn.Module] | None = None,
+    device: torch.device | None = None,
+) -> Run:
+    """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+
+    `device` is the one of those that `config.device` allows which the run has taken; None: the first.
+
+    Raises:
+        UserError: for a device or data set that is not there, or a model that cannot be made, does not fit the data
+            or whose channels cannot be followed.
+    """
+    device = device or pick_device(config.device)
+    data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
+    given = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
+    model = build_model(lambda: options.build("model", config.model, **given), config.norm, config.seed)
+    if morph is not None:
+        model = morph(model)
+    model = in_format(model.to(device), config.memory_format)
+    check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
+    methods = build_methods(config)
+    run = Run(
+        config=config,
+        device=device,
+        data=data,
+        model=model,
+        graph=follow_channels(config, model, data.input_shape, methods),
+        optimizer=options.build("optimizer", config.optimizer, model=model),
+        criterion=options.build("loss", config.loss),
+        schedule=options.build("schedule", config.schedule, epochs=config.epochs),
+        precision=options.build("precision", config.precision, device=device),
+        clock=Clock(device, config.timing.sync),
+        methods=methods,
+    )
+    if isinstance(run.criterion, nn.Module):
+        run.criterion.to(device)
+    for hook in run.hooks("after_build"):
+        hook(run)
+    run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
+    run.count()
+    run.note("")
+    run.initial = {
+        "channels": sum(space.size for space in run.graph.spaces),
+        "weights": count_weights(model),
+        "params": run.params,
+        "macs": run.macs,
+    }
+    return run
+
+
+def build_methods(config: schema.Config) -> dict[str, Method]:
+    """The methods in the order in which their hooks are called, by group; `methods.0` is the user's first."""
+    methods: dict[str, Method | None] = {}
+    for group in ORDER:
+        if group == "methods":
+            for number, own in enumerate(config.methods):
+                methods[f"methods.{number}"] = options.build_custom("methods", f"methods[{number}]", own)
+        else:
+            methods[group] = options.build(group, getattr(config, group))
+    return {name: method for name, method in methods.items() if method is not None}
+
+
+def build_model(build: Callable[[], nn.Module], norm: schema.norm.Norm | schema.Custom | None, seed: int) -> nn.Module:
+    """The network that `build` makes, with the norms of config group `norm` (None: its own), on the CPU.
+
+    It is initialised from the run's seed. Structure and values of a checkpoint come later: they know no norms.
+    """
+    # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
+    torch.default_generator.manual_seed(derived_seed(seed, 0))
+    with torch.device("cpu"):
+        model = build()
+    if norm is not None:
+        options.build("norm", norm, model=model)
+    return model
+
+
+def in_format(model: nn.Module, memory_format: str) -> nn.Module:
+    """The model with its two-dimensional kernels in this format; they, not the images, decide what convolutions use."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=FORMATS[memory_format])
+    return model
+
+
+def follow_channels(
+    config: schema.Config, model: nn.Module, input_shape: Sequence[int], methods: Mapping[str, Method]
+) -> ChannelGraph:
+    """The channel graph of the model; one without spaces if it cannot be traced and no method needs it.
+
+    Raises:
+        UserError: for a model whose channels cannot be followed, if a method needs them.
+    """
+    for name, method in methods.items():
+        _check_ignored(name, method.ignore, model)
+    ignore = [pattern for method in methods.values() for pattern in method.ignore]
+    try:
+        return ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
+    except MorphError as error:
+        if not any(method.follows_channels for method in methods.values()):
+            log.info("the model's channels are not followed: %s", error)
+            return ChannelGraph.untraced(model)
+        hint = "; prune.ignore=[...] leaves modules out of it, prune=none the whole"
+        raise UserError(f"model={config.model.name}: {error}{hint}") from error
+
+
+def _check_ignored(method: str, patterns: Sequence[str], model: nn.Module) -> None:
+    paths = [path for path, _ in model.named_modules()]
+    unknown = [pattern for pattern in patterns if not any(is_ignored(path, [pattern]) for path in paths)]
+    if unknown:
+        parts = ", ".join(path for path, _ in model.named_children())
+        raise UserError(f"{method}.ignore={unknown}: no module's path matches; the model's parts are {parts}")

@@ -1,0 +1,74 @@
+"""The machine and the code of a run: `environment.json` in its directory, and tags of the tracker."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import morphtrain
+from morphtrain.files import write_atomically
+from morphtrain.schema.parse import PACKAGE
+
+FILE = "environment.json"
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a reader of the times has to know, by name.
+
+    `git_commit` is that of the directory the run was started from, `git_clean` whether its tracked files were as
+    committed; `morphtrain_commit` that of MorphTrain itself, if it runs from a checkout. What is not known is left out.
+    """
+    facts = {
+        "host": platform.node(),
+        "processor": processor(device),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "morphtrain": morphtrain.__version__,
+        "morphtrain_commit": _git(PACKAGE, "rev-parse", "HEAD") if _is_checkout(PACKAGE) else None,
+        "git_commit": _git(Path.cwd(), "rev-parse", "HEAD"),
+    }
+    if facts["git_commit"]:
+        facts["git_clean"] = str(not _git(Path.cwd(), "status", "--porcelain", "--untracked-files=no")).lower()
+    return {name: value for name, value in facts.items() if value}
+
+
+def processor(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(run_dir: Path, facts: Mapping[str, str]) -> None:
+    """Leave the facts in `run_dir`; those of an earlier part of a run that goes on elsewhere stay, under `before`."""
+    path = run_dir / FILE
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    before = found.pop("before", [])
+    if found and found != facts:
+        before.append(found)
+    content = dict(facts) | ({"before": before} if before else {})
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def _is_checkout(directory: Path) -> bool:
+    """Whether git tracks what lies there: an installed package may lie in the repository of somebody else's project."""
+    return _git(directory, "ls-files", "__init__.py") is not None
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git says; None for nothing, without git and outside of a repository."""
+    try:
+        result = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
