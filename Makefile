@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test test-all lint bench ui clean
+.PHONY: setup run test test-all lint docs bench ui clean
 
 setup: .venv/.installed
 
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation, into site/; a broken link is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 # What the product promises about its own speed, as ratios measured interleaved.
 bench: setup
 	cd benchmarks && for b in startup regulariser reconfiguration surgery widths ghost_norm memory loop loader tracking allocator; do ../$(BIN)/python $$b.py; done
@@ -37,4 +41,4 @@ ui: setup
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache
