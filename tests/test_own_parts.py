@@ -1,0 +1,319 @@
+"""Parts of a run that are the user's own: each is one file and one YAML (docs/examples), or a `_target_` alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, Command
+from test_errors import check_failure
+from test_resume import assert_same, contents
+from torch import nn
+
+import morphtrain
+from morphtrain import schema
+from morphtrain.contracts import Tracker
+from morphtrain.errors import UserError
+from morphtrain.method import HOOKS, ORDER, Closure, Method
+from morphtrain.state import Run
+from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train, train_epoch
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+OURS = ["data=shapes", "optimizer=signum", "prune=weakest", "model.width=8", "epochs=5", "tracking=none"]
+DENSE = [override for override in SMALL if not override.startswith("prune")]
+
+
+@pytest.fixture
+def own(command: Command) -> Callable[..., Any]:
+    """The command, with the examples on the path and their option files."""
+    place = {"PYTHONPATH": f"{EXAMPLES.parents[1]}:{EXAMPLES}"}
+    return lambda *overrides: command("--config-dir", str(EXAMPLES / "options"), *overrides, env=place)
+
+
+def test_the_examples_train_morph_and_resume_to_the_same_bits(own: Callable[..., Any], tmp_path: Path) -> None:
+    whole = own(*OURS, "hydra.run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("removed the weakest") == 2
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    methods = ["methods=[{_target_: stopper.Stop, after: 3}]", "hydra.run.dir=parts"]
+    assert own(*OURS, *methods).returncode == 130
+    assert contents(tmp_path / "parts" / "last.pt")["facts"]["epoch"] == 3
+    resumed = own(*OURS, *methods, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("removed the weakest") == 1  # the second; the first is in the checkpoint
+    ours, theirs = (contents(tmp_path / name / "last.pt") for name in ("parts", "whole"))
+    assert ours["facts"]["history"][-1]["narrowest"] == theirs["facts"]["history"][-1]["narrowest"] < 8
+    assert_same(ours["model"], theirs["model"])
+    assert_same(ours["optimizer"], theirs["optimizer"])
+
+
+STOPPER = """
+from morphtrain.method import Method
+
+class Stop(Method):
+    def __init__(self, after):
+        self.after = after
+
+    def before_epoch(self, run):
+        if run.epoch == self.after + 1 and len(run.history) == self.after and not run.config.resume == "auto":
+            raise KeyboardInterrupt
+"""
+
+
+def test_an_example_is_loaded_again(own: Callable[..., Any], tmp_path: Path) -> None:
+    assert own(*OURS, "hydra.run.dir=run", "epochs=2").returncode == 0
+    network = morphtrain.load(tmp_path / "run" / "last.pt")
+    assert network(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
+
+
+class Recorder(Method):
+    """Notes every hook that is called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def before_forward(self, run: Run, batch: Any) -> Any:
+        self.called.append("before_forward")
+        return batch
+
+    def step(self, run: Run, closure: Closure) -> None:
+        self.called.append("step")
+
+    def after_epoch(self, run: Run) -> dict[str, float]:
+        self.called.append("after_epoch")
+        run.shape_changed("nothing, really")
+        return {"own": 1.0}
+
+    def measure(self, run: Run) -> dict[str, float]:
+        self.called.append("measure")
+        return {"measured": float(run.history[-1]["epoch"] if run.history else 0)}
+
+
+def _noting(name: str) -> Callable[..., None]:
+    def hook(self: Recorder, run: Run) -> None:
+        self.called.append(name)
+
+    return hook
+
+
+for _name in set(HOOKS) - set(vars(Recorder)):
+    setattr(Recorder, _name, _noting(_name))
+
+
+def test_the_hooks_are_called_as_the_contract_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(sys.modules[__name__], "made", lambda: recorder, raising=False)
+    methods = "methods=[{_target_: test_own_parts.made}]"
+    config = morphtrain.compose(*DENSE, "epochs=2", "tracking=none", "device=cpu", methods, "objective=[own,measured]")
+    assert train(config, tmp_path, {}) == [1.0, 1.0]
+    batch = ["before_forward", "after_backward", "step", "after_step"]
+    epoch = ["before_epoch", *16 * batch, "after_epoch", "after_change", "measure"]
+    assert recorder.called == ["after_build", "before_training", *epoch, *epoch, "after_training"]
+
+
+def test_methods_are_called_in_the_declared_order() -> None:
+    methods = "methods=[{_target_: test_own_parts.Recorder}, {_target_: test_own_parts.Recorder}]"
+    run = build_run(morphtrain.compose(*SMALL, "grow=wider", "grow.at_epochs=[2]", methods))
+    assert list(run.methods) == ["prune", "grow", "methods.0", "methods.1", "batch_policy"]
+    assert ORDER == ("prune", "grow", "methods", "batch_policy")
+
+
+def test_a_misspelt_hook_is_an_error_when_the_class_is_made() -> None:
+    with pytest.raises(UserError, match=r"Late\.after_setp: the loop calls no such hook; did you mean after_step\?"):
+
+        class Late(Method):
+            def after_setp(self, run: Run) -> None:
+                pass
+
+
+class Twice(Method):
+    """Takes a second step on every batch, by the gradients there."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[float, float]] = []
+
+    def step(self, run: Run, closure: Closure) -> bool:
+        first = run.loss.item()
+        run.optimizer.step()
+        again = closure().item()
+        run.optimizer.step()
+        self.losses.append((first, again))
+        return True
+
+
+def test_a_method_takes_the_step_and_evaluates_the_batch_again() -> None:
+    quiet = ["schedule=constant", "optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.lr=0.01"]
+    run = build_run(morphtrain.compose(*DENSE, *quiet, "methods=[{_target_: test_own_parts.Twice}]"))
+    start(run)
+    begin_epoch(run)
+    train_epoch(run)
+    losses = run.methods["methods.0"].losses  # type: ignore[attr-defined]
+    assert len(losses) == 16
+    assert sum(again < first for first, again in losses) >= 15  # of the same batch, one step later
+    assert run.train_loss == pytest.approx(sum(first for first, _ in losses) / 16, rel=1e-4)
+
+
+class Halves(Method):
+    """Trains on the first half of every batch."""
+
+    def before_forward(self, run: Run, batch: Any) -> Any:
+        images, labels = batch
+        return images[: len(images) // 2], labels[: len(labels) // 2]
+
+
+class Frozen(Method):
+    """Wraps the optimizer: nothing but the classifier learns."""
+
+    def after_build(self, run: Run) -> None:
+        run.optimizer = torch.optim.SGD(run.model.classifier.parameters(), lr=0.5)  # type: ignore[union-attr, operator]
+
+
+def test_batch_and_optimizer_can_be_replaced() -> None:
+    methods = "methods=[{_target_: test_own_parts.Halves}, {_target_: test_own_parts.Frozen}]"
+    run = build_run(morphtrain.compose(*DENSE, methods, "schedule=constant"))
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    start(run)
+    begin_epoch(run)
+    train_epoch(run)
+    finish_epoch(run)
+    assert run.optimizer.param_groups[0]["lr"] == 0.5
+    moved = {name for name, tensor in run.model.named_parameters() if not torch.equal(before[name], tensor)}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+class Memory(Tracker):
+    """Keeps all in a list."""
+
+    kept: list[Any] = []  # noqa: RUF012 (shared on purpose: the run makes the instance)
+
+    def start(self, params: Any, tags: Any, run_dir: Path, resumed: bool, history: Any = ()) -> None:
+        self.kept.append(("start", params["epochs"], tags["seed"], "torch" in tags))
+
+    def update(self, history: Any) -> None:
+        self.kept.append(("update", len(history)))
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        assert path.exists()
+
+    def finish(self, status: str, history: Any) -> None:
+        self.kept.append((status, len(history)))
+
+
+def half(epochs: int) -> Callable[[float], float]:
+    return lambda done: 0.5 if done >= epochs / 2 else 1.0
+
+
+class Policy(Method):
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def before_training(self, run: Run) -> None:
+        run.set_batch(self.batch_size)
+
+
+def no_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+
+
+def test_any_group_takes_a_part_of_ones_own(tmp_path: Path) -> None:
+    Memory.kept.clear()
+    parts = ["tracking=custom", "tracking._target_=test_own_parts.Memory"]
+    parts += ["schedule=custom", "schedule._target_=test_own_parts.half"]
+    parts += ["loss=custom", "loss._target_=torch.nn.CrossEntropyLoss", "+loss.label_smoothing=0.1"]
+    parts += ["optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "+optimizer.lr=0.004"]
+    parts += ["norm=custom", "norm._target_=test_own_parts.no_norms"]
+    parts += ["batch_policy=custom", "batch_policy._target_=test_own_parts.Policy", "batch_policy.batch_size=32"]
+    config = morphtrain.compose(*(o for o in DENSE if not o.startswith("batch_policy")), *parts, "epochs=2")
+    train(config, tmp_path, {})
+    assert Memory.kept == [("start", 2, "1", True), ("update", 1), ("update", 2), ("FINISHED", 2)]
+    history = contents(tmp_path / "last.pt")["facts"]["history"]
+    assert [record["learning_rate"] for record in history] == [0.004, 0.002]
+    assert [record["batch_size"] for record in history] == [32, 32]
+    with pytest.raises(UserError, match=r"its norm is test_own_parts\.no_norms, which is not called because a file"):
+        morphtrain.load(tmp_path / "last.pt")
+
+    def made(num_classes: int, in_channels: int, **keys: Any) -> nn.Module:
+        network = build_run(config).model
+        assert keys["width"] == 8
+        return network
+
+    assert isinstance(morphtrain.load(tmp_path / "last.pt", made), nn.Module)
+
+
+class Unfit:
+    """No part of anything."""
+
+
+UNFIT = "{}._target_=test_own_parts.Unfit"
+
+
+REFUSED = {
+    "data": (
+        ["data=custom", UNFIT.format("data")],
+        "makes a Unfit, not a .*Data; it lacks num_classes, train",
+    ),
+    "prune": (["prune=custom", UNFIT.format("prune")], "prune._target_=.* not a morphtrain.method.Method"),
+    "grow": (["grow=custom", UNFIT.format("grow")], "grow._target_=.* not a morphtrain.method.Method"),
+    "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
+    "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
+    "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
+    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "loss._target_=.*called with .a=1.:"),
+    "nowhere": (["grow=custom", "grow._target_=test_own_parts.Growth"], "grow._target_=.*has no Growth; did you mean"),
+    "no list": (["methods=5"], "methods=5: must be a list"),
+    "no target": (["methods=[{key: 1}]"], r"methods\[0\]=.*: must have a _target_"),
+    "no path": (["methods=[{_target_: Stop}]"], r"methods\[0\]._target_=Stop: must be a class or function"),
+    "no batch": (
+        ["batch_policy=custom", "batch_policy._target_=a.B", "batch_policy.batch_size=null"],
+        "batch_policy.batch_size=None: must be 1 or more",
+    ),
+    "timing": (["+timing._target_=a.B"], "timing.name=custom: must be one of default"),
+}
+
+
+class GrowthOfMine(Method):
+    pass
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_in_a_line(case: str) -> None:
+    overrides, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as refused:
+        build_run(morphtrain.compose(*overrides))
+    assert "\n" not in str(refused.value)
+
+
+class Hoarder(Method):
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": {1, 2}}
+
+
+def test_state_that_no_checkpoint_can_give_back_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    config = morphtrain.compose(*DENSE, "tracking=none", "methods=[{_target_: test_own_parts.Hoarder}]")
+    with pytest.raises(UserError, match=r"methods.0: its state_dict\(\) holds a set"):
+        train(config, tmp_path, {})
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_metric_that_nothing_records_is_named_after_the_first_epoch(tmp_path: Path) -> None:
+    methods = "methods=[{_target_: test_own_parts.Halves}]"
+    config = morphtrain.compose(*DENSE, "tracking=none", methods, "objective=[accuracy]")
+    with pytest.raises(UserError, match="objective=accuracy: must be one of epoch, timestamp"):
+        train(config, tmp_path, {})
+
+
+def test_a_mistake_in_a_file_of_ones_own_is_one_line(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from morphtrain.method import Method\n\nclass Mine(Method):\n    def after_setp(self, run):\n        pass\n"
+    )
+    result = command(*DENSE, "tracking=none", "methods=[{_target_: mine.Mine}]")
+    check_failure(result, ["mine.Mine.after_setp", "did you mean after_step?"])
+
+
+def test_every_group_but_timing_has_a_custom_option() -> None:
+    assert all(("custom" in options) == (group != "timing") for group, options in schema.OPTIONS.items())
