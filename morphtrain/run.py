@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.sweep import launchers
+from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
@@ -107,7 +107,7 @@ def with_messages(command: Callable[[], Any]) -> None:
         sys.exit(130)  # as the shell has it: ended by SIGINT
     except Exception as error:
         users = isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError))
-        said = message(error) if users else launchers.failed(error)
+        said = message(error) if users else launcher_errors.failed(error)
         if wants_traceback or said is None:
             raise
         sys.exit(said)
@@ -115,7 +115,7 @@ def with_messages(command: Callable[[], Any]) -> None:
 
 def message(error: Exception) -> str:
     """The error as a line or two, without a traceback."""
-    if missing := launchers.not_installed(error):
+    if missing := launcher_errors.not_installed(error):
         return missing
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""

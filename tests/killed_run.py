@@ -37,11 +37,17 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def around(owner: Any, name: str, before: Callable[..., None] | None = None, after: Callable[[], None] | None = None):
+def around(
+    owner: Any,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[[], None] | None = None,
+    counts: Callable[..., bool] = lambda *_: True,
+):
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        hit = now()
+        hit = counts(*args) and now()
         if hit and before:
             before(*args)
         result = original(*args, **kwargs)
@@ -57,12 +63,17 @@ def truncate_and_die(descriptor: int) -> None:
     die()
 
 
+def is_checkpoint(file: Any, *_: Any) -> bool:
+    name = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.fspath(file)
+    return ".pt" in os.path.basename(name)
+
+
 if event == "write":
-    around(os, "fsync", before=truncate_and_die)
+    around(os, "fsync", before=truncate_and_die, counts=is_checkpoint)
 elif event == "rename":
-    around(os, "replace", before=lambda *_: die())
+    around(os, "replace", before=lambda *_: die(), counts=is_checkpoint)
 elif event == "renamed":
-    around(os, "replace", after=die)
+    around(os, "replace", after=die, counts=is_checkpoint)
 elif event == "morph":
     around(Rebinder, "reindex", after=die)
 elif event == "adopt":

@@ -19,7 +19,8 @@ from torch import nn
 import morphtrain
 from morphtrain import schema
 from morphtrain.batch_policy import fill_memory
-from morphtrain.batch_policy.growth import grow, without_single
+from morphtrain.batch_policy.learning_rate import grow
+from morphtrain.batch_policy.sizes import without_single
 from morphtrain.cost import MemoryModel, count_params
 from morphtrain.errors import UserError
 from morphtrain.ramp import Ramp

@@ -28,9 +28,9 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.timing import foreign, guard, reference
+from morphtrain.timing.contention import Guard
 from morphtrain.timing.cores import pinned
 from morphtrain.timing.foreign import ForeignCpu, Reading, foreign_share
-from morphtrain.timing.guard import Guard
 from morphtrain.timing.reference import NOMINAL_SECONDS, Calibration, Reference
 from morphtrain.trainer import train
 

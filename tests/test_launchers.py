@@ -12,7 +12,7 @@ from hydra.errors import MissingConfigException
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from morphtrain.sweep import launchers
+from morphtrain.sweep import launcher_errors
 from tests.conftest import SMALL, Command
 
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -71,10 +71,10 @@ def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:
 
 def test_what_to_install_for_a_launcher_that_is_not_there() -> None:
     error = MissingConfigException("Could not find it", missing_cfg_file="hydra/launcher/submitit_slurm")
-    assert launchers.not_installed(error) == (
+    assert launcher_errors.not_installed(error) == (
         "hydra/launcher=submitit_slurm: not installed; pip install 'morphtrain[slurm]'"
     )
-    assert launchers.not_installed(MissingConfigException("?", missing_cfg_file="model/nothing")) is None
+    assert launcher_errors.not_installed(MissingConfigException("?", missing_cfg_file="model/nothing")) is None
 
 
 def test_what_a_launcher_lacks_is_said_without_a_traceback(command: Command, tmp_path: Path) -> None:

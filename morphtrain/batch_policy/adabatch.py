@@ -7,7 +7,8 @@ what lowering the other does, in fewer steps. Devarakonda et al. 2017 (AdaBatch,
 from __future__ import annotations
 
 from morphtrain import schema
-from morphtrain.batch_policy.growth import grow, tenth, without_single
+from morphtrain.batch_policy.learning_rate import grow
+from morphtrain.batch_policy.sizes import tenth, without_single
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.state import Run

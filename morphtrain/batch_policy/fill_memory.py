@@ -11,7 +11,8 @@ import logging
 import torch
 
 from morphtrain import schema
-from morphtrain.batch_policy.growth import grow, tenth, without_single
+from morphtrain.batch_policy.learning_rate import grow
+from morphtrain.batch_policy.sizes import tenth, without_single
 from morphtrain.byte_sizes import byte_count, left_of, readable
 from morphtrain.cost import MemoryModel, memory_model
 from morphtrain.errors import UserError

@@ -21,7 +21,8 @@ from optuna.trial import Trial, TrialState
 from morphtrain import schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
-from morphtrain.sweep.space import SearchSpace, as_space
+from morphtrain.sweep.baseline import Baseline
+from morphtrain.sweep.search_space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import Plan, SharedStudy
 from morphtrain.sweep.trial import (
@@ -46,7 +47,7 @@ class StudySweeper:
 
     Args:
         plain: Hydra's own Optuna sweeper with the keys they share: sampler, directions, storage and so on.
-        extend: the user's own search space, see `morphtrain.sweep.space`.
+        extend: the user's own search space, see `morphtrain.sweep.search_space`.
         pruner: Optuna's; decides in the job, epoch by epoch.
         baseline, min_accuracy, heartbeat_seconds: as in the plug-in.
     """
@@ -93,7 +94,7 @@ class StudySweeper:
             directions=self._directions(first.objective),
             facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
             total=total,
-            baseline=None if self.baseline is None else self._baseline_values(space),
+            baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
@@ -134,7 +135,7 @@ class StudySweeper:
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
         configs = [self._parsed(overrides) for overrides in space.corners()]
         if self.baseline is not None:
-            self._parsed(space.of_baseline(self.baseline))
+            self._parsed(Baseline(self.baseline, space).overrides())
         if len(configs[0].objective) > 1 and not isinstance(self.pruner, optuna.pruners.NopPruner):
             raise UserError(
                 f"hydra/sweeper/pruner: objective={configs[0].objective} has more than one metric, and Optuna stops "
@@ -166,10 +167,6 @@ class StudySweeper:
         points = math.prod(map(len, grid.values())) + (self.baseline is not None)
         return sampler(grid), min(total, points)
 
-    def _baseline_values(self, space: SearchSpace) -> dict[str, Any]:
-        """What trial 0 has of the searched keys: nothing where it runs with overrides of its own."""
-        return {} if self.baseline else space.defaults()
-
     def _run(
         self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
     ) -> None:
@@ -188,8 +185,9 @@ class StudySweeper:
     def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
         run_dir = trial.user_attrs.get(RUN_DIR_ATTR) or str(self.sweep_dir / str(trial.number))
         trial.set_user_attr(RUN_DIR_ATTR, run_dir)
-        if trial.user_attrs.get(BASELINE_ATTR) and not self._baseline_values(space):
-            overrides = space.of_baseline(self.baseline or [])
+        baseline = Baseline(self.baseline or [], space)
+        if trial.user_attrs.get(BASELINE_ATTR) and not baseline.values():
+            overrides = baseline.overrides()
         else:
             overrides = space.suggest(trial)
         trial.set_user_attr(OVERRIDES_ATTR, overrides)

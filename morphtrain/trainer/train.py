@@ -16,7 +16,7 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.schema import Config
 from morphtrain.state import Run
-from morphtrain.timing.guard import Guard
+from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.trainer import checkpoint, records
 from morphtrain.trainer import environment as environments

@@ -1,4 +1,4 @@
-"""What growing policies share: the learning rate that goes with a larger batch, and which sizes to avoid."""
+"""The learning rate that goes with a batch that has grown."""
 
 from __future__ import annotations
 
@@ -30,19 +30,3 @@ def grow(run: Run, batch_size: int, first: int, lr_scaling: str, warmup_epochs: 
     log.info("batch size %d -> %d (%s); learning rate times %.3g", run.batch_size, batch_size, reason, factor)
     run.set_batch(batch_size, run.micro_batch)
     run.scale_learning_rate(factor, warmup_epochs)
-
-
-def without_single(batch_size: int, samples: int, multiple: int = 1) -> int:
-    """The largest multiple up to `batch_size` that does not leave an epoch's last batch a single image.
-
-    A gradient of one image is noise, and where batch norm has one value a channel there is none at all.
-    """
-    batch_size -= batch_size % multiple
-    while batch_size > multiple and samples % batch_size == 1:
-        batch_size -= multiple
-    return batch_size
-
-
-def tenth(samples: int) -> int:
-    """The most a policy takes of the training set of its own accord: an epoch keeps ten steps."""
-    return samples // 10

@@ -40,19 +40,6 @@ class SearchSpace:
             self.extend(self.config, trial)
         return [*self.fixed, *(f"{key}={value}" for key, value in trial.params.items())]
 
-    def of_baseline(self, baseline: Sequence[str]) -> list[str]:
-        """The overrides of the trial that runs with `baseline` instead of searched values.
-
-        Where the baseline chooses another option of a group, overrides of that group's keys go: it has others.
-        """
-        keys = [override.split("=", 1)[0].lstrip("+~") for override in baseline]
-
-        def stays(override: str) -> bool:
-            key = override.split("=", 1)[0].lstrip("+~")
-            return not any(key == other or key.startswith(f"{other}.") for other in keys)
-
-        return [*filter(stays, self.fixed), *baseline]
-
     def defaults(self) -> dict[str, Any]:
         """The composed config's own values of all searched keys, or none if one of them is out of its range."""
         values = {key: self._default(key) for key in self.distributions}
