@@ -20,7 +20,7 @@ from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
 from morphtrain.model.vgg import VGG
 from morphtrain.morph import ChannelGraph, MorphError, WidthCost, describe, rebuild
-from morphtrain.morph.insert import measure_inputs
+from morphtrain.morph.surgery.insert import measure_inputs
 
 OWN = {
     "resnet20": lambda: ResNet(blocks=3),

@@ -7,19 +7,19 @@
 Imports torch and nothing else of MorphTrain; knows no training loop.
 """
 
-from morphtrain.morph.architecture import describe, rebuild
-from morphtrain.morph.branches import Block
 from morphtrain.morph.costs import CostKind, WidthCost
 from morphtrain.morph.formats import format_of_model
-from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
-from morphtrain.morph.insert import Start
 from morphtrain.morph.layers import PadChannels, ZeroBranch
 from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.paths import is_ignored, is_within
-from morphtrain.morph.points import Point
 from morphtrain.morph.spaces import Axis, Slot, Space
-from morphtrain.morph.trace import MorphError
+from morphtrain.morph.surgery.architecture import describe, rebuild
+from morphtrain.morph.surgery.gates import Gate
+from morphtrain.morph.surgery.insert import Start
+from morphtrain.morph.trace.branches import Block
+from morphtrain.morph.trace.points import Point
+from morphtrain.morph.trace.propagator import MorphError
 
 __all__ = [
     "Axis",

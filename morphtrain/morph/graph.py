@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain.morph.architecture import refresh_widths
-from morphtrain.morph.branches import CONVOLUTIONS, Block, Branch, find_blocks
-from morphtrain.morph.calls import Call, layer_calls
-from morphtrain.morph.gates import Gate, insert_gate
-from morphtrain.morph.indexing import multiplicity, rows_of, scale_of
-from morphtrain.morph.insert import Start, insert_block, insert_layers
 from morphtrain.morph.layers import NoChannels, ZeroBranch
-from morphtrain.morph.points import Point, find_places
-from morphtrain.morph.rebind import Change, Rebinder, Shared
 from morphtrain.morph.spaces import Axis, Pick, Segment, Slot, Space, divide
-from morphtrain.morph.trace import MorphError, trace_channels
+from morphtrain.morph.surgery.architecture import refresh_widths
+from morphtrain.morph.surgery.gates import Gate, insert_gate
+from morphtrain.morph.surgery.indexing import multiplicity, rows_of, scale_of
+from morphtrain.morph.surgery.insert import Start, insert_block, insert_layers
+from morphtrain.morph.surgery.rebind import Change, Rebinder, Shared
+from morphtrain.morph.trace.branches import CONVOLUTIONS, Block, Branch, find_blocks
+from morphtrain.morph.trace.calls import Call, layer_calls
+from morphtrain.morph.trace.points import Point, find_places
+from morphtrain.morph.trace.propagator import MorphError, trace_channels
 
 Index = Sequence[int] | torch.Tensor
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from morphtrain.morph.trace import Role, Tensors, Trace
+from morphtrain.morph.trace.propagator import Role, Tensors, Trace
 
 
 @dataclass(eq=False)

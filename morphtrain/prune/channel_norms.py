@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from morphtrain.morph import ChannelGraph, Slot, Space
-from morphtrain.morph.layer_rules import NORMS
+from morphtrain.morph.trace.rules.layers import NORMS
 
 Regulariser = Literal["gamma_l1", "group_lasso"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from morphtrain.morph import ChannelGraph, Space, kept_modes
-from morphtrain.morph.calls import MIXING
+from morphtrain.morph.trace.calls import MIXING
 
 CONSTANTS = ("bias", "running_mean")  # what makes a channel's value beside its weights
 

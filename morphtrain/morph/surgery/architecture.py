@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from morphtrain.morph.formats import format_of_model
-from morphtrain.morph.insert import norm_like
 from morphtrain.morph.layers import (
     Gated,
     Grown,
@@ -20,6 +19,7 @@ from morphtrain.morph.layers import (
     SelectChannels,
     ZeroBranch,
 )
+from morphtrain.morph.surgery.insert import norm_like
 
 # What torch's layers, and ours, keep beside their tensors and a change of width changes.
 WIDTHS = (

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import prefixes
-from morphtrain.morph.trace import Trace
+from morphtrain.morph.trace.nodes import name_of, owner_path
+from morphtrain.morph.trace.propagator import Trace
 
 # Their results are not negative, and stay as they are if taken for an input of relu.
 NON_NEGATIVE = frozenset(("relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "abs", "square"))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from morphtrain.morph.layer_rules import NORMS, TRANSPOSED
 from morphtrain.morph.layers import NoChannels, ZeroBranch
-from morphtrain.morph.nodes import name_of
+from morphtrain.morph.trace.nodes import name_of
+from morphtrain.morph.trace.rules.layers import NORMS, TRANSPOSED
 
 MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from morphtrain.morph import function_rules, movement_rules
-from morphtrain.morph.labels import along
 from morphtrain.morph.layers import NoChannels, PadChannels, Scale, ScatterChannels, SelectChannels, ZeroBranch
-from morphtrain.morph.nodes import fixed_like
+from morphtrain.morph.trace.labels import along
+from morphtrain.morph.trace.nodes import fixed_like
+from morphtrain.morph.trace.rules import functions as function_rules
+from morphtrain.morph.trace.rules import movement as movement_rules
 
 if TYPE_CHECKING:
-    from morphtrain.morph.trace import Propagator
+    from morphtrain.morph.trace.propagator import Propagator
 
 Rule = Callable[["Propagator", fx.Node, Any, fx.Node, Any], torch.Tensor]
 

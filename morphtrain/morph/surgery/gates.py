@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from morphtrain.morph.architecture import refresh_widths
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
-from morphtrain.morph.rebind import Change, Rebinder
+from morphtrain.morph.surgery.architecture import refresh_widths
+from morphtrain.morph.surgery.rebind import Change, Rebinder
 
 
 class Gate(NamedTuple):

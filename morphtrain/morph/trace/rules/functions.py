@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from morphtrain.morph import layer_rules, movement_rules
-from morphtrain.morph.labels import along, fixed, varies
-from morphtrain.morph.movement_rules import TAKES_WIDTHS, Rule, by_name
-from morphtrain.morph.nodes import argument, describe, dimensions, first, name_of, tensors_in
+from morphtrain.morph.trace.labels import along, fixed, varies
+from morphtrain.morph.trace.nodes import argument, describe, dimensions, first, name_of, tensors_in
+from morphtrain.morph.trace.rules import layers as layer_rules
+from morphtrain.morph.trace.rules import movement as movement_rules
+from morphtrain.morph.trace.rules.movement import TAKES_WIDTHS, Rule, by_name
 
 if TYPE_CHECKING:
-    from morphtrain.morph.trace import Propagator
+    from morphtrain.morph.trace.propagator import Propagator
 
 
 def follow(p: Propagator, n: fx.Node, value: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from morphtrain.morph.labels import along, compact, fixed, full, varies
-from morphtrain.morph.nodes import argument, describe, dimensions, first, name_of
+from morphtrain.morph.trace.labels import along, compact, fixed, full, varies
+from morphtrain.morph.trace.nodes import argument, describe, dimensions, first, name_of
 
 if TYPE_CHECKING:
-    from morphtrain.morph.trace import Propagator
+    from morphtrain.morph.trace.propagator import Propagator
 
 Rule = Callable[["Propagator", fx.Node, Any], Any]
 

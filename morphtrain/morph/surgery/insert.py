@@ -14,9 +14,9 @@ from torch import nn
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
 from morphtrain.morph.modes import kept_modes
-from morphtrain.morph.points import Point
-from morphtrain.morph.rebind import Rebinder
-from morphtrain.morph.trace import MorphError
+from morphtrain.morph.surgery.rebind import Rebinder
+from morphtrain.morph.trace.points import Point
+from morphtrain.morph.trace.propagator import MorphError
 
 Start = Literal["zero_gamma", "half_half"]
 

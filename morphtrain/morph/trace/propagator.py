@@ -19,12 +19,13 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from morphtrain.morph import function_rules, layer_rules
-from morphtrain.morph.labels import Joins, along, fixed, varies
 from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.modes import kept_modes
-from morphtrain.morph.nodes import describe, first_line, fixed_like, holds_tensors, owner_path, tensors_in
 from morphtrain.morph.paths import is_ignored
+from morphtrain.morph.trace.labels import Joins, along, fixed, varies
+from morphtrain.morph.trace.nodes import describe, first_line, fixed_like, holds_tensors, owner_path, tensors_in
+from morphtrain.morph.trace.rules import functions as function_rules
+from morphtrain.morph.trace.rules import layers as layer_rules
 
 Role = Literal["produces", "consumes", "elementwise"]
 Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from morphtrain.morph.labels import fixed
+from morphtrain.morph.trace.labels import fixed
 
 
 def owner_path(n: fx.Node) -> str:

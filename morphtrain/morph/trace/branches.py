@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from morphtrain.morph.layer_rules import ACTIVATIONS, NORMS
 from morphtrain.morph.layers import ScatterChannels, ZeroBranch
-from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import common_path, is_within, prefixes
-from morphtrain.morph.rebind import Shared
 from morphtrain.morph.spaces import Space
-from morphtrain.morph.trace import Role, Trace
+from morphtrain.morph.surgery.rebind import Shared
+from morphtrain.morph.trace.nodes import name_of, owner_path
+from morphtrain.morph.trace.propagator import Role, Trace
+from morphtrain.morph.trace.rules.layers import ACTIVATIONS, NORMS
 
 Kind = Literal["sum", "cat"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
