@@ -11,7 +11,7 @@ from morphtrain.errors import UserError
 from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2deeper import insert_block_like, layer_places
 from morphtrain.grow.when import When
-from morphtrain.morph import ChannelGraph, is_ignored
+from morphtrain.morph import ChannelGraph, matches
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -82,7 +82,7 @@ class Deeper:
         return layer_places(graph) if self.config.operator == "layer" else [end.path for end in graph.stage_ends]
 
     def _places(self, graph: ChannelGraph) -> list[str]:
-        return [path for path in self._all_places(graph) if is_ignored(path, self.config.where)]
+        return [path for path in self._all_places(graph) if matches(path, self.config.where)]
 
 
 def build(config: schema.Deeper) -> Deeper:

@@ -11,7 +11,7 @@ from morphtrain.grow.expand import widest
 from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2net import widen
 from morphtrain.grow.when import When
-from morphtrain.morph import Space, is_ignored
+from morphtrain.morph import Space, matches
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -61,7 +61,7 @@ class Wider:
         self.when.grown_at = list(state["grown_at"])
 
     def _spaces(self, run: Run) -> list[Space]:
-        return [s for s in run.graph.spaces if not s.is_ambiguous and is_ignored(s.name, self.config.where)]
+        return [s for s in run.graph.spaces if not s.is_ambiguous and matches(s.name, self.config.where)]
 
 
 def build(config: schema.Wider) -> Wider:

@@ -20,9 +20,9 @@ import torch
 
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.spaces import Axis, Space
-from morphtrain.morph.trace.calls import MIXING, Call
-from morphtrain.morph.trace.propagator import SAMPLES
-from morphtrain.morph.trace.rules.layers import TRANSPOSED
+from morphtrain.morph.trace.calls import Call
+from morphtrain.morph.trace.kinds import MIXING, TRANSPOSED
+from morphtrain.morph.trace.traced import SAMPLES
 
 CostKind = Literal["flops", "model_size", "latency"]
 BYTES = 4  # of a number

@@ -20,7 +20,7 @@ from morphtrain.data import Data
 from morphtrain.errors import UserError
 from morphtrain.model.initialise import initialise
 from morphtrain.model.outputs import check_outputs
-from morphtrain.morph import ChannelGraph, MorphError, is_ignored
+from morphtrain.morph import ChannelGraph, MorphError, matches
 from morphtrain.precision import Precision
 from morphtrain.schedule import Schedule
 from morphtrain.schedule.ramp import Ramp
@@ -257,9 +257,7 @@ def follow_channels(config: schema.Config, model: nn.Module, input_shape: Sequen
         UserError: for a model whose channels cannot be followed, if a method needs them.
     """
     ignore = getattr(config.prune, "ignore", [])
-    unknown = [
-        pattern for pattern in ignore if not any(is_ignored(path, [pattern]) for path, _ in model.named_modules())
-    ]
+    unknown = [pattern for pattern in ignore if not any(matches(path, [pattern]) for path, _ in model.named_modules())]
     if unknown:
         paths = ", ".join(path for path, _ in model.named_children())
         raise UserError(f"prune.ignore={unknown}: no module's path matches; the model's parts are {paths}")

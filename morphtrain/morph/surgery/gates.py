@@ -1,29 +1,42 @@
-"""Channel gating: a convolution that reads and writes only some of the channels around it."""
+"""Channel gating: a convolution that reads and writes only some of the channels around it (Lym et al. 2019)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
-from morphtrain.morph.surgery.architecture import refresh_widths
 from morphtrain.morph.surgery.rebind import Change, Rebinder
+from morphtrain.morph.surgery.widths import refresh_widths
+from morphtrain.morph.trace.kinds import CONVOLUTIONS
 
 
 class Gate(NamedTuple):
-    """Positions, among the convolution's present inputs and outputs, of those that stay; None: all of them."""
+    """What a gated convolution keeps: positions among its present input and output channels; None keeps all."""
 
     reads: torch.Tensor | None = None
     writes: torch.Tensor | None = None
 
 
-def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> None:
-    """Cut the convolution at `path` down to what `gate` leaves, and put the layers beside it that make up for it.
+def check_gates(modules: Mapping[str, nn.Module], gates: Mapping[str, Gate]) -> None:
+    """Raise a MorphError for a gate that cannot be inserted.
 
-    One that writes less must have no bias, which would be lost where it no longer writes.
+    A convolution that is to write fewer channels must have no bias, which would be lost where it no longer writes.
     """
+    for path, gate in gates.items():
+        module = modules.get(path)
+        if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
+            raise MorphError(f"'{path}' cannot be gated: it is not a convolution of one group")
+        if gate.writes is not None and module.bias is not None:
+            raise MorphError(f"'{path}' cannot be gated: its bias would be lost where it no longer writes")
+
+
+def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> None:
+    """Cut the convolution at `path` down to what `gate` keeps, and put select and scatter layers around it."""
     convolution: Any = model.get_submodule(path)
     parent_path = path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)

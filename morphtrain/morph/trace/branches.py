@@ -1,8 +1,9 @@
-"""Parts of a network that can go as a whole: what computes one operand of a sum, or of a concatenation, and no more."""
+"""Branches: everything that computes one operand of a sum or of a concatenation, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,22 +11,18 @@ from torch import fx, nn
 
 from morphtrain.morph.layers import ScatterChannels, ZeroBranch
 from morphtrain.morph.paths import common_path, is_within, prefixes
-from morphtrain.morph.spaces import Space
-from morphtrain.morph.surgery.rebind import Shared
-from morphtrain.morph.trace.nodes import name_of, owner_path
-from morphtrain.morph.trace.propagator import Role, Trace
-from morphtrain.morph.trace.rules.layers import ACTIVATIONS, NORMS
+from morphtrain.morph.trace.kinds import ACTIVATIONS, CONVOLUTIONS, NORMS
+from morphtrain.morph.trace.nodes import SUMS, name_of, owner_path
 
 Kind = Literal["sum", "cat"]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONCATENATIONS = ("cat", "concat", "concatenate")
-# What may stand in a branch beside layers: it does not mind being given no channels.
+# Functions that may be part of a branch: they accept an input without channels.
 HARMLESS = frozenset(("mul", "cat", "dropout", "stochastic_depth")) | frozenset(
     ("relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "tanh", "sigmoid", "hardsigmoid", "hardswish")
 )
-# These may stand behind the last norm of a branch that is added to another ...
+# What may follow the last norm of a branch that is added to another.
 TAIL = frozenset(("dropout", "stochastic_depth", "Dropout", "Dropout2d", "Identity", "Scale"))
-# ... and these behind the convolution of one that is concatenated, and so has nothing left to pass on.
+# What may follow the last convolution of a branch that is concatenated; without the branch it has no input left.
 PASSING = TAIL | HARMLESS | {kind.__name__ for kind in ACTIVATIONS}
 
 
@@ -35,11 +32,12 @@ class Branch:
 
     Args:
         kind: of the operation.
-        path: the module that is the branch; "" if the branch is part of a module's forward.
+        path: of the module that is the branch; "" if the branch is only a part of a module's forward.
         layers: the paths of all layers in it.
-        chain: the paths of those that everything passes on its way to `last`, which is the last of them.
-        last, norm: paths of the convolution that makes the operand, and of the norm behind it ("" if there is none).
-        in_full: whether the operand has to have the sum's full shape.
+        chain: the paths of the layers that everything passes on its way to `last`, in order; `last` is the last one.
+        last: the path of the convolution that makes the operand.
+        norm: the path of the norm after `last`; "" if there is none.
+        in_full: whether the operand must have the full shape of the sum, instead of being broadcast.
         stride: of the whole branch.
     """
 
@@ -57,68 +55,22 @@ class Branch:
         """The modules that go: the one that is the branch, or each of its layers."""
         return [self.path] if self.path else self.layers
 
+    @property
+    def place(self) -> str:
+        """The path of the module that a stand-in replaces when the branch goes."""
+        return self.path or (self.norm if self.kind == "sum" else "") or self.last
+
     def holds(self, path: str) -> bool:
         """Whether the module at `path` is part of it."""
         return any(is_within(path, part) for part in self.parts)
 
 
-@dataclass(eq=False)
-class Block:
-    """A branch that can be removed.
-
-    `spaces` live only inside it, and everything in it passes through each: without one of them the branch adds
-    constants. They are in the order of use; the last one feeds the convolution `branch.last`. `outputs` are the spaces
-    of what it adds (`kind` "sum") or concatenates ("cat"; they have no other producer then).
-    """
-
-    branch: Branch
-    spaces: list[Space]
-    outputs: list[Space]
-
-    @property
-    def path(self) -> str:
-        """A name for it: its module, or its last layer."""
-        return self.branch.path or self.branch.last
-
-    @property
-    def kind(self) -> Kind:
-        return self.branch.kind
-
-
-def find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Space]) -> list[Block]:
-    """The branches whose spaces live only inside them, and which nothing else shares tensors with."""
-    blocks = []
-    by_layer: dict[str, list[Space]] = {}
-    for space in spaces:
-        for slot in space.slots:
-            by_layer.setdefault(slot.axis.path, []).append(space)
-    for branch in find_branches(trace.nodes, modules):
-        passed = dict.fromkeys(s for path in branch.chain for s in by_layer.get(path, ()) if _uses("consumes", path, s))
-        inner = [s for s in passed if all(branch.holds(slot.axis.path) for slot in s.slots)]
-        outputs = list(dict.fromkeys(s for s in by_layer.get(branch.last, ()) if _uses("produces", branch.last, s)))
-        if branch.kind == "cat":
-            makers = (slot.axis.path for s in outputs for slot in s.slots if slot.role == "produces")
-            removable = bool(outputs) and all(map(branch.holds, makers))
-        else:
-            removable = bool(inner) and _uses("consumes", branch.last, inner[-1])
-        if removable and not _shares(branch, modules, trace.shared):
-            blocks.append(Block(branch, inner, outputs))
-    return blocks
-
-
-def find_branches(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> Iterator[Branch]:
-    """Every branch of the graph whose last layer is a convolution, perhaps with a norm behind it."""
-    calls: dict[str, int] = {}
-    inside: dict[str, int] = {}  # module path -> nodes in it
-    for n in nodes:
-        if n.op == "call_module":
-            calls[str(n.target)] = calls.get(str(n.target), 0) + 1
-        if n.op in ("call_module", "call_function", "call_method"):
-            for path in prefixes(owner_path(n)):
-                inside[path] = inside.get(path, 0) + 1
+def find_branches(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> Iterator[Branch]:
+    """Every branch whose last layer is a convolution, with or without a norm after it."""
+    finder = _Finder(nodes, modules)
     for n in nodes:
         for kind, operand in _operands(n):
-            branch = _branch(kind, n, operand, modules, calls, inside)
+            branch = finder.branch(kind, n, operand)
             if branch is not None:
                 yield branch
 
@@ -127,7 +79,7 @@ def _operands(n: fx.Node) -> Iterator[tuple[Kind, fx.Node]]:
     if n.op not in ("call_function", "call_method"):
         return
     name = name_of(n)
-    if name in ("add", "iadd", "add_") and len(n.all_input_nodes) == 2 and "shape" in n.meta:
+    if name in SUMS and len(n.all_input_nodes) == 2 and "shape" in n.meta:
         for operand in n.all_input_nodes:
             if set(operand.users) == {n}:
                 yield "sum", operand
@@ -138,97 +90,103 @@ def _operands(n: fx.Node) -> Iterator[tuple[Kind, fx.Node]]:
                 yield "cat", operand
 
 
-def _branch(
-    kind: Kind,
-    n: fx.Node,
-    operand: fx.Node,
-    modules: Mapping[str, nn.Module],
-    calls: Mapping[str, int],
-    inside: Mapping[str, int],
-) -> Branch | None:
-    node, norm, tail = _last_layers(operand, modules, TAIL if kind == "sum" else PASSING)
-    if node is None:
-        return None
-    members = _exclusive(operand)
-    tail = tail if kind == "sum" else []  # of nothing, nothing is passed on
-    entries = [a for m in members for a in m.all_input_nodes if a not in members and a.op != "get_attr"]
-    strides = {_stride(a, operand) for a in entries if "shape" in a.meta}
-    if len(strides) != 1:
-        return None
-    # A layer that stands elsewhere too, as activations often do, goes on where it is: it has no parameters.
-    called = [m for m in members if m.op == "call_module" and m not in tail]
-    layers = [str(m.target) for m in called if calls[str(m.target)] == 1]
-    stays = [str(m.target) for m in called if calls[str(m.target)] > 1]
-    path = common_path([owner_path(m) for m in members if m.op != "get_attr"])
-    is_module = bool(path) and not tail and inside.get(path) == sum(1 for m in members if m.op != "get_attr")
-    harmless = all(isinstance(modules[path], ACTIVATIONS) for path in stays) and all(
-        m.op == "call_module" or (m.op != "get_attr" and name_of(m) in HARMLESS and "shape" in m.meta) for m in members
-    )
-    (stride,) = strides
-    if stride is None or not (is_module or harmless):
-        return None
-    in_place = name_of(n) in ("iadd", "add_") and n.args[0] is operand
-    return Branch(
-        kind=kind,
-        path=path if is_module else "",
-        layers=list(dict.fromkeys(layers + stays)) if is_module else layers,
-        chain=_chain(members, node),
-        last=str(node.target),
-        norm=norm,
-        in_full=bool(tail) or in_place or (kind == "sum" and _other_may_be_small(n, operand, modules)),
-        stride=stride,
-    )
+class _Finder:
+    """Tells for one operand at a time whether a branch computes it."""
 
+    def __init__(self, nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.calls = Counter(str(n.target) for n in nodes if n.op == "call_module")
+        made = [n for n in nodes if n.op in ("call_module", "call_function", "call_method")]
+        self.inside = Counter(path for n in made for path in prefixes(owner_path(n)))  # module path -> calls in it
 
-def _other_may_be_small(n: fx.Node, operand: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the sum's shape may have to come from `operand`, even when that is gone.
+    def branch(self, kind: Kind, n: fx.Node, operand: fx.Node) -> Branch | None:
+        """The branch that computes an operand of `n`; None if something else does."""
+        last, norm, tail = self._last_layers(operand, TAIL if kind == "sum" else PASSING)
+        if last is None:
+            return None
+        members = _exclusive(operand)
+        stride = _stride(members, operand)
+        tail = tail if kind == "sum" else []  # after a concatenation the tail has no input left: it goes too
+        called = [m for m in members if m.op == "call_module" and m not in tail]
+        layers = [str(m.target) for m in called if self.calls[str(m.target)] == 1]
+        # A layer that is called elsewhere too, as activations often are, stays: it has no parameters.
+        stays = [str(m.target) for m in called if self.calls[str(m.target)] > 1]
+        path = "" if tail else self._module_of(members)
+        if stride is None or not (path or self._is_harmless(members, stays)):
+            return None
+        return Branch(
+            kind=kind,
+            path=path,
+            layers=list(dict.fromkeys(layers + stays)) if path else layers,
+            chain=_chain(members, last),
+            last=str(last.target),
+            norm=norm,
+            in_full=bool(tail) or (kind == "sum" and self._needs_full_shape(n, operand)),
+            stride=stride,
+        )
 
-    The other operand is what was left of a branch, or will be: of two branches the second keeps the shape.
-    """
-    (other,) = (a for a in n.all_input_nodes if a is not operand)
-    left = modules.get(str(other.target)) if other.op == "call_module" else None
-    if isinstance(left, ZeroBranch):
-        return left.stride is None
-    second = n.all_input_nodes[1] is operand
-    return second and _last_layers(other, modules, TAIL)[0] is not None
+    def _module_of(self, members: Mapping[fx.Node, None]) -> str:
+        """The path of the module whose forward is exactly these calls; "" if there is none."""
+        calls = [m for m in members if m.op != "get_attr"]
+        path = common_path([owner_path(m) for m in calls])
+        return path if self.inside.get(path) == len(calls) else ""
 
+    def _is_harmless(self, members: Mapping[fx.Node, None], stays: Sequence[str]) -> bool:
+        """Whether what is left of a branch can be called without channels."""
+        return all(isinstance(self.modules[path], ACTIVATIONS) for path in stays) and all(
+            m.op == "call_module" or (m.op != "get_attr" and name_of(m) in HARMLESS and "shape" in m.meta)
+            for m in members
+        )
 
-def _last_layers(
-    operand: fx.Node, modules: Mapping[str, nn.Module], passing: frozenset[str]
-) -> tuple[fx.Node | None, str, list[fx.Node]]:
-    """The convolution that makes `operand`, the path of the norm behind it, and what is behind both."""
-    node, norm, scatters = operand, "", False
-    tail: list[fx.Node] = []
-    while not (_is(node, modules, CONVOLUTIONS) and _mixes(modules[str(node.target)])):
-        if not norm and _is(node, modules, NORMS):
-            norm = str(node.target)
-        elif isinstance(modules.get(str(node.target)), ScatterChannels):
-            scatters = True
-        elif _kind_name(node, modules) in passing:
-            tail += [] if norm else [node]
-        else:
-            return None, "", []
-        if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
-            return None, "", []
-        node = node.all_input_nodes[0]
-    return (None, "", []) if scatters and not norm else (node, norm, tail)
+    def _needs_full_shape(self, n: fx.Node, operand: fx.Node) -> bool:
+        """Whether a sum may need its shape from `operand`, even after the branch is gone.
 
+        It does if it writes into `operand`, or if the other operand is what is left of a branch. If both operands are
+        branches, the second keeps the shape.
+        """
+        if name_of(n) in ("iadd", "add_") and n.args[0] is operand:
+            return True
+        (other,) = (a for a in n.all_input_nodes if a is not operand)
+        left = self.modules.get(str(other.target)) if other.op == "call_module" else None
+        if isinstance(left, ZeroBranch):
+            return left.stride is None
+        second = n.all_input_nodes[1] is operand
+        return second and self._last_layers(other, TAIL)[0] is not None
 
-def _is(n: fx.Node, modules: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> bool:
-    return n.op == "call_module" and isinstance(modules[str(n.target)], kinds)
+    def _last_layers(self, operand: fx.Node, passing: frozenset[str]) -> tuple[fx.Node | None, str, list[fx.Node]]:
+        """The convolution that makes `operand`, the path of the norm after it, and the calls after both."""
+        node, norm, scatters = operand, "", False
+        tail: list[fx.Node] = []
+        while not self._makes_channels(node):
+            if not norm and self._is(node, NORMS):
+                norm = str(node.target)
+            elif isinstance(self.modules.get(str(node.target)), ScatterChannels):
+                scatters = True
+            elif self._kind_name(node) in passing:
+                tail += [] if norm else [node]
+            else:
+                return None, "", []
+            if len(node.all_input_nodes) != 1 or len(node.all_input_nodes[0].users) != 1:
+                return None, "", []
+            node = node.all_input_nodes[0]
+        return (None, "", []) if scatters and not norm else (node, norm, tail)
 
+    def _makes_channels(self, n: fx.Node) -> bool:
+        """Whether a call is of a convolution whose outputs are new channels; a depthwise one keeps its inputs'."""
+        if not self._is(n, CONVOLUTIONS):
+            return False
+        convolution: Any = self.modules[str(n.target)]
+        return bool(convolution.groups == 1 or convolution.groups < convolution.in_channels)
 
-def _mixes(convolution: Any) -> bool:
-    """Whether its outputs are channels of their own: those of a depthwise convolution are its inputs'."""
-    return bool(convolution.groups == 1 or convolution.groups < convolution.in_channels)
+    def _is(self, n: fx.Node, kinds: tuple[type, ...]) -> bool:
+        return n.op == "call_module" and isinstance(self.modules[str(n.target)], kinds)
 
-
-def _kind_name(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    return type(modules[str(n.target)]).__name__ if n.op == "call_module" else name_of(n)
+    def _kind_name(self, n: fx.Node) -> str:
+        return type(self.modules[str(n.target)]).__name__ if n.op == "call_module" else name_of(n)
 
 
 def _exclusive(operand: fx.Node) -> dict[fx.Node, None]:
-    """The nodes that have no effect but through `operand`, it included and first: a set, in order."""
+    """An ordered set of the nodes that have no effect except through `operand`, which comes first."""
     found: dict[fx.Node, None] = {operand: None}
     waiting = [operand]
     while waiting:
@@ -240,7 +198,7 @@ def _exclusive(operand: fx.Node) -> dict[fx.Node, None]:
 
 
 def _chain(members: Mapping[fx.Node, None], last: fx.Node) -> list[str]:
-    """The layers without which nothing that enters reaches `last`, in the order of the graph."""
+    """The layers that every path from the inputs of a branch to `last` passes, in the order of the graph."""
     starts = [m for m in members if any(a not in members and a.op != "get_attr" for a in m.all_input_nodes)]
 
     def reached_without(layer: fx.Node) -> bool:
@@ -257,22 +215,17 @@ def _chain(members: Mapping[fx.Node, None], last: fx.Node) -> list[str]:
     return [str(m.target) for m in layers if m is last or not reached_without(m)]
 
 
-def _stride(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:
-    """By how much a branch shrinks each spatial dimension; None if it does not do so evenly."""
-    before, behind = entry.meta["shape"][2:], operand.meta["shape"][2:]
-    if len(before) != 2 or len(behind) != 2 or not all(behind):
-        return None  # our own layers in its place are two-dimensional
-    stride = tuple(max(1, -(-b // a)) for b, a in zip(before, behind, strict=True))
-    fits = all(-(-b // s) == a for b, a, s in zip(before, behind, stride, strict=True))
+def _stride(members: Mapping[fx.Node, None], operand: fx.Node) -> tuple[int, ...] | None:
+    """By what a branch divides each spatial dimension; None if its inputs differ or do not divide evenly."""
+    entries = [a for m in members for a in m.all_input_nodes if a not in members and a.op != "get_attr"]
+    strides = {_stride_from(a, operand) for a in entries if "shape" in a.meta}
+    return strides.pop() if len(strides) == 1 else None
+
+
+def _stride_from(entry: fx.Node, operand: fx.Node) -> tuple[int, ...] | None:
+    before, after = entry.meta["shape"][2:], operand.meta["shape"][2:]
+    if len(before) != 2 or len(after) != 2 or not all(after):
+        return None  # the layers that would stand in for the branch are two-dimensional
+    stride = tuple(max(1, -(-b // a)) for b, a in zip(before, after, strict=True))
+    fits = all(-(-b // s) == a for b, a, s in zip(before, after, stride, strict=True))
     return stride if fits else None
-
-
-def _shares(branch: Branch, modules: Mapping[str, nn.Module], shared: Shared) -> bool:
-    """Whether a module of the branch holds a tensor that others hold too, which then could not go with it."""
-    inside = {id(m): m for part in branch.parts for m in modules[part].modules()}
-    others = [m for (owner, _), names in shared.items() if owner in inside for m, _ in names]
-    return any(id(m) not in inside for m in others)
-
-
-def _uses(role: Role, path: str, space: Space) -> bool:
-    return any(slot.role == role and slot.axis.path == path for slot in space.slots)

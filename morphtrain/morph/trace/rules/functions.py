@@ -1,211 +1,159 @@
-"""How functions and tensor methods treat channels, by their name: torch's functions, operators and methods share them.
+"""How functions and tensor methods treat channels, by name: torch's functions, operators and methods share theirs.
 
-Those that move channels are in `movement_rules.py`.
+Here are the rules for functions that leave channels where they are, and the table of all rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from morphtrain.morph.trace.labels import along, fixed, varies
+from morphtrain.morph.trace.labelled import LabelledGraph
+from morphtrain.morph.trace.labels import fixed, varies
 from morphtrain.morph.trace.nodes import argument, describe, dimensions, first, name_of, tensors_in
-from morphtrain.morph.trace.rules import layers as layer_rules
-from morphtrain.morph.trace.rules import movement as movement_rules
-from morphtrain.morph.trace.rules.movement import TAKES_WIDTHS, Rule, by_name
+from morphtrain.morph.trace.rules import functional, movement, parts
+from morphtrain.morph.trace.rules.moves import unchanged
+from morphtrain.morph.trace.rules.table import Rule, by_name
 
-if TYPE_CHECKING:
-    from morphtrain.morph.trace.propagator import Propagator
+# Functions with rules for arguments that depend on a number of channels.
+TAKES_WIDTHS = frozenset(
+    ["view", "reshape", "unflatten", "expand", "expand_as", "broadcast_to", "split", "tensor_split", "chunk", "getitem"]
+)
 
 
-def follow(p: Propagator, n: fx.Node, value: Any) -> Any:
+def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     """The labels of a function's or method's result; refused if there is no rule for it."""
     home = "torch" if n.op == "call_method" else str(getattr(n.target, "__module__", None) or "torch")
     rule = RULES.get(name_of(n)) if home.startswith(("torch", "_operator")) else None
     if rule is None:
-        p.refuse(n, describe(n))
-    if name_of(n) not in TAKES_WIDTHS and any(map(p.is_width, n.all_input_nodes)):
-        p.refuse(n, f"{describe(n)}, which computes with a number of channels")
-    return rule(p, n, value)
+        g.refuse(n, describe(n))
+    if name_of(n) not in TAKES_WIDTHS and any(map(g.is_width, n.all_input_nodes)):
+        g.refuse(n, f"{describe(n)}, which computes with a number of channels")
+    return rule(g, n, value)
 
 
-def number(p: Propagator, n: fx.Node, value: Any) -> None:
-    """Note whether a value that is no tensor depends on a number of channels; of a shape, whose shape it is."""
-    if value is None and not all(map(p.is_fixed, n.all_input_nodes)):
-        p.refuse(n, f"{describe(n)}, which changes what it is given")  # x[...] = y
-    name, of = name_of(n), n.args[0] if n.args else None
-    sized: Any = of
-    dims: Sequence[int] = ()
-    if not isinstance(of, fx.Node):
+def number(g: LabelledGraph, n: fx.Node, value: Any) -> None:
+    """Note whether a value that is not a tensor depends on a number of channels; for a shape, whose shape it is."""
+    if value is None and not all(map(g.is_fixed, n.all_input_nodes)):
+        g.refuse(n, f"{describe(n)}, which changes what it is given")  # x[...] = y
+    if not n.args or not isinstance(n.args[0], fx.Node):
         return
-    if name == "getitem" and "dims of" in of.meta:  # of a shape
-        sized, known = of.meta["dims of"]
-        dims = known[n.args[1]] if isinstance(n.args[1], slice) else [known[n.args[1]]]
-    elif any(map(p.is_width, n.all_input_nodes)):
-        p.widths.add(n)
+    if not _is_part_of_shape(n) and any(map(g.is_width, n.all_input_nodes)):
+        g.widths.add(n)
         return
-    elif isinstance(p.labels.get(of), torch.Tensor):
-        rank = len(p.shape(of))
-        if isinstance(value, torch.Size) or name == "numel":
-            dims = range(rank)
-        elif name == "size":
-            dims = [argument(n, 1, "dim") % rank]
+    sized, dims = _counted(g, n, value)
     if isinstance(value, (tuple, list)):
         n.meta["dims of"] = (sized, dims)
-    elif any(p.has_channels(sized, dim) for dim in dims):
-        p.widths.add(n)
+    elif any(g.has_channels(sized, dim) for dim in dims):
+        g.widths.add(n)
 
 
-def unchanged(p: Propagator, n: fx.Node, x: fx.Node, value: Any) -> torch.Tensor:
-    """Labels behind an operation that treats every channel by itself and moves none."""
-    labels: torch.Tensor = p.labels[x]
-    fits = isinstance(value, torch.Tensor) and value.dim() == labels.dim()
-    if not fits or any(varies(labels, d) and value.shape[d] != labels.shape[d] for d in range(labels.dim())):
-        p.refuse(n, f"{describe(n)}, which changes the dimension of the channels")
-    return labels
+def _is_part_of_shape(n: fx.Node) -> bool:
+    return name_of(n) == "getitem" and "dims of" in n.args[0].meta  # type: ignore[union-attr]
 
 
-def _unchanged(p: Propagator, n: fx.Node, value: Any) -> Any:
-    if sum(a in p.labels for a in n.all_input_nodes) > 1:
-        p.refuse(n, f"{describe(n)} of several tensors")
-    return unchanged(p, n, first(n), value)
+def _counted(g: LabelledGraph, n: fx.Node, value: Any) -> tuple[Any, Sequence[int]]:
+    """The activation whose sizes a number or a shape holds, and the dimensions that these are the sizes of."""
+    of: Any = n.args[0]
+    if _is_part_of_shape(n):
+        sized, known = of.meta["dims of"]
+        return sized, known[n.args[1]] if isinstance(n.args[1], slice) else [known[n.args[1]]]
+    if isinstance(g.labels.get(of), torch.Tensor):
+        rank = len(g.shape(of))
+        if isinstance(value, torch.Size) or name_of(n) == "numel":
+            return of, range(rank)
+        if name_of(n) == "size":
+            return of, [argument(n, 1, "dim") % rank]
+    return of, ()
 
 
-def _elementwise(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """A sum, product, ...: what stands at the same place is joined; one number for all channels is kept."""
+def _unchanged(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
+    if sum(a in g.labels for a in n.all_input_nodes) > 1:
+        g.refuse(n, f"{describe(n)} of several tensors")
+    return unchanged(g, n, first(n), value)
+
+
+def _elementwise(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """A sum, product, ...: entries at the same place are joined; an operand broadcast over the channels is pinned."""
     rank = value.dim()
-    operands = [a for a in n.all_input_nodes if isinstance(p.labels.get(a), torch.Tensor)]
-    labels = [p.labels[a].view([1] * (rank - p.labels[a].dim()) + list(p.labels[a].shape)) for a in operands]
-    sizes = [[1] * (rank - len(p.shape(a))) + list(p.shape(a)) for a in operands]
+    operands = [a for a in n.all_input_nodes if isinstance(g.labels.get(a), torch.Tensor)]
+    labels = [g.labels[a].view([1] * (rank - g.labels[a].dim()) + list(g.labels[a].shape)) for a in operands]
+    sizes = [[1] * (rank - len(g.shape(a))) + list(g.shape(a)) for a in operands]
     wide = [d for d in range(rank) if any(varies(label, d) for label in labels)]
     whole = []
     for label, size in zip(labels, sizes, strict=True):
         if any(size[d] == 1 and value.shape[d] != 1 for d in wide):
-            p.joins.keep(label)  # broadcast over the channels
+            g.joins.pin(label)
         elif wide or bool(label.any()) or list(size) == list(value.shape):
             whole.append(label)
     if not whole:
         return fixed(rank)
     for label in whole[1:]:
-        p.joins.join(whole[0], label)
+        g.joins.join(whole[0], label)
     return max(whole, key=torch.Tensor.numel)
 
 
-def _reduced(p: Propagator, n: fx.Node, value: Any) -> Any:
-    """A mean, sum, maximum, ... over some dimensions; over the channels it mixes them, so they stay."""
+def _reduced(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
+    """A mean, sum, maximum, ... over some dimensions; if it mixes channels, they cannot change."""
     x, wanted = first(n), argument(n, 1, "dim")
     if isinstance(wanted, fx.Node):  # the larger of two tensors
-        return _elementwise(p, n, value)
-    rank = len(p.shape(x))
+        return _elementwise(g, n, value)
+    rank = len(g.shape(x))
     dims = dimensions(wanted, rank)
-    mixes = p.keep_varying(x, dims)
+    mixes = g.pin_varying(x, dims)
     results = []
     for tensor in tensors_in(value):
         if mixes:
             results.append(fixed(tensor.dim()))
         elif tensor.dim() == rank:
-            results.append(p.labels[x])
+            results.append(g.labels[x])
         else:
-            labels = p.labels[x]
+            labels = g.labels[x]
             results.append(labels.view([labels.shape[d] for d in range(rank) if d not in dims]))
     return results[0] if isinstance(value, torch.Tensor) else tuple(results)
 
 
-def _mixing(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """softmax and the like along a dimension: channels in it stay."""
-    p.keep_varying(first(n), dimensions(argument(n, 1, "dim"), value.dim()))
-    labels: torch.Tensor = p.labels[first(n)]
+def _mixing(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """softmax and the like along a dimension: channels in it cannot change."""
+    g.pin_varying(first(n), dimensions(argument(n, 1, "dim"), value.dim()))
+    labels: torch.Tensor = g.labels[first(n)]
     return labels
 
 
-def _flipped(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+def _flipped(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     dims = n.args[1:] if len(n.args) > 2 else argument(n, 1, "dims")
-    p.keep_varying(first(n), dimensions(dims, value.dim()))
-    labels: torch.Tensor = p.labels[first(n)]
+    g.pin_varying(first(n), dimensions(dims, value.dim()))
+    labels: torch.Tensor = g.labels[first(n)]
     return labels
 
 
-def _glu(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+def _glu(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """One half of a dimension gates the other."""
     dim = argument(n, 1, "dim", -1)
-    labels: torch.Tensor = p.labels[first(n)]
+    labels: torch.Tensor = g.labels[first(n)]
     if not varies(labels, dim):
         return labels
     halves = labels.unflatten(dim, (2, -1))
-    p.joins.tie(halves, dim % labels.dim())
+    g.joins.tie(halves, dim % labels.dim())
     return labels.narrow(dim, 0, value.shape[dim])
 
 
-def _normalised(p: Propagator, n: fx.Node, value: Any) -> Any:
-    p.keep_varying(first(n), dimensions(argument(n, 2, "dim", 1), value.dim()))
-    return p.labels[first(n)]
+def _normalised(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
+    g.pin_varying(first(n), dimensions(argument(n, 2, "dim", 1), value.dim()))
+    return g.labels[first(n)]
 
 
-def _weight_of(p: Propagator, n: fx.Node) -> tuple[nn.Module, str, str]:
-    """The module, its path and the name of the parameter that is the weight of a functional layer."""
-    node = argument(n, 1, "weight")
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        p.refuse(n, f"{describe(n)} with a computed weight")
-    path, _, name = str(node.target).rpartition(".")
-    owner = p.model.get_submodule(path)
-    if name not in owner._parameters:
-        p.refuse(n, f"{describe(n)} with a weight that is no parameter")
-    return owner, path, name
-
-
-def _functional_convolution(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    transposed = "transpose" in name_of(n)
-    groups = argument(n, 5 if transposed else 6, "groups", 1)
-    if groups > 1:
-        p.refuse(n, f"{describe(n)} of {groups} groups, a number in the code; use a module")
-    owner, path, weight = _weight_of(p, n)
-    labels = layer_rules.convolution(p, owner, path, p.line(n, first(n), 1), 1, transposed, value, weight, bias=None)
-    return _with_vectors(p, n, labels, 1, ((2, "bias"),))
-
-
-def _functional_linear(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    owner, path, weight = _weight_of(p, n)
-    labels = layer_rules.linear(p, owner, path, p.line(n, first(n), -1), value, weight, bias=None)
-    return _with_vectors(p, n, labels, -1, ((2, "bias"),))
-
-
-def _functional_batch_norm(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    vectors = ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
-    return _with_vectors(p, n, along(p.line(n, first(n), 1), 1, value.dim()), 1, vectors)
-
-
-def _functional_layer_norm(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """Channels that share their statistics stay; so does the shape, a constant in the code."""
-    p.keep_inputs(n)
-    return p.labels[first(n)]
-
-
-def _prelu(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    labels = p.labels[first(n)]
-    weight = argument(n, 1, "weight")
-    return labels if p.env[weight].numel() == 1 else _with_vectors(p, n, labels, 1, ((1, "weight"),))
-
-
-def _with_vectors(
-    p: Propagator, n: fx.Node, labels: torch.Tensor, dim: int, vectors: Iterable[tuple[int, str]]
-) -> torch.Tensor:
-    """Join the channels in `dim` with vectors among the arguments."""
-    for position, name in vectors:
-        node = argument(n, position, name)
-        if isinstance(node, fx.Node):
-            p.joins.join(labels, along(p.labels[node].flatten(), dim, labels.dim()))
-    return labels
-
-
-def _like(p: Propagator, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    return p.labels[first(n)]
+def _like(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    return g.labels[first(n)]
 
 
 RULES: dict[str, Rule] = {
-    **movement_rules.RULES,
+    **movement.RULES,
+    **parts.RULES,
+    **functional.RULES,
     **by_name(
         _unchanged,
         "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu selu_ celu gelu silu mish hardswish hardsigmoid "
@@ -229,10 +177,5 @@ RULES: dict[str, Rule] = {
     "flip": _flipped,
     "glu": _glu,
     "normalize": _normalised,
-    **by_name(_functional_convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
-    "linear": _functional_linear,
-    **by_name(_functional_batch_norm, "batch_norm instance_norm"),
-    **by_name(_functional_layer_norm, "layer_norm group_norm rms_norm"),
-    "prelu": _prelu,
     **by_name(_like, "zeros_like ones_like"),
 }
