@@ -33,6 +33,7 @@ class Segment:
 
     @property
     def length(self) -> int:
+        """The number of entries."""
         return self.space.size * self.span if self.space else self.fixed_size
 
 
@@ -58,6 +59,7 @@ class Axis:
 
     @property
     def length(self) -> int:
+        """The number of entries."""
         return self.length_at({})
 
     def length_at(self, widths: Mapping[Space, int]) -> int:
@@ -99,6 +101,7 @@ class Slot:
 
     @property
     def role(self) -> Role:
+        """The role of the axis."""
         return self.axis.role
 
     @property
@@ -108,6 +111,7 @@ class Slot:
 
     @property
     def has_weights(self) -> bool:
+        """Whether a weight makes or uses the channels here."""
         return self.axis.weight is not None
 
 

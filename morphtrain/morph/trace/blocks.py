@@ -34,6 +34,7 @@ class Block:
 
     @property
     def kind(self) -> Kind:
+        """The operation that the branch is an operand of: "sum" or "cat"."""
         return self.branch.kind
 
 

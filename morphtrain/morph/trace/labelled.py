@@ -13,7 +13,7 @@ from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.paths import matches
 from morphtrain.morph.spaces import Role, Tensors
 from morphtrain.morph.trace.labels import Joins, along, fixed, varies
-from morphtrain.morph.trace.nodes import describe, owner_path, tensors_in
+from morphtrain.morph.trace.nodes import call_name, owner_path, tensors_in
 from morphtrain.morph.trace.recording import source_line
 from morphtrain.morph.trace.traced import Shared, Trace, TracedAxis, TracedGather
 
@@ -45,6 +45,7 @@ class LabelledGraph:
     # -- questions about a call -------------------------------------------------------------------------------
 
     def shape(self, n: fx.Node) -> torch.Size:
+        """The shape of a call's result, which must be a tensor."""
         shape: torch.Size = self.values[n].shape
         return shape
 
@@ -84,7 +85,7 @@ class LabelledGraph:
         labels, shape = self.labels[node], self.shape(node)
         dim %= len(shape)
         if labels.numel() != labels.shape[dim]:
-            self.refuse(n, f"{describe(n)}: channels are not in dimension {dim} (alone)")
+            self.refuse(n, f"{call_name(n)}: channels are not in dimension {dim} (alone)")
         return labels.flatten().expand(shape[dim])
 
     # -- what a call does to channels -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def owner_path(n: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
-def describe(n: fx.Node) -> str:
+def call_name(n: fx.Node) -> str:
     """The name of a call for an error message."""
     if n.op == "call_module":
         return f"module '{n.target}'"
@@ -43,6 +43,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor in a nested tuple, list or dict."""
     return next(tensors_in(value), None) is not None
 
 

@@ -21,7 +21,7 @@ from morphtrain.morph.paths import matches
 from morphtrain.morph.trace.kinds import KEEP_SHAPE
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed
-from morphtrain.morph.trace.nodes import describe, fixed_like, holds_tensors
+from morphtrain.morph.trace.nodes import call_name, fixed_like, holds_tensors
 from morphtrain.morph.trace.recording import FAILURES, record
 from morphtrain.morph.trace.rules import functions, layers
 from morphtrain.morph.trace.traced import SAMPLES, Trace
@@ -112,7 +112,7 @@ class Propagator(fx.Interpreter):
             with torch.device("meta"):  # for tensors that the code makes itself
                 return super().run_node(n)
         except FAILURES as error:
-            self.labelled.refuse(n, f"{describe(n)}, which fails on the example input: {first_line(error)}")
+            self.labelled.refuse(n, f"{call_name(n)}, which fails on the example input: {first_line(error)}")
 
     def _label(self, n: fx.Node, value: Any) -> None:
         g = self.labelled

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import along
-from morphtrain.morph.trace.nodes import argument, describe, first, name_of
+from morphtrain.morph.trace.nodes import argument, call_name, first, name_of
 from morphtrain.morph.trace.rules import weighted
 from morphtrain.morph.trace.rules.table import Rule, by_name
 
@@ -18,7 +18,7 @@ def _convolution(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Ten
     transposed = "transpose" in name_of(n)
     groups = argument(n, 5 if transposed else 6, "groups", 1)
     if groups > 1:
-        g.refuse(n, f"{describe(n)} of {groups} groups, a number in the code; use a module")
+        g.refuse(n, f"{call_name(n)} of {groups} groups, a number in the code; use a module")
     owner, path, weight = _weight_of(g, n)
     labels = weighted.convolution(g, owner, path, g.line(n, first(n), 1), 1, transposed, value, weight, bias=None)
     return _with_vectors(g, n, labels, 1, ((2, "bias"),))
@@ -51,11 +51,11 @@ def _weight_of(g: LabelledGraph, n: fx.Node) -> tuple[nn.Module, str, str]:
     """The module that holds a functional layer's weight, the module's path, and the weight's name."""
     node = argument(n, 1, "weight")
     if not isinstance(node, fx.Node) or node.op != "get_attr":
-        g.refuse(n, f"{describe(n)} with a computed weight")
+        g.refuse(n, f"{call_name(n)} with a computed weight")
     path, _, name = str(node.target).rpartition(".")
     owner = g.model.get_submodule(path)
     if name not in owner._parameters:
-        g.refuse(n, f"{describe(n)} with a weight that is not a parameter")
+        g.refuse(n, f"{call_name(n)} with a weight that is not a parameter")
     return owner, path, name
 
 

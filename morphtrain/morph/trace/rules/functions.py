@@ -13,7 +13,7 @@ from torch import fx
 
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed, varies
-from morphtrain.morph.trace.nodes import argument, describe, dimensions, first, name_of, tensors_in
+from morphtrain.morph.trace.nodes import argument, call_name, dimensions, first, name_of, tensors_in
 from morphtrain.morph.trace.rules import functional, movement, parts
 from morphtrain.morph.trace.rules.moves import unchanged
 from morphtrain.morph.trace.rules.table import Rule, by_name
@@ -29,16 +29,16 @@ def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     home = "torch" if n.op == "call_method" else str(getattr(n.target, "__module__", None) or "torch")
     rule = RULES.get(name_of(n)) if home.startswith(("torch", "_operator")) else None
     if rule is None:
-        g.refuse(n, describe(n))
+        g.refuse(n, call_name(n))
     if name_of(n) not in TAKES_WIDTHS and any(map(g.is_width, n.all_input_nodes)):
-        g.refuse(n, f"{describe(n)}, which computes with a number of channels")
+        g.refuse(n, f"{call_name(n)}, which computes with a number of channels")
     return rule(g, n, value)
 
 
 def number(g: LabelledGraph, n: fx.Node, value: Any) -> None:
     """Note whether a value that is not a tensor depends on a number of channels; for a shape, whose shape it is."""
     if value is None and not all(map(g.is_fixed, n.all_input_nodes)):
-        g.refuse(n, f"{describe(n)}, which changes what it is given")  # x[...] = y
+        g.refuse(n, f"{call_name(n)}, which changes what it is given")  # x[...] = y
     if not n.args or not isinstance(n.args[0], fx.Node):
         return
     if not _is_part_of_shape(n) and any(map(g.is_width, n.all_input_nodes)):
@@ -72,7 +72,7 @@ def _counted(g: LabelledGraph, n: fx.Node, value: Any) -> tuple[Any, Sequence[in
 
 def _unchanged(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     if sum(a in g.labels for a in n.all_input_nodes) > 1:
-        g.refuse(n, f"{describe(n)} of several tensors")
+        g.refuse(n, f"{call_name(n)} of several tensors")
     return unchanged(g, n, first(n), value)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import compact, fixed, full, varies
-from morphtrain.morph.trace.nodes import argument, describe, dimensions, first, name_of
+from morphtrain.morph.trace.nodes import argument, call_name, dimensions, first, name_of
 from morphtrain.morph.trace.rules.moves import channel_shuffled, flattened, pixel_shuffled, reshaped
 from morphtrain.morph.trace.rules.table import Rule, by_name
 
@@ -32,7 +32,7 @@ def _reshape(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = list(sizes[0])
     if len(sizes) != value.dim() or any(isinstance(g.concrete(size), torch.Size) for size in sizes):
-        g.refuse(n, f"{describe(n)} to the shape of another tensor")
+        g.refuse(n, f"{call_name(n)} to the shape of another tensor")
     return reshaped(g, first(n), value, sizes)
 
 
@@ -113,7 +113,7 @@ def _padded(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
         if not channels or (left == 0 and right == 0):
             continue
         if not (isinstance(left, int) and isinstance(right, int)) or min(left, right) < 0:
-            g.refuse(n, f"{describe(n)} of the channels by a computed or negative width")
+            g.refuse(n, f"{call_name(n)} of the channels by a computed or negative width")
         labels = torch.cat([_zeros(labels, dim, left), labels, _zeros(labels, dim, right)], dim)
     return labels
 

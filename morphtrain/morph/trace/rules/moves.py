@@ -14,7 +14,7 @@ from torch import fx
 
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import along, compact, full, varies
-from morphtrain.morph.trace.nodes import describe
+from morphtrain.morph.trace.nodes import call_name
 
 
 def unchanged(g: LabelledGraph, n: fx.Node, x: fx.Node, value: Any) -> torch.Tensor:
@@ -22,7 +22,7 @@ def unchanged(g: LabelledGraph, n: fx.Node, x: fx.Node, value: Any) -> torch.Ten
     labels: torch.Tensor = g.labels[x]
     fits = isinstance(value, torch.Tensor) and value.dim() == labels.dim()
     if not fits or any(varies(labels, d) and value.shape[d] != labels.shape[d] for d in range(labels.dim())):
-        g.refuse(n, f"{describe(n)}, which changes the dimension of the channels")
+        g.refuse(n, f"{call_name(n)}, which changes the dimension of the channels")
     return labels
 
 
