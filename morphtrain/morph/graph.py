@@ -245,7 +245,7 @@ class ChannelGraph:
         start: Start = "zero_gamma",
         optimizer: Optimizer | None = None,
     ) -> str:
-        """Put a residual block that does not change the function after the module at `path`.
+        """Insert a residual block after the module at `path` without changing the network's function.
 
         A Sequential that ends with this module becomes longer; anywhere else a `Grown` replaces the module. Spaces and
         blocks are found again; those found earlier are no longer part of this graph.
@@ -264,7 +264,7 @@ class ChannelGraph:
 
         Raises:
             MorphError: before anything is changed, for another path, an even kernel, or a missing calibration, and for
-                "half_half" if the values after the module may be negative.
+                "half_half" if the values after the module may be negative or `inner` differs from their channels.
         """
         if path not in self.block_places:
             known = ", ".join(point.path for point in self.stage_ends) or "none"

@@ -85,7 +85,7 @@ class LabelledGraph:
         labels, shape = self.labels[node], self.shape(node)
         dim %= len(shape)
         if labels.numel() != labels.shape[dim]:
-            self.refuse(n, f"{call_name(n)}: channels are not in dimension {dim} (alone)")
+            self.refuse(n, f"{call_name(n)}: channels are not, or not only, in dimension {dim}")
         return labels.flatten().expand(shape[dim])
 
     # -- what a call does to channels -------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
 def number(g: LabelledGraph, n: fx.Node, value: Any) -> None:
     """Note whether a value that is not a tensor depends on a number of channels; for a shape, whose shape it is."""
     if value is None and not all(map(g.is_fixed, n.all_input_nodes)):
-        g.refuse(n, f"{call_name(n)}, which changes what it is given")  # x[...] = y
+        g.refuse(n, f"{call_name(n)}, which writes into its argument")  # x[...] = y
     if not n.args or not isinstance(n.args[0], fx.Node):
         return
     if not _is_part_of_shape(n) and any(map(g.is_width, n.all_input_nodes)):
