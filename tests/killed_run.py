@@ -20,7 +20,7 @@ from typing import Any
 from torch.optim import SGD
 
 from morphtrain import run
-from morphtrain.morph.rebind import Rebinder
+from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.tracking.mlflow import MLflowTracker
 
 event, number = sys.argv.pop(1).split(":")

@@ -20,7 +20,7 @@ from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
 from morphtrain.model.vgg import VGG
 from morphtrain.morph import ChannelGraph, MorphError, WidthCost, describe, rebuild
-from morphtrain.morph.insert import measure_inputs
+from morphtrain.morph.surgery.statistics import measure_inputs
 
 OWN = {
     "resnet20": lambda: ResNet(blocks=3),
@@ -357,9 +357,9 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
     }.items():
         with pytest.raises(MorphError, match=rf"no layer can be put in front of '{path}'.*{reason}"):
             graph.insert_layer(path)
-    with pytest.raises(MorphError, match="no block can be put behind 'b'"):
+    with pytest.raises(MorphError, match="no block can be put after 'b'"):
         graph.insert_block("b")
-    with pytest.raises(MorphError, match="no half_half block can be put behind 'act'"):
+    with pytest.raises(MorphError, match="no half_half block can be put after 'act'"):
         graph.insert_block("act", start="half_half")
     resnet = trace(build(1))
     with pytest.raises(MorphError, match="a kernel of 2 has no middle"):

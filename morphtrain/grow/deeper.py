@@ -12,7 +12,7 @@ from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2deeper import insert_block_like, layer_places
 from morphtrain.grow.when import When
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph, is_ignored
+from morphtrain.morph import ChannelGraph, matches
 from morphtrain.state import Run
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Deeper(Method):
         return layer_places(graph) if self.config.operator == "layer" else [end.path for end in graph.stage_ends]
 
     def _places(self, graph: ChannelGraph) -> list[str]:
-        return [path for path in self._all_places(graph) if is_ignored(path, self.config.where)]
+        return [path for path in self._all_places(graph) if matches(path, self.config.where)]
 
 
 def build(config: schema.grow.Deeper) -> Deeper:

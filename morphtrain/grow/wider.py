@@ -12,7 +12,7 @@ from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2net import widen
 from morphtrain.grow.when import When
 from morphtrain.method import Method
-from morphtrain.morph import Space, is_ignored
+from morphtrain.morph import Space, matches
 from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Wider(Method):
         self.when.grown_at = list(state["grown_at"])
 
     def _spaces(self, run: Run) -> list[Space]:
-        return [s for s in run.graph.spaces if not s.is_ambiguous and is_ignored(s.name, self.config.where)]
+        return [s for s in run.graph.spaces if not s.is_ambiguous and matches(s.name, self.config.where)]
 
 
 def build(config: schema.grow.Wider) -> Wider:

@@ -4,26 +4,35 @@
     for space in graph.spaces:
         graph.reindex(space, range(space.size // 2), optimizer=optimizer)
 
-Imports torch and nothing else of MorphTrain; knows no training loop.
+`trace/` follows the channels through a network, `surgery/` changes it. This package knows no training loop.
 """
 
-from morphtrain.morph.architecture import describe, rebuild
-from morphtrain.morph.branches import Block
 from morphtrain.morph.costs import CostKind, WidthCost
+from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
-from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
-from morphtrain.morph.insert import Start
 from morphtrain.morph.layers import PadChannels, ZeroBranch
 from morphtrain.morph.modes import kept_modes
-from morphtrain.morph.paths import is_ignored, is_within
-from morphtrain.morph.points import Point
-from morphtrain.morph.spaces import Axis, Slot, Space
-from morphtrain.morph.trace import MorphError
+from morphtrain.morph.paths import is_within, matches
+from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
+from morphtrain.morph.surgery.architecture import describe, rebuild
+from morphtrain.morph.surgery.gates import Gate
+from morphtrain.morph.surgery.insert import Start
+from morphtrain.morph.trace.blocks import Block
+from morphtrain.morph.trace.calls import Call
+from morphtrain.morph.trace.kinds import MIXING, NORMS, TRANSPOSED
+from morphtrain.morph.trace.points import Point
+from morphtrain.morph.trace.traced import SAMPLES
 
 __all__ = [
+    "MIXING",
+    "NORMS",
+    "SAMPLES",
+    "TRANSPOSED",
     "Axis",
     "Block",
+    "Call",
+    "ChannelGather",
     "ChannelGraph",
     "CostKind",
     "Gate",
@@ -37,8 +46,8 @@ __all__ = [
     "ZeroBranch",
     "describe",
     "format_of_model",
-    "is_ignored",
     "is_within",
     "kept_modes",
+    "matches",
     "rebuild",
 ]

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from morphtrain.morph.calls import MIXING, Call
 from morphtrain.morph.graph import ChannelGraph
-from morphtrain.morph.layer_rules import TRANSPOSED
 from morphtrain.morph.spaces import Axis, Space
-from morphtrain.morph.trace import SAMPLES
+from morphtrain.morph.trace.calls import Call
+from morphtrain.morph.trace.kinds import MIXING, TRANSPOSED
+from morphtrain.morph.trace.traced import SAMPLES
 
 CostKind = Literal["flops", "model_size", "latency"]
 BYTES = 4  # of a number

@@ -1,6 +1,6 @@
 """The few layers that structural changes need and torch does not have.
 
-Their widths and indices are attributes, not constants in a `forward`, so that a channel graph can change them.
+Their widths and indices are attributes rather than constants in a `forward`, so that a channel graph can change them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PadChannels(nn.Module):
 
 
 class SelectChannels(nn.Module):
-    """The input's channels `index`: what a gated layer reads. (B, C, H, W) -> (B, len(index), H, W)."""
+    """Select the channels `index` of the input: what a gated layer reads. (B, C, H, W) -> (B, len(index), H, W)."""
 
     index: torch.Tensor
 
@@ -47,7 +47,7 @@ class SelectChannels(nn.Module):
 
 
 class ScatterChannels(nn.Module):
-    """The input's channels at `index` of `width` channels, zeros elsewhere: where a gated layer writes.
+    """Put the input's channels at positions `index` of `width` channels, zeros elsewhere: what a gated layer writes.
 
     (B, len(index), H, W) -> (B, width, H, W).
     """
@@ -61,23 +61,28 @@ class ScatterChannels(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_zeros(x.shape[0], self.width, *x.shape[2:]).contiguous(memory_format=format_of(x))
-        return out.index_copy_(1, self.index, x)  # its out-of-place form forgets the format
+        return out.index_copy_(1, self.index, x)  # the out-of-place form loses the memory format
 
     def extra_repr(self) -> str:
         return f"width={self.width}"
 
 
 class Gated(nn.Sequential):
-    """A convolution with a `SelectChannels` before it, a `ScatterChannels` behind it, or both."""
+    """A convolution with a `SelectChannels` before it, a `ScatterChannels` after it, or both."""
 
 
 class ZeroBranch(nn.Module):
-    """What a residual branch still adds when no channel is left inside it: its last norm, applied to zeros.
+    """What a residual branch adds once it has no channels inside: the output of its last norm for zeros.
 
-    (B, C', H, W) -> (1, C, 1, 1), to be broadcast by the sum; with `stride` (B, C, H/stride, W/stride) in full, for
-    code that adds in place or goes on before the sum. Training mode yields the norm's bias and decays its running
-    statistics; evaluation mode uses them: exactly what the norm behind an all-zero convolution does. A branch that
-    ends in a convolution leaves that one's `bias`, or nothing but zeros.
+    (B, C', H, W) -> (1, C, 1, 1), which the sum broadcasts. With `stride`, the full (B, C, H/stride, W/stride), for
+    code that adds in place or does something else before the sum. The norm behaves as after a convolution of zeros: in
+    training mode it gives its bias and its running statistics decay; in evaluation mode it uses them.
+
+    Args:
+        channels: C.
+        norm: the branch's last norm; None if it ends in a convolution.
+        bias: (C,), of that convolution; None if it has none, in which case the branch adds zeros.
+        stride: of the branch, (vertical, horizontal); None for the broadcast form.
     """
 
     norm: Any
@@ -97,7 +102,8 @@ class ZeroBranch(nn.Module):
         self.stride = None if stride is None else list(stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Two positions: batch norm refuses to train on a single value per channel. All samples: a norm may count them.
+        # Two positions, because batch norm refuses to train on one value per channel; all samples, because a norm may
+        # depend on their number.
         out = x.new_zeros(len(x), self.channels, 2, 1)
         if self.bias is not None:
             out = out + self.bias.view(1, -1, 1, 1)
@@ -113,9 +119,9 @@ class ZeroBranch(nn.Module):
 
 
 class NoChannels(nn.Module):
-    """In the place of a layer of which no channel is left. (B, C, H, W) -> (B, 0, H/stride, W/stride).
+    """Replaces a layer that has no channels left. (B, C, H, W) -> (B, 0, H/stride, W/stride).
 
-    A new tensor: code that goes on in place must not write into this layer's input.
+    The result is a new tensor, so that code that works in place does not write into this layer's input.
     """
 
     def __init__(self, stride: Sequence[int] = (1, 1)) -> None:
@@ -123,7 +129,7 @@ class NoChannels(nn.Module):
         self.stride = list(stride)
 
     def forward(self, x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        first = x if isinstance(x, torch.Tensor) else x[0]  # a dense layer is called with the list of its inputs
+        first = x if isinstance(x, torch.Tensor) else x[0]  # DenseNet calls a layer with a list of inputs
         return first.new_empty(first.shape[0], 0, *_strided(first, self.stride))
 
     def extra_repr(self) -> str:
@@ -131,7 +137,7 @@ class NoChannels(nn.Module):
 
 
 class Scale(nn.Module):
-    """A trainable factor on everything that passes: half of what `half_half` needs. Any shape."""
+    """A trainable factor for a tensor of any shape; `half_half` blocks scale both operands of a sum by it."""
 
     def __init__(self, start: float) -> None:
         super().__init__()
@@ -142,7 +148,7 @@ class Scale(nn.Module):
 
 
 class InsertedLayer(nn.Sequential):
-    """Convolution, norm and ReLU, put in front of a convolution. (B, C, H, W) -> (B, C, H, W)."""
+    """Convolution, norm and ReLU, inserted in front of a convolution. (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, kernel: int, norm: nn.Module | None) -> None:
         layers = [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=norm is None)]
@@ -151,17 +157,17 @@ class InsertedLayer(nn.Sequential):
 
 
 class InsertedBlock(nn.Module):
-    """branch(x) + shortcut(x), put behind a module; the branch is a chain of convolution and norm, ReLU in between.
+    """branch(x) + shortcut(x), inserted after a module. (B, C, H, W) -> (B, C, H, W).
 
-    (B, C, H, W) -> (B, C, H, W).
+    The branch is a chain of convolutions, each followed by a norm, with a ReLU between them.
 
     Args:
         channels: C.
-        inner: channels between its convolutions.
-        kernels: of its convolutions.
-        norms: one for each convolution; none for a network without.
-        halves: both operands are scaled by a trainable 1/2.
-        activation: whether a ReLU follows.
+        inner: channels between the convolutions.
+        kernels: sizes of the convolutions' kernels, odd.
+        norms: one for each convolution; empty in a network without norms.
+        halves: whether both operands are scaled by a trainable factor that starts at 1/2.
+        activation: whether a ReLU follows the sum.
     """
 
     def __init__(
@@ -193,11 +199,11 @@ class InsertedBlock(nn.Module):
 
 
 class Grown(nn.Sequential):
-    """In the place of a module: that module, and what was inserted in front of or behind it."""
+    """Replaces a module: that module, with what was inserted in front of it or after it."""
 
 
 def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:
-    """The spatial size behind layers of this total stride that keep the size otherwise."""
+    """The spatial size after layers of this total stride that otherwise keep the size."""
     return [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
 
 

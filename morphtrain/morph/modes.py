@@ -1,4 +1,4 @@
-"""Training and evaluation mode, put back behind a pass that needs one of its own."""
+"""Training and evaluation mode, restored after a pass that needs one of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Leave every module in the mode it was in, whatever the block does to them."""
+    """Put every module back into its present mode when the block ends, whatever the block does."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 
 def prefixes(path: str) -> list[str]:
-    """The path and all paths above it: a, a.b, a.b.c."""
+    """The path and all paths above it, the shortest first: a, a.b, a.b.c."""
     parts = path.split(".") if path else []
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
@@ -27,6 +27,6 @@ def is_within(path: str, parent: str) -> bool:
     return path == parent or path.startswith(parent + ".")
 
 
-def is_ignored(path: str, ignore: Sequence[str]) -> bool:
-    """Whether a module path, or one it lies in, matches one of the patterns."""
-    return any(fnmatchcase(prefix, pattern) for pattern in ignore for prefix in prefixes(path))
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's path, or the path of a module that contains it, matches one of the `fnmatch` patterns."""
+    return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes(path))

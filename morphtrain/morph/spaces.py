@@ -1,19 +1,31 @@
-"""Channel spaces: the channels that exist once and appear in many tensors, read off a trace."""
+"""Channel spaces: channels that exist once and appear in many tensors.
+
+A space has a slot in every tensor that holds its channels. A slot lies on an axis, which is one dimension of a module's
+tensors; an axis is divided into segments, each the channels of one space or entries that cannot change.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
 
-from morphtrain.morph.trace import Role, Tensors, Trace
+Role = Literal["produces", "consumes", "elementwise"]
+Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)
 
 
 @dataclass(eq=False)
 class Segment:
-    """A run of entries of an axis: the channels of one space, `span` entries each, or entries that are fixed."""
+    """A run of entries of an axis.
+
+    Args:
+        space: whose channels these entries are; None for entries that cannot change.
+        span: entries per channel of `space`.
+        fixed_size: the number of entries if they cannot change.
+    """
 
     space: Space | None
     span: int = 1
@@ -21,12 +33,22 @@ class Segment:
 
     @property
     def length(self) -> int:
+        """The number of entries."""
         return self.space.size * self.span if self.space else self.fixed_size
 
 
 @dataclass(eq=False)
 class Axis:
-    """One dimension of one module's tensors, divided into segments."""
+    """One dimension of one module's tensors, divided into segments.
+
+    Args:
+        path: of the module.
+        module: the owner of the tensors.
+        role: whether its channels are made here, used here, or only pass through.
+        tensors: the tensors that have this dimension.
+        counter: the module's attribute that holds the length; None if it has none.
+        segments: in the order of the entries.
+    """
 
     path: str
     module: nn.Module
@@ -37,10 +59,11 @@ class Axis:
 
     @property
     def length(self) -> int:
+        """The number of entries."""
         return self.length_at({})
 
     def length_at(self, widths: Mapping[Space, int]) -> int:
-        """The length once spaces have these widths; those not named stay as they are."""
+        """The length if spaces had these widths; spaces that are not named keep theirs."""
         return sum(widths.get(s.space, s.space.size) * s.span if s.space else s.fixed_size for s in self.segments)
 
     @property
@@ -62,7 +85,7 @@ class Axis:
         return self.weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
 
     def placed(self) -> Iterator[tuple[int, Segment]]:
-        """Its segments, each with its first entry."""
+        """(position of its first entry, segment) of every segment."""
         start = 0
         for segment in self.segments:
             yield start, segment
@@ -71,28 +94,36 @@ class Axis:
 
 @dataclass(eq=False)
 class Slot:
-    """The place of a space in an axis."""
+    """The place of a space on an axis."""
 
     axis: Axis
     segment: Segment
 
     @property
     def role(self) -> Role:
+        """The role of the axis."""
         return self.axis.role
 
     @property
     def start(self) -> int:
-        """The first entry, in entries of the axis."""
+        """The position of the first entry on the axis."""
         return next(start for start, segment in self.axis.placed() if segment is self.segment)
 
     @property
     def has_weights(self) -> bool:
+        """Whether a weight makes or uses the channels here."""
         return self.axis.weight is not None
 
 
 @dataclass(eq=False)
 class Space:
-    """Channels that exist once and appear in many tensors: all its slots change together or not at all."""
+    """Channels that exist once and appear in many tensors: all its slots change together or not at all.
+
+    Args:
+        name: the path of the first layer that produces the channels, with a number if it produces several spaces.
+        size: the number of channels.
+        slots: in the order of use.
+    """
 
     name: str
     size: int
@@ -100,7 +131,10 @@ class Space:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether a single channel has several entries somewhere: side by side or apart, if there were two?"""
+        """Whether a single channel has several entries somewhere.
+
+        The order of the entries of two channels cannot be known then, so such a space cannot be widened.
+        """
         return self.size == 1 and any(slot.segment.span > 1 for slot in self.slots)
 
     def __repr__(self) -> str:
@@ -110,101 +144,21 @@ class Space:
 
 
 @dataclass(eq=False)
-class Pick:
-    """A module whose `index` lists the entries of axis `source` that axis `picked` holds, segment by segment."""
+class ChannelGather:
+    """A module whose `index` lists the entries of axis `source` that make up axis `gathered`.
+
+    Args:
+        segments: (of `gathered`, of `source`): where the entries of each segment of `gathered` come from.
+    """
 
     module: nn.Module
     source: Axis
-    picked: Axis
-    segments: list[tuple[Segment, Segment]]  # (of picked, of source)
+    gathered: Axis
+    segments: list[tuple[Segment, Segment]]
 
     def refresh(self) -> None:
-        """Let the module's index say where the segments are now."""
+        """Update the module's index to where the segments are now."""
         starts = {id(segment): start for start, segment in self.source.placed()}
-        rows = [torch.arange(p.length) + starts[id(s)] for p, s in self.segments if p in self.picked.segments]
+        rows = [torch.arange(g.length) + starts[id(s)] for g, s in self.segments if g in self.gathered.segments]
         index = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
         self.module.index = index.to(self.module.index.device)  # type: ignore[arg-type]
-
-
-def divide(trace: Trace) -> tuple[list[Axis], list[Space], list[Pick]]:
-    """Divide the traced axes into segments; a space is a longest run of labels that is contiguous wherever it is."""
-    runs = _Runs(trace)
-    spaces: dict[int, Space] = {}  # by the first label
-    axes = [Axis(t.path, t.module, t.role, t.tensors, t.counter, []) for t in trace.axes]
-    for number, label, span, length in runs.segments():
-        if label == 0:
-            axes[number].segments.append(Segment(None, fixed_size=span))
-            continue
-        space = spaces.setdefault(label, Space("", length))
-        segment = Segment(space, span)
-        axes[number].segments.append(segment)
-        space.slots.append(Slot(axes[number], segment))
-    _name(list(spaces.values()))
-    by_trace = dict(zip(map(id, trace.axes), axes, strict=True))
-    picks = []
-    for traced in trace.picks:
-        source, picked = by_trace[id(traced.source)], by_trace[id(traced.picked)]
-        picks.append(Pick(traced.module, source, picked, _matched(traced.module, source, picked)))
-    return axes, list(spaces.values()), picks
-
-
-class _Runs:
-    """All axes' labels as runs of equal neighbours, one after the other in flat tensors."""
-
-    def __init__(self, trace: Trace) -> None:
-        roots = trace.roots
-        labels = [roots[axis.labels] for axis in trace.axes] or [torch.zeros(0, dtype=torch.long)]
-        sizes = torch.tensor([len(label) for label in labels])
-        # Axes are kept apart by numbering the labels of each anew: unique_consecutive then never merges two axes.
-        number = torch.arange(len(labels)).repeat_interleave(sizes)
-        flat = torch.cat(labels)
-        keyed, counts = torch.unique_consecutive(number * trace.roots.numel() + flat, return_counts=True)
-        self.axis = keyed // trace.roots.numel()  # (R,) the axis each run is in
-        self.label = keyed % trace.roots.numel()  # (R,)
-        self.span = counts  # (R,) entries of the run
-
-    def segments(self) -> list[tuple[int, int, int, int]]:
-        """(axis, first label, span, number of labels) of every segment, in order."""
-        if not len(self.label):
-            return []
-        heads = ~self._continues()
-        starts = heads.nonzero().flatten()
-        lengths = torch.diff(starts, append=torch.tensor([len(heads)]))
-        columns = (self.axis[starts], self.label[starts], self.span[starts], lengths)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
-
-    def _continues(self) -> torch.Tensor:
-        """(R,): whether a run goes on with the segment before it.
-
-        It does if its label stands right behind the other one, with the same span, wherever either of them is.
-        """
-        before, behind = self.label[:-1], self.label[1:]
-        pairs = (self.axis[:-1] == self.axis[1:]) & (self.span[:-1] == self.span[1:]) & (before != 0) & (behind != 0)
-        occurrences = torch.bincount(self.label)
-        size = len(occurrences)
-        keys, inverse = torch.unique(before * size + behind, return_inverse=True)
-        together = torch.zeros(len(keys), dtype=torch.long).index_add_(0, inverse, pairs.long())
-        a, b = keys // size, keys % size
-        always = (together == occurrences[a]) & (together == occurrences[b])
-        result = torch.zeros(len(self.label), dtype=torch.bool)
-        result[1:] = pairs & always[inverse]
-        return result
-
-
-def _name(spaces: list[Space]) -> None:
-    """Name each space after its first producer; spaces that share one are numbered in its order."""
-    taken: set[str] = set()
-    for space in spaces:
-        slot = next((s for s in space.slots if s.role == "produces"), space.slots[0])
-        siblings = list(dict.fromkeys(s.space for s in slot.axis.segments if s.space))
-        space.name = slot.axis.path + (f":{siblings.index(space)}" if len(siblings) > 1 else "")
-        while space.name in taken:
-            space.name += "'"
-        taken.add(space.name)
-
-
-def _matched(module: nn.Module, source: Axis, picked: Axis) -> list[tuple[Segment, Segment]]:
-    """For each segment of `picked` the segment of `source` that its entries come from."""
-    starts = dict(source.placed())
-    index = module.index.tolist()  # type: ignore[operator]
-    return [(segment, starts[index[start]]) for start, segment in picked.placed()]

@@ -33,7 +33,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         ValueError: in training, if a chunk has a single value a channel, as one sample of 1x1.
     """
 
-    per_channel = True  # see `morphtrain.morph.trace.Tracer`
+    per_channel = True  # see `morphtrain.morph.trace.recording.Tracer`
 
     def __init__(self, num_features: int, ghost_batch_size: int, **options: Any) -> None:
         super().__init__(num_features, **options)

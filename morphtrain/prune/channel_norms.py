@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from morphtrain.morph import ChannelGraph, Slot, Space
-from morphtrain.morph.layer_rules import NORMS
+from morphtrain.morph import NORMS, ChannelGraph, Slot, Space
 
 Regulariser = Literal["gamma_l1", "group_lasso"]
 
@@ -170,7 +169,7 @@ def _past_norms(graph: ChannelGraph) -> set[Space]:
     """Spaces of which some layer takes in what did not go through a norm."""
     normed: dict[str, bool] = {}
     for call in graph.calls:
-        normed[call.path] = normed.get(call.path, True) and call.behind_norms
+        normed[call.path] = normed.get(call.path, True) and call.after_norms
     consumed = [slot for space in graph.spaces for slot in space.slots if slot.role == "consumes"]
     bare = {id(slot.segment) for slot in consumed if not normed.get(slot.axis.path, False)}
     return {space for space in graph.spaces if any(id(slot.segment) in bare for slot in space.slots)}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import ChannelGraph, Space, kept_modes
-from morphtrain.morph.calls import MIXING
+from morphtrain.morph import MIXING, ChannelGraph, Space, kept_modes
 
 CONSTANTS = ("bias", "running_mean")  # what makes a channel's value beside its weights
 

@@ -13,7 +13,7 @@ from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.method import ORDER, Method
-from morphtrain.morph import ChannelGraph, MorphError, is_ignored
+from morphtrain.morph import ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.clock import Clock
@@ -132,7 +132,7 @@ def follow_channels(
 
 def _check_ignored(method: str, patterns: Sequence[str], model: nn.Module) -> None:
     paths = [path for path, _ in model.named_modules()]
-    unknown = [pattern for pattern in patterns if not any(is_ignored(path, [pattern]) for path in paths)]
+    unknown = [pattern for pattern in patterns if not any(matches(path, [pattern]) for path in paths)]
     if unknown:
         parts = ", ".join(path for path, _ in model.named_children())
         raise UserError(f"{method}.ignore={unknown}: no module's path matches; the model's parts are {parts}")

@@ -1,4 +1,4 @@
-"""The calls of a network's layers as a trace saw them: what a layer works on, which its tensors do not tell."""
+"""The calls of a network's layers in a trace: the shapes that a layer works on, and the norms before and after it."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from morphtrain.morph.layer_rules import NORMS, TRANSPOSED
 from morphtrain.morph.layers import NoChannels, ZeroBranch
-from morphtrain.morph.nodes import name_of
+from morphtrain.morph.trace.kinds import MIXING, NORMS
+from morphtrain.morph.trace.nodes import name_of
 
-MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))
-# Of a zero these make something else.
+# Functions and layers whose result for a zero is not zero.
 LIFTING = frozenset(("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos", "eq", "le", "ge", "pow", "rsub"))
 LIFTING |= {"softmax", "log_softmax", "logsoftmax", "softmin", "softmax2d", "reciprocal", "rsqrt", "log"}
-LIVE, CONSTANT, ZERO = 0, 1, 2  # what a value's channels are if the norms on their way put out zeros
+LIVE, CONSTANT, ZERO = 0, 1, 2  # what the channels of a value are if all norms before it put out zeros
 
 
 class Call(NamedTuple):
-    """A layer called once.
+    """One call of a layer.
 
     Args:
         path: of the layer.
-        input_shape, output_shape: of `trace.SAMPLES` samples, with the channels there were when it was traced.
-        behind_norms: whether a norm with a weight stands between every channel of the input and the layers that made
-            it: if these norms put out zeros, the channel is a constant.
-        norm: the path of the norm that is all that uses the output; "" if it is used otherwise.
+        input_shape, output_shape: for `SAMPLES` samples, with the numbers of channels at the time of the trace.
+        after_norms: whether a norm with a weight lies between every channel of the input and the layers that made it.
+            If these norms put out zeros, the channel is a constant.
+        norm: the path of the norm that is the only user of the output; "" if there is no such norm.
     """
 
     path: str
     input_shape: torch.Size
     output_shape: torch.Size
-    behind_norms: bool
+    after_norms: bool
     norm: str
 
 
 def layer_calls(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> list[Call]:
-    """Every call of a module with one tensor that gives one tensor, in the order of execution."""
+    """Every call of a module that takes one tensor and gives one tensor, in the order of execution."""
     levels: dict[fx.Node, int] = {}
     calls = []
     for n in nodes:
@@ -48,12 +47,12 @@ def layer_calls(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> l
         if n.op == "call_module" and len(inputs) == 1 and "shape" in n.meta:
             (x,) = inputs
             shapes = (x.meta["shape"], n.meta["shape"])
-            calls.append(Call(str(n.target), *shapes, levels[x] >= CONSTANT, _norm_behind(n, modules)))
+            calls.append(Call(str(n.target), *shapes, levels[x] >= CONSTANT, _norm_after(n, modules)))
     return calls
 
 
 def _level(n: fx.Node, modules: Mapping[str, nn.Module], inputs: Sequence[int]) -> int:
-    """What the channels of a value are if the norms put out zeros."""
+    """LIVE, CONSTANT or ZERO: what the channels of a value are if the norms put out zeros."""
     if n.op in ("placeholder", "get_attr"):
         return LIVE if n.op == "placeholder" else CONSTANT
     module: Any = modules[str(n.target)] if n.op == "call_module" else None
@@ -72,7 +71,7 @@ def _is_depthwise(module: Any) -> bool:
     return 1 < getattr(module, "groups", 1) == module.in_channels
 
 
-def _norm_behind(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+def _norm_after(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     users = list(n.users)
     alone = len(users) == 1 and users[0].op == "call_module"
     return str(users[0].target) if alone and isinstance(modules[str(users[0].target)], NORMS) else ""

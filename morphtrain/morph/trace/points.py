@@ -1,4 +1,4 @@
-"""Where a network can become deeper: in front of which convolutions, and behind which modules."""
+"""Where a network can become deeper: in front of which convolutions, and after which modules."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from morphtrain.morph.nodes import name_of, owner_path
 from morphtrain.morph.paths import prefixes
-from morphtrain.morph.trace import Trace
+from morphtrain.morph.trace.nodes import SUMS, name_of, owner_path
+from morphtrain.morph.trace.traced import Trace
 
-# Their results are not negative, and stay as they are if taken for an input of relu.
+# Results without a negative value: a ReLU leaves them as they are.
 NON_NEGATIVE = frozenset(("relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "abs", "square"))
 NON_NEGATIVE |= frozenset(("ReLU", "ReLU6", "Sigmoid", "Hardsigmoid"))
-# They make no negative value of values that are none ...
+# Results without a negative value if the first input has none ...
 KEEPS_SIGN = frozenset(("Identity", "Dropout", "Dropout2d", "Flatten", "MaxPool2d", "AvgPool2d", "SelectChannels"))
 KEEPS_SIGN |= frozenset(("AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "ChannelShuffle", "PadChannels"))
 KEEPS_SIGN |= frozenset(("dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "view", "reshape"))
 KEEPS_SIGN |= frozenset(("contiguous", "transpose", "permute", "chunk", "split", "getitem", "mean", "interpolate"))
-# ... and these of several such.
+# ... and if no input has one.
 KEEPS_SIGNS = frozenset(("add", "iadd", "add_", "mul", "cat", "concat", "concatenate", "stack", "maximum"))
 
 
 @dataclass(frozen=True)
 class Point:
-    """Behind the module at `path`: the only way its output goes.
+    """A place where a block can be inserted: after the module at `path`, on the only way that its output takes.
 
     Args:
-        channels: of the output, (B, channels, H, W), when it was traced.
-        non_negative: whether no value of it is below zero, as behind a ReLU.
+        path: of the module.
+        channels: of its output (B, channels, H, W), at the time of the trace.
+        non_negative: whether the output has no value below zero, as after a ReLU.
     """
 
     path: str
@@ -43,10 +44,10 @@ class Places(NamedTuple):
     """Where a network can become deeper.
 
     Args:
-        layers: two-dimensional convolutions, called once, whose input is not negative.
-        blocks: every module, called once, that gives one (B, C, H, W) tensor to what is behind it, by its path.
-        ends: of these the last of every stage. A stage is what sums of the same channels make; in a network without
-            sums, what activations of one size make.
+        layers: the paths of two-dimensional convolutions that are called once, on an input without negative values.
+        blocks: a point after every module that is called once and passes on one tensor (B, C, H, W), by its path.
+        ends: of these points the last one in each stage. A stage consists of the sums of the same channels; in a
+            network without sums, of the activations of one size.
     """
 
     layers: list[str]
@@ -56,7 +57,7 @@ class Places(NamedTuple):
 
 def find_places(trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
     """The places of a traced network."""
-    signs, outputs = non_negative(trace.nodes, modules), _outputs(trace.nodes)
+    signs, outputs = _non_negative(trace.nodes, modules), _outputs(trace.nodes)
     blocks = {
         path: Point(path, node.meta["shape"][1], node in signs)
         for path, node in outputs.items()
@@ -75,25 +76,25 @@ def _layers(nodes: list[fx.Node], modules: Mapping[str, nn.Module], signs: set[f
 def _stage_ends(
     trace: Trace, modules: Mapping[str, nn.Module], blocks: Mapping[str, Point], outputs: Mapping[str, fx.Node]
 ) -> list[Point]:
-    ends: dict[fx.Node, list[str]] = {}  # node -> the modules whose output it is, from the outside in
+    ends: dict[fx.Node, list[str]] = {}  # node -> the modules whose output it is, outermost first
     for path in blocks:
         ends.setdefault(outputs[path], []).append(path)
     images = [n for n in trace.nodes if len(n.meta.get("shape", ())) == 4]
-    sums = [n for n in images if n.op != "call_module" and name_of(n) in ("add", "iadd", "add_")]
+    sums = [n for n in images if n.op != "call_module" and name_of(n) in SUMS]
     stages: dict[Hashable, Point] = {}
     for n in sums or [n for n in images if _name(n, modules) in NON_NEGATIVE]:
         users = list(n.users)
         end = users[0] if len(users) == 1 and _name(users[0], modules) in NON_NEGATIVE else n
         size = tuple(n.meta["shape"][2:])
         if end in ends:
-            whole = [path for path in ends[end] if path in _modules_of(n)] or ends[end]  # the sum is part of it
+            whole = [path for path in ends[end] if path in _modules_around(n)] or ends[end]  # that contain the sum
             channels = tuple(trace.roots[trace.labels[n]].flatten().tolist()) if sums else ()
             stages[size, channels] = blocks[whole[-1]]
     return list(stages.values())
 
 
-def non_negative(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
-    """The nodes whose results hold no value below zero, whatever the weights are."""
+def _non_negative(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """The nodes whose results have no value below zero, whatever the weights are."""
     found: set[fx.Node] = set()
     for n in nodes:
         name, inputs = _name(n, modules), n.all_input_nodes
@@ -105,12 +106,12 @@ def non_negative(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> set[
 
 
 def _outputs(nodes: list[fx.Node]) -> dict[str, fx.Node]:
-    """The one node of each module whose result is used outside; not of modules that are called several times."""
+    """Module path -> the only node in it whose result is used outside; modules that are called once only."""
     calls: dict[str, set[str]] = {}  # path -> keys of its calls
     for n in nodes:
         for key, (path, _) in (n.meta.get("nn_module_stack") or {}).items():
             calls.setdefault(path, set()).add(key)
-    inside = {n: _modules_of(n) for n in nodes}
+    inside = {n: _modules_around(n) for n in nodes}
     ends: dict[str, set[fx.Node]] = {}
     for n in nodes:
         for path in inside[n]:
@@ -121,8 +122,8 @@ def _outputs(nodes: list[fx.Node]) -> dict[str, fx.Node]:
     }
 
 
-def _modules_of(n: fx.Node) -> list[str]:
-    """The modules a call is in, from the outside in; of a module's own call that module is the last."""
+def _modules_around(n: fx.Node) -> list[str]:
+    """The modules that contain a call, outermost first; for the call of a module, that module comes last."""
     return prefixes(owner_path(n))
 
 
@@ -131,5 +132,5 @@ def _name(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _has_numbers(n: fx.Node) -> bool:
-    """Whether a number is an operand, which may be negative."""
-    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in ("add", "iadd", "add_", "mul"))
+    """Whether an operand is a number, which may be negative."""
+    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in (*SUMS, "mul"))

@@ -1,8 +1,8 @@
-"""The one place where a tensor of a module is replaced, and the optimizer told."""
+"""The one place where a tensor of a module is replaced, together with the optimizer's references to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,16 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph.formats import format_of
+from morphtrain.morph.trace.traced import Shared
 
-# Optimizer state that is an average of gradients follows its parameter, scale included. Everything else of the
+# Optimizer state that is an average of gradients: it follows its parameter's index and scale. Other state of the
 # parameter's shape (Adam's second moments) follows the index only.
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
 
-Shared = Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
-
 
 class Change(NamedTuple):
-    """Make row j along `dim` what row `rows[j]` was, times `scale[j]`."""
+    """Row j along `dim` becomes the old row `rows[j]`, times `scale[j]`."""
 
     dim: int
     rows: torch.Tensor
@@ -27,11 +26,11 @@ class Change(NamedTuple):
 
 
 class Rebinder:
-    """Replaces tensors of modules, and the parameters of an optimizer with them.
+    """Replaces tensors of modules, and with them the parameters and the state of an optimizer.
 
     Args:
-        shared: what other modules hold the same tensors.
-        optimizer: its parameter groups and its state follow.
+        shared: which other modules hold the same tensors.
+        optimizer: the one to update, if any.
     """
 
     def __init__(self, shared: Shared, optimizer: Optimizer | None) -> None:
@@ -46,24 +45,24 @@ class Rebinder:
     def reindex(self, module: nn.Module, name: str, changes: Sequence[Change]) -> None:
         """Change `module.<name>` along some of its dimensions.
 
-        A new parameter is made and rebound: swapping `.data` under a live gradient accumulator fails at the next
-        backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept; optimizer
-        state of the parameter's shape follows. The gradient is dropped, so call it between steps.
+        A new parameter is made and bound to the name, because swapping `.data` under a live gradient accumulator fails
+        at the next backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept, and
+        optimizer state of the parameter's shape follows. The gradient is dropped, so call this between steps.
         """
         old = getattr(module, name)
         new = _select(old, changes)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-            self._tell_optimizer(old, new, changes)
+            self._update_optimizer(old, new, changes)
         for owner, other in ((module, name), *self.shared.get((id(module), name), ())):
             setattr(owner, other, new)
 
     def adopt(self, model: nn.Module, parameters: Iterable[nn.Parameter], like: nn.Module) -> None:
-        """Give the optimizer new parameters of `model`, each to the group that a neighbour of its kind is in.
+        """Add new parameters of `model` to the optimizer, each to the group of a similar parameter.
 
-        Kinds are weights and vectors, which often decay differently; the neighbours are those of `like`, and if that
-        has none of the kind in the optimizer, all. Within a group they stand in the model's order, where they would if
-        the optimizer were made of the model as it is now.
+        Weights go to a group of weights and vectors to a group of vectors, since the two often have different weight
+        decay. The parameters of `like` are looked at first, then those of the whole model. A group stays in the order
+        of the model, as if the optimizer had been made with the model as it is now.
         """
         if self.optimizer is None:
             return
@@ -73,13 +72,13 @@ class Rebinder:
             known = [p for p in (*like.parameters(), *model.parameters()) if id(p) in groups]
             alike = [p for p in known if (p.dim() > 1) == (new.dim() > 1)] or known
             if not alike:
-                continue  # an optimizer of something else
+                continue  # the optimizer has no parameter of this model
             group = groups[id(alike[0])]["params"]
             later = (i for i, p in enumerate(group) if order.get(id(p), -1) > order[id(new)])
             group.insert(next(later, len(group)), new)
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take parameters out of the optimizer: its groups and its state."""
+        """Take parameters out of the optimizer's groups and state."""
         assert self.optimizer is not None
         gone = list(parameters)
         ids = {id(parameter) for parameter in gone}
@@ -88,7 +87,7 @@ class Rebinder:
         for parameter in gone:
             self.optimizer.state.pop(parameter, None)
 
-    def _tell_optimizer(self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change]) -> None:
+    def _update_optimizer(self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change]) -> None:
         if self.optimizer is None or id(old) not in self.positions:
             return
         group, position = self.positions.pop(id(old))
@@ -116,5 +115,5 @@ def _select(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
     memory_format = format_of(tensor)
     if memory_format is torch.contiguous_format:
         return new.contiguous()
-    # Not contiguous(...): of a single channel that returns what it is given, and the format would be forgotten.
+    # contiguous(memory_format=...) would return a tensor of a single channel as it is, with its format lost.
     return torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=memory_format).copy_(new)

@@ -1,4 +1,4 @@
-"""A morphed architecture as data: what a checkpoint needs to rebuild a network from the one it started as."""
+"""A changed architecture as data, from which a checkpoint rebuilds the network in a freshly built model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from morphtrain.morph.formats import format_of_model
-from morphtrain.morph.insert import norm_like
 from morphtrain.morph.layers import (
     Gated,
     Grown,
@@ -20,39 +19,24 @@ from morphtrain.morph.layers import (
     SelectChannels,
     ZeroBranch,
 )
-
-# What torch's layers, and ours, keep beside their tensors and a change of width changes.
-WIDTHS = (
-    "in_channels",
-    "out_channels",
-    "groups",
-    "in_features",
-    "out_features",
-    "num_features",
-    "num_channels",
-    "num_groups",
-    "num_parameters",
-    "channels",
-    "left",
-    "right",
-    "width",
-)
+from morphtrain.morph.surgery.insert import norm_like
+from morphtrain.morph.surgery.widths import widths_of
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The structure of `model` beyond its constructor: plain JSON data, for `rebuild`."""
+    """The structure of `model` that its constructor does not give: plain JSON data for `rebuild`."""
     modules = dict(model.named_modules())
     return {
         "layers": {path: layer for path, module in modules.items() if (layer := _own_layer(module))},
-        "widths": {path: widths for path, module in modules.items() if (widths := _widths(module))},
+        "widths": {path: widths for path, module in modules.items() if (widths := widths_of(module))},
         "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
     }
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a freshly built `model` the structure `describe` recorded; tensor values are left to `load_state_dict`.
+    """Give a freshly built `model` the structure that `describe` recorded, and return it.
 
-    A model in channels_last stays so.
+    The values of tensors are left to `load_state_dict`. A model in channels_last stays in channels_last.
     """
     channels_last = format_of_model(model) is torch.channels_last
     for path in sorted(description["layers"], key=lambda p: p.count(".")):
@@ -73,28 +57,16 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def refresh_widths(module: nn.Module) -> None:
-    """Set the widths that torch's convolutions and linear layers keep beside their tensors to the tensors'."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        module.out_channels = module.weight.shape[0]
-        module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        module.in_channels = module.weight.shape[0]
-        module.out_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-
-
 def _own_layer(module: nn.Module) -> dict[str, Any] | None:
-    """How to make this layer of ours from the one that stood in its place; None for any other."""
+    """How to make a layer of ours from the layer that it replaced; None for any other layer."""
     if isinstance(module, NoChannels):
         return {"layer": "no_channels", "stride": module.stride}
     if isinstance(module, ZeroBranch):
         kind = "norm" if module.norm is not None else "bias" if module.bias is not None else "zeros"
         return {"layer": f"zero_branch_{kind}", "channels": module.channels, "stride": module.stride}
     if isinstance(module, Gated):
-        before, behind = isinstance(module[0], SelectChannels), isinstance(module[-1], ScatterChannels)
-        return {"layer": "gated", "select": before, "scatter": behind}
+        select, scatter = isinstance(module[0], SelectChannels), isinstance(module[-1], ScatterChannels)
+        return {"layer": "gated", "select": select, "scatter": scatter}
     if isinstance(module, Grown):
         return {"layer": "grown", "in_front": isinstance(module[0], InsertedLayer)}
     if isinstance(module, InsertedLayer):
@@ -102,11 +74,6 @@ def _own_layer(module: nn.Module) -> dict[str, Any] | None:
     if isinstance(module, InsertedBlock):
         return {"layer": "inserted_block", **module.facts}
     return None
-
-
-def _widths(module: nn.Module) -> dict[str, int]:
-    own = vars(module)
-    return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}
 
 
 def _zero_branch_norm(old: nn.Module, facts: dict[str, Any]) -> nn.Module:
@@ -135,7 +102,7 @@ REBUILD: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
 }
 
 
-# What stands where nothing was. Widths are brought to what they were behind it, as those of all layers.
+# Layers that replaced nothing. Their widths are set afterwards, like those of all layers.
 INSERTED: dict[str, Callable[[nn.Module, dict[str, Any]], nn.Module]] = {
     "inserted_layer": lambda model, facts: InsertedLayer(1, facts["kernel"], _norm(model, facts)),
     "inserted_block": lambda model, facts: InsertedBlock(
@@ -154,7 +121,7 @@ def _norm(model: nn.Module, facts: Mapping[str, Any]) -> Any:
 
 
 def _resize(module: nn.Module, name: str, shape: torch.Size, resized: dict[int, torch.Tensor]) -> None:
-    """Give a tensor its new shape; modules that shared it share the new one."""
+    """Replace a tensor by one of another shape; modules that shared the old one share the new one."""
     old = getattr(module, name)
     if old.shape == shape:
         return

@@ -1,37 +1,29 @@
-"""New layers and blocks that leave a network's function as it is (Net2DeeperNet, Chen et al. 2015, section 2.4)."""
+"""New layers and blocks that leave a network's function unchanged (Net2DeeperNet, Chen et al. 2015, section 2.4)."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
-from morphtrain.morph.modes import kept_modes
-from morphtrain.morph.points import Point
-from morphtrain.morph.rebind import Rebinder
-from morphtrain.morph.trace import MorphError
+from morphtrain.morph.surgery.rebind import Rebinder
+from morphtrain.morph.surgery.statistics import Statistics, measure_inputs
+from morphtrain.morph.trace.points import Point
 
 Start = Literal["zero_gamma", "half_half"]
-
-
-class Statistics(NamedTuple):
-    """Mean and (biased) variance of each channel, (C,), over batches and positions, as batch norm sees them."""
-
-    mean: torch.Tensor
-    var: torch.Tensor
 
 
 def insert_layers(
     model: nn.Module, paths: Sequence[str], calibration: Sequence[Any], kernel: int, rebinder: Rebinder
 ) -> list[str]:
-    """See `ChannelGraph.insert_layer`; the places are known to be fit."""
+    """See `ChannelGraph.insert_layer`; `paths` are places that it has checked."""
     _check_kernel(kernel)
     statistics = _measured(model, paths, calibration)
     inserted = []
@@ -62,7 +54,7 @@ def insert_block(
     halves = start == "half_half"
     if halves and not (point.non_negative and inner in (None, point.channels)):
         raise MorphError(
-            f"no half_half block can be put behind '{point.path}': that needs values behind a ReLU and "
+            f"no half_half block can be put after '{point.path}': that needs values after a ReLU and "
             f"{point.channels} inner channels; zero_gamma works"
         )
     place = model.get_submodule(point.path)
@@ -72,13 +64,13 @@ def insert_block(
     norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
     if halves and norms:
         _become_identity(norms, _measured(model, [point.path], calibration, outputs=True)[point.path])
-    inserted = _put_behind(model, point.path, block)
+    inserted = _put_after(model, point.path, block)
     rebinder.adopt(model, block.parameters(), like=neighbour)
     return inserted
 
 
 def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
-    """A fresh norm of the kind that `model` has; None if it has no batch norm."""
+    """A fresh norm with the settings of the first batch norm in `model`; None if it has none."""
     pattern = next((m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), None)
     if pattern is None:
         return None
@@ -95,7 +87,7 @@ def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
 
 
 def _make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
-    """An identity convolution, with the network's kind of norm; its values are set by `_become_identity`."""
+    """An identity convolution with the network's kind of norm; `_become_identity` sets the norm's values."""
     layer = InsertedLayer(channels, kernel, norm_like(model, channels))
     nn.init.dirac_(layer[0].weight)  # type: ignore[arg-type]
     if layer[0].bias is not None:
@@ -112,7 +104,7 @@ def _make_block(model: nn.Module, point: Point, inner: int, kernels: Sequence[in
     for convolution in convolutions:
         if start == "half_half":
             nn.init.dirac_(convolution.weight)
-        else:  # He et al. 2015, arXiv 1502.01852
+        else:  # He et al. 2015 (arXiv 1502.01852), with fan-out
             fan_out = math.prod(convolution.kernel_size) * convolution.out_channels
             nn.init.normal_(convolution.weight, 0, math.sqrt(2 / fan_out))
         if convolution.bias is not None:
@@ -124,10 +116,10 @@ def _make_block(model: nn.Module, point: Point, inner: int, kernels: Sequence[in
 
 
 def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
-    """Let norms pass values of these statistics as they are.
+    """Make norms pass on values of these statistics unchanged.
 
-    In evaluation mode exactly; in training up to the deviation of a batch's statistics. A fresh norm (gamma 1, beta 0)
-    would renormalise what an identity convolution passes on: the trap of the thesis's deeper operator.
+    In evaluation mode this is exact; in training, it is exact up to how much a batch's statistics deviate. A fresh norm
+    (gamma 1, beta 0) would renormalise what an identity convolution passes on, the mistake of the thesis's operator.
     """
     with torch.no_grad():
         for norm in norms:
@@ -140,8 +132,8 @@ def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None
                 n.running_var.copy_(var)
 
 
-def _put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
-    """Put `layer` behind the module at `path`; returns its own path. A Sequential that ends there becomes longer."""
+def _put_after(model: nn.Module, path: str, layer: nn.Module) -> str:
+    """Put `layer` after the module at `path` and return its path; a Sequential that ends there becomes longer."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     chained = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
@@ -157,11 +149,11 @@ def _put_behind(model: nn.Module, path: str, layer: nn.Module) -> str:
 
 def _check_kernel(kernel: int) -> None:
     if kernel < 1 or kernel % 2 == 0:
-        raise MorphError(f"a kernel of {kernel} has no middle: an identity needs an odd one")
+        raise MorphError(f"a kernel of {kernel} has no middle; an identity needs an odd one")
 
 
 def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
-    """Give what is inserted the device, type, mode and memory format of what is there."""
+    """Give a new module the device, dtype and mode of its neighbour, and the memory format of the model."""
     weight = next(p for p in neighbour.parameters() if p.is_floating_point())
     new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
     new.to(memory_format=format_of_model(model))
@@ -170,57 +162,9 @@ def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
 def _measured(
     model: nn.Module, paths: Sequence[str], calibration: Sequence[Any], outputs: bool = False
 ) -> dict[str, Statistics]:
-    """What the norms of new layers need to know; nothing, if the network has none."""
+    """The statistics that the norms of new layers need; empty if the network has no norms."""
     if norm_like(model, 1) is None:
         return {}
     if not len(calibration):
         raise MorphError("calibration: the norms of new layers need a batch of the model's inputs to measure")
     return measure_inputs(model, paths, calibration, outputs)
-
-
-@torch.no_grad()
-def measure_inputs(
-    model: nn.Module, paths: Sequence[str], batches: Iterable[Any], outputs: bool = False
-) -> dict[str, Statistics]:
-    """The statistics of what enters (or, with `outputs`, leaves) the modules at `paths` while `model` trains.
-
-    Args:
-        batches: inputs of the model; each is a tensor, or a tuple of them for several inputs.
-
-    Modes, buffers and the random state are left as they were.
-    """
-    sums: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
-
-    def add(path: str, x: torch.Tensor) -> None:
-        x = x.detach().double() if x.device.type != "mps" else x.detach().float()
-        sums[path].append(torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)]))
-
-    hooks = []
-    for path in paths:
-        module = model.get_submodule(path)
-        if outputs:
-            hooks.append(module.register_forward_hook(lambda m, args, out, path=path: add(path, out)))
-        else:
-            hooks.append(module.register_forward_pre_hook(lambda m, args, path=path: add(path, args[0])))
-    try:
-        with _as_it_was(model):
-            model.train()
-            for batch in batches:
-                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path: Statistics(*torch.stack(found).mean(0)) for path, found in sums.items()}
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back modes, buffers and the random state behind the block."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next(model.parameters()).device
-    try:
-        with kept_modes(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)

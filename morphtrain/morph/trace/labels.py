@@ -1,9 +1,9 @@
-"""Labels: which channel an entry of an activation is.
+"""Labels: which channel an entry of an activation belongs to.
 
 An activation's labels are an int64 tensor of the activation's rank, of size 1 along every dimension that they do not
-depend on: (1, C, 1, 1) behind a convolution. Label 0 stands for whatever cannot change: the network's inputs and
-outputs, and sizes written into the model's code. An operation that moves entries is followed by moving the labels
-with the same operation; one that combines entries joins theirs.
+depend on: (1, C, 1, 1) after a convolution. Label 0 marks what cannot change: the network's inputs and outputs, and
+sizes written into the model's code. An operation that moves entries moves the labels in the same way; an operation
+that combines entries joins their labels.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-FIXED = 0
-
 
 def fixed(rank: int) -> torch.Tensor:
-    """Labels of an activation of which nothing can change."""
+    """The labels of an activation of `rank` dimensions in which nothing can change."""
     return torch.zeros([1] * rank, dtype=torch.long)
 
 
@@ -26,7 +24,7 @@ def along(labels: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
 
 
 def full(labels: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """One label per entry of an activation of this shape, without memory for the repeated ones."""
+    """One label per entry of an activation of this shape; repeated labels take no memory."""
     return labels.expand(list(shape))
 
 
@@ -46,29 +44,29 @@ def varies(labels: torch.Tensor, dim: int) -> bool:
 
 
 class Joins:
-    """Pairs of labels that are one: what happens to one channel happens to the other."""
+    """Pairs of labels that are the same channel: what happens to one happens to the other."""
 
     def __init__(self) -> None:
         self.count = 1  # label 0 is taken
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fresh(self, size: int) -> torch.Tensor:
-        """(size,) labels that nothing has yet."""
+        """(size,): labels that are not in use yet."""
         self.count += size
         return torch.arange(self.count - size, self.count)
 
     def join(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Make the labels one where both stand; the two are broadcast against each other."""
+        """Join the labels entry by entry; the two tensors are broadcast against each other."""
         if a is not b:
             a, b = torch.broadcast_tensors(a, b)
             self.pairs.append((a.flatten(), b.flatten()))
 
-    def keep(self, labels: torch.Tensor) -> None:
-        """These channels cannot change."""
+    def pin(self, labels: torch.Tensor) -> None:
+        """Note that these channels cannot change."""
         self.join(labels, fixed(labels.dim()))
 
     def tie(self, labels: torch.Tensor, dim: int) -> None:
-        """What happens at one position along `dim` happens at all of them."""
+        """Join all positions along `dim` with each other."""
         if labels.shape[dim] > 1:
             self.join(labels, labels.narrow(dim, 0, 1))
 

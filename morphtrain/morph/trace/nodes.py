@@ -1,4 +1,4 @@
-"""Small questions about the nodes of a `torch.fx` graph and about nested values."""
+"""Questions about the nodes of a `torch.fx` graph and about nested values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from morphtrain.morph.labels import fixed
+from morphtrain.morph.trace.labels import fixed
+
+SUMS = ("add", "iadd", "add_")
 
 
 def owner_path(n: fx.Node) -> str:
@@ -17,20 +19,16 @@ def owner_path(n: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
-def describe(n: fx.Node) -> str:
-    """A call as an error message names it."""
+def call_name(n: fx.Node) -> str:
+    """The name of a call for an error message."""
     if n.op == "call_module":
         return f"module '{n.target}'"
     return f"operation '{name_of(n)}'"
 
 
 def name_of(n: fx.Node) -> str:
-    """The name of the function or method a node calls."""
+    """The name of the function or method that a node calls."""
     return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -45,27 +43,17 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor in a nested tuple, list or dict."""
     return next(tensors_in(value), None) is not None
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """A value of the same nesting, tensors replaced by what `function` makes of them."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return tuple(map_tensors(part, function) for part in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(part, function) for key, part in value.items()}
-    return None
-
-
 def fixed_like(value: Any) -> Any:
-    """Labels of a result in which nothing can change."""
-    return map_tensors(value, lambda tensor: fixed(tensor.dim()))
+    """Labels, nested like `value`, in which nothing can change."""
+    return _map_tensors(value, lambda tensor: fixed(tensor.dim()))
 
 
 def dimensions(wanted: Any, rank: int) -> list[int]:
-    """An argument that says over which dimensions; all of them if it says nothing (as `var(False)` does)."""
+    """The dimensions that an argument names; all of them if it names none (as in `var(False)`)."""
     if wanted is None or isinstance(wanted, bool) or wanted == ():
         return list(range(rank))
     return [d % rank for d in ([wanted] if isinstance(wanted, int) else wanted)]
@@ -77,6 +65,17 @@ def argument(n: fx.Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def first(n: fx.Node, name: str = "input") -> fx.Node:
-    """The first argument of a call, a node."""
+    """The first argument of a call, which is a node."""
     node: fx.Node = argument(n, 0, name)
     return node
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """A value of the same nesting, with `function` applied to every tensor and None for everything else."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_map_tensors(part, function) for part in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(part, function) for key, part in value.items()}
+    return None

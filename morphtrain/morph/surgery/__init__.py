@@ -1,0 +1,1 @@
+"""What changes a network: its tensors, its layers, and the optimizer along with them."""

@@ -1,0 +1,59 @@
+"""Channel gating: a convolution that reads and writes only some of the channels around it (Lym et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from morphtrain.morph.errors import MorphError
+from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
+from morphtrain.morph.surgery.rebind import Change, Rebinder
+from morphtrain.morph.surgery.widths import refresh_widths
+from morphtrain.morph.trace.kinds import CONVOLUTIONS
+
+
+class Gate(NamedTuple):
+    """What a gated convolution keeps: positions among its present input and output channels; None keeps all."""
+
+    reads: torch.Tensor | None = None
+    writes: torch.Tensor | None = None
+
+
+def check_gates(modules: Mapping[str, nn.Module], gates: Mapping[str, Gate]) -> None:
+    """Raise a MorphError for a gate that cannot be inserted.
+
+    A convolution that is to write fewer channels must have no bias, which would be lost where it no longer writes.
+    """
+    for path, gate in gates.items():
+        module = modules.get(path)
+        if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
+            raise MorphError(f"'{path}' cannot be gated: it is not a convolution of one group")
+        if gate.writes is not None and module.bias is not None:
+            raise MorphError(f"'{path}' cannot be gated: its bias would be lost where it no longer writes")
+
+
+def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> None:
+    """Cut the convolution at `path` down to what `gate` keeps, and put select and scatter layers around it."""
+    convolution: Any = model.get_submodule(path)
+    parent_path = path.rpartition(".")[0]
+    parent = model.get_submodule(parent_path)
+    place, layers = (parent_path, list(parent)) if isinstance(parent, Gated) else (path, [convolution])
+    device, changes = convolution.weight.device, []
+    if gate.reads is not None:
+        changes.append(Change(1, gate.reads))
+        if isinstance(layers[0], SelectChannels):
+            layers[0].index = layers[0].index[gate.reads.to(device)]
+        else:
+            layers.insert(0, SelectChannels(gate.reads.to(device)))
+    if gate.writes is not None:
+        changes.append(Change(0, gate.writes))
+        if isinstance(layers[-1], ScatterChannels):
+            layers[-1].index = layers[-1].index[gate.writes.to(device)]
+        else:
+            layers.append(ScatterChannels(gate.writes.to(device), convolution.out_channels))
+    rebinder.reindex(convolution, "weight", changes)
+    refresh_widths(convolution)
+    model.set_submodule(place, Gated(*layers).train(convolution.training))

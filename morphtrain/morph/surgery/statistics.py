@@ -1,0 +1,71 @@
+"""Statistics of activations, measured by forward passes that leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from morphtrain.morph.modes import kept_modes
+
+
+class Statistics(NamedTuple):
+    """Mean and (biased) variance of each channel, (C,), over batches and positions, as batch norm computes them."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+@torch.no_grad()
+def measure_inputs(
+    model: nn.Module, paths: Sequence[str], batches: Iterable[Any], outputs: bool = False
+) -> dict[str, Statistics]:
+    """The statistics of what enters the modules at `paths`, with `model` in training mode.
+
+    Modes, buffers and the random state are left as they were.
+
+    Args:
+        batches: inputs of the model; each is a tensor, or a tuple of tensors for a model of several inputs.
+        outputs: measure what leaves the modules instead.
+
+    Returns:
+        the statistics by path, each the mean over the batches.
+    """
+    sums: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+
+    def add(path: str, x: torch.Tensor) -> None:
+        x = x.detach().double() if x.device.type != "mps" else x.detach().float()
+        sums[path].append(torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)]))
+
+    hooks = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if outputs:
+            hooks.append(module.register_forward_hook(lambda m, args, out, path=path: add(path, out)))
+        else:
+            hooks.append(module.register_forward_pre_hook(lambda m, args, path=path: add(path, args[0])))
+    try:
+        with _restored(model):
+            model.train()
+            for batch in batches:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: Statistics(*torch.stack(found).mean(0)) for path, found in sums.items()}
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore modes, buffers and the random state when the block ends."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next(model.parameters()).device
+    try:
+        with kept_modes(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,0 +1,42 @@
+"""The widths that layers keep as attributes beside their tensors."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from morphtrain.morph.trace.kinds import CONVOLUTIONS, TRANSPOSED
+
+# Attributes of torch's layers, and of ours, that a change of width changes.
+WIDTHS = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+    "channels",
+    "left",
+    "right",
+    "width",
+)
+
+
+def widths_of(module: nn.Module) -> dict[str, int]:
+    """The widths that `module` keeps as attributes, by name."""
+    own = vars(module)
+    return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}
+
+
+def refresh_widths(module: nn.Module) -> None:
+    """Set the widths of a convolution or linear layer to those of its weight."""
+    if isinstance(module, CONVOLUTIONS):
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, TRANSPOSED):
+        module.in_channels = module.weight.shape[0]
+        module.out_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape

@@ -1,0 +1,1 @@
+"""How channels move through a network: a trace of its calls, and what can be read off it."""

@@ -1,0 +1,141 @@
+"""Follow every channel of a network from where it is made to where it is used.
+
+`torch.fx` gives the graph (`recording.py`). Running it on tensors without storage (the meta device) gives the shapes.
+Each activation carries labels (`labels.py`), which the rules (`rules/`) move and join. The result is a list of axes,
+the dimensions of parameters, each with its labels; `division.py` reads the channel spaces off them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from morphtrain.errors import first_line
+from morphtrain.morph.modes import kept_modes
+from morphtrain.morph.paths import matches
+from morphtrain.morph.trace.kinds import KEEP_SHAPE
+from morphtrain.morph.trace.labelled import LabelledGraph
+from morphtrain.morph.trace.labels import fixed
+from morphtrain.morph.trace.nodes import call_name, fixed_like, holds_tensors
+from morphtrain.morph.trace.recording import FAILURES, record
+from morphtrain.morph.trace.rules import functions, layers
+from morphtrain.morph.trace.traced import SAMPLES, Trace
+
+
+def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> Trace:
+    """Trace `model` on `example_input`; the model, its mode, its buffers and the random state are left as they are.
+
+    Args:
+        example_input: a tensor with a batch dimension, or a sequence of such for a model of several inputs.
+        ignore: `fnmatch` patterns of module paths that are not looked into. These modules keep all their shapes, and
+            so do their inputs and outputs.
+
+    Raises:
+        MorphError: naming the operation, the module path and the source line of what cannot be followed.
+    """
+    attributes = set(vars(model))
+    try:
+        with kept_modes(model), torch.no_grad():
+            model.train()  # a forward may ask for the mode, and training may use layers that evaluation does not
+            graph = record(model, ignore)
+            labelled = LabelledGraph(model, ignore)
+            model.eval()  # a norm in training mode refuses one value per channel
+            inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+            Propagator(labelled, graph).run(*map(_samples, inputs))
+    finally:
+        for name in set(vars(model)) - attributes:  # torch.fx stores tensors that the code makes on the model
+            delattr(model, name)
+    return labelled.result(graph.nodes)
+
+
+def _samples(x: Any) -> Any:
+    """A batch of the same shape without storage."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty((SAMPLES, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device="meta")
+
+
+class Propagator(fx.Interpreter):
+    """Runs the graph on tensors without storage, and labels the result of every call."""
+
+    def __init__(self, labelled: LabelledGraph, graph: fx.Graph) -> None:
+        super().__init__(labelled.model, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # our messages are complete
+        self.labelled = labelled
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a call; its labels are put beside it."""
+        self._refuse_computed_weight(n)
+        value = self._value(n)
+        if isinstance(value, torch.Tensor):
+            n.meta["shape"] = value.shape
+        self.labelled.values[n] = value
+        self._label(n, value)
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        """A parameter or buffer, without storage."""
+        value = super().fetch_attr(target)
+        return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a module, computed with parameters and buffers without storage."""
+        module = self.submodules[target]
+        if isinstance(module, KEEP_SHAPE) and args:
+            return args[0]  # norms are slow on the meta device
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        plain = [(m, k, v) for m in module.modules() for k, v in vars(m).items() if isinstance(v, torch.Tensor)]
+        try:
+            return functional_call(module, meta, args, kwargs)
+        finally:
+            for owner, name, tensor in plain:  # hooks may recompute these before a call, as the old weight norm does
+                vars(owner)[name] = tensor
+
+    def _refuse_computed_weight(self, n: fx.Node) -> None:
+        if n.op != "call_module" or matches(str(n.target), self.labelled.ignore):
+            return
+        module = self.submodules[str(n.target)]
+        if parametrize.is_parametrized(module) or isinstance(vars(module).get("weight"), torch.Tensor):
+            what = f"module {type(module).__name__} with a weight that is computed (weight norm?)"
+            self.labelled.refuse(n, what)
+
+    def _value(self, n: fx.Node) -> Any:
+        try:
+            if n.op == "call_module":
+                return super().run_node(n)
+            with torch.device("meta"):  # for tensors that the code makes itself
+                return super().run_node(n)
+        except FAILURES as error:
+            self.labelled.refuse(n, f"{call_name(n)}, which fails on the example input: {first_line(error)}")
+
+    def _label(self, n: fx.Node, value: Any) -> None:
+        g = self.labelled
+        if n.op == "placeholder":
+            g.labels[n] = fixed(value.dim()) if isinstance(value, torch.Tensor) else ()
+        elif n.op == "output":
+            g.pin_inputs(n)
+        elif n.op == "get_attr":
+            if isinstance(value, torch.Tensor):
+                g.labels[n] = g.parameter_labels(n, value)
+        elif holds_tensors(value):
+            g.labels[n] = self._followed(n, value)
+        else:
+            functions.number(g, n, value)
+
+    def _followed(self, n: fx.Node, value: Any) -> Any:
+        """The labels of a call that gives tensors."""
+        g = self.labelled
+        if n.op == "call_module" and matches(str(n.target), g.ignore):
+            g.pin_inputs(n)
+            return fixed_like(value)
+        if all(map(g.is_fixed, n.all_input_nodes)) and not g.has_weights(n):
+            return fixed_like(value)
+        if n.op == "call_module":
+            return layers.follow(g, n, self.submodules[str(n.target)], value)
+        return functions.follow(g, n, value)

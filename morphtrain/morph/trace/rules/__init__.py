@@ -1,0 +1,1 @@
+"""The rules by which layers and functions move the labels of channels."""

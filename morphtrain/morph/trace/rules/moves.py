@@ -1,0 +1,88 @@
+"""Operations that exist both as layers and as functions: what they do to channels.
+
+If the code gives a size that holds channels as a constant, these channels cannot change. If the code computes the size
+(from a shape, or as -1), it follows a change; the constants beside it then say what has to change together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from morphtrain.morph.trace.labelled import LabelledGraph
+from morphtrain.morph.trace.labels import along, compact, full, varies
+from morphtrain.morph.trace.nodes import call_name
+
+
+def unchanged(g: LabelledGraph, n: fx.Node, x: fx.Node, value: Any) -> torch.Tensor:
+    """Labels after an operation that treats each channel by itself and moves none."""
+    labels: torch.Tensor = g.labels[x]
+    fits = isinstance(value, torch.Tensor) and value.dim() == labels.dim()
+    if not fits or any(varies(labels, d) and value.shape[d] != labels.shape[d] for d in range(labels.dim())):
+        g.refuse(n, f"{call_name(n)}, which changes the dimension of the channels")
+    return labels
+
+
+def reshaped(g: LabelledGraph, x: fx.Node, value: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+    """Labels after a view or reshape to `sizes`: numbers, or nodes that compute them."""
+    shape = g.shape(x)
+    labels = full(g.labels[x], shape).reshape(value.shape)
+    for into, out in matching_dims(shape, value.shape):
+        if not any(varies(g.labels[x], d) for d in into):
+            continue
+        follows = [d for d in out if sizes[d] == -1 or (isinstance(sizes[d], fx.Node) and g.is_width(sizes[d]))]
+        if not follows:
+            g.joins.pin(compact(labels))
+        for d in out:
+            if d not in follows:
+                g.joins.tie(labels, d)
+    return compact(labels)
+
+
+def matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest groups of dimensions that a reshape turns into each other."""
+    groups, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        into: list[int] = []
+        out: list[int] = []
+        a = b = 1
+        while not into or not out or a != b:
+            if i < len(before) and (a <= b or j == len(after)):
+                a *= before[i]
+                into.append(i)
+                i += 1
+            elif j < len(after):
+                b *= after[j]
+                out.append(j)
+                j += 1
+            else:
+                break
+        groups.append((into, out))
+    return groups
+
+
+def flattened(g: LabelledGraph, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """Labels after a flatten: a merged dimension follows whatever changes in it."""
+    return reshaped(g, x, value, [-1] * value.dim())
+
+
+def pixel_shuffled(
+    g: LabelledGraph, n: fx.Node, x: fx.Node, value: torch.Tensor, factor: int, up: bool
+) -> torch.Tensor:
+    """Labels after (C*r*r, H, W) -> (C, H*r, W*r), or back with `up=False`; r*r neighbouring channels are one."""
+    line = g.line(n, x, -3)
+    if up:
+        groups = line.view(-1, factor * factor)
+        g.joins.tie(groups, 1)
+        return along(groups[:, 0], -3, value.dim())
+    return along(line.repeat_interleave(factor * factor), -3, value.dim())
+
+
+def channel_shuffled(g: LabelledGraph, n: fx.Node, x: fx.Node, groups: int) -> torch.Tensor:
+    """Labels after a channel shuffle, which needs groups of equal width."""
+    line = g.line(n, x, 1).view(groups, -1)
+    g.joins.tie(line, 0)
+    return along(line.t().flatten(), 1, len(g.shape(x)))

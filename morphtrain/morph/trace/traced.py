@@ -1,0 +1,58 @@
+"""What a trace found: the calls of a network, the labels of its activations, and the axes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from morphtrain.morph.spaces import Role, Tensors
+
+SAMPLES = 2  # in the traced batch: one sample could be mistaken for a dimension of size 1
+
+Shared = Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
+
+
+@dataclass(eq=False)
+class TracedAxis:
+    """A dimension of a module's tensors, with the label of the channel that each of its entries belongs to."""
+
+    path: str
+    module: nn.Module
+    role: Role
+    tensors: Tensors
+    labels: torch.Tensor
+    counter: str | None = None  # the module's attribute that holds this axis' length
+
+
+@dataclass(eq=False)
+class TracedGather:
+    """A module whose `index` lists the entries of axis `source` that make up axis `gathered`."""
+
+    module: nn.Module
+    source: TracedAxis
+    gathered: TracedAxis
+
+
+@dataclass
+class Trace:
+    """A network as the propagator saw it.
+
+    Args:
+        nodes: the calls, in the order of execution; `meta["shape"]` of those that give a tensor.
+        axes: in the order of use.
+        gathers: the modules that select or scatter channels by an index.
+        labels: those of each node's tensor; for a tuple of tensors, a tuple of labels.
+        roots: label -> smallest label of its class.
+        shared: tensors that several modules hold.
+    """
+
+    nodes: list[fx.Node]
+    axes: list[TracedAxis]
+    gathers: list[TracedGather]
+    labels: dict[fx.Node, Any]
+    roots: torch.Tensor
+    shared: Shared
