@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morphtrain.errors import UserError
-from morphtrain.file_lock import file_lock, is_locked
+from morphtrain.files import file_lock, is_locked
 
 
 @dataclass(frozen=True)
