@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphtrain import schema
-from morphtrain.cost import count_macs
+from morphtrain.cost import WidthCost, count_macs
 from morphtrain.data import synthetic
 from morphtrain.model import ResNet
-from morphtrain.morph import ChannelGraph, WidthCost
+from morphtrain.morph import ChannelGraph
 from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.widths import WidthProbe

@@ -15,9 +15,10 @@ from test_zoo import network
 from topologies import TOPOLOGIES, Net, conv
 from torch import nn
 
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.cost import WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import CONSTANTS
 from morphtrain.prune.channel_norms import ChannelNorms
-from morphtrain.prune.constants import CONSTANTS
 
 
 def minimiser(members: np.ndarray, amount: float) -> np.ndarray:

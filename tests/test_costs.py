@@ -13,8 +13,8 @@ from test_zoo import SMALL, image_size, network
 from topologies import TOPOLOGIES
 from torch import nn
 
-from morphtrain.cost import count_macs
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.cost import WidthCost, count_macs
+from morphtrain.morph import ChannelGraph, Space
 
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 KINDS = ("flops", "model_size", "latency")

@@ -15,12 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphtrain import schema
-from morphtrain.cost import Roofline, count_macs, measure_roofline
-from morphtrain.cost import roofline as roofline_module
+from morphtrain.cost import Roofline, WidthCost, count_macs, measure_roofline, stopwatch
 from morphtrain.errors import UserError
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms
-from morphtrain.prune.constants import fold_constants
 from morphtrain.prune.morphnet import strengths_of_all
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.run import CONF
@@ -337,6 +336,6 @@ def test_the_roofline_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert 1e8 < real.bytes_per_second < 1e14
     assert torch.equal(torch.random.get_rng_state(), state)
     ticks = iter(range(1000))
-    monkeypatch.setattr(roofline_module.time, "perf_counter", lambda: 0.5 * next(ticks))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: 0.5 * next(ticks))
     wanted = Roofline(2 * 8 * 64 * 32 * 32 * 64 * 9 / 0.5, 2 * 4 * 2**25 / 0.5)
     assert measure_roofline(torch.device("cpu")) == wanted

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from morphtrain.cost import WidthCost
 from morphtrain.grow.expand import Cost, params_at
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run

@@ -9,7 +9,6 @@ Imports torch and nothing else of MorphTrain; knows no training loop.
 
 from morphtrain.morph.architecture import describe, rebuild
 from morphtrain.morph.branches import Block
-from morphtrain.morph.costs import CostKind, WidthCost
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.gates import Gate
 from morphtrain.morph.graph import ChannelGraph
@@ -25,7 +24,6 @@ __all__ = [
     "Axis",
     "Block",
     "ChannelGraph",
-    "CostKind",
     "Gate",
     "MorphError",
     "PadChannels",
@@ -33,7 +31,6 @@ __all__ = [
     "Slot",
     "Space",
     "Start",
-    "WidthCost",
     "ZeroBranch",
     "describe",
     "format_of_model",

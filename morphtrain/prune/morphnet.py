@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from morphtrain import schema
-from morphtrain.cost import Roofline, measure_roofline
+from morphtrain.cost import CostKind, Roofline, WidthCost, measure_roofline
 from morphtrain.errors import UserError
-from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
-from morphtrain.prune.constants import fold_constants
 from morphtrain.prune.lasso import strength_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length

@@ -18,10 +18,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from morphtrain.morph import Axis, ChannelGraph, Space
 from morphtrain.morph.calls import MIXING, Call
-from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layer_rules import TRANSPOSED
-from morphtrain.morph.spaces import Axis, Space
 from morphtrain.morph.trace import SAMPLES
 
 CostKind = Literal["flops", "model_size", "latency"]
