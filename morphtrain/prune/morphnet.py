@@ -14,9 +14,11 @@ from morphtrain.errors import UserError
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
-from morphtrain.prune.lasso import strength_for_ratio
+from morphtrain.prune.lasso import penalty_weight_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
+from morphtrain.prune.rounding import Rounding
+from morphtrain.prune.schedule import check_reach, is_active, is_due
+from morphtrain.prune.step_length import step_length
 
 if TYPE_CHECKING:
     from morphtrain.trainer.run import Run
@@ -52,7 +54,7 @@ class MorphNet:
         if self.strength is None:
             assert self.config.lasso_ratio is not None
             penalty = self.norms.penalty(self.slopes).item()
-            self.strength = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
+            self.strength = penalty_weight_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
 
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
@@ -87,7 +89,7 @@ class MorphNet:
         self.priced = run.epoch
 
     def _reconfigure(self, run: Run) -> None:
-        dead = {space: r < self.config.gamma_threshold for space, r in self.norms.strengths().items()}
+        dead = {space: r < self.config.gamma_threshold for space, r in self.norms.importance().items()}
         dead = {space: mask for space, mask in dead.items() if mask.any()}
         if not dead:
             return
@@ -97,17 +99,16 @@ class MorphNet:
         change = reconfigure(
             run.graph,
             threshold=self.config.gamma_threshold,
-            min_channels=self.config.min_channels,
-            round_to=self.config.round_to,
+            rounding=Rounding(self.config.min_channels, self.config.round_to),
             optimizer=run.optimizer,
-            strengths_of=functools.partial(strengths_of_all, regulariser=self.regulariser),
+            importance_of=functools.partial(importance_of_all, regulariser=self.regulariser),
         )
         if change:
             run.shape_changed(change.summary())
 
     def _live_channels(self, graph: ChannelGraph) -> int:
-        strengths = strengths_of_all(graph, self.regulariser)
-        return sum(int((r >= self.config.gamma_threshold).sum()) for r in strengths.values())
+        importance = importance_of_all(graph, self.regulariser)
+        return sum(int((r >= self.config.gamma_threshold).sum()) for r in importance.values())
 
     def _check_spaces(self, graph: ChannelGraph) -> None:
         spaces = ChannelNorms(graph, self.regulariser).spaces
@@ -123,11 +124,11 @@ class MorphNet:
             log.info("prune.regulariser=%s: left as wide as they are: %s", self.regulariser, ", ".join(alone))
 
 
-def strengths_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Space, torch.Tensor]:
-    """r of every channel of every space, on the CPU; infinite where nothing is regularised: these stay."""
-    strengths = {space: torch.full((space.size,), torch.inf) for space in graph.spaces}
-    found = ChannelNorms(graph, regulariser).strengths()
-    return strengths | {space: r.float().cpu() for space, r in found.items()}
+def importance_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Space, torch.Tensor]:
+    """r of every channel of every space, (size,) on the CPU; infinite where nothing is regularised: these stay."""
+    importance = {space: torch.full((space.size,), torch.inf) for space in graph.spaces}
+    found = ChannelNorms(graph, regulariser).importance()
+    return importance | {space: r.float().cpu() for space, r in found.items()}
 
 
 def build(config: schema.MorphNet) -> MorphNet:
