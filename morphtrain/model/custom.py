@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 
 
 def build(config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
@@ -83,7 +83,7 @@ def construct(make: Callable[..., Any], config: schema.Custom, num_classes: int,
         network = make(**copy.deepcopy(arguments))
     except (TypeError, ValueError) as error:
         called = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise UserError(f"model._target_={config._target_}: called with ({called}): {error}") from error
+        raise UserError(f"model._target_={config._target_}: called with ({called}): {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model._target_={config._target_}: makes a {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.byte_sizes import byte_count, left_of
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 from morphtrain.schema.batch_policy import AdaBatch, FillMemory, FixedBatch
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.data import Digits, Downloaded, ImageFolder, Synthetic
@@ -266,7 +266,7 @@ def _custom(node: DictConfig) -> Custom:
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(plain, dict)
     return Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # keys are checked in there
 
@@ -286,5 +286,5 @@ def _typed(kind: type, node: DictConfig, group: str) -> Any:
     except OmegaConfBaseException as error:
         key = f"{prefix}{error.key}" if error.key is not None else group
         value = OmegaConf.select(node, str(error.key)) if error.key is not None else node
-        wanted = str(error).splitlines()[0]
+        wanted = first_line(error)
         raise UserError(f"{key}={value}: {wanted[0].lower()}{wanted[1:]}") from error
