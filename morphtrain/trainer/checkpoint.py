@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import nn
 
 from morphtrain import morph, schema
 from morphtrain.errors import UserError
+from morphtrain.files import write_atomically
 from morphtrain.model import custom
 from morphtrain.schedule.ramp import Ramp
 from morphtrain.trainer.run import Run, build_model, build_run, fresh_weights, in_format, option
@@ -57,20 +57,7 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
     """
     buffer = io.BytesIO()
     torch.save(_state(run, tracking_id), buffer)
-    last = directory / LAST
-    fresh = directory / f"{LAST}.{os.getpid()}.tmp"
-    try:
-        with fresh.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            os.replace(last, directory / PREVIOUS)
-        os.replace(fresh, last)
-    except OSError as error:  # the system names no file when a write fails
-        raise OSError(error.errno, error.strerror, str(last)) from error
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_atomically(directory / LAST, buffer.getbuffer(), previous=directory / PREVIOUS)
 
 
 def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
