@@ -6,8 +6,9 @@ import torch
 from interleaved import interleave, report
 from torch.nn import functional as F
 
+from morphtrain.cost import WidthCost
 from morphtrain.model import ResNet
-from morphtrain.morph import ChannelGraph, WidthCost
+from morphtrain.morph import ChannelGraph
 from morphtrain.prune.channel_norms import ChannelNorms
 from morphtrain.prune.lasso import add_gradient, group_lassos, shrink
 from morphtrain.trainer.process import prepare_process

@@ -23,12 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from morphtrain import schema
-from morphtrain.cost import count_macs
+from morphtrain.cost import WidthCost, count_macs
 from morphtrain.data import synthetic
 from morphtrain.model import ResNet
-from morphtrain.morph import ChannelGraph, WidthCost
-from morphtrain.prune.lasso import group_lassos, penalty, shrink, strength_for_ratio
+from morphtrain.morph import ChannelGraph
+from morphtrain.prune.lasso import group_lassos, penalty, penalty_weight_for_ratio, shrink
 from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.rounding import NO_ROUNDING, Rounding
 from morphtrain.prune.widths import WidthProbe
 from morphtrain.trainer.build import FORMATS
 from morphtrain.trainer.process import prepare_process
@@ -50,10 +51,10 @@ def graph_of(model: nn.Module, chosen: str) -> ChannelGraph:
     return ChannelGraph.trace(model, IMAGES[:1], ["stem", "stages.0"] if chosen == "spared" else [])
 
 
-def cut_to(model: nn.Module, chosen: str, **options: object) -> nn.Module:
-    """A copy of the network, reconfigured with these options."""
+def cut_to(model: nn.Module, chosen: str, rounding: Rounding = NO_ROUNDING) -> nn.Module:
+    """A copy of the network, reconfigured to such widths."""
     twin = copy.deepcopy(model)
-    reconfigure(graph_of(twin, chosen), **options)  # type: ignore[arg-type]
+    reconfigure(graph_of(twin, chosen), rounding=rounding)
     return twin
 
 
@@ -62,14 +63,14 @@ def dead_by_lasso(width: int, seed: int, memory_format: torch.memory_format, cho
     model = dense(width, seed, memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     lassos = group_lassos(graph_of(model, chosen))
-    strength = strength_for_ratio(0.95, 2.3, penalty(lassos).item())
+    penalty_weight = penalty_weight_for_ratio(0.95, 2.3, penalty(lassos).item())
     half, steps = count_macs(model, SHAPE) / 2, 0
     while True:
         for images, labels in DATA.train_batches(32, torch.Generator().manual_seed(steps)):
             F.cross_entropy(model(images.contiguous(memory_format=memory_format)), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-            shrink(lassos, 0.1 * strength / (1 - 0.9))
+            shrink(lassos, 0.1 * penalty_weight / (1 - 0.9))
             steps += 1
             if steps % 10 == 0 and count_macs(cut_to(model, chosen), SHAPE) <= half:
                 return model
@@ -115,8 +116,8 @@ def compare(title: str, chosen: str, width: int, seed: int, name: str, probe: Wi
     networks = {
         "dense": dense(width, seed, memory_format),
         "cut": cut_to(model, chosen),
-        "rounded": cut_to(model, chosen, round_to=probe),
-        "lowered": cut_to(model, chosen, round_to=probe, round_down=ROUND_DOWN),
+        "rounded": cut_to(model, chosen, Rounding(probe=probe)),
+        "lowered": cut_to(model, chosen, Rounding(probe=probe, round_down=ROUND_DOWN)),
         "cut again": cut_to(model, chosen),
     }
     images = IMAGES.contiguous(memory_format=memory_format)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 
 
 def find(key: str, target: str) -> Callable[..., Any]:
@@ -89,7 +89,7 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
     except (TypeError, ValueError) as error:
         shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        raise UserError(f"{key}._target_={config._target_}: called with ({called}): {error}") from error
+        raise UserError(f"{key}._target_={config._target_}: called with ({called}): {first_line(error)}") from error
 
 
 def _takes(make: Callable[..., Any], keyword: str, anything: bool) -> bool:

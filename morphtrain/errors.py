@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line: the first of its message, or its name if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What an error says, in one line: the first of its message, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,12 +1,100 @@
-"""Stand-in until the branches meet."""
+"""Files that are written whole or not at all, and locks that the kernel takes back when their holder ends."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(
+    path: Path, content: bytes | memoryview, *, mode: int = 0o666, previous: Path | None = None
+) -> None:
+    """Write a file under another name, and give it its own once it is on the disk: whole or not at all.
+
+    Args:
+        mode: its permissions, less what the umask takes away.
+        previous: where the file goes that is there already; None: it is replaced.
+
+    Raises:
+        OSError: naming `path`, for a disk that is full or read-only; then all files are as they were.
+    """
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    fresh.write_bytes(data)
-    os.replace(fresh, path)
+    try:
+        with open(fresh, "wb", opener=partial(os.open, mode=mode)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(fresh, path)
+    except OSError as error:  # the system names no file when a write fails
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold the lock on a file; works on NFS and its kin as well. See `take_lock`."""
+    with _given_back(take_lock(path)):
+        yield
+
+
+@contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock on an existing directory, which leaves no file behind; not on NFS. Waits for it."""
+    with _given_back(_locked(os.open(directory, os.O_RDONLY))):
+        yield
+
+
+def take_lock(path: Path) -> int:
+    """Take the lock on `path`, until `give_back_lock` or the end of the process; waits for it.
+
+    The file is made if need be, and stays. A thread can hold the lock only once.
+
+    Returns:
+        A descriptor for `give_back_lock`.
+
+    Raises:
+        OSError: if the file cannot be opened, or its file system knows no locks.
+    """
+    return _locked(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+
+
+def give_back_lock(descriptor: int) -> None:
+    """Give back a lock that `take_lock` took."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked children hold the same lock
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock on an existing file; of two who ask at once, one may be told of the other."""
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextmanager
+def _given_back(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        give_back_lock(descriptor)
+
+
+def _locked(descriptor: int) -> int:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

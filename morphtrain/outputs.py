@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 from morphtrain.morph import kept_modes
 
 SAMPLES = 2  # batch norm cannot train on one value per channel
@@ -43,8 +43,8 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # dropout draws
             output = torch.func.functional_call(model, buffers, (x,))
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: cannot take images of {tuple(x.shape[1:])} in {mode} mode: {reason}") from error
+        refused = f"cannot take images of {tuple(x.shape[1:])} in {mode} mode"
+        raise UserError(f"{name}: {refused}: {first_line(error)}") from error
     wanted = (len(x), num_classes)
     if not isinstance(output, torch.Tensor):
         found = f"a {type(output).__name__}"

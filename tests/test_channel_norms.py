@@ -15,9 +15,10 @@ from test_zoo import network
 from topologies import TOPOLOGIES, Net, conv
 from torch import nn
 
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.cost import WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import CONSTANTS
 from morphtrain.prune.channel_norms import ChannelNorms
-from morphtrain.prune.constants import CONSTANTS
 
 
 def minimiser(members: np.ndarray, amount: float) -> np.ndarray:
@@ -97,9 +98,9 @@ def test_strength_and_penalty_are_those_of_the_largest_member(regulariser: Any) 
             for m in residual_members(model, regulariser)
         ]
     ).amax(0)
-    torch.testing.assert_close(norms.strengths()[graph.space("stem.0")], wanted)
+    torch.testing.assert_close(norms.importance()[graph.space("stem.0")], wanted)
     slopes = {space: 0.5 + number for number, space in enumerate(norms.spaces)}
-    total = sum(slopes[space] * r.sum() for space, r in norms.strengths().items())
+    total = sum(slopes[space] * r.sum() for space, r in norms.importance().items())
     torch.testing.assert_close(norms.penalty(norms.per_channel(slopes)), total)
 
 
@@ -147,9 +148,9 @@ def test_a_channel_whose_members_are_zero_can_go(name: str, regulariser: Any) ->
     dead = {space: torch.arange(space.size) % 3 == 1 for space in spaces if space.size > 1}
     silence(graph, regulariser, dead)
     before = outputs(model, x)
-    strengths = ChannelNorms(graph, regulariser).strengths()
+    importance = ChannelNorms(graph, regulariser).importance()
     for space, silent in dead.items():
-        assert torch.equal(strengths[space] == 0, silent)
+        assert torch.equal(importance[space] == 0, silent)
     graph.reindex_spaces({space: (~silent).nonzero().flatten() for space, silent in dead.items()})
     assert_close(outputs(model, x), before, 1e-9)
 
@@ -218,5 +219,5 @@ def test_a_graph_without_members_has_nothing_to_shrink() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 2)).double()
     norms = ChannelNorms(trace(model), "gamma_l1")
     assert norms.spaces == []
-    assert norms.strengths() == {}
+    assert norms.importance() == {}
     norms.shrink(norms.per_channel({}))

@@ -13,8 +13,8 @@ from test_zoo import SMALL, image_size, network
 from topologies import TOPOLOGIES
 from torch import nn
 
-from morphtrain.cost import count_macs
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.cost import WidthCost, count_macs
+from morphtrain.morph import ChannelGraph, Space
 
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 KINDS = ("flops", "model_size", "latency")
@@ -108,26 +108,26 @@ def test_the_cost_is_that_of_the_network_with_these_widths(name: str, data: st.D
     assert foreseen["latency"] == pytest.approx(count_seconds(model, x, batch_size=4), rel=1e-12)
 
 
-def random_strengths(graph: ChannelGraph, binary: bool) -> dict[Space, torch.Tensor]:
+def random_importance(graph: ChannelGraph, binary: bool) -> dict[Space, torch.Tensor]:
     draws = {space: torch.rand(space.size, dtype=torch.double) for space in graph.spaces}
     return {space: (r > 0.4).double() if binary else r for space, r in draws.items()}
 
 
-def alive_in(strengths: dict[Space, torch.Tensor], threshold: float = 0.3) -> dict[Space, float]:
-    return {space: float((r >= threshold).sum()) for space, r in strengths.items()}
+def alive_in(importance: dict[Space, torch.Tensor], threshold: float = 0.3) -> dict[Space, float]:
+    return {space: float((r >= threshold).sum()) for space, r in importance.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(NETS))
-def test_the_regulariser_is_the_cost_where_strengths_are_0_or_1(name: str, kind: Any) -> None:
+def test_the_regulariser_is_the_cost_where_importance_is_0_or_1(name: str, kind: Any) -> None:
     graph = ChannelGraph.trace(NETS[name](), torch.zeros(1, 3, 8, 8))
     cost = WidthCost(graph, kind, roofline=ROOFLINE)
-    strengths = random_strengths(graph, binary=True)
-    alive = alive_in(strengths)
+    importance = random_importance(graph, binary=True)
+    alive = alive_in(importance)
     widths = {space: int(count) for space, count in alive.items()}
-    assert cost.value(strengths, alive).item() == pytest.approx(cost(widths), rel=1e-12)
-    some = dict(list(strengths.items())[::2])  # the others cannot change
-    kept = {space: space.size for space in strengths if space not in some} | {s: widths[s] for s in some}
+    assert cost.value(importance, alive).item() == pytest.approx(cost(widths), rel=1e-12)
+    some = dict(list(importance.items())[::2])  # the others cannot change
+    kept = {space: space.size for space in importance if space not in some} | {s: widths[s] for s in some}
     assert cost.value(some, alive_in(some)).item() == pytest.approx(cost(kept), rel=1e-12)
 
 
@@ -136,11 +136,11 @@ def test_the_regulariser_is_the_cost_where_strengths_are_0_or_1(name: str, kind:
 def test_coefficients_are_the_derivative(name: str, kind: Any) -> None:
     graph = ChannelGraph.trace(NETS[name](), torch.zeros(1, 3, 8, 8))
     cost = WidthCost(graph, kind, roofline=ROOFLINE)
-    strengths = {space: r.requires_grad_() for space, r in random_strengths(graph, binary=False).items()}
-    alive = alive_in(strengths)
-    gradients = torch.autograd.grad(cost.value(strengths, alive), list(strengths.values()))
+    importance = {space: r.requires_grad_() for space, r in random_importance(graph, binary=False).items()}
+    alive = alive_in(importance)
+    gradients = torch.autograd.grad(cost.value(importance, alive), list(importance.values()))
     coefficients = cost.coefficients(alive)
-    for space, gradient in zip(strengths, gradients, strict=True):
+    for space, gradient in zip(importance, gradients, strict=True):
         assert coefficients[space] > 0
         torch.testing.assert_close(gradient, torch.full_like(gradient, coefficients[space]), rtol=1e-12, atol=0.0)
 

@@ -14,12 +14,13 @@ from test_zoo import CNNS, SMALL, image_size, network
 from torch import nn
 from torch.nn import functional as F
 
+from morphtrain.cost import WidthCost
 from morphtrain.grow.expand import expand_to
 from morphtrain.grow.net2net import widen
 from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
 from morphtrain.model.vgg import VGG
-from morphtrain.morph import ChannelGraph, MorphError, WidthCost, describe, rebuild
+from morphtrain.morph import ChannelGraph, MorphError, describe, rebuild
 from morphtrain.morph.surgery.statistics import measure_inputs
 
 OWN = {

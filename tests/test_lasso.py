@@ -15,8 +15,8 @@ from morphtrain.prune.lasso import (
     add_gradient,
     group_lassos,
     penalty,
+    penalty_weight_for_ratio,
     shrink,
-    strength_for_ratio,
 )
 
 
@@ -39,7 +39,7 @@ def test_value_and_gradient_are_those_of_the_definition(sqrt_size: bool, bottlen
     expected = [lasso.weight.grad.clone() for lasso in lassos]
     for lasso in lassos:
         lasso.weight.grad.fill_(1.0)
-    add_gradient(lassos, strength=0.7)
+    add_gradient(lassos, penalty_weight=0.7)
     for lasso, gradient in zip(lassos, expected, strict=True):
         torch.testing.assert_close(lasso.weight.grad, 1.0 + 0.7 * gradient, rtol=1e-6, atol=1e-6)
 
@@ -67,7 +67,7 @@ def test_lambda_reproduces_the_ratio(sqrt_size: bool) -> None:
     lassos = group_lassos(trace(build(3)), sqrt_size)
     gl, loss = penalty(lassos).item(), 2.345
     for ratio in (0.05, 0.25, 0.9):
-        weighted = strength_for_ratio(ratio, loss, gl) * gl
+        weighted = penalty_weight_for_ratio(ratio, loss, gl) * gl
         assert abs(weighted / (loss + weighted) - ratio) < 1e-6
 
 

@@ -305,7 +305,7 @@ def test_a_verified_batch_has_trained() -> None:
     from morphtrain.cost.verify import verify_batch
 
     model, budget = ResNet(blocks=3).cuda(), 2**30
-    found = verify_batch(model, SHAPE, budget)
+    found = verify_batch(model, SHAPE, budget, guess=max_batch(model, SHAPE, budget))
     by_size = {trial.batch_size: trial for trial in found.trials}
     assert by_size[found.batch_size].fits
     assert found.margin_bytes == budget - by_size[found.batch_size].peak_bytes >= 0

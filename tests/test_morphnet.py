@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import morphtrain
-from morphtrain.cost import Roofline, count_macs, measure_roofline
-from morphtrain.cost import roofline as roofline_module
+from morphtrain.cost import Roofline, WidthCost, count_macs, measure_roofline, stopwatch
 from morphtrain.errors import UserError
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms
-from morphtrain.prune.constants import fold_constants
-from morphtrain.prune.morphnet import strengths_of_all
+from morphtrain.prune.morphnet import importance_of_all
 from morphtrain.prune.reconfigure import reconfigure
+from morphtrain.prune.rounding import Rounding
 from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
@@ -180,11 +181,11 @@ def test_what_dead_channels_add_is_kept_when_they_go(regulariser: Any) -> None:
     lost = copy.deepcopy(model)
     fold_constants(graph, x, dead)
     change = reconfigure(
-        graph, threshold=1e-2, optimizer=optimizer, strengths_of=lambda g: strengths_of_all(g, regulariser)
+        graph, threshold=1e-2, optimizer=optimizer, importance_of=lambda g: importance_of_all(g, regulariser)
     )
     assert set(change.widths) == {space.name for space in dead}
     assert_close(outputs(model, (x,)), before, 1e-6)
-    reconfigure(ChannelGraph.trace(lost, x), threshold=1e-2, strengths_of=lambda g: strengths_of_all(g, regulariser))
+    reconfigure(ChannelGraph.trace(lost, x), threshold=1e-2, importance_of=lambda g: importance_of_all(g, regulariser))
     assert (outputs(lost, (x,))[1] - before[1]).abs().max() > 0.05 * before[1].abs().max(), "there was nothing to keep"
 
 
@@ -198,7 +199,7 @@ def test_a_branch_with_a_dead_space_goes_and_leaves_its_constant() -> None:
         model.train()(x)
     before = outputs(model, (x,))
     fold_constants(graph, x, dead)
-    change = reconfigure(graph, threshold=1e-2, strengths_of=lambda g: strengths_of_all(g, "gamma_l1"))
+    change = reconfigure(graph, threshold=1e-2, importance_of=lambda g: importance_of_all(g, "gamma_l1"))
     assert change.removed_blocks == ["branch"]
     assert_close(outputs(model, (x,)), before, 1e-6)
 
@@ -212,7 +213,8 @@ def test_dead_channels_that_rounding_keeps_add_nothing_twice() -> None:
     before = outputs(model, (x,))
     fold_constants(graph, x, dead)
     assert_close(outputs(model, (x,)), before, 1e-6)
-    reconfigure(graph, threshold=1e-2, round_to=4, strengths_of=lambda g: strengths_of_all(g, "gamma_l1"))
+    importance_of = functools.partial(importance_of_all, regulariser="gamma_l1")
+    reconfigure(graph, threshold=1e-2, rounding=Rounding(multiple=4), importance_of=importance_of)
     assert_close(outputs(model, (x,)), before, 1e-6)
     assert model.stem[0].out_channels == 8
     assert model.biased[0].out_channels == 12
@@ -318,12 +320,12 @@ def test_behind_a_reconfiguration_what_is_left_is_shrunk_on(ready: Any, regulari
     method.after_epoch(run)
     assert run.change
     assert sorted({space.size for space in run.graph.spaces}) == [4, 12, 28]
-    for r in strengths_of_all(run.graph, method.regulariser).values():
+    for r in importance_of_all(run.graph, method.regulariser).values():
         assert ((r == 0) | (r >= 0.05)).all(), "what stays of the dead is zero, or it would be shifted"
     run.epoch += 1
     method.penalty_weight = 1.0
     train_epoch(run)
-    assert not any(r.any() for r in strengths_of_all(run.graph, method.regulariser).values())
+    assert not any(r.any() for r in importance_of_all(run.graph, method.regulariser).values())
 
 
 def test_the_roofline_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +335,6 @@ def test_the_roofline_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert 1e8 < real.bytes_per_second < 1e14
     assert torch.equal(torch.random.get_rng_state(), state)
     ticks = iter(range(1000))
-    monkeypatch.setattr(roofline_module.time, "perf_counter", lambda: 0.5 * next(ticks))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: 0.5 * next(ticks))
     wanted = Roofline(2 * 8 * 64 * 32 * 32 * 64 * 9 / 0.5, 2 * 4 * 2**25 / 0.5)
     assert measure_roofline(torch.device("cpu")) == wanted

@@ -152,6 +152,46 @@ def test_an_option_file_of_ones_own_works_like_any_other(command: Command, tmp_p
     assert loaded.stdout == "6\n", loaded.stderr
 
 
+SILENT = """
+from torch import nn
+
+class Constructor(nn.Module):
+    def __init__(self):
+        raise ValueError()
+
+class Forward(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, x):
+        raise ValueError()
+
+class Disk(Forward):
+    def forward(self, x):
+        raise OSError()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Constructor", "model._target_=own_net.Constructor: called with (): ValueError"),
+        ("Forward", "model=own_net.Forward: cannot take images of (3, 8, 8) in training mode: ValueError"),
+        ("Disk", "OSError"),
+    ],
+)
+def test_an_exception_without_text_is_named_by_its_class(
+    name: str, said: str, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "own_net.py").write_text(SILENT)
+    result = command(*RUN, "model=custom", f"model._target_=own_net.{name}")
+    assert result.returncode == 1
+    hydras, *lines = result.stderr.splitlines()
+    assert hydras.startswith("Error executing job with overrides")
+    assert lines == [said]
+    assert "Traceback" not in result.stdout
+
+
 NARROW = {
     "resnet": "defaults: [resnet50, _self_]\nstem: cifar\nwidth: 4\nblocks: 1\n",
     "vgg": "defaults: [vgg11, _self_]\nwidth: 4\n",

@@ -158,11 +158,11 @@ def test_looking_for_fast_widths_takes_a_small_share_of_the_training(small_run) 
     """While it has taken more than that, pruning cuts to what is alive."""
     run = small_run("prune.round_to=auto", "prune.round_down=0.5", "prune.start_epoch=1")
     method = run.methods["prune"]
-    assert isinstance(method._round_to(run), WidthProbe), "the first time"
+    assert isinstance(method._rounding(run).probe, WidthProbe), "the first time"
     method.load_state_dict({"strength": 1e-4, "probe_seconds": 1.0})
     for trained, probes in ((19.0, False), (21.0, True)):
         run.history = [{"train_seconds": trained}]
-        assert isinstance(method._round_to(run), WidthProbe) == probes
+        assert isinstance(method._rounding(run).probe, WidthProbe) == probes
     run.history, run.train_loss = [{"train_seconds": 19.0}], 1.0
     left = kill_a_third(run)
     method.after_epoch(run)

@@ -13,7 +13,8 @@ from torch import nn
 
 from morphtrain.cost import count_macs
 from morphtrain.morph import ChannelGraph, Gate, MorphError, describe, rebuild
-from morphtrain.prune.reconfigure import channel_strengths, live_channels, reconfigure
+from morphtrain.prune.reconfigure import channel_importance, live_channels, reconfigure
+from morphtrain.prune.rounding import Rounding
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,12 @@ def test_what_is_dead_goes_and_the_function_stays(shape: str, fraction: float, r
     step(model, optimizer)
     kill(model, fraction)
     graph = trace(model)
-    strengths = channel_strengths(graph)
-    whole_branch = {b.path for b in graph.blocks if not strengths[b.spaces[-1]].any()}
-    early = {b.path for b in graph.blocks if any(not strengths[s].any() for s in b.spaces)} - whole_branch
+    importance = channel_importance(graph)
+    whole_branch = {b.path for b in graph.blocks if not importance[b.spaces[-1]].any()}
+    early = {b.path for b in graph.blocks if any(not importance[s].any() for s in b.spaces)} - whole_branch
     before = outputs(model)
     graph = trace(model)
-    change = reconfigure(graph, threshold=1e-4, round_to=round_to, optimizer=optimizer)
+    change = reconfigure(graph, threshold=1e-4, rounding=Rounding(multiple=round_to), optimizer=optimizer)
     assert set(change.removed_blocks) == whole_branch | early
     if not early:  # otherwise a block that put out a constant map now puts out its mean
         for a, b in zip(outputs(model), before, strict=True):
@@ -69,7 +70,7 @@ def test_what_is_dead_goes_and_the_function_stays(shape: str, fraction: float, r
             assert axis.length >= 1
             if round_to > 1 and axis.module is not model.classifier:
                 assert axis.length % round_to == 0
-    assert not reconfigure(trace(model), threshold=1e-4, round_to=round_to)
+    assert not reconfigure(trace(model), threshold=1e-4, rounding=Rounding(multiple=round_to))
     step(model, optimizer)
 
 
@@ -78,7 +79,7 @@ def test_an_early_empty_space_removes_the_block_and_keeps_its_mean() -> None:
     graph = trace(model)
     first, last = graph.blocks[0].spaces
     mask(first, torch.arange(first.size))
-    assert channel_strengths(graph)[last].any()
+    assert channel_importance(graph)[last].any()
     change = reconfigure(graph, threshold=1e-4)
     assert change.removed_blocks[0] == graph_path(model)
     norm = model.stages[0][0].branch.norm
@@ -114,7 +115,7 @@ def test_a_chain_keeps_its_strongest_channels(least: int) -> None:
     model = chain(set(), set())
     with torch.no_grad():
         model[0].weight[5] = 9e-5  # dead, but the least so
-    reconfigure(trace(model), threshold=1e-4, min_channels=least)
+    reconfigure(trace(model), threshold=1e-4, rounding=Rounding(min_channels=least))
     assert model[0].out_channels == least
     assert (model[0].weight.detach().abs().amax((1, 2, 3)) > 8e-5).any()
 
@@ -123,7 +124,7 @@ def test_rounding_keeps_the_strongest_dead_channels() -> None:
     model = chain({0, 1, 2}, {0, 1, 2})
     with torch.no_grad():
         model[2].weight[:, 6] = 5e-5
-    reconfigure(trace(model), threshold=1e-4, round_to=4)
+    reconfigure(trace(model), threshold=1e-4, rounding=Rounding(multiple=4))
     assert model[0].out_channels == 4
     assert torch.isclose(model[2].weight.abs().amax((0, 2, 3)), torch.tensor(5e-5).double()).any()
 

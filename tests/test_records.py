@@ -155,7 +155,7 @@ def test_two_runs_of_a_seed_are_bit_identical_and_two_seeds_are_not(
 def test_too_few_epochs_to_shrink_are_said_to_be_so(command: Command) -> None:
     result = command(*SMALL, "tracking=none", "epochs=1", "prune.start_epoch=5")
     assert result.returncode == 0, result.stderr
-    assert "prune.start_epoch=5 is behind the last epoch (epochs=1)" in result.stdout
+    assert "prune.start_epoch=5 is after the last epoch (epochs=1)" in result.stdout
 
 
 def test_a_tracking_server_that_is_gone_does_not_stop_training(command: Command) -> None:

@@ -13,14 +13,16 @@ from torch import nn
 
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.morph.formats import format_of
-from morphtrain.prune.reconfigure import channel_strengths, channels_to_keep, reconfigure
+from morphtrain.prune.reconfigure import channel_importance, reconfigure
+from morphtrain.prune.rounding import NO_ROUNDING, Rounding
 from morphtrain.prune.widths import LAST_ROUNDS, WidthProbe, cut, widths_of
 
 Clock = Callable[[int, int], float]  # of the inputs and outputs of a convolution
 
 
-def kept(graph: ChannelGraph, round_to: int | WidthProbe, round_down: float = 0.0) -> dict[Space, torch.Tensor]:
-    return channels_to_keep(graph, channel_strengths(graph), 1e-4, 1, round_to, round_down)
+def kept(graph: ChannelGraph, rounding: Rounding) -> dict[Space, torch.Tensor]:
+    importance = channel_importance(graph)
+    return rounding.channels_to_keep(graph, importance, {space: found >= 1e-4 for space, found in importance.items()})
 
 
 class ClockedProbe(WidthProbe):
@@ -53,7 +55,7 @@ def by_convolution(seconds: Clock) -> Callable[[nn.Module], float]:
 )
 def test_a_space_keeps_the_width_that_is_fastest(seconds: Clock, wanted: int) -> None:
     model = chain({5, 6, 7}, {5, 6, 7})  # 8 channels, 3 of them alive
-    keep = kept(trace(model), ClockedProbe(by_convolution(seconds)))
+    keep = kept(trace(model), Rounding(probe=ClockedProbe(by_convolution(seconds))))
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == wanted
     assert keep[space][5:].all()
@@ -81,19 +83,20 @@ def test_weak_live_channels_go_where_that_is_faster(seconds: Clock, share: float
     model[0].weight.data[weak] *= 0.1
     model[2].weight.data[:, weak] *= 0.1
     graph, probe = trace(model), ClockedProbe(by_convolution(seconds))
-    keep = kept(graph, probe, share)
+    rounding = Rounding(probe=probe, round_down=share)
+    keep = kept(graph, rounding)
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == wanted
     assert keep[space][[0, 2, 3, 5]].all()
     assert wanted == 8 or not keep[space][[6, 7]].any()
-    strengths = channel_strengths(graph)[space][:6]  # the live ones
-    assert (strengths[~keep[space][:6]] <= share * strengths.median()).all()
-    change = reconfigure(graph, round_to=probe, round_down=share)
+    importance = channel_importance(graph)[space][:6]  # the live ones
+    assert (importance[~keep[space][:6]] <= share * importance.median()).all()
+    change = reconfigure(graph, rounding=rounding)
     assert change.given_up == max(6 - wanted, 0)
     assert ("2 of them alive" in change.summary()) == (wanted == 4)
     if share:
         with pytest.raises(ValueError, match="needs a WidthProbe"):
-            reconfigure(graph, round_to=4, round_down=share)
+            reconfigure(graph, rounding=Rounding(multiple=4, round_down=share))
 
 
 SHAPES_OF_TIME = {
@@ -117,12 +120,12 @@ def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: fl
     """Padded shortcuts put residual sums together from parts: the width of the whole is what counts."""
     graph, seconds = partly_dead(share), by_convolution(SHAPES_OF_TIME[shape])
 
-    def total(round_to: int | WidthProbe) -> float:
-        return seconds(cut(graph, kept(graph, round_to)))
+    def total(rounding: Rounding) -> float:
+        return seconds(cut(graph, kept(graph, rounding)))
 
-    chosen = total(ClockedProbe(seconds))
-    assert chosen <= total(1)
-    assert chosen <= 1.03 / 0.97 * min(total(multiple) for multiple in (4, 8, 16))
+    chosen = total(Rounding(probe=ClockedProbe(seconds)))
+    assert chosen <= total(NO_ROUNDING)
+    assert chosen <= 1.03 / 0.97 * min(total(Rounding(multiple=multiple)) for multiple in (4, 8, 16))
 
     class Slowing(ClockedProbe):
         """Of a machine that becomes slower with every question."""
@@ -133,7 +136,7 @@ def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: fl
             self.speed *= 1.3
             return [self.speed * found for found in super().timed(networks, inputs, rounds)]
 
-    steady, slowing = kept(graph, ClockedProbe(seconds), 0.3), kept(graph, Slowing(seconds), 0.3)
+    steady, slowing = (kept(graph, Rounding(probe=probe(seconds), round_down=0.3)) for probe in (ClockedProbe, Slowing))
     assert all(torch.equal(steady[space], slowing[space]) for space in graph.spaces)
 
 
@@ -147,7 +150,7 @@ def test_each_resolution_has_the_rounding_that_suits_it() -> None:
         rest = [module.out_channels for path, module in convolutions if path.startswith(("stages.1", "stages.2"))]
         return 100.0 * sum(outputs % 16 > 0 for outputs in full) + sum(rest)
 
-    keep = kept(graph, ClockedProbe(seconds))
+    keep = kept(graph, Rounding(probe=ClockedProbe(seconds)))
     for space in graph.spaces:
         full = space.name.startswith(("stem", "stages.0"))
         assert int(keep[space].sum()) == (16 if full else round(0.55 * space.size)), space.name
@@ -163,7 +166,7 @@ def test_a_choice_that_only_noise_speaks_for_is_not_taken(seed: int) -> None:
             return [1.0 if rounds == LAST_ROUNDS else draw.random() for _ in networks]
 
     model = chain({5, 6, 7}, {5, 6, 7})
-    keep = kept(trace(model), Noisy(1))
+    keep = kept(trace(model), Rounding(probe=Noisy(1)))
     (space,) = [space for space in keep if space.size == 8]
     assert int(keep[space].sum()) == 3
 
@@ -182,7 +185,7 @@ def test_training_steps_of_copies_are_timed(layout: torch.memory_format) -> None
             seen.append((network, *inputs))
             return spent
 
-    keep = kept(graph, Watched(3))
+    keep = kept(graph, Rounding(probe=Watched(3)))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not graph.model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in graph.model.state_dict().items())
@@ -212,5 +215,5 @@ def test_a_network_with_integers_in_and_several_outputs_is_timed() -> None:
             tensor[5:] = 0
         model.left.weight[:, 5:] = model.right.weight[:, 5:] = 0
     graph = ChannelGraph.trace(model, (torch.zeros(1, dtype=torch.long), torch.ones(1, 1)))
-    reconfigure(graph, round_to=WidthProbe(4))
+    reconfigure(graph, rounding=Rounding(probe=WidthProbe(4)))
     assert model.hidden.out_features in (5, 8)

@@ -1,4 +1,4 @@
-"""Memory of a training step, and the largest batch that fits a budget. Nothing is computed: no GPU is needed.
+"""Memory of a training step. Nothing is computed: no GPU is needed.
 
 Counted are weights, buffers, optimizer state, gradients, the batch, what autograd saves for backward, and whatever else
 is alive at the step's fullest moment. Not counted is what a device takes beyond the tensors: NOT_MODELLED.
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing
-from morphtrain.cost.search import largest_fitting
 from morphtrain.cost.simulate import SimulatedStep
 
 NOT_MODELLED = (
@@ -77,7 +76,10 @@ def memory_model(
     Raises:
         ValueError: for a network that decides by the values it computes.
     """
-    return fitted(_simulated(model, input_shape, optimizer, autocast_dtype, device_type))
+    step = SimulatedStep(
+        model, input_shape, optimizer=optimizer, autocast_dtype=autocast_dtype, device_type=device_type
+    )
+    return fitted(step)
 
 
 def estimate_memory(
@@ -97,66 +99,10 @@ def estimate_memory(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more")
-    return max(_simulated(model, input_shape, optimizer, autocast_dtype, device_type).live_bytes(batch_size))
-
-
-def max_batch(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    budget_bytes: float,
-    *,
-    optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
-    device_type: str | None = None,
-    verified: bool = False,
-) -> int:
-    """The largest batch whose training step fits `budget_bytes`; other arguments as in `memory_model`.
-
-    With `verified`, on a model that lives on a CUDA device, the one found by `morphtrain.cost.verify.verify_batch`,
-    which starts from the estimate and really takes the steps.
-
-    Raises:
-        ValueError: if not even one sample fits, saying what it needs, or only batches that cannot be trained on.
-    """
-    if verified:
-        from morphtrain.cost.verify import verify_batch
-
-        found = verify_batch(model, input_shape, budget_bytes, optimizer=optimizer, autocast_dtype=autocast_dtype)
-        return found.batch_size
-    step = _simulated(model, input_shape, optimizer, autocast_dtype, device_type)
-    return fitting_batch(step, fitted(step), budget_bytes)
-
-
-def fitting_batch(step: SimulatedStep, memory: MemoryModel, budget_bytes: float) -> int:
-    """`max_batch` of a step whose model is known already; raises what that raises."""
-    guess = memory.largest_batch(budget_bytes)
-    if not memory.exact:
-        guess = largest_fitting(lambda size: max(step.live_bytes(size)) <= budget_bytes, max(guess, 1), tolerance=0)
-    if guess == 0:
-        raise ValueError(f"nothing fits {budget_bytes:.0f} bytes: a step of one sample takes {memory.peak(1)}")
-    if guess == 1:
-        try:
-            step.live_bytes(1)
-        except ValueError as error:
-            needed = f"a step of two samples takes {memory.peak(2)} bytes, more than {budget_bytes:.0f}"
-            raise ValueError(f"one sample fits, but cannot be trained on ({error}); {needed}") from error
-    return guess
-
-
-def _simulated(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    optimizer: Optimizing,
-    autocast_dtype: torch.dtype | None,
-    device_type: str | None,
-) -> SimulatedStep:
-    return SimulatedStep(
-        model,
-        input_shape,
-        optimizer=optimizer,
-        autocast_dtype=autocast_dtype,
-        device_type=device_type or next(model.parameters()).device.type,
+    step = SimulatedStep(
+        model, input_shape, optimizer=optimizer, autocast_dtype=autocast_dtype, device_type=device_type
     )
+    return max(step.live_bytes(batch_size))
 
 
 def fitted(step: SimulatedStep) -> MemoryModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from morphtrain.cost.step import is_channels_last
+from morphtrain.morph.formats import format_of
 
 BLOCKS = {"AVX512": 16, "AVX2": 8}  # channels; elsewhere a copy is as large as its tensor
 FEW_CHANNELS = 8  # kernels larger than 1x1 read up to that many as they are
@@ -65,4 +65,4 @@ def _blocked(tensor: torch.Tensor) -> int:
 
 def _channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the convolution works in channels_last, as one of the two asks for."""
-    return is_channels_last(inputs) or is_channels_last(weight)
+    return torch.channels_last in (format_of(inputs), format_of(weight))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from morphtrain.cost.step import wait_for
+from morphtrain.cost.stopwatch import timed
 
-ROUNDS = 5  # of which the median counts
+WARMUP_ROUNDS, ROUNDS = 1, 5  # of the latter the median counts
 COPIED = 2**25  # numbers of 4 bytes, 128 MiB: no cache holds them
 
 
@@ -25,10 +24,10 @@ class Roofline(NamedTuple):
 
 @torch.no_grad()
 def measure_roofline(device: torch.device) -> Roofline:
-    """Measure `device` in a fraction of a second, in single precision.
+    """Measure `device` in a fraction of a second, in single precision; the random state stays.
 
     The peak is that of a convolution as networks have it (3x3, 64 channels, 32x32 positions), not that of a matrix
-    product of ideal shape; the bandwidth that of a copy, which reads every byte and writes it. The random state stays.
+    product of ideal shape. The bandwidth is that of a copy, which reads every byte and writes it.
     """
     samples = 8 if device.type == "cpu" else 256  # enough to keep it busy
     images, kernels = torch.ones(samples, 64, 32, 32, device=device), torch.ones(64, 64, 3, 3, device=device)
@@ -42,13 +41,5 @@ def measure_roofline(device: torch.device) -> Roofline:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median over a few passes; the one before them picks kernels and maps memory."""
-    times = []
-    for number in range(1 + ROUNDS):
-        wait_for(device)
-        start = time.perf_counter()
-        work()
-        wait_for(device)
-        if number:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    """The median of a few passes; one before them picks kernels and maps memory."""
+    return statistics.median([timed(work, device) for _ in range(WARMUP_ROUNDS + ROUNDS)][WARMUP_ROUNDS:])

@@ -97,8 +97,8 @@ class SimulatedStep:
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters.
         autocast_dtype: what `torch.autocast` casts to; None for none.
-        device_type: of the device that trains. It decides whether optimizers work on all parameters at once, which
-            takes room for their intermediate results, and whether convolutions copy what they read.
+        device_type: of the device that trains; None: the model's. It decides whether optimizers work on all parameters
+            at once, which takes room for their intermediate results, and whether convolutions copy what they read.
     """
 
     def __init__(
@@ -108,11 +108,12 @@ class SimulatedStep:
         *,
         optimizer: Optimizing,
         autocast_dtype: torch.dtype | None,
-        device_type: str,
+        device_type: str | None = None,
     ) -> None:
         self.input_shape = tuple(input_shape)
         self.autocast_dtype = autocast_dtype
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        device_type = device_type or next(model.parameters()).device.type
         self._live = LiveBytes(copies=device_type == "cpu")
         with self._fake, self._live:
             self._model, self._optimizer = copied(model, optimizer, without_values)

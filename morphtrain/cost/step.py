@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from morphtrain.morph.formats import format_of
+
 
 def backpropagate(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast_dtype: torch.dtype | None
@@ -33,25 +35,10 @@ def training_step(
     optimizer.zero_grad()
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done all it was given; on a CPU that is always so."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, *input_shape) of zeros where the model is, of its type and format; labels (B,) of the first class."""
     parameter = next(model.parameters())
     images = torch.zeros(batch_size, *input_shape, dtype=parameter.dtype, device=parameter.device)
-    if images.dim() == 4 and any(is_channels_last(p) for p in model.parameters()):
+    if images.dim() == 4 and any(format_of(p) is torch.channels_last for p in model.parameters()):
         images = images.to(memory_format=torch.channels_last)
     return images, torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
-
-
-def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether torch's kernels take it for a (B, C, H, W) in channels_last.
-
-    With a single channel it is contiguous in both formats, and they go by the strides of dimensions of one entry.
-    """
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return last and tensor.stride(1) == 1 and tensor.stride(3) == tensor.shape[1] and tensor.shape[1:].numel() > 1

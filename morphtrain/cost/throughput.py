@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
-from morphtrain.cost.step import blank_batch, training_step, wait_for
+from morphtrain.cost.step import blank_batch, training_step
+from morphtrain.cost.stopwatch import timed
 
 WARMUP_STEPS, LEAST_STEPS = 1, 3  # of every size; the first is not timed
 GOOD_ENOUGH = 0.95  # of the best rate
@@ -26,10 +27,16 @@ def throughput(
     optimizer: Optimizing = MOMENTUM_SGD,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[int, float]:
-    """Samples a second in training steps of each batch size, on the device of the model; the median of its steps.
+    """Samples a second in training steps of each batch size, on the device of the model: the median over its steps.
 
-    Takes the sizes as they come, an equal share of `seconds` each, and stops at the first whose steps, as slow as
-    those before, would not be over in time. The first size is always measured. A copy of the model trains.
+    The sizes are measured in their order, and each gets an equal share of the time that is left. At the first size
+    whose steps would not be over in time at the rate before, the rest is left out. The first size is always measured.
+
+    Args:
+        model: is not changed; a copy trains.
+        input_shape: of one sample, without the batch.
+        seconds: for all sizes together.
+        optimizer, autocast_dtype: as in `morphtrain.cost.memory_model`.
     """
     sizes = list(batch_sizes)
     twin, its_optimizer = copied(model, optimizer, lambda tensor: tensor.clone())
@@ -46,14 +53,11 @@ def throughput(
 
 
 def _median_seconds(step: Callable[[], None], device: torch.device, share: float) -> float:
-    """Of as many steps as go into `share` seconds, but of no fewer than LEAST_STEPS."""
+    """The median of as many steps as fit into `share` seconds, at least LEAST_STEPS."""
     start = time.perf_counter()
     seconds: list[float] = []
     while len(seconds) < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - start < share:
-        before = time.perf_counter()
-        step()
-        wait_for(device)
-        seconds.append(time.perf_counter() - before)
+        seconds.append(timed(step, device))
     return statistics.median(seconds[WARMUP_STEPS:])
 
 

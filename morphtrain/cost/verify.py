@@ -13,7 +13,6 @@ from torch.multiprocessing import get_context
 from torch.optim import Optimizer
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
-from morphtrain.cost.memory import max_batch
 from morphtrain.cost.search import largest_fitting
 from morphtrain.cost.step import blank_batch, training_step
 
@@ -45,6 +44,7 @@ def verify_batch(
     input_shape: Sequence[int],
     budget_bytes: float,
     *,
+    guess: int,
     optimizer: Optimizing = MOMENTUM_SGD,
     autocast_dtype: torch.dtype | None = None,
 ) -> Verified:
@@ -61,7 +61,6 @@ def verify_batch(
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"only a CUDA device verifies a batch; the model is on {device}")
-    guess = max_batch(model, input_shape, budget_bytes, optimizer=optimizer, autocast_dtype=autocast_dtype)
     job = (
         budget_bytes,
         *copied(model, optimizer, lambda tensor: tensor.cpu()),

@@ -12,7 +12,7 @@ from torchvision.datasets.folder import pil_loader
 
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import Crops, Normalise
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 
 EVALUATION_BATCH = 64
 
@@ -115,7 +115,7 @@ class PictureLoader:
             if "DataLoader worker" not in str(error):
                 raise
             failure = (
-                f"data.num_workers={self.num_workers}: a worker died ({str(error).splitlines()[0]}); it may have been "
+                f"data.num_workers={self.num_workers}: a worker died ({first_line(error)}); it may have been "
                 "short of (shared) memory: try fewer workers, or 0"
             )
         if failure:

@@ -35,7 +35,7 @@ def expand_to(
     none does: so the cost is less than one channel below the target.
 
     Args:
-        cost: for instance `morphtrain.morph.WidthCost(graph, "flops")`.
+        cost: for instance `morphtrain.cost.WidthCost(graph, "flops")`.
         spaces: those to widen; None: all that can be.
         noise, generator, optimizer: see `widen`.
 

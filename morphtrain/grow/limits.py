@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from morphtrain.cost import WidthCost
 from morphtrain.grow.expand import Cost, params_at
-from morphtrain.morph import ChannelGraph, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
 from morphtrain.state import Run
 
 

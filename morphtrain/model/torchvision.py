@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 
 # These two give three outputs while they train, and warn about their slow initial draw, unless told otherwise.
 INCEPTION = ("googlenet", "inception_v3")
@@ -46,7 +46,7 @@ def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) 
     try:
         network: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
     except (TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.options={config.options}: {config.name} cannot be made with them: {reason}") from error
     return network if in_channels == 3 else adapt(network, in_channels)
 

@@ -7,7 +7,6 @@
 `trace/` follows the channels through a network, `surgery/` changes it. This package knows no training loop.
 """
 
-from morphtrain.morph.costs import CostKind, WidthCost
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
@@ -34,7 +33,6 @@ __all__ = [
     "Call",
     "ChannelGather",
     "ChannelGraph",
-    "CostKind",
     "Gate",
     "MorphError",
     "PadChannels",
@@ -42,7 +40,6 @@ __all__ = [
     "Slot",
     "Space",
     "Start",
-    "WidthCost",
     "ZeroBranch",
     "describe",
     "format_of_model",

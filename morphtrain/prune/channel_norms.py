@@ -1,10 +1,10 @@
-"""The strengths r of channels that MorphNet sparsifies, and the proximal step on them (Gordon et al. 2018, section 4).
+"""The importance r of channels that MorphNet sparsifies, and the proximal step on it (Gordon et al. 2018, section 4).
 
     norms = ChannelNorms(graph, "gamma_l1")
     slopes = norms.per_channel(cost.coefficients(norms.alive(1e-2)))
     ...
     optimizer.step()
-    norms.shrink(lr * strength / (1 - momentum) * slopes)
+    norms.shrink(lr * penalty_weight / (1 - momentum) * slopes)
 
 The penalty is the sum over the channels of slope * r, where r is the largest of the channel's members: |gamma| of each
 norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`). At a
@@ -47,15 +47,16 @@ class Weight:
 
 
 class ChannelNorms:
-    """The members of the channels of a graph's spaces; make it anew behind every structural change.
+    """The members of the channels of a graph's spaces; make a new one after every structural change.
 
     Args:
         graph: its model is what `shrink` changes.
         regulariser: what the members are.
 
     Attributes:
-        spaces: those that can be regularised. Not those without members or with a frozen one, and under `gamma_l1` not
-            those with a channel that reaches a layer past all norms: it may be alive there whatever the norms say.
+        spaces: those that can be regularised. Spaces without members or with a frozen one cannot; under `gamma_l1`
+            neither can those with a channel that reaches a layer past all norms: it may be alive there whatever the
+            norms say.
     """
 
     def __init__(self, graph: ChannelGraph, regulariser: Regulariser) -> None:
@@ -69,7 +70,7 @@ class ChannelNorms:
         self.lengths = [weight.tensor.shape[weight.dim] for weight in self.weights.values()]
         offsets = dict(zip(self.weights, torch.tensor([0, *self.lengths]).cumsum(0).tolist(), strict=False))
         rows: dict[int, list[torch.Tensor]] = {}  # by their number of members, each (channels, members)
-        absent = sum(self.lengths)  # the entry behind the last one, which is always zero and changes no maximum
+        absent = sum(self.lengths)  # the entry after the last one: always zero, it changes no maximum
         for space in self.spaces:
             row = _entries(space, slots[space], offsets)
             rows.setdefault(padded[space], []).append(F.pad(row, (0, padded[space] - row.shape[1]), value=absent))
@@ -79,16 +80,16 @@ class ChannelNorms:
         owner = torch.full((absent + 1,), sum(self.sizes))
         for group, channels in zip(self.groups, torch.arange(sum(self.sizes)).split(self.sizes), strict=True):
             owner[group.cpu()] = channels[:, None].expand_as(group)
-        self.owner = owner[:absent].to(self.like.device)  # (E,): the channel of each entry, behind the last if of none
+        self.owner = owner[:absent].to(self.like.device)  # (E,): the channel of each entry; C if it has none
 
     @torch.no_grad()
-    def strengths(self) -> dict[Space, torch.Tensor]:
+    def importance(self) -> dict[Space, torch.Tensor]:
         """r of every channel of `spaces`: (size,)."""
-        return dict(zip(self.spaces, self._strengths().split([space.size for space in self.spaces]), strict=True))
+        return dict(zip(self.spaces, self._importance().split([space.size for space in self.spaces]), strict=True))
 
     def alive(self, threshold: float) -> dict[Space, float]:
-        """How many channels of each of `spaces` have an r of `threshold` or more."""
-        return {space: float((r >= threshold).sum()) for space, r in self.strengths().items()}
+        """How many channels of each of `spaces` are alive: their r is `threshold` or more."""
+        return {space: float((r >= threshold).sum()) for space, r in self.importance().items()}
 
     def per_channel(self, of_space: Mapping[Space, float]) -> torch.Tensor:
         """(C,): the value of its space for every channel of `spaces`, in order."""
@@ -99,15 +100,18 @@ class ChannelNorms:
     @torch.no_grad()
     def penalty(self, slopes: torch.Tensor) -> torch.Tensor:
         """sum of slope * r, a scalar tensor; `slopes` (C,)."""
-        return (slopes * self._strengths()).sum()
+        return (slopes * self._importance()).sum()
 
     @torch.no_grad()
     def shrink(self, amounts: torch.Tensor) -> None:
         """The proximal step: the minimiser of |new - old|^2 / 2 + sum over the channels of amount * max |member|.
 
-        Each channel's members are clipped at the level above which `amount` of their magnitude lies in all, what is
-        left of them behind the projection on the L1 ball of radius `amount` (Moreau's identity). A single member
-        is soft-thresholded; members that have no more than `amount` together become zero. `amounts` (C,).
+        Each channel's members are clipped at the level above which `amount` of their magnitude lies in all: what the
+        projection on the L1 ball of radius `amount` leaves of them (Moreau's identity). A single member is
+        soft-thresholded; members that have no more than `amount` together become zero.
+
+        Args:
+            amounts: (C,), of the channels of `spaces` in order.
         """
         entries = self._magnitudes()
         levels = [_level(entries[group], t) for group, t in zip(self.groups, amounts.split(self.sizes), strict=True)]
@@ -124,13 +128,13 @@ class ChannelNorms:
         amounts = torch.zeros(sum(self.sizes)).masked_fill(torch.cat([none, *masks]), torch.inf)
         self.shrink(amounts.to(self.like))
 
-    def _strengths(self) -> torch.Tensor:
+    def _importance(self) -> torch.Tensor:
         """(C,)"""
         entries = self._magnitudes()
         return torch.cat([self.like.new_zeros(0), *(entries[group].amax(1) for group in self.groups)])
 
     def _magnitudes(self) -> torch.Tensor:
-        """(E + 1,): of every entry, and a zero behind them."""
+        """(E + 1,): of every entry, and a zero at the end."""
         return torch.cat([*(weight.magnitudes() for weight in self.weights.values()), self.like.new_zeros(1)])
 
 
@@ -145,7 +149,7 @@ def _level(members: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(members: int) -> int:
-    """The next power of two: spaces of so many members are treated together, the number of groups stays small."""
+    """The next power of two: spaces padded to as many members form one group, so that there are few groups."""
     return 1 << (members - 1).bit_length()
 
 
@@ -166,7 +170,7 @@ def _is_trained(slot: Slot) -> bool:
 
 
 def _past_norms(graph: ChannelGraph) -> set[Space]:
-    """Spaces of which some layer takes in what did not go through a norm."""
+    """Spaces with channels that some layer takes in before they go through a norm."""
     normed: dict[str, bool] = {}
     for call in graph.calls:
         normed[call.path] = normed.get(call.path, True) and call.after_norms

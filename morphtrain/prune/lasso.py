@@ -1,10 +1,10 @@
 """Group lasso over the channels of a network's weights (Lym et al. 2019, eq. 2), in closed form.
 
     lassos = group_lassos(graph)
-    strength = strength_for_ratio(0.25, cross_entropy, penalty(lassos))
+    penalty_weight = penalty_weight_for_ratio(0.25, cross_entropy, penalty(lassos).item())
     ...
     optimizer.step()
-    shrink(lassos, lr * strength / (1 - momentum))
+    shrink(lassos, lr * penalty_weight / (1 - momentum))      # or morphtrain.prune.step_length
 
 For a weight W (O, I, kh, kw) the penalty is sum_o ||W[o]||_2 + sum_i ||W[:, i]||_2. Sides that cannot be pruned are
 exempt: the image side of the first convolution, the class side of the classifier, depthwise kernels, norms, biases.
@@ -24,9 +24,9 @@ EPS = 1e-8  # under the root of a subgradient's norm
 
 @dataclass
 class GroupLasso:
-    """The penalised weight (O, I, ...) and how much its rows (outputs) and columns (inputs) count; 0 exempts a side.
+    """A penalised weight (O, I, ...) and how much its rows (outputs) and columns (inputs) count; 0 exempts a side.
 
-    Of a transposed convolution (I, O, ...) rows are inputs. With several groups a row or column is one of a group.
+    The rows of a transposed convolution (I, O, ...) are its inputs. With groups, a column holds one input of each.
     """
 
     weight: torch.Tensor
@@ -35,9 +35,10 @@ class GroupLasso:
 
 
 def group_lassos(graph: ChannelGraph, sqrt_size: bool = False) -> list[GroupLasso]:
-    """Every trained weight of `graph` with a side that belongs to a channel space; rebuild it after a change.
+    """Every trained weight of `graph` with a side that belongs to a channel space; call it again after a change.
 
-    `sqrt_size` counts each group as often as the root of its size; otherwise all groups count alike.
+    Args:
+        sqrt_size: each group counts times the root of its size; otherwise all groups count alike.
     """
     free: dict[int, set[int]] = {}  # id of a weight -> its dimensions that can change
     weights: dict[int, torch.Tensor] = {}
@@ -56,7 +57,7 @@ def group_lassos(graph: ChannelGraph, sqrt_size: bool = False) -> list[GroupLass
 
 
 def penalty(lassos: Iterable[GroupLasso]) -> torch.Tensor:
-    """The value GL, as a scalar tensor."""
+    """The value GL of the penalty, a scalar tensor; no gradient flows through it."""
     total = torch.zeros(())
     for lasso in lassos:
         squares = _squares(lasso.weight)
@@ -65,18 +66,18 @@ def penalty(lassos: Iterable[GroupLasso]) -> torch.Tensor:
     return total
 
 
-def strength_for_ratio(ratio: float, loss: float, penalty: float) -> float:
-    """lambda such that lambda * penalty is the share `ratio` of loss + lambda * penalty."""
+def penalty_weight_for_ratio(ratio: float, loss: float, penalty: float) -> float:
+    """The lambda with which lambda * penalty is the share `ratio`, in (0, 1), of loss + lambda * penalty."""
     return ratio * loss / ((1 - ratio) * penalty)
 
 
 @torch.no_grad()
-def add_gradient(lassos: Iterable[GroupLasso], strength: float) -> None:
-    """Add strength * dGL/dW to `.grad`: dGL/dW = W * (1/||W[o]|| + 1/||W[:, i]||)."""
+def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
+    """Add penalty_weight * dGL/dW to `.grad`: dGL/dW = W * (1/||W[o]|| + 1/||W[:, i]||)."""
     for lasso in lassos:
         squares = _squares(lasso.weight)
-        rows = strength * lasso.row_weight * (squares.sum(1) + EPS).rsqrt()
-        columns = strength * lasso.column_weight * (squares.sum(0) + EPS).rsqrt()
+        rows = penalty_weight * lasso.row_weight * (squares.sum(1) + EPS).rsqrt()
+        columns = penalty_weight * lasso.column_weight * (squares.sum(0) + EPS).rsqrt()
         grad = lasso.weight.grad
         if grad is None:
             continue  # the loss does not depend on it
@@ -85,7 +86,10 @@ def add_gradient(lassos: Iterable[GroupLasso], strength: float) -> None:
 
 @torch.no_grad()
 def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
-    """Soft-threshold: every row, then every column, loses `amount` of its norm; shorter ones become exactly zero."""
+    """Soft-threshold the weights in place: every row, then every column, loses `amount` of its norm.
+
+    Those whose norm is smaller become exactly zero. It is the proximal step of one side's penalty, then of the other's.
+    """
     for lasso in lassos:
         squares = _squares(lasso.weight)
         rows = _soft_threshold(squares.sum(1), amount * lasso.row_weight)  # (O,)

@@ -9,15 +9,17 @@ from typing import Any, cast
 import torch
 
 from morphtrain import schema
-from morphtrain.cost import Roofline, measure_roofline
+from morphtrain.cost import CostKind, Roofline, WidthCost, measure_roofline
 from morphtrain.errors import UserError
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph, CostKind, Space, WidthCost
+from morphtrain.morph import ChannelGraph, Space
+from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
-from morphtrain.prune.constants import fold_constants
-from morphtrain.prune.lasso import strength_for_ratio
+from morphtrain.prune.lasso import penalty_weight_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
-from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
+from morphtrain.prune.rounding import Rounding
+from morphtrain.prune.schedule import check_reach, is_active, is_due
+from morphtrain.prune.step_length import step_length
 from morphtrain.state import Run
 from morphtrain.world import agree
 
@@ -55,7 +57,7 @@ class MorphNetPenalty(Method):
         if self.penalty_weight is None:
             assert self.config.lasso_ratio is not None
             penalty = self.norms.penalty(self.slopes).item()
-            self.penalty_weight = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
+            self.penalty_weight = penalty_weight_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
 
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
@@ -90,7 +92,7 @@ class MorphNetPenalty(Method):
         self.priced = run.epoch
 
     def _reconfigure(self, run: Run) -> None:
-        dead = {space: r < self.config.gamma_threshold for space, r in self.norms.strengths().items()}
+        dead = {space: r < self.config.gamma_threshold for space, r in self.norms.importance().items()}
         dead = {space: mask for space, mask in dead.items() if mask.any()}
         if not dead:
             return
@@ -100,17 +102,16 @@ class MorphNetPenalty(Method):
         change = reconfigure(
             run.graph,
             threshold=self.config.gamma_threshold,
-            min_channels=self.config.min_channels,
-            round_to=self.config.round_to,
+            rounding=Rounding(self.config.min_channels, self.config.round_to),
             optimizer=run.optimizer,
-            strengths_of=functools.partial(strengths_of_all, regulariser=self.regulariser),
+            importance_of=functools.partial(importance_of_all, regulariser=self.regulariser),
         )
         if change:
             run.shape_changed(change.summary())
 
     def _live_channels(self, graph: ChannelGraph) -> int:
-        strengths = strengths_of_all(graph, self.regulariser)
-        return sum(int((r >= self.config.gamma_threshold).sum()) for r in strengths.values())
+        importance = importance_of_all(graph, self.regulariser)
+        return sum(int((r >= self.config.gamma_threshold).sum()) for r in importance.values())
 
     def _check_spaces(self, graph: ChannelGraph) -> None:
         spaces = ChannelNorms(graph, self.regulariser).spaces
@@ -126,11 +127,11 @@ class MorphNetPenalty(Method):
             log.info("prune.regulariser=%s: left as wide as they are: %s", self.regulariser, ", ".join(alone))
 
 
-def strengths_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Space, torch.Tensor]:
-    """r of every channel of every space, on the CPU; infinite where nothing is regularised: these stay."""
-    strengths = {space: torch.full((space.size,), torch.inf) for space in graph.spaces}
-    found = ChannelNorms(graph, regulariser).strengths()
-    return strengths | {space: r.float().cpu() for space, r in found.items()}
+def importance_of_all(graph: ChannelGraph, regulariser: Regulariser) -> dict[Space, torch.Tensor]:
+    """r of every channel of every space, (size,) on the CPU; infinite where nothing is regularised: these stay."""
+    importance = {space: torch.full((space.size,), torch.inf) for space in graph.spaces}
+    found = ChannelNorms(graph, regulariser).importance()
+    return importance | {space: r.float().cpu() for space, r in found.items()}
 
 
 def build(config: schema.prune.MorphNetPenalty) -> MorphNetPenalty:

@@ -7,13 +7,15 @@ from typing import Any
 from morphtrain import schema
 from morphtrain.cost.params import count_weights
 from morphtrain.method import Method
-from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, shrink, strength_for_ratio
+from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, penalty_weight_for_ratio, shrink
 from morphtrain.prune.reconfigure import live_channels, reconfigure
-from morphtrain.prune.schedule import check_reach, is_active, is_due, step_length
+from morphtrain.prune.rounding import Rounding
+from morphtrain.prune.schedule import check_reach, is_active, is_due
+from morphtrain.prune.step_length import step_length
 from morphtrain.prune.widths import WidthProbe
 from morphtrain.state import Run
 
-PROBE_SHARE = 0.05  # of the training so far: while the probe has taken more, widths are not rounded
+PROBE_SHARE = 0.05  # of the training so far: as long as the probe has taken more, widths are not rounded
 
 
 class PruneTrain(Method):
@@ -36,7 +38,7 @@ class PruneTrain(Method):
     def after_backward(self, run: Run) -> None:
         if self.penalty_weight is None:
             gl = penalty(self.lassos).item()
-            self.penalty_weight = strength_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
+            self.penalty_weight = penalty_weight_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
         if self.config.update == "subgradient" and is_active(self.config, run.epoch):
             add_gradient(self.lassos, self.penalty_weight)
 
@@ -52,18 +54,16 @@ class PruneTrain(Method):
             return {"lasso_ratio": 0.0}
         gl = self.penalty_weight * penalty(self.lassos).item()
         if is_due(self.config, run.epoch):
-            round_to = self._round_to(run)
+            rounding = self._rounding(run)
             change = reconfigure(
                 run.graph,
                 threshold=self.config.threshold,
-                min_channels=self.config.min_channels,
-                round_to=round_to,
-                round_down=self.config.round_down if isinstance(round_to, WidthProbe) else 0.0,
+                rounding=rounding,
                 residual="gating" if self.config.residual == "gating" else "union",
                 optimizer=run.optimizer,
             )
-            if isinstance(round_to, WidthProbe):
-                self.probe_seconds += round_to.spent_seconds
+            if rounding.probe is not None:
+                self.probe_seconds += rounding.probe.spent_seconds
             if change:
                 run.shape_changed(change.summary())
         return {"lasso_ratio": gl / (run.train_loss + gl)}
@@ -85,14 +85,15 @@ class PruneTrain(Method):
         self.penalty_weight = state["strength"]
         self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none
 
-    def _round_to(self, run: Run) -> int | WidthProbe:
+    def _rounding(self, run: Run) -> Rounding:
+        least = self.config.min_channels
         if self.config.round_to != "auto":
-            multiple: int = self.config.round_to
-            return multiple
+            return Rounding(least, self.config.round_to)
         trained = run.history[-1]["train_seconds"] if run.history else 0.0
         if self.probe_seconds > PROBE_SHARE * trained:
-            return 1
-        return WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
+            return Rounding(least)
+        probe = WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
+        return Rounding(least, probe=probe, round_down=self.config.round_down)
 
     def _find_groups(self, run: Run) -> None:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")

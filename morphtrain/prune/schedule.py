@@ -1,12 +1,8 @@
-"""When pruning acts and how far a step's penalty reaches: what methods share that add one to the loss."""
+"""When pruning acts: in which epochs there is a penalty, and after which the network is reconfigured."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-import torch
-from torch.optim import Optimizer
 
 from morphtrain.errors import UserError
 from morphtrain.schema.prune import MorphNetPenalty, PruneTrain
@@ -18,21 +14,25 @@ log = logging.getLogger(__name__)
 
 
 def is_active(option: Option, epoch: int) -> bool:
-    """Whether there is a penalty and a reconfiguration in this epoch at all."""
+    """Whether there is a penalty in this epoch, and possibly a reconfiguration after it."""
     return option.stop_epoch is None or epoch <= option.stop_epoch
 
 
 def is_due(option: Option, epoch: int) -> bool:
-    """Whether a reconfiguration falls behind this epoch."""
+    """Whether a reconfiguration follows this epoch, if pruning is active in it."""
     since = epoch - option.start_epoch
     return since >= 0 and since % option.interval == 0
 
 
 def check_reach(option: Option, run: Run) -> None:
-    """Warn if the network will never be reconfigured; raises `UserError` if it has nothing that could go."""
+    """Warn if the network will never be reconfigured.
+
+    Raises:
+        UserError: if no layer is wider than `min_channels`, so that nothing could go.
+    """
     if option.start_epoch > run.config.epochs:
         log.warning(
-            "prune.start_epoch=%d is behind the last epoch (epochs=%d): the network will not shrink",
+            "prune.start_epoch=%d is after the last epoch (epochs=%d): the network will not shrink",
             option.start_epoch,
             run.config.epochs,
         )
@@ -41,16 +41,3 @@ def check_reach(option: Option, run: Run) -> None:
             f"prune.min_channels={option.min_channels}: no layer of the model is wider, nothing can be "
             "pruned; choose a wider model or prune=none"
         )
-
-
-def step_length(optimizer: Optimizer, weight: torch.Tensor | None = None) -> Any:
-    """How far a step goes along a gradient that stays the same: lr / (1 - momentum).
-
-    Momentum repeats a gradient 1 / (1 - momentum) times in all, a threshold has to do the same. AdamW averages
-    gradients instead of adding them up. Where layers take steps of different sizes, as with LARS, that of `weight`
-    counts.
-    """
-    group: dict[str, Any] = optimizer.param_groups[0]
-    own = getattr(optimizer, "step_size", None)
-    lr = group["lr"] if own is None or weight is None else own(weight)
-    return lr / (1 - group.get("momentum", 0.0))

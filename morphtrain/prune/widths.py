@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from morphtrain.cost.step import wait_for
+from morphtrain.cost.stopwatch import timed
 from morphtrain.morph import ChannelGraph, Space, format_of_model
 
 MULTIPLES = (4, 8, 16)
@@ -96,16 +97,15 @@ class WidthProbe:
 
     def _step(self, network: nn.Module, inputs: Sequence[Any], device: torch.device) -> float:
         """Seconds of a forward and backward pass."""
-        wait_for(device)
-        start = time.perf_counter()
-        with torch.enable_grad():
-            with self.autocast():
-                outputs = [leaf for leaf in tree_leaves(network(*inputs)) if getattr(leaf, "requires_grad", False)]
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        wait_for(device)
-        spent = time.perf_counter() - start
+        spent = timed(partial(self._backpropagate, network, inputs), device)
         network.zero_grad()
         return spent
+
+    @torch.enable_grad()
+    def _backpropagate(self, network: nn.Module, inputs: Sequence[Any]) -> None:
+        with self.autocast():
+            outputs = [leaf for leaf in tree_leaves(network(*inputs)) if getattr(leaf, "requires_grad", False)]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
     def _inputs(self, graph: ChannelGraph) -> list[Any]:
         """A batch like the graph's example, of noise."""

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 from morphtrain.schema.checks import check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
@@ -96,7 +96,7 @@ def _custom(node: DictConfig, at: str) -> Custom:
     try:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(plain, dict)
     custom = Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # `check` looks at the keys
     custom.check(at)
@@ -118,5 +118,5 @@ def _typed(kind: type, node: Any, group: str) -> Any:
     except OmegaConfBaseException as error:
         key = f"{prefix}{error.key}" if error.key is not None else group
         value = OmegaConf.select(node, str(error.key)) if error.key is not None else node
-        wanted = str(error).splitlines()[0]
+        wanted = first_line(error)
         raise UserError(f"{key}={value}: {wanted[0].lower()}{wanted[1:]}") from error

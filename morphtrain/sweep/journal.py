@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from morphtrain.file_lock import file_lock
+from morphtrain.files import file_lock
 
 log = logging.getLogger(__name__)
 

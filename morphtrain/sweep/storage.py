@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphtrain.errors import UserError
-from morphtrain.file_lock import file_lock
+from morphtrain.files import file_lock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

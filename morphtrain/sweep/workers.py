@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from morphtrain.errors import first_line
-from morphtrain.file_lock import file_lock, is_locked
+from morphtrain.files import file_lock, is_locked
 
 log = logging.getLogger(__name__)
 

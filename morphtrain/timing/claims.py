@@ -1,12 +1,11 @@
 """Who uses what on this host: one file a run, locked for as long as the run's process lives.
 
-The kernel takes a lock back when its process ends, however it ends, so nothing is ever left occupied. The processes
+The kernel takes a lock back when its process ends, however it ends, so nothing stays claimed by the dead. All processes
 of a user on a host see one another's claims, whatever started them, if they share the directory for temporary files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morphtrain.errors import UserError
-from morphtrain.file_lock import file_lock, is_locked
+from morphtrain.files import file_lock, give_back_lock, is_locked, take_lock
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a living process has claimed."""
+    """What a living process has claimed: names of devices and cores."""
 
     pid: int
     resources: tuple[str, ...]
@@ -31,12 +30,12 @@ class Use:
 class Claim:
     """What a run has claimed, until `release` or the end of its process."""
 
-    def __init__(self, claims: Claims, path: Path, descriptor: int, resources: tuple[str, ...]) -> None:
+    def __init__(self, claims: Claims, path: Path, lock: int, resources: tuple[str, ...]) -> None:
         self.claims, self.path, self.resources = claims, path, resources
-        self._descriptor = descriptor
+        self._lock = lock
 
     def others(self) -> list[int]:
-        """The processes that have claimed some of it too."""
+        """The ids of the other processes that have claimed some of it."""
         mine = set(self.resources)
         return [use.pid for use in self.claims.uses(but=self) if mine & set(use.resources)]
 
@@ -44,8 +43,7 @@ class Claim:
         """Give all of it back."""
         with self.claims.alone():
             self.path.unlink()
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # forked children hold the same lock, not one of their own
-            os.close(self._descriptor)
+            give_back_lock(self._lock)
 
 
 class Claims:
@@ -57,14 +55,16 @@ class Claims:
     def claim(self, choose: Callable[[Sequence[Use]], tuple[str, ...]]) -> Claim:
         """Claim what `choose` names when it is told what is in use; nobody else claims anything meanwhile.
 
-        What it names is claimed as a whole, be it in use or not; an exception of it leaves all as it was.
+        All it names is claimed, in use or not. If it raises, nothing is claimed.
         """
         with self.alone():
             resources = choose(self._living(None))
             descriptor, name = tempfile.mkstemp(suffix=".claim", dir=self.directory)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.write(descriptor, json.dumps({"pid": os.getpid(), "resources": resources}).encode())
-        return Claim(self, Path(name), descriptor, resources)
+            os.close(descriptor)
+            path = Path(name)
+            lock = take_lock(path)
+            path.write_text(json.dumps({"pid": os.getpid(), "resources": resources}))
+        return Claim(self, path, lock, resources)
 
     def uses(self, but: Claim | None = None) -> list[Use]:
         """All living claims, except `but`."""
@@ -78,7 +78,7 @@ class Claims:
             yield
 
     def _living(self, but: Claim | None) -> list[Use]:
-        """What the files say that are locked; the others are of processes that were killed, and go."""
+        """What the locked files say. The others belong to processes that were killed, and are removed."""
         living = []
         for path in sorted(self.directory.glob("*.claim")):
             if but is not None and path == but.path:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from morphtrain.cost.step import wait_for
+from morphtrain.cost.stopwatch import wait_for
 
 
 class Clock:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from morphtrain.cost.step import training_step, wait_for
+from morphtrain.cost.step import training_step
+from morphtrain.cost.stopwatch import wait_for
 
 # The unit of calibrated time: a machine that always takes just so long for a step of the workload. A constant, and not
 # the first quiet time of each host: so the times of several hosts and of all years compare, and nothing that was
@@ -43,7 +44,11 @@ class Reference:
             self._step()
 
     def burst(self, seconds: float) -> float:
-        """Work for `seconds`, to the end of a step, and return the steps a second."""
+        """Work for `seconds`, to the end of a step, and return the steps a second.
+
+        All of the time counts, between steps as well: what keeps this process from working slows training down, too.
+        So single steps are not timed with `morphtrain.cost.stopwatch`.
+        """
         steps, spent = 0, 0.0
         start = time.perf_counter()
         while spent < seconds:

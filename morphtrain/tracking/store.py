@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from morphtrain.files import directory_lock
 
 # What MLflow would do by default: report to its makers, and wait minutes for a server that is gone. Trying again is the
 # caller's business, who knows what it may cost; MLflow would also send twice what makes a run. A user's settings win.
@@ -79,12 +80,8 @@ def alone(uri: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with directory_lock(path.parent):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[Any]:

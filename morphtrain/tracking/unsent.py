@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from morphtrain.errors import UserError
+from morphtrain.files import write_atomically
 
 FILE = "unsent.json"
 
@@ -35,16 +35,7 @@ def write(record: Record, directory: Path) -> None:
     Files of the directory itself are named as seen from there, so that it can be moved.
     """
     facts = asdict(record) | {"artifacts": [(_from(directory, path), folder) for path, folder in record.artifacts]}
-    fresh = directory / f"{FILE}.{os.getpid()}.tmp"
-    try:
-        fresh.touch(mode=0o600)
-        with fresh.open("w") as file:
-            json.dump(facts, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, directory / FILE)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_atomically(directory / FILE, json.dumps(facts).encode(), mode=0o600)
 
 
 def read(directory: Path) -> Record | None:

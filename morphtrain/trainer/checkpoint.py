@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from morphtrain import custom, morph, options, schema
 from morphtrain.errors import UserError
+from morphtrain.files import write_atomically
 from morphtrain.initialise import fresh_weights
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
@@ -65,20 +65,7 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
     """
     buffer = io.BytesIO()
     torch.save(_state(run, tracking_id), buffer)
-    last = directory / LAST
-    fresh = directory / f"{LAST}.{os.getpid()}.tmp"
-    try:
-        with fresh.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            os.replace(last, directory / PREVIOUS)
-        os.replace(fresh, last)
-    except OSError as error:  # the system names no file when a write fails
-        raise OSError(error.errno, error.strerror, str(last)) from error
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_atomically(directory / LAST, buffer.getbuffer(), previous=directory / PREVIOUS)
 
 
 def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from morphtrain import options, schema
 from morphtrain.byte_sizes import readable
-from morphtrain.cost.memory import NOT_MODELLED, MemoryModel, fitted, fitting_batch
+from morphtrain.cost.max_batch import fitting_batch
+from morphtrain.cost.memory import NOT_MODELLED, MemoryModel, fitted
 from morphtrain.cost.simulate import SimulatedStep
 from morphtrain.cost.throughput import knee, throughput
 from morphtrain.cost.verify import Verified, verify_batch
@@ -48,7 +49,7 @@ def show_max_batch(config: schema.MaxBatch, choices: Sequence[str]) -> int:
     print(f"largest batch: {batch_size}; its step takes {readable(peak)}, {readable(usable - peak)} are left")
     print(f"not modelled: {NOT_MODELLED}")
     if here and device.type == "cuda":
-        batch_size = _show_verified(config, model, input_shape, settings)
+        batch_size = _show_verified(config, model, input_shape, batch_size, settings)
     else:
         print("not verified: real steps are tried on a CUDA device only")
     if not here:
@@ -148,11 +149,11 @@ def _show_model(memory: MemoryModel) -> None:
 
 
 def _show_verified(
-    config: schema.MaxBatch, model: nn.Module, input_shape: tuple[int, ...], settings: dict[str, Any]
+    config: schema.MaxBatch, model: nn.Module, input_shape: tuple[int, ...], guess: int, settings: dict[str, Any]
 ) -> int:
     budget = config.usable_bytes
     found: Verified = _or_user_error(
-        "budget", config.budget, lambda: verify_batch(model, input_shape, budget, **settings)
+        "budget", config.budget, lambda: verify_batch(model, input_shape, budget, guess=guess, **settings)
     )
     print(
         f"verified: {found.batch_size}, by two steps in each of {len(found.trials)} fresh processes; "

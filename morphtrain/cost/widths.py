@@ -18,11 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from morphtrain.morph.graph import ChannelGraph
-from morphtrain.morph.spaces import Axis, Space
-from morphtrain.morph.trace.calls import Call
-from morphtrain.morph.trace.kinds import MIXING, TRANSPOSED
-from morphtrain.morph.trace.traced import SAMPLES
+from morphtrain.morph import MIXING, SAMPLES, TRANSPOSED, Axis, Call, ChannelGraph, Space
 
 CostKind = Literal["flops", "model_size", "latency"]
 BYTES = 4  # of a number
@@ -126,7 +122,7 @@ class WidthCost:
         """The exact cost at these numbers of channels; spaces that are not in `widths` are as wide as they are now."""
         return sum(layer.cost(widths or {}) for layer in self.layers)
 
-    def value(self, strengths: Mapping[Space, torch.Tensor], alive: Mapping[Space, float]) -> Any:
+    def value(self, importance: Mapping[Space, torch.Tensor], alive: Mapping[Space, float]) -> Any:
         """MorphNet's regulariser, halved where both sides of a layer can change; a scalar tensor.
 
         sum over the layers of C/2 * (alive_1 * sum r_0 + alive_0 * sum r_1), or C * n_1 * sum r_0 where side 1 is
@@ -134,10 +130,10 @@ class WidthCost:
         `alive` widths counts.
 
         Args:
-            strengths: r of each channel (size,), of every space that can change; other spaces count as fixed.
+            importance: r of each channel (size,), of every space that can change; other spaces count as fixed.
             alive: of the same spaces the number of live channels, a constant to the derivative.
         """
-        sums = {space: strengths[space].sum() for space in alive}
+        sums = {space: importance[space].sum() for space in alive}
         total: Any = 0.0
         for layer in self.layers:
             pair, first, second = layer.dominating(alive)
