@@ -86,9 +86,9 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
 
 
 def discard_if_unused(run_dir: Path) -> None:
-    """Remove a run directory in which nothing but Hydra's own files has come to be."""
+    """Remove a run directory that holds nothing of a training."""
     entries = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if entries <= {".hydra", "run.log"}:
+    if entries <= {".hydra", "run.log", "environment.json"}:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.run import CONF
+from morphtrain.schema import CONF
 
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / group).glob("*.yaml"))]
 

@@ -27,7 +27,8 @@ from test_resume import assert_same, contents
 import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.timing import foreign, guard, reference
+from morphtrain.timing import contention as guard
+from morphtrain.timing import foreign, reference
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.cores import pinned
 from morphtrain.timing.foreign import ForeignCpu, Reading, foreign_share

@@ -22,7 +22,7 @@ from morphtrain.cost import estimate_memory
 from morphtrain.cost.verify import _in_fresh_process
 from morphtrain.errors import UserError
 from morphtrain.model import ResNet
-from morphtrain.run import CONF
+from morphtrain.schema import CONF
 from morphtrain.trainer.max_batch import images_of, pick_possible_device, show_max_batch
 
 MY_NET = """

@@ -24,7 +24,6 @@ from torch import nn
 import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.model import custom
 from morphtrain.outputs import check_outputs
 from morphtrain.state import Run
 from morphtrain.trainer import checkpoint
@@ -77,6 +76,12 @@ class Pair(Net):
     def forward(self, x):
         logits = super().forward(x)
         return (logits, logits) if self.training else logits
+
+
+def own_model(config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
+    model: nn.Module = options.build("model", config, num_classes=num_classes, in_channels=in_channels)
+    return model
+
 
 
 def small(**kwargs):
@@ -241,10 +246,10 @@ def test_the_constructor_gets_the_config_and_what_it_asks_of_the_data(package: P
 
 def test_what_the_config_sets_is_not_taken_from_the_data(package: Path) -> None:
     config = schema.Custom("own_net.Net", {"num_classes": 3})
-    model = custom.build(config, num_classes=10, in_channels=1)
+    model = own_model(config, 10, 1)
     assert (model.classifier.out_features, model.layers[0].in_channels) == (3, 1)
-    assert custom.build(schema.Custom("own_net.small", {}), 5, 2).classifier.out_features == 5  # through **kwargs
-    plain = custom.build(schema.Custom("torch.nn.Linear", {"in_features": 4, "out_features": 2}), 10, 1)
+    assert own_model(schema.Custom("own_net.small", {}), 5, 2).classifier.out_features == 5  # through **kwargs
+    plain = own_model(schema.Custom("torch.nn.Linear", {"in_features": 4, "out_features": 2}), 10, 1)
     assert isinstance(plain, nn.Linear)
 
 
@@ -272,7 +277,7 @@ def test_what_cannot_be_made_is_named(target: str, package: Path) -> None:
     (package / "own_old.py").write_text("from torch import Absent")
     arguments = {"wdith": 3} if target == "own_net.Net" else {}
     with pytest.raises(UserError, match=f"^model._target_={target}: {WRONG[target]}"):
-        custom.build(schema.Custom(target, arguments), 10, 3)
+        own_model(schema.Custom(target, arguments), 10, 3)
 
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
