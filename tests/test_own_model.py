@@ -22,7 +22,7 @@ from test_resume import assert_same, contents
 from torch import nn
 
 import morphtrain
-from morphtrain import schema
+from morphtrain import options, schema
 from morphtrain.errors import UserError
 from morphtrain.outputs import check_outputs
 from morphtrain.state import Run
@@ -78,12 +78,6 @@ class Pair(Net):
         return (logits, logits) if self.training else logits
 
 
-def own_model(config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
-    model: nn.Module = options.build("model", config, num_classes=num_classes, in_channels=in_channels)
-    return model
-
-
-
 def small(**kwargs):
     return Net(width=4, **kwargs)
 
@@ -97,6 +91,11 @@ made = Net(2, 3)  # draws while the module is imported
 
 NET = ["model=custom", "model._target_=own_net.Net", "+model.width=8", "+model.stages=[{multiple:1},{multiple:1}]"]
 RUN = [override for override in SMALL if not override.startswith(("model.", "epochs"))] + ["epochs=3", "tracking=none"]
+
+
+def own_model(config: schema.Custom, num_classes: int, in_channels: int) -> nn.Module:
+    model: nn.Module = options.build("model", config, num_classes=num_classes, in_channels=in_channels)
+    return model
 
 
 @pytest.fixture
