@@ -14,6 +14,7 @@ from morphtrain.prune.schedule import check_reach, is_active, is_due
 from morphtrain.prune.step_length import step_length
 from morphtrain.prune.widths import WidthProbe
 from morphtrain.state import Run
+from morphtrain.world import agree
 
 PROBE_SHARE = 0.05  # of the training so far: as long as the probe has taken more, widths are not rounded
 
@@ -90,7 +91,7 @@ class PruneTrain(Method):
         if self.config.round_to != "auto":
             return Rounding(least, self.config.round_to)
         trained = run.history[-1]["train_seconds"] if run.history else 0.0
-        if self.probe_seconds > PROBE_SHARE * trained:
+        if agree(self.probe_seconds > PROBE_SHARE * trained):
             return Rounding(least)
         probe = WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
         return Rounding(least, probe=probe, round_down=self.config.round_down)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from morphtrain.cost.stopwatch import timed
 from morphtrain.morph import ChannelGraph, Space, format_of_model
+from morphtrain.world import agree
 
 MULTIPLES = (4, 8, 16)
 TIE = 0.03  # of the fastest time: what repeated measurements of the same network differ by
@@ -93,7 +94,7 @@ class WidthProbe:
                     times.append(self._step(network, inputs, device))
                 fastest = min(times[0] for _, times in turns)
                 turns = [(network, times) for network, times in reversed(turns) if times[0] <= CLEARLY * fastest]
-        return [statistics.median(times) for times in seconds]
+        return agree([statistics.median(times) for times in seconds])  # all processes cut alike
 
     def _step(self, network: nn.Module, inputs: Sequence[Any], device: torch.device) -> float:
         """Seconds of a forward and backward pass."""
