@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import KILLED_RUN, SMALL, Command
 
 import morphtrain
 from morphtrain.contracts import Tracker
+from morphtrain.run import run_name
 from morphtrain.trainer import environment, records, train
 
 QUICK = [*SMALL, "device=cpu", "epochs=3"]
@@ -74,7 +76,7 @@ def test_the_environment_is_that_of_this_machine_and_this_code(tmp_path: Path, m
         subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
     monkeypatch.chdir(tmp_path)
-    facts = environment.environment(torch.device("cpu"))
+    facts = environment.describe(torch.device("cpu"))
     assert facts["git_commit"] == commit.stdout.strip()
     assert facts["git_clean"] == "true"
     assert (facts["host"], facts["torch"]) == (platform.node(), torch.__version__)
@@ -83,9 +85,9 @@ def test_the_environment_is_that_of_this_machine_and_this_code(tmp_path: Path, m
     assert facts["processor"]
     (tmp_path / "net.py").write_text("a = 1")
     subprocess.run(["git", "add", "net.py"], check=True)
-    assert environment.environment(torch.device("cpu"))["git_clean"] == "false"
+    assert environment.describe(torch.device("cpu"))["git_clean"] == "false"
     monkeypatch.setattr(environment, "_git", lambda *_: None)  # outside of a repository, or without git
-    assert not {"git_commit", "git_clean"} & set(environment.environment(torch.device("cpu")))
+    assert not {"git_commit", "git_clean"} & set(environment.describe(torch.device("cpu")))
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_where_it_was(tmp_path: Path) -> None:
@@ -93,3 +95,18 @@ def test_a_run_that_goes_on_elsewhere_keeps_where_it_was(tmp_path: Path) -> None
     for facts in (first, first, second, second):
         environment.write(tmp_path, facts)
     assert json.loads((tmp_path / environment.FILE).read_text()) == {**second, "before": [first]}
+
+
+def test_runs_are_called_after_what_tells_them_apart() -> None:
+    def name(*typed: str, trial: int | None = None) -> str:
+        choices = {"model": "resnet8"}
+        settings = SimpleNamespace(
+            overrides=SimpleNamespace(task=list(typed)), runtime=SimpleNamespace(choices=choices)
+        )
+        return run_name(settings, SimpleNamespace(seed=1, trial=trial))  # type: ignore[arg-type]
+
+    assert name() == "resnet8 seed=1"
+    assert name("prune=prunetrain", "optimizer.lr=0.05") == "resnet8 prune=prunetrain optimizer.lr=0.05 seed=1"
+    assert name("model=vgg8", "seed=3") == "model=vgg8 seed=3"
+    silent = ("tracking.uri=postgresql://u:secret@h/db", "resume=auto", "+timing.cores=1", "trial=4")
+    assert name("grow=wider", *silent, trial=4) == "trial 4: resnet8 grow=wider seed=1"

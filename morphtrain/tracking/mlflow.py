@@ -20,6 +20,7 @@ from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
 
 BATCH = 900  # metrics a call; MLflow takes 1000
+NAME_LENGTH = 250  # of a run, in MLflow's database
 SHARE = 0.005  # of the time, for failing tries of values, and as much for those of files
 RUN_DIR_TAG = "run_dir"
 PARENT_TAG = "mlflow.parentRunId"
@@ -68,7 +69,7 @@ class MLflowTracker(Tracker):
     ) -> None:
         """Create the MLflow run or, if `resumed`, go on in the one that `run_dir` and `history` belong to."""
         tags = dict(tags)
-        name = tags.pop("name", f"seed {tags['seed']}")
+        name = tags.pop("name", f"seed {tags['seed']}")[:NAME_LENGTH]
         parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
         self.begin(
             Record(

@@ -19,7 +19,7 @@ FILE = "environment.json"
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def describe(device: torch.device) -> dict[str, str]:
     """What a reader of the times has to know, by name.
 
     `git_commit` is that of the directory the run was started from, `git_clean` whether its tracked files were as

@@ -18,8 +18,7 @@ from morphtrain.schema import Config
 from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
-from morphtrain.trainer import checkpoint, records
-from morphtrain.trainer import environment as environments
+from morphtrain.trainer import checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
@@ -64,12 +63,12 @@ def _train(
     run, stored = _start_or_resume(config, run_dir, slot.device)
     guard = Guard(slot, config.timing, run.history)
     start(run)
-    facts = environments.environment(run.device)
-    environments.write(run_dir, facts)
+    machine = environment.describe(run.device)
+    environment.write(run_dir, machine)
     records.begin(run_dir, run.history)
     run_id = stored.facts["tracking_id"] if stored else None
     tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
-    tags = {**tags, "seed": str(config.seed), "device": str(run.device), **facts}
+    tags = {**tags, "seed": str(config.seed), "device": str(run.device), **machine}
     tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
     status = "FAILED"
     try:
