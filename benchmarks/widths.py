@@ -30,7 +30,7 @@ from morphtrain.morph import ChannelGraph
 from morphtrain.prune.lasso import group_lassos, penalty, penalty_weight_for_ratio, shrink
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import NO_ROUNDING, Rounding
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.trainer.build import FORMATS
 from morphtrain.trainer.process import prepare_process
 

@@ -19,7 +19,9 @@ def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
     config = schema.parse_max_batch(composed)
     choices = HydraConfig.get().runtime.choices
-    from morphtrain.trainer.max_batch import show_max_batch  # torch is slow to import; --help and --cfg do without
+    from morphtrain.trainer.max_batch_report import (
+        show_max_batch,  # torch is slow to import; --help and --cfg do without
+    )
 
     return show_max_batch(
         config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]

@@ -23,7 +23,7 @@ from morphtrain.cost.verify import _in_fresh_process
 from morphtrain.errors import UserError
 from morphtrain.model import ResNet
 from morphtrain.schema import CONF
-from morphtrain.trainer.max_batch import images_of, pick_possible_device, show_max_batch
+from morphtrain.trainer.max_batch_report import images_of, pick_possible_device, show_max_batch
 
 MY_NET = """
 from torch import nn

@@ -13,8 +13,8 @@ import morphtrain
 from morphtrain.cost.params import count_weights
 from morphtrain.prune.lasso import group_lassos, penalty
 from morphtrain.prune.reconfigure import live_channels
-from morphtrain.prune.schedule import is_active, is_due
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.when import is_active, is_due
+from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.loop import train_epoch

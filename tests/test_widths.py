@@ -15,7 +15,7 @@ from morphtrain.morph import ChannelGraph, Space
 from morphtrain.morph.formats import format_of
 from morphtrain.prune.reconfigure import channel_importance, reconfigure
 from morphtrain.prune.rounding import NO_ROUNDING, Rounding
-from morphtrain.prune.widths import LAST_ROUNDS, WidthProbe, cut, widths_of
+from morphtrain.prune.width_probe import LAST_ROUNDS, WidthProbe, cut, widths_of
 
 Clock = Callable[[int, int], float]  # of the inputs and outputs of a convolution
 

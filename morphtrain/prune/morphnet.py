@@ -18,8 +18,8 @@ from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
 from morphtrain.prune.lasso import penalty_weight_for_ratio
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.schedule import check_reach, is_active, is_due
 from morphtrain.prune.step_length import step_length
+from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
 from morphtrain.world import agree
 

@@ -10,9 +10,9 @@ from morphtrain.method import Method
 from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, penalty_weight_for_ratio, shrink
 from morphtrain.prune.reconfigure import live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.schedule import check_reach, is_active, is_due
 from morphtrain.prune.step_length import step_length
-from morphtrain.prune.widths import WidthProbe
+from morphtrain.prune.when import check_reach, is_active, is_due
+from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
 from morphtrain.world import agree
 

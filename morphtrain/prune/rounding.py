@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from morphtrain.morph import Axis, ChannelGraph, Space
-from morphtrain.prune.widths import Kept, WidthProbe
+from morphtrain.prune.width_probe import Kept, WidthProbe
 
 MULTIPLES = (4, 8, 16)  # that a probe compares
 

@@ -5,6 +5,6 @@ tracker is told the whole history each time and sends what it has not sent, so a
 and `end_sweep` keep the run that the runs of a sweep have in common.
 """
 
-from morphtrain.tracking.sweeps import begin_sweep, end_sweep
+from morphtrain.tracking.sweep_run import begin_sweep, end_sweep
 
 __all__ = ["begin_sweep", "end_sweep"]
