@@ -32,6 +32,10 @@ from morphtrain.schema.parse import CONF, compose, parse, parse_max_batch, store
 for _module in pkgutil.iter_modules(__path__):  # an option may have a file of its own beside its group's
     importlib.import_module(f"{__name__}.{_module.name}")
 
+for _group in OPTIONS:
+    if _group != "timing":  # whose keys say how the user's own parts are clocked, too
+        OPTIONS[_group]["custom"] = Custom
+
 __all__ = [
     "CONF",
     "METRICS",

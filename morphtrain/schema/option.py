@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from morphtrain.schema.custom import Custom
 
-# group -> name of an option -> what declares its keys; `custom` is the user's own, in every group but a closed one
+# group -> name of an option -> what declares its keys
 OPTIONS: dict[str, dict[str, type[Option] | type[Custom]]] = {}
 
 
@@ -29,7 +29,6 @@ class Option:
     Class keywords:
         group: of a group's base: the group's name.
         plain: of a group's base: its options without further keys.
-        closed: of a group's base: there is nothing of the user's own.
         option: of an option: its name, or several if options share their keys.
     """
 
@@ -42,12 +41,11 @@ class Option:
         cls,
         group: str | None = None,
         plain: tuple[str, ...] = (),
-        closed: bool = False,
         option: str | tuple[str, ...] = (),
     ) -> None:
         if group is not None:
             cls.group = group
-            OPTIONS[group] = {} if closed else {"custom": Custom}
+            OPTIONS[group] = {}
         names = (option,) if isinstance(option, str) else option
         for name in (*plain, *names):
             OPTIONS[cls.group][name] = cls

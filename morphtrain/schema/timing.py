@@ -9,7 +9,7 @@ from morphtrain.schema.option import Option
 
 
 @dataclass
-class Timing(Option, group="timing", plain=("default",), closed=True):
+class Timing(Option, group="timing", plain=("default",)):
     sync: str
     warmup_epochs: int
     cores: int | None
