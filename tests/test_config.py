@@ -19,9 +19,8 @@ OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / grou
 
 # What an option file leaves to the user.
 REQUIRED = {"model=torchvision": ["model.name=resnet18"], "model=custom": ["model._target_=my_package.Net"]}
-REQUIRED |= {
-    f"{group}=custom": [f"{group}._target_=a.B"] for group in schema.OPTIONS if group not in ("model", "timing")
-}
+OWN = set(schema.OPTIONS) - {"model", "timing"}
+REQUIRED |= {f"{group}=custom": [f"{group}._target_=my_package.Part"] for group in OWN}
 GROWN = ["prune=prunetrain", "prune.stop_epoch=10"]
 REQUIRED |= {f"grow={name}": ["grow.at_epochs=[2]", *GROWN] for name in ("wider", "deeper", "selective")}
 REQUIRED["grow=morphnet"] = GROWN

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, Command
@@ -289,13 +290,20 @@ def test_what_does_not_fit_is_refused_in_a_line(case: str) -> None:
 
 
 class Hoarder(Method):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": {1, 2}}
+        return {"seen": [{"set": {1, 2}, "float64": np.float64(1), "module": nn.Identity()}[self.kind]]}
 
 
-def test_state_that_no_checkpoint_can_give_back_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    config = morphtrain.compose(*DENSE, "tracking=none", "methods=[{_target_: test_own_parts.Hoarder}]")
-    with pytest.raises(UserError, match=r"methods.0: its state_dict\(\) holds a set"):
+@pytest.mark.parametrize(("kind", "name"), [("set", "set"), ("float64", "float64"), ("module", "Identity")])
+def test_state_that_no_checkpoint_can_give_back_is_refused_before_it_is_written(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    methods = f"methods=[{{_target_: test_own_parts.Hoarder, kind: {kind}}}]"
+    config = morphtrain.compose(*DENSE, "tracking=none", methods)
+    with pytest.raises(UserError, match=rf"methods.0: its state_dict\(\) holds a {name}"):
         train(config, tmp_path, {})
     assert not (tmp_path / "last.pt").exists()
 

@@ -97,8 +97,8 @@ def _stateful(run: Run) -> dict[str, Any]:
 
 def _plain(name: str, state: Any) -> Any:
     """`state` itself; raises `UserError` for what no checkpoint could be loaded with again."""
-    leaves = tree_leaves(state)
-    foreign = [leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, str, int, float, NoneType))]
+    plain = (str, int, float, bool, NoneType)  # exactly: numpy's floats are floats, but no file gives them back
+    foreign = [leaf for leaf in tree_leaves(state) if not isinstance(leaf, torch.Tensor) and type(leaf) not in plain]
     if foreign:
         kind = type(foreign[0]).__name__
         raise UserError(f"{name}: its state_dict() holds a {kind}; tensors, numbers, text, lists and dicts work")
