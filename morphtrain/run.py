@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import schema
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
@@ -120,7 +120,7 @@ def message(error: Exception) -> str:
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         hint = "; make room there, or choose another place with hydra.run.dir" if error.errno in UNWRITABLE else ""
-        return f"{place}{error.strerror or first_line(error)}{hint}"
+        return f"{place}{error.strerror or str(error) or type(error).__name__}{hint}"
     cause = error.__cause__
     detail = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
     return f"{error}{detail}"

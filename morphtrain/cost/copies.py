@@ -1,4 +1,4 @@
-"""A model and its optimizer once more, over other tensors."""
+"""A copy of a model and its optimizer, over other tensors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ MOMENTUM_SGD = partial(SGD, lr=0.1, momentum=0.9)
 def copied(
     model: nn.Module, optimizer: Optimizing, convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[nn.Module, Optimizer]:
-    """The model in training mode, and an optimizer of its parameters that has not taken a step yet.
+    """A copy of the model in training mode, and an optimizer of its parameters that has not taken a step yet.
 
-    `convert` makes the new tensor of every parameter and buffer; no other copy of them is made on the way. Shared
-    parameters stay shared.
+    Args:
+        optimizer: of `model`, whose settings and parameter groups are copied; or what makes one of parameters.
+        convert: makes the new tensor of every parameter and buffer; no other copy of them is made on the way. Shared
+            parameters stay shared.
     """
     with torch.no_grad():
         new: dict[int, object] = {id(buffer): convert(buffer) for buffer in model.buffers()}

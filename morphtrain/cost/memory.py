@@ -1,7 +1,7 @@
 """Memory of a training step. Nothing is computed: no GPU is needed.
 
-Counted are weights, buffers, optimizer state, gradients, the batch, what autograd saves for backward, and whatever else
-is alive at the step's fullest moment. Not counted is what a device takes beyond the tensors: NOT_MODELLED.
+It counts weights, buffers, optimizer state, gradients, the batch, what autograd saves for backward, and whatever else
+is alive at the fullest moment of the step. It does not count what a device takes beyond the tensors: NOT_MODELLED.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = (64, 128)  # batches that are simulated; the cost of a simulation does n
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Peak bytes of a training step of any batch: the largest of some lines, `fixed + per_sample * batch`.
+    """Peak bytes of a training step of any batch: the largest of several lines, `fixed + per_sample * batch`.
 
     Each line is a moment of the step. With large batches the peak is where most activations are alive, at the start
     of backward: the last line. With few samples and many weights it may be the optimizer's step.
@@ -66,7 +66,7 @@ def memory_model(
     """Peak memory of a step as a function of the batch, from two simulated steps.
 
     Args:
-        model: is not changed; simulated in training mode.
+        model: is not changed; it is simulated in training mode.
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters: `torch.optim.AdamW`. Its state counts,
             whether it has any yet or not.
@@ -106,11 +106,11 @@ def estimate_memory(
 
 
 def fitted(step: SimulatedStep) -> MemoryModel:
-    """Every moment's bytes are affine in the batch: two sizes give the line of each."""
+    """The memory model of a step. Every moment's bytes are affine in the batch, so two sizes give the line of each."""
     small, large = SIZES
     few, many = step.live_bytes(small), step.live_bytes(large)
     exact = len(few) == len(many)
-    if not exact:  # moments that cannot be told which is which
+    if not exact:  # which moment of one is which of the other cannot be told
         few, many = [max(few)], [max(many)]
     lines = set()
     for a, b in zip(few, many, strict=True):
@@ -120,7 +120,7 @@ def fitted(step: SimulatedStep) -> MemoryModel:
 
 
 def _envelope(lines: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Those of the lines that are above all others for some batch of 1 or more."""
+    """The lines that are above all others for some batch of 1 or more, in the order of their slopes."""
     highest = max(lines, key=lambda line: (line[0] + line[1], line[1]))
     envelope = [highest]
     while steeper := [line for line in lines if line[1] > highest[1]]:

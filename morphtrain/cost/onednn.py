@@ -1,7 +1,7 @@
-"""The copies oneDNN's convolutions make on a CPU: NCHW tensors in blocks of as many channels as a vector holds.
+"""The copies that oneDNN's convolutions make on a CPU: NCHW tensors in blocks of as many channels as a vector holds.
 
-Read off what torch's allocator hands out inside a convolution (torch 2.14, AVX-512). In channels_last they read and
-write tensors as they are.
+Found by watching what torch's allocator hands out inside a convolution (torch 2.14, AVX-512). In channels_last, the
+convolutions read and write tensors as they are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 from morphtrain.morph.formats import format_of
 
-BLOCKS = {"AVX512": 16, "AVX2": 8}  # channels; elsewhere a copy is as large as its tensor
-FEW_CHANNELS = 8  # kernels larger than 1x1 read up to that many as they are
+BLOCKS = {"AVX512": 16, "AVX2": 8}  # channels; on other processors a copy is as large as its tensor
+FEW_CHANNELS = 8  # inputs of at most so many are not copied for kernels larger than 1x1
 
 
 def copied_bytes(func: Any, args: Sequence[Any], result: Any) -> int:
-    """Bytes that aten's operation `func` holds inside at its fullest moment, beyond what it takes and returns."""
+    """Bytes that aten's operation `func` holds at its fullest moment beyond what it takes and returns."""
     if func is torch.ops.aten.convolution.default:
         inputs, weight = args[:2]
         return 0 if _channels_last(inputs, weight) else _forward(inputs, weight, result)
@@ -42,7 +42,7 @@ def _backward(
     input_gradient: torch.Tensor | None,
     strided: bool,
 ) -> int:
-    """First the copies that the input's gradient is computed in, then, beside it, those for the weight's gradient."""
+    """First the copies in which the input's gradient is computed; then, with it in memory, those for the weight's."""
     first, written = 0, _blocked(gradient)
     if input_gradient is not None and strided:
         first = 2 * input_gradient.nbytes  # in channels_last, and two steps from there
@@ -64,5 +64,5 @@ def _blocked(tensor: torch.Tensor) -> int:
 
 
 def _channels_last(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the convolution works in channels_last, as one of the two asks for."""
+    """Whether the convolution works in channels_last: it does if one of the two lies so."""
     return torch.channels_last in (format_of(inputs), format_of(weight))

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters; shared ones count once, buffers do not."""
+    """How many parameters `model` has, trained and frozen; shared ones count once, buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""The largest batch that fits, where finding out whether one does is what costs."""
+"""The largest batch that fits, found with few tries: each one costs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ FIRST_STRIDE = 0.05  # of the guess; it doubles until the boundary is between tw
 
 
 def largest_fitting(fits: Callable[[int], bool], guess: int, tolerance: float = 0.01) -> int:
-    """A batch of 1 or more that fits and of which one larger by `tolerance` (or by one sample) does not.
+    """The largest batch that fits, to a relative `tolerance` or one sample; 0 if not even one sample fits.
 
-    Starts at `guess` and bisects only between the last size that fits and the first one that does not. `fits` is
-    called once for a size; what is returned has been tried. 0 if one sample does not fit.
+    The search starts at `guess`, steps away from it until one size fits and another does not, and bisects between the
+    two. `fits` is called at most once for each size; the size that is returned has been tried.
     """
     stride = max(1, round(guess * FIRST_STRIDE))
     fitting, failing = (guess, None) if fits(guess) else (0, guess)

@@ -29,12 +29,15 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsup
 
 
 class LiveBytes(TorchDispatchMode):
-    """Notes behind every operation how many bytes are held by the storages that have come to be under it.
+    """Notes after every operation how many bytes are held by the storages that were made while this mode was on.
 
     A storage counts from the operation that returns it until nothing refers to it any more, as an allocator that
-    hands out exactly what is asked for would have it. What an operation needs inside and frees again does not count,
-    but for `copies`: whether convolutions copy what they read and write into a layout of their own, as oneDNN's do. A
-    sum of gradients counts as a new tensor; autograd adds in place where it can, but not under a mode.
+    hands out exactly what is asked for would have it. What an operation needs inside and frees again does not count.
+    A sum of gradients counts as a new tensor; autograd adds in place where it can, but not under a mode.
+
+    Args:
+        copies: whether convolutions copy what they read and write into a layout of their own, as oneDNN's do. These
+            copies do count.
     """
 
     def __init__(self, copies: bool) -> None:
@@ -62,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten":  # `prim` asks for devices and the like
+        if func.namespace == "aten":  # `prim` only asks for devices and the like
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor):
                     self.hold(tensor)
@@ -85,12 +88,12 @@ class AnyValue(TorchDispatchMode):
 
 
 def without_values(tensor: torch.Tensor) -> torch.Tensor:
-    """The same on the CPU, uninitialised: all is simulated there, since autograd wants the driver of other devices."""
+    """The same tensor on the CPU, uninitialised. All is simulated there: autograd wants the driver of other devices."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 class SimulatedStep:
-    """A step of a model that is trained already: the optimizer has its state. The model itself is left alone.
+    """A training step whose optimizer has its state already, as all but the first have. The model is not changed.
 
     Args:
         model: on any device, in any mode; it is simulated in training mode.
@@ -131,7 +134,7 @@ class SimulatedStep:
         self._optimizer.zero_grad()
 
     def live_bytes(self, batch_size: int) -> list[int]:
-        """Bytes alive behind each operation of a step of `batch_size` samples: weights and all.
+        """Bytes alive after each operation of a step of `batch_size` samples: weights and all.
 
         Raises:
             ValueError: for a network that cannot train on so few samples, or that decides by the values it computes.

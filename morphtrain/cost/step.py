@@ -1,4 +1,4 @@
-"""The step whose memory and speed are in question, as the trainer's loop takes it."""
+"""The training step whose memory and speed are measured: the same as in the trainer's loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def training_step(
     labels: torch.Tensor,
     autocast_dtype: torch.dtype | None = None,
 ) -> None:
-    """Forward, backward, the optimizer's step; the gradients are gone afterwards."""
+    """Forward, backward and optimizer step on `images` (B, ...) and `labels` (B,); gradients are None afterwards."""
     backpropagate(model, images, labels, autocast_dtype)
     optimizer.step()
     optimizer.zero_grad()

@@ -21,11 +21,11 @@ STEPS = 2  # the first one makes the optimizer's state, the second one has gradi
 
 @dataclass(frozen=True)
 class Trial:
-    """What two steps of one batch size took. Bytes of the allocator, which holds more than the tensors need."""
+    """What two steps of one batch size took; bytes are the allocator's, which holds more than the tensors need."""
 
     batch_size: int
     fits: bool
-    peak_bytes: int  # reserved at most
+    peak_bytes: int  # the most that was reserved
     retries: int  # times the allocator had to return cached memory to go on: fragmentation
 
 
@@ -51,8 +51,12 @@ def verify_batch(
     """The largest batch, to one percent, that takes two full steps within `budget_bytes` of the model's CUDA device.
 
     Every size is tried in a process of its own, whose allocator may reserve the budget and no more: a failure leaves
-    nothing behind. Those processes import the script that calls this, which therefore needs its
-    `if __name__ == "__main__":`. The CUDA context, some hundred MiB, comes on top of the budget.
+    nothing behind. These processes import the script that calls this, so it needs its `if __name__ == "__main__":`.
+    The CUDA context, some hundred MiB, comes on top of the budget.
+
+    Args:
+        guess: where to start, as `morphtrain.cost.max_batch` estimates it; the closer, the fewer tries.
+        model, input_shape, optimizer, autocast_dtype: as in `morphtrain.cost.memory_model`.
 
     Raises:
         ValueError: for a model that is not on a CUDA device, or of which no batch fits.
@@ -82,7 +86,7 @@ def verify_batch(
 
 
 def _in_fresh_process(batch_size: int, *job: Any) -> Trial:
-    """What `_try` sends; the `job` is the rest of its arguments."""
+    """What `_try` sends from another process; `job` holds the rest of its arguments."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_try, args=(sender, batch_size, *job))

@@ -49,12 +49,12 @@ class Side:
         return sum(segment.length for segment in self.axis.segments if segment.space not in free)
 
     def spans(self, free: Mapping[Space, Any]) -> list[tuple[Space, int]]:
-        """The `free` spaces on this side, with the entries that each of their channels has; one may come again."""
+        """The `free` spaces on this side, each with the entries that a channel of it has; a space may occur twice."""
         segments = self.axis.segments if self.axis else []
         return [(segment.space, segment.span) for segment in segments if segment.space and segment.space in free]
 
     def total(self, amounts: Mapping[Space, Any]) -> Any:
-        """What `amounts` of the spaces are in entries of this side; entries of other spaces do not count."""
+        """`amounts` of channels of the spaces as entries of this side; other spaces do not count."""
         return sum((span * amounts[space] for space, span in self.spans(amounts)), 0.0)
 
 
@@ -77,9 +77,9 @@ class Layer:
 class WidthCost:
     """The cost of a sample's forward pass through the layers that a graph follows, by the widths of its spaces.
 
-    Counted are convolutions and linear layers that are modules, all else is free, as in `cost.count_macs`; modules
-    that the graph was told to ignore are left out. It follows `graph.reindex`; behind other changes (a block removed,
-    a gate, another trace) make it anew.
+    Convolutions and linear layers that are modules count, all else is free, as in `cost.count_macs`. Modules that the
+    graph was told to ignore are left out. The cost follows `graph.reindex`; after other changes (a block removed, a
+    gate, another trace) make a new one.
 
     Args:
         kind: "flops": two for a multiply-accumulate. "model_size": the weights, those of several layers once.
@@ -119,7 +119,7 @@ class WidthCost:
             self.layers.append(Layer((zero, one), terms))
 
     def __call__(self, widths: Mapping[Space, int] | None = None) -> float:
-        """The exact cost at these numbers of channels; spaces that are not in `widths` are as wide as they are now."""
+        """The exact cost at these widths; spaces that are not in `widths` are as wide as they are now."""
         return sum(layer.cost(widths or {}) for layer in self.layers)
 
     def value(self, importance: Mapping[Space, torch.Tensor], alive: Mapping[Space, float]) -> Any:

@@ -24,8 +24,8 @@ class Precision:
     Args:
         device: of the model.
         dtype: None computes in the parameters' own type; otherwise `torch.autocast` picks per operation.
-        init_scale: first loss scale. Dynamic scaling (Micikevicius et al. 2018, arXiv 1710.03740) is on for float16
-            and off for everything else, whose range does not need it.
+        init_scale: the first loss scale. Dynamic scaling (Micikevicius et al. 2018, arXiv 1710.03740) is on for float16
+            and off for all other types, whose range does not need it.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None, init_scale: float = 2.0**16) -> None:
@@ -41,14 +41,21 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def backward(self, loss: torch.Tensor, optimizer: Optimizer, more: bool = False) -> None:
-        """Add the gradients of `loss`. They are unscaled, so that regularisers and clipping may use them as they are,
-        unless `more` losses of the same step are to come."""
+        """Add the gradients of `loss`, and unscale them, so that regularisers and clipping may use them as they are.
+
+        Args:
+            more: other losses of the same step follow; gradients stay scaled until the last one.
+        """
         self.scaler.scale(loss).backward()
         if self.scaler.is_enabled() and not more:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Take the optimizer's step; False if it was skipped because the scaled gradients overflowed."""
+        """Take the optimizer's step.
+
+        Returns:
+            False if it was skipped because the scaled gradients overflowed.
+        """
         if not self.scaler.is_enabled():
             optimizer.step()
             return True
@@ -66,7 +73,7 @@ class Precision:
 
 
 def warn_if_slow(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Say so, with the measured factor, if this CPU has no fast way to compute in `dtype`. The run goes on."""
+    """Warn, with the measured factor, if `device` is a CPU that is slow in `dtype`; the run goes on."""
     if device.type != "cpu":
         return
     factor = _convolution_seconds(dtype) / _convolution_seconds(torch.float32)

@@ -7,7 +7,7 @@ from morphtrain.precision.autocast import Precision, warn_if_slow
 
 
 def build(config: schema.precision.Autocast, device: torch.device) -> Precision:
-    """`dtype=auto` is float16 on CUDA and bfloat16 elsewhere: CPUs emulate float16 slowly."""
+    """`dtype=auto` is float16 on CUDA and bfloat16 elsewhere: CPUs emulate float16, which is slow."""
     name = config.dtype
     if name == "auto":
         name = "float16" if device.type == "cuda" else "bfloat16"

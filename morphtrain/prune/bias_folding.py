@@ -1,4 +1,4 @@
-"""Dead channels are not always zero: behind a norm whose weight is zero each is a constant, not to be lost with it."""
+"""Dead channels are not always zero: after a norm with weight zero each is a constant, which must stay when it goes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import nn
 
 from morphtrain.morph import MIXING, ChannelGraph, Space, kept_modes
 
-CONSTANTS = ("bias", "running_mean")  # what makes a channel's value beside its weights
+CONSTANTS = ("bias", "running_mean")  # what a channel's value consists of besides its weights
 
 
 @torch.no_grad()
 def fold_constants(graph: ChannelGraph, images: torch.Tensor, dead: Mapping[Space, torch.Tensor]) -> None:
-    """Give what dead channels add, on average over `images`, to the layers that take them in, and set them to zero.
+    """Move what dead channels add, on average over `images`, into the layers that read them, and set them to zero.
 
-    The mean of a channel times the weights goes into the running mean of the norm behind the layer, or without one into
-    the layer's bias, and the channel's own biases become zero. In evaluation mode the network computes what it did, if
-    the channel is a constant and zero padding does not cut it off at the edges; in training mode a batch norm behind
-    the layer takes the constant out in any case. What a layer without norm and bias makes of it is lost.
+    The mean of a channel times the weights goes into the running mean of the norm after the layer, or without one into
+    the layer's bias; the channel's own biases become zero. In evaluation mode the network computes what it did before,
+    if the channel is a constant and no zero padding cuts it off at the edges. In training mode a batch norm after the
+    layer removes the constant in any case. For a layer without norm and bias, what the channels add is lost.
 
     Args:
+        images: (B, C, H, W), a batch of the training set.
         dead: masks (size,) of channels whose weights (of the norms, or of what makes them) are zero or will be.
     """
     for target, parts in _mean_contributions(graph, images, dead):
@@ -44,7 +45,7 @@ def _mean_contributions(
     """What takes a constant in (a bias, or minus a running mean), and the constants (O,), one for each call."""
     found: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
     masks = _dead_inputs(graph, dead)
-    norms: dict[str, list[str]] = {path: [] for path in masks}  # behind each call, in their order
+    norms: dict[str, list[str]] = {path: [] for path in masks}  # the norm after each call, in their order
     for call in graph.calls:
         if call.path in masks:
             norms[call.path].append(call.norm)
@@ -83,7 +84,7 @@ def _dead_inputs(graph: ChannelGraph, dead: Mapping[Space, torch.Tensor]) -> dic
 
 
 def _target(model: nn.Module, module: Any, norm: str) -> tuple[torch.Tensor | None, float]:
-    """Where a constant that is no longer put out by a layer belongs, and the sign it has there."""
+    """Where to add a constant that `module` will no longer put out, and with which sign; None if there is no place."""
     running_mean = getattr(model.get_submodule(norm), "running_mean", None) if norm else None
     return (module.bias, 1.0) if running_mean is None else (running_mean, -1.0)
 

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class MorphNetPenalty(Method):
     """The method as hooks of the training loop; `WidthCost`, `ChannelNorms` and `reconfigure` are its functional form.
 
-    The slopes, what a channel of each space costs at the present live widths, are computed once an epoch, with its
-    first batch: widths change little within one, and a device need not be waited for in every step.
+    The slopes are what a channel of each space costs at the present live widths. They are computed once an epoch, with
+    its first batch: widths change little within an epoch, and no step has to wait for the device.
     """
 
     follows_channels = True
@@ -85,7 +85,7 @@ class MorphNetPenalty(Method):
         self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
 
     def _price(self, run: Run) -> None:
-        """Find the channels of the network as it is, and what they cost."""
+        """Find the channels of the present network, and what each of them costs."""
         cost = WidthCost(run.graph, self.cost, batch_size=run.batch_size, roofline=self.roofline)
         self.norms = ChannelNorms(run.graph, self.regulariser)
         self.slopes = self.norms.per_channel(cost.coefficients(self.norms.alive(self.config.gamma_threshold)))

@@ -1,8 +1,8 @@
 """Which widths are really faster on this device: `prune.round_to=auto`.
 
 Time does not fall as smoothly with the width as MACs do: vector units and kernels like some widths better than others
-(`benchmarks/widths.py` shows how much on this machine), and what a layer counts for shows in the whole network alone.
-So copies of the network are cut in all the ways in question, and training steps of theirs decide.
+(`benchmarks/widths.py` shows how much on this machine), and only the whole network shows what a layer counts for. So
+copies of the network are cut in all the ways in question, and their training steps decide.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from morphtrain.morph import ChannelGraph, Space, format_of_model
 from morphtrain.world import agree
 
 MULTIPLES = (4, 8, 16)
-TIE = 0.03  # of the fastest time: what repeated measurements of the same network differ by
-CLEARLY = 1.15  # slower than the fastest in a single step: more than noise
-ROUNDS, LAST_ROUNDS = 4, 8  # steps of each network, of which the median counts: while searching, and for the last word
+TIE = 0.03  # of the fastest time: how much repeated measurements of the same network differ
+CLEARLY = 1.15  # times as long as the fastest in a single step: more than noise
+ROUNDS, LAST_ROUNDS = 4, 8  # steps of each network, whose median counts: in the search, and to confirm its result
 
 Kept = Mapping[Space, torch.Tensor]  # space -> mask (size,) of the channels that stay
 
@@ -38,21 +38,24 @@ class WidthProbe:
     Args:
         batch_size: of the training steps that are to become fast.
         autocast: the context the network runs in.
+
+    Attributes:
+        spent_seconds: what all searches so far have taken.
     """
 
     def __init__(self, batch_size: int, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.batch_size = batch_size
         self.autocast = autocast
-        self.spent_seconds = 0.0  # on this
+        self.spent_seconds = 0.0
 
     def fastest(self, graph: ChannelGraph, options: Sequence[Kept]) -> Kept:
         """The cut with the fastest training steps, put together from `options`.
 
         A layer is fast when both its sides suit it, so whole options are tried first. Then the spaces of one resolution
-        after those of another, the largest first, change to those of another option as long as that saves time. Of cuts
-        that are equal but for noise the one that stands first counts; and the first option of all, if what was found
-        saves no more than noise over it, timed once more: of many measured times the shortest is likely one that was
-        measured too short.
+        after another, the highest first, take their widths from another option where that saves time. Of cuts that
+        differ by no more than noise, the first is taken. In the end the result and the first option are timed once
+        more, and the first option is taken unless the result is clearly faster: the shortest of many measured times is
+        likely one that was measured too short.
         """
         start = time.perf_counter()
         chosen = self._search(graph, options)
@@ -79,9 +82,10 @@ class WidthProbe:
         return next(option for option, spent in zip(different, seconds, strict=True) if spent <= within)
 
     def timed(self, networks: Sequence[nn.Module], inputs: Sequence[Any], rounds: int) -> list[float]:
-        """Seconds of a step of each network, the median of some in turns: what slows the machine slows all of them.
+        """Seconds of a step of each network, the median of `rounds`.
 
-        Of those that are clearly slower than another, one step tells enough.
+        The networks take turns, so that what slows the machine slows all of them. One that is clearly slower than
+        another takes one step only.
         """
         seconds: list[list[float]] = [[] for _ in networks]
         turns = list(zip(networks, seconds, strict=True))
@@ -109,7 +113,7 @@ class WidthProbe:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
     def _inputs(self, graph: ChannelGraph) -> list[Any]:
-        """A batch like the graph's example, of noise."""
+        """A batch of noise in the shape of the graph's example."""
         example = graph.example_input if isinstance(graph.example_input, tuple) else (graph.example_input,)
         device, layout = next(graph.model.parameters()).device, format_of_model(graph.model)
         return [self._batch(x, device, layout) if isinstance(x, torch.Tensor) else x for x in example]
@@ -122,7 +126,7 @@ class WidthProbe:
 
 
 def cut(graph: ChannelGraph, kept: Kept) -> nn.Module:
-    """A copy of the graph's model with the kept channels alone, in training mode."""
+    """A copy of the graph's model with only the kept channels, in training mode."""
     twin = copy.deepcopy(graph)
     changes = zip(twin.spaces, (kept[space] for space in graph.spaces), strict=True)
     twin.reindex_spaces({space: mask.nonzero().flatten() for space, mask in changes if not mask.all()})
@@ -130,11 +134,12 @@ def cut(graph: ChannelGraph, kept: Kept) -> nn.Module:
 
 
 def widths_of(kept: Kept) -> tuple[int, ...]:
+    """How many channels of each space are kept."""
     return tuple(int(mask.sum()) for mask in kept.values())
 
 
 def by_resolution(graph: ChannelGraph) -> list[list[Space]]:
-    """The spaces, together with those that have as many positions where they have most; the most positions first."""
+    """The spaces in groups of the same resolution, the highest first; where a space has several, its highest counts."""
     shapes = {call.path: (call.input_shape, call.output_shape) for call in graph.calls}
     groups: dict[int, list[Space]] = {}
     for space in graph.spaces:
