@@ -10,7 +10,6 @@ many times slower than four runs have to be.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from morphtrain.evidence.records import read_records
 
 LIMIT = 0.10  # by which calibrated times may differ
 NEIGHBOURS = 3
@@ -50,8 +49,7 @@ def command(directory: Path, *overrides: str) -> list[str]:
 def measure(directory: Path, *overrides: str) -> Measured:
     """Train in a process of its own, and read what it recorded."""
     subprocess.run(command(directory, *overrides), check=True, stdout=subprocess.DEVNULL)
-    facts = json.loads(torch.load(directory / "last.pt", weights_only=True)["facts"])
-    history = facts["history"]
+    history = read_records(directory)
     marked = statistics.mean(record["contended"] for record in history)
     return Measured(history[-1]["train_seconds"], history[-1]["calibrated_train_seconds"], marked)
 

@@ -9,15 +9,15 @@ Arms of one seed run one after the other, and a structure's own control directly
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from scipy import stats
+
+from morphtrain.evidence.records import read_records
 
 COMMON = ("data.train_samples=3000", "model.width=8", "batch_policy.batch_size=64")
 EPOCHS, MIDDLE = 12, 6
@@ -40,9 +40,7 @@ def train(directory: Path, *overrides: str) -> list[dict[str, float]]:
     run = ("data=fashion_mnist", "tracking=none", f"hydra.run.dir='{directory}'")  # quoted: names hold commas
     command = [sys.executable, "-m", "morphtrain.run", *overrides, *run]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    stored = torch.load(directory / "last.pt", weights_only=True)
-    history: list[dict[str, float]] = json.loads(stored["facts"])["history"]
-    return history
+    return read_records(directory)
 
 
 def seconds_of(records: list[dict[str, float]]) -> float:

@@ -23,6 +23,7 @@ from morphtrain.batch_policy.learning_rate import grow
 from morphtrain.batch_policy.sizes import without_single
 from morphtrain.cost import MemoryModel, count_params
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import read_records
 from morphtrain.ramp import Ramp
 from morphtrain.state import Run
 from morphtrain.trainer import checkpoint, train
@@ -122,7 +123,7 @@ NO_PRUNE = [o for o in ANY_POLICY if not o.startswith("prune")]
 def test_adabatch_multiplies_up_to_its_limit(tmp_path: Path) -> None:
     config = morphtrain.compose(*NO_PRUNE, "tracking=none", "device=cpu", *ADABATCH)
     train(config, tmp_path, {})
-    history = contents(tmp_path / "last.pt")["facts"]["history"]
+    history = read_records(tmp_path)
     sizes = [record["batch_size"] for record in history]
     assert sizes == [8, 8, 16, 16, 24, 24, 24]
     schedule = build_run(config).schedule

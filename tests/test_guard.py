@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
@@ -27,6 +26,7 @@ from test_resume import assert_same, contents
 import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import read_records
 from morphtrain.timing import contention as guard
 from morphtrain.timing import foreign, reference
 from morphtrain.timing.contention import Guard
@@ -49,8 +49,7 @@ print(subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.
 
 
 def history(path: Path) -> list[dict[str, float]]:
-    records: list[dict[str, float]] = json.loads(torch.load(path, weights_only=True)["facts"])["history"]
-    return records
+    return read_records(path.parent)
 
 
 @pytest.fixture

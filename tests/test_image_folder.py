@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from morphtrain.data.crops import DRAWS, MEAN, STD, mirrored, random_boxes, resi
 from morphtrain.data.image_bytes import ByteData
 from morphtrain.data.image_files import FileData
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import read_records
 
 KINDS = pytest.mark.parametrize("in_memory", [False, True], ids=["files", "memory"])
 ODD_SIZES = [(40, 30), (31, 53), (64, 64), (33, 40), (90, 35), (36, 37), (20, 20), (37, 36)]  # height, width
@@ -309,7 +309,7 @@ def test_wrong_values_are_refused(value: object) -> None:
 
 
 def history(checkpoint: Path) -> list[dict[str, float]]:
-    records = json.loads(torch.load(checkpoint, weights_only=True)["facts"])["history"]
+    records = read_records(checkpoint.parent)
     for record in records:
         assert 0 < record["data_seconds"] < record["epoch_seconds"]
     return [{key: record[key] for key in ("train_loss", "val_loss", "val_accuracy")} for record in records]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 import morphtrain
 from morphtrain import schema
+from morphtrain.evidence.records import read_records
 from morphtrain.optimizer import lars
 from morphtrain.optimizer.lars import LARS
 from morphtrain.prune.lasso import shrink
@@ -167,7 +167,7 @@ def test_it_survives_a_copy_and_takes_a_closure() -> None:
 def test_the_lasso_still_prunes(tmp_path: Path) -> None:
     overrides = [*SMALL, "tracking=none", "device=cpu", "optimizer=lars", "optimizer.trust_coefficient=0.02"]
     train(morphtrain.compose(*overrides), tmp_path, {})
-    history = json.loads(torch.load(tmp_path / "last.pt")["facts"])["history"]
+    history = read_records(tmp_path)
     assert history[-1]["params"] < 0.9 * history[0]["params"]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 

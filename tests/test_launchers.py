@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from hydra.errors import MissingConfigException
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
+from morphtrain.evidence.records import read_records
 from morphtrain.sweep import launcher_errors
 from tests.conftest import SMALL, Command
 
@@ -23,8 +22,7 @@ SAME = ("epoch", "train_loss", "val_loss", "val_accuracy", "params", "macs", "le
 
 def records(directory: Path) -> list[list[list[float]]]:
     """Of each job, of each epoch: the metrics that have to agree."""
-    stored = [torch.load(directory / str(job) / "last.pt", weights_only=True) for job in range(2)]
-    histories = [json.loads(content["facts"])["history"] for content in stored]
+    histories = [read_records(directory / str(job)) for job in range(2)]
     return [[[record[key] for key in SAME] for record in history] for history in histories]
 
 

@@ -24,6 +24,7 @@ from torch import nn
 import morphtrain
 from morphtrain import options, schema
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import read_records
 from morphtrain.outputs import check_outputs
 from morphtrain.state import Run
 from morphtrain.trainer import checkpoint
@@ -123,7 +124,7 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     once = command(*RUN, *NET, "hydra.run.dir=once")
     assert once.returncode == 0, once.stderr
     assert "final / dense" in once.stdout
-    history = contents(tmp_path / "once" / "last.pt")["facts"]["history"]
+    history = read_records(tmp_path / "once")
     assert history[0]["params"] > history[-1]["params"]
     here = [*RUN, *NET, "hydra.run.dir=twice", "resume=auto"]
     path = {**os.environ, "PYTHONPATH": str(tmp_path)}

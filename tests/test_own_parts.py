@@ -19,6 +19,7 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.contracts import Tracker
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import read_records
 from morphtrain.method import HOOKS, ORDER, Closure, Method
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train, train_epoch
@@ -233,7 +234,7 @@ def test_any_group_takes_a_part_of_ones_own(tmp_path: Path) -> None:
     config = morphtrain.compose(*(o for o in DENSE if not o.startswith("batch_policy")), *parts, "epochs=2")
     train(config, tmp_path, {})
     assert Memory.kept == [("start", 2, "1", True), ("update", 1), ("update", 2), ("FINISHED", 2)]
-    history = contents(tmp_path / "last.pt")["facts"]["history"]
+    history = read_records(tmp_path)
     assert [record["learning_rate"] for record in history] == [0.004, 0.002]
     assert [record["batch_size"] for record in history] == [32, 32]
     with pytest.raises(UserError, match=r"its norm is test_own_parts\.no_norms, which is not called because a file"):

@@ -16,14 +16,11 @@ from conftest import KILLED_RUN, SMALL, Command
 
 import morphtrain
 from morphtrain.contracts import Tracker
+from morphtrain.evidence.records import FILE, read_records
 from morphtrain.run import run_name
-from morphtrain.trainer import environment, records, train
+from morphtrain.trainer import environment, train
 
 QUICK = [*SMALL, "device=cpu", "epochs=3"]
-
-
-def read(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / records.FILE).read_text().splitlines()]
 
 
 def history(run_dir: Path) -> list[dict[str, float]]:
@@ -40,7 +37,7 @@ class Told(Tracker):
         self.run_dir = run_dir
 
     def update(self, history: Any) -> None:
-        assert [record["epoch"] for record in read(self.run_dir)] == [record["epoch"] for record in history]
+        assert [record["epoch"] for record in read_records(self.run_dir)] == [record["epoch"] for record in history]
         self.seen.append(len(history))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -55,7 +52,7 @@ def test_an_epoch_is_on_disk_before_the_tracker_is_told(tmp_path: Path) -> None:
     own = ["tracking=custom", "tracking._target_=test_run_directory.Told"]
     train(morphtrain.compose(*QUICK, *own), tmp_path, {})
     assert Told.seen == [1, 2, 3]
-    assert read(tmp_path) == history(tmp_path)
+    assert read_records(tmp_path) == history(tmp_path)
 
 
 @pytest.mark.parametrize("event", ["write:2", "rename:4", "step:40"])
@@ -63,11 +60,11 @@ def test_a_killed_run_leaves_every_epoch_once(event: str, command: Command, tmp_
     here = [*QUICK, "tracking=none", "hydra.run.dir=run"]
     killed = subprocess.run([sys.executable, KILLED_RUN, event, *here], cwd=tmp_path, capture_output=True, text=True)
     assert killed.returncode < 0
-    with (tmp_path / "run" / records.FILE).open("a") as file:
+    with (tmp_path / "run" / FILE).open("a") as file:
         file.write('{"epoch": 3, "train_lo')  # as a line that was being written
     assert command(*here, "resume=auto").returncode == 0
-    assert [record["epoch"] for record in read(tmp_path / "run")] == [1, 2, 3]
-    assert read(tmp_path / "run") == history(tmp_path / "run")
+    assert [record["epoch"] for record in read_records(tmp_path / "run")] == [1, 2, 3]
+    assert read_records(tmp_path / "run") == history(tmp_path / "run")
 
 
 def test_the_environment_is_that_of_this_machine_and_this_code(tmp_path: Path, monkeypatch: Any) -> None:

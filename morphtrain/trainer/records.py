@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from morphtrain.evidence.records import FILE
 from morphtrain.files import write_atomically
-
-FILE = "records.jsonl"
 
 
 def begin(run_dir: Path, history: Sequence[Mapping[str, float]]) -> None:
