@@ -1,1 +1,1 @@
-"""Whether a run has its device and cores for itself, and how fast they are meanwhile; `trainer.clock` is the clock."""
+"""Timing of epochs: the clock, whether a run has its device and cores to itself, and how fast they are meanwhile."""
