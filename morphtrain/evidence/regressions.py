@@ -15,7 +15,7 @@ ROUNDING = 1e-12  # of the variance: a smaller residual is rounding error, not s
 
 @dataclass(frozen=True)
 class Coefficient:
-    """An estimate with its standard error, t and two-sided p of the hypothesis that it is 0, and confidence interval."""
+    """An estimate with standard error, t and two-sided p of the hypothesis that it is 0, and confidence interval."""
 
     value: float
     standard_error: float
