@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 MOST_WORKERS = 16  # enough to feed one device; each keeps two batches ready
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-LAYOUT = "it must hold train/<class>/ and val/<class>/ with images in each"
+LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in each"
 
 
 def build(config: schema.data.ImageFolder) -> ByteData | FileData:

@@ -55,7 +55,7 @@ class ResNet(nn.Module):
         super().__init__()
         per_stage = [blocks] * stages if isinstance(blocks, int) else list(blocks)
         if len(per_stage) != stages:
-            raise ValueError(f"blocks={per_stage}: must have one number for each of stages={stages}")
+            raise ValueError(f"blocks={per_stage}: must have one number per stage, with stages={stages}")
         if bottleneck and layers < 3:
             raise ValueError(f"layers={layers}: must be 3 or more with bottleneck=True")
         self.stem = _stem(in_channels, width, stem)

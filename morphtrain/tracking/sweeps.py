@@ -46,7 +46,7 @@ def begin_sweep(
             return _parent(client, experiment_id, name, tags)
     except Exception as error:  # noqa: BLE001 (databases and servers fail in too many ways to name)
         reason = store.shown(first_line(error))
-        log.warning("MLflow (%s): no parent run for the sweep, which goes on without: %s", store.shown(uri), reason)
+        log.warning("MLflow (%s): no parent run for the sweep, which goes on without one: %s", store.shown(uri), reason)
         return None
 
 
