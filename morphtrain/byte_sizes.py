@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them."""
+"""Sizes in bytes, read from and written as text such as 11GiB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?) *([a-z]*)", re.IGNORECASE)
 
 
 def byte_count(key: str, value: object) -> float:
-    """Bytes of 11GiB, 512MiB, 2.5GB, 8e9 or a number; raises the `UserError` of `key` for anything else."""
+    """Bytes from 11GiB, 512MiB, 2.5GB, 8e9 or a number; raises `UserError`, naming `key`, for anything else."""
     match = SIZE.fullmatch(str(value).strip())
     try:
         return float(match[1]) * UNITS[match[2].upper()] if match else _refuse(key, value)
@@ -21,7 +21,11 @@ def byte_count(key: str, value: object) -> float:
 
 
 def left_of(key: str, size: float, overhead: object) -> float:
-    """What is left of `size` bytes behind an overhead: a share (22%, 0.22), or a size; `key` is the overhead's."""
+    """Bytes left of `size` after subtracting `overhead`, a share (22%, 0.22) or a size.
+
+    Raises:
+        UserError: naming `key`, if `overhead` is neither.
+    """
     text = str(overhead)
     part = byte_count(key, text.removesuffix("%"))
     share = part / 100 if text.endswith("%") else part
@@ -29,11 +33,11 @@ def left_of(key: str, size: float, overhead: object) -> float:
 
 
 def _refuse(key: str, value: object) -> float:
-    raise UserError(f"{key}={value}: must be a size as 11GiB, 512MiB, 2.5GB, or 8e9 bytes") from None
+    raise UserError(f"{key}={value}: must be a size such as 11GiB, 512MiB, 2.5GB or 8e9 (bytes)") from None
 
 
 def readable(size: float) -> str:
-    """Four digits and a unit: 1.523 MiB."""
+    """`size` bytes as text with four digits and a unit: 1.523 MiB."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(size) >= 1000 and len(units) > 1:
         size /= 1024

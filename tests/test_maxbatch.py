@@ -122,7 +122,7 @@ def test_keys_go_before_what_the_data_say() -> None:
 
 WRONG = {
     "no budget": ([], "budget: missing; give it a value"),
-    "no size": (["budget=much"], "budget=much: must be a size as 11GiB"),
+    "no size": (["budget=much"], "budget=much: must be a size such as 11GiB"),
     "no unit": (["budget=11GiG"], "budget=11GiG: must be a size"),
     "no number": (["budget=1.2.3GiB"], "budget=1.2.3GiB: must be a size"),
     "nothing": (["budget=0"], "budget=0: must be above 0"),

@@ -76,7 +76,7 @@ def stage_outputs(model: ResNet, x: torch.Tensor) -> list[torch.Tensor]:
     ("options", "message"),
     [
         ({"blocks": [1, 2]}, "blocks="),
-        ({"bottleneck": True, "layers": 2}, "at least 3 layers"),
+        ({"bottleneck": True, "layers": 2}, "layers=2: must be 3 or more"),
         ({"shortcut": "C"}, "shortcut='C'"),
         ({"stem": "mnist"}, "stem='mnist'"),
         ({"make": VGG, "depth": 19}, "depth=19"),
@@ -316,8 +316,8 @@ def test_options_reach_torchvisions_constructor() -> None:
         ("r3d_18", {}, "no such network"),
         ("mobilenet_v3_small", {"widht_mult": 0.5}, "model.options.widht_mult=0.5: .* did you mean width_mult"),
         ("convnext_tiny", {"stochastic_depth": 0.5}, "did you mean stochastic_depth_prob"),
-        ("densenet121", {"model": 3}, "cannot be made with them: .*'model'"),
-        ("resnet18", {"replace_stride_with_dilation": [True]}, "cannot be made with them: .*3-element"),
+        ("densenet121", {"model": 3}, "does not accept them: .*'model'"),
+        ("resnet18", {"replace_stride_with_dilation": [True]}, "does not accept them: .*3-element"),
     ],
 )
 def test_torchvision_refusals_are_named(name: str, options: dict[str, Any], message: str) -> None:

@@ -77,7 +77,7 @@ def test_a_line_reads_well() -> None:
         ([1, 2], [1, 2], "2 points.* 3 or more"),
         ([1, 2, 3], [1, 2], "3 values of x and 2 of y"),
         ([1, 1, 1], [1, 2, 3], "every x is 1"),
-        ([1, 2, 3], [1, math.nan, 3], "not every number is finite"),
+        ([1, 2, 3], [1, math.nan, 3], "not every number in x and y is finite"),
     ],
 )
 def test_what_has_no_line_is_refused(x: list[float], y: list[float], message: str) -> None:

@@ -341,7 +341,7 @@ def test_a_run_waits_for_another(tmp_path: Path) -> None:
         text=True,
     )
     assert run.stdout is not None
-    assert "waiting for a free place" in run.stdout.readline()
+    assert "waiting for a free slot" in run.stdout.readline()
     time.sleep(1)
     assert not (tmp_path / "run" / "last.pt").exists()
     process.communicate()

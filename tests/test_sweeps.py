@@ -101,7 +101,7 @@ def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_
     space = ("model.width=4,6", "optimizer.lr=interval(0.05,0.1)", "objective=[macs]")
     result = command(*SWEEP, *space, "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random")
     assert result.returncode == 0, result.stdout + result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("the winner again:"))
+    line = next(line for line in result.stdout.splitlines() if line.startswith("to run the best trial again:"))
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     again = subprocess.run(
         [*shlex.split(line.split(":", 1)[1].replace("python", sys.executable, 1)), "objective=[params]"],

@@ -1,4 +1,4 @@
-"""Data sets: one module an option of the `data` group, each of which builds a `Data`."""
+"""Data sets: one module per option of the `data` group; each builds a `Data`."""
 
 from morphtrain.contracts import Data
 from morphtrain.data.images import ImageData, Images

@@ -1,4 +1,4 @@
-"""What CIFAR-10 and CIFAR-100 share: from `data.root`, or downloaded by torchvision."""
+"""CIFAR-10 and CIFAR-100: read from `data.root`, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) 
     """torchvision's `dataset`: 50000 training and 10000 test images of 32x32 RGB pixels.
 
     Raises:
-        UserError: if it is neither there nor to be had.
+        UserError: if it is not in `config.root` and cannot be downloaded.
     """
     sets = []
     for train in (True, False):

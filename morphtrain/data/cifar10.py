@@ -1,4 +1,4 @@
-"""CIFAR-10: from `data.root`, or downloaded by torchvision."""
+"""CIFAR-10: read from `data.root`, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from morphtrain.data.images import ImageData
 
 
 def build(config: schema.data.Downloaded) -> ImageData:
-    """50000 training and 10000 test images of 32x32 RGB pixels in 10 classes."""
+    """50000 training and 10000 test images of 32x32 RGB pixels in 10 classes; raises like `build_cifar`."""
     return build_cifar("CIFAR10", 10, config)

@@ -1,4 +1,4 @@
-"""CIFAR-100: from `data.root`, or downloaded by torchvision."""
+"""CIFAR-100: read from `data.root`, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from morphtrain.data.images import ImageData
 
 
 def build(config: schema.data.Downloaded) -> ImageData:
-    """50000 training and 10000 test images of 32x32 RGB pixels in 100 classes."""
+    """50000 training and 10000 test images of 32x32 RGB pixels in 100 classes; raises like `build_cifar`."""
     return build_cifar("CIFAR100", 100, config)

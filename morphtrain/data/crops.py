@@ -1,4 +1,4 @@
-"""Random resized crops (Szegedy et al. 2015) and centre crops, for single pictures and for batches of them."""
+"""Random resized crops (Szegedy et al. 2015) and centre crops, of single images and of batches."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
-LOG_RATIO = 0.28768207245178085  # ln(4/3): boxes are between 3:4 and 4:3
-TRIES = 10
-DRAWS = 2 * TRIES + 3  # uniform numbers that a sample takes: areas, shapes, top, left, mirrored
+LOG_RATIO = 0.28768207245178085  # ln(4/3): aspect ratios are between 3:4 and 4:3
+TRIES = 10  # boxes drawn per image, of which the first that fits is used
+DRAWS = 2 * TRIES + 3  # random numbers per sample: areas, aspect ratios, top, left, mirrored
 
-# Of ImageNet's training images, in 8-bit steps. Any pictures' are near, and to have those of the set at hand would take
-# a pass over all its files before the first epoch.
+# Of ImageNet's training images, in 8-bit steps. Other photographs are similar, and measuring a set's own would need a
+# pass over all its files before the first epoch.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
 
 def random_boxes(draws: torch.Tensor, height: int, width: int, min_scale: float) -> torch.Tensor:
-    """Boxes (N, 4) of top, left, height, width inside an image of `height` and `width`, distributed as torchvision's.
+    """Random boxes (N, 4) of top, left, height, width inside an image, distributed like torchvision's.
 
-    Of ten boxes of a random share of the area (min_scale to 1) and a random shape the first that fits; else the
-    largest one in the middle.
+    Each is the first of ten boxes of random area and aspect ratio that fits into the image, or else the largest
+    central one with an aspect ratio between 3:4 and 4:3.
 
     Args:
         draws: (N, DRAWS), uniform in [0, 1), double precision; the last column is not used here.
+        height, width: of the image, in pixels.
+        min_scale: smallest area of a box, as a share of the image's.
     """
     area = height * width * (min_scale + (1 - min_scale) * draws[:, :TRIES])  # (N, TRIES)
     ratio = torch.exp(LOG_RATIO * (2 * draws[:, TRIES : 2 * TRIES] - 1))
     sizes = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()  # (N, TRIES, 2)
     fits = ((sizes >= 1) & (sizes <= torch.tensor([height, width]))).all(2)
-    first = fits.byte().argmax(1)  # (N,); of equal values argmax takes the first
+    first = fits.byte().argmax(1)  # (N,); argmax returns the first of equal values
     chosen = sizes[torch.arange(len(draws)), first]  # (N, 2)
     room = torch.tensor([height, width]) - chosen
     corner = (draws[:, 2 * TRIES : 2 * TRIES + 2] * (room + 1)).long()
@@ -46,24 +48,25 @@ def _largest_box(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def mirrored(draws: torch.Tensor) -> torch.Tensor:
-    """(N,), bool: the half of the samples that are flipped."""
+    """Which samples to mirror, about half of them: (N,), bool."""
     return draws[:, -1] < 0.5
 
 
 def resized_crops(pixels: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
-    """Every image's own box, mirrored where `flip` says so, resized to `size`: (B, C, size, size).
+    """Each image's own box, mirrored where `flip` is true, resized to `size`: (B, C, size, size).
 
-    Bilinear between the pixels of the box, without antialiasing: a box is to be little larger than `size`.
+    Bilinear between the pixels of the box, without antialiasing, so boxes should not be much larger than `size`.
 
     Args:
         pixels: (B, C, H, W), float.
         boxes: (B, 4), top, left, height, width.
         flip: (B,), bool.
+        size: pixels per side of the result.
     """
-    steps = (torch.arange(size, device=pixels.device) + 0.5) / size  # (S,), the centres of the new pixels
+    steps = (torch.arange(size, device=pixels.device) + 0.5) / size  # (S,), centres of the new pixels, 0 to 1
 
     def positions(start: torch.Tensor, length: torch.Tensor, whole: int) -> torch.Tensor:
-        """(B, S) in grid_sample's units, -1 to 1 from edge to edge, no nearer to the box's edge than half a pixel."""
+        """(B, S) in grid_sample's units (-1 to 1, edge to edge), at least half a pixel from the edges of the box."""
         inside = (steps * length[:, None]).clamp(min=0.5).minimum(length[:, None] - 0.5)
         return 2 * (start[:, None] + inside) / whole - 1
 
@@ -77,12 +80,12 @@ def resized_crops(pixels: torch.Tensor, boxes: torch.Tensor, flip: torch.Tensor,
 
 @dataclass(frozen=True)
 class Crops:
-    """What a network sees of a picture: 8-bit RGB squares.
+    """Cuts what a network sees out of an image: 8-bit RGB squares.
 
     Args:
-        image_size: pixels a side.
+        image_size: pixels per side.
         resize: pixels of the shorter side at evaluation, before the centre crop.
-        min_scale: the least share of the area that a random crop covers.
+        min_scale: smallest share of the area that a random crop covers.
         flip: random horizontal mirroring.
     """
 
@@ -92,16 +95,16 @@ class Crops:
     flip: bool
 
     def random(self, image: Image.Image, seed: int) -> torch.Tensor:
-        """(3, image_size, image_size): a crop that depends on the picture and the seed alone."""
+        """A random crop (3, image_size, image_size) that depends only on the image and the seed."""
         draws = torch.rand(1, DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         box = random_boxes(draws, image.height, image.width, self.min_scale)[0].tolist()
         pixels: torch.Tensor = TF.pil_to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
         return pixels.flip(2) if self.flip and mirrored(draws).item() else pixels
 
     def centre(self, image: Image.Image, side: int) -> torch.Tensor:
-        """(3, side, side) around torchvision's centre crop of `image_size`; `side` is at most `resize`.
+        """A central square (3, side, side) of the resized image; `side` is at most `resize`.
 
-        The centre crop of `image_size` of the result is that of the picture, to the pixel.
+        The centre crop of `image_size` of this square is exactly torchvision's of the resized image.
         """
         image = TF.resize(image, self.resize)
         margin = round((side - self.image_size) / 2)
@@ -111,9 +114,11 @@ class Crops:
 
 
 class Normalise:
-    """Callable: 8-bit (or float, 0 to 255) RGB pixels (B, 3, H, W) become floats on `device`, of mean 0 and std 1.
+    """Callable that turns RGB pixels (B, 3, H, W), 0 to 255, into floats of about mean 0 and std 1.
 
-    They are in `memory_format` then.
+    Args:
+        device: of the result.
+        memory_format: of the result.
     """
 
     def __init__(
@@ -127,6 +132,6 @@ class Normalise:
         self.std = torch.tensor(STD, device=device).view(3, 1, 1)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        # 8-bit pixels are a quarter of the floats to copy, and leave pinned memory while the network still computes.
+        # Copy 8-bit pixels, a quarter of the bytes of floats. From pinned memory this runs while the network computes.
         pixels = pixels.to(self.device, non_blocking=True).to(memory_format=self.memory_format)
         return (pixels.float() - self.mean) / self.std

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: bundled with the library, so nothing is downloaded."""
+"""scikit-learn's handwritten digits, which are bundled with the library and need no download."""
 
 from __future__ import annotations
 

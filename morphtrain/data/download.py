@@ -1,4 +1,4 @@
-"""torchvision's data sets, with its many ways to fail turned into one message."""
+"""torchvision's data sets, with one error message for the many ways in which a download can fail."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from morphtrain.errors import UserError
 
 
 def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = "") -> Any:
-    """torchvision's data set `dataset` below `config.root`, downloaded if it is missing and `config.download`.
+    """torchvision's data set `dataset` in `config.root`, downloaded if it is missing and `config.download` is true.
+
+    Args:
+        dataset: name of the class in `torchvision.datasets`.
+        config: `root` and `download`.
+        train: the training set; False for the test set.
+        hint: another way to get the files, for the error message.
 
     Raises:
-        UserError: if it is neither there nor to be had.
+        UserError: if it is not in `config.root` and cannot be downloaded.
     """
     from torchvision import datasets
 
@@ -29,5 +35,5 @@ def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = 
 
 
 def _message(dataset: str, config: schema.data.Downloaded, why: str, hint: str) -> str:
-    text = f"data.root={config.root}: holds no {dataset}, and {why}; copy the files there"
+    text = f"data.root={config.root}: there is no {dataset}, and {why}; copy the files there"
     return f"{text}, {hint}" if hint else text

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: from `data.root`, from Debian's package, or downloaded by torchvision."""
+"""Fashion-MNIST: read from `data.root` or Debian's package, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mn
 
 
 def build(config: schema.data.Downloaded) -> ImageData:
-    """60000 training and 10000 test images of 28x28 grey pixels in 10 classes."""
+    """60000 training and 10000 test images of 28x28 grey pixels in 10 classes.
+
+    Raises:
+        UserError: if there is no copy on this machine and it cannot be downloaded.
+    """
     sets = []
     for train in (True, False):
         if DEBIAN.is_dir() and not (Path(config.root) / "FashionMNIST").is_dir():
@@ -32,5 +36,5 @@ def _read_debian(part: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _read_idx(path: Path, header: int) -> torch.Tensor:
-    """The bytes behind the header of an IDX file (LeCun's format)."""
+    """The bytes after the header of an IDX file (LeCun's format)."""
     return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=header)

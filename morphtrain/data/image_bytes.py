@@ -1,4 +1,4 @@
-"""Pictures that live in memory as bytes, decoded once, cropped and mirrored with tensor operations."""
+"""Images kept in memory as 8-bit pixels: decoded once, cropped and mirrored with tensor operations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from morphtrain.data.images import Images
 
 
 def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
-    """All the pictures of `files`, read by `num_workers` processes.
+    """Decode all images of `files` with `num_workers` processes; 0 for the calling process.
 
     Raises:
-        UserError: for a file that cannot be read.
+        UserError: if a file cannot be read, or a worker dies.
     """
     loader = PictureLoader(Pictures(files, crops, crops.resize), num_workers, pin_memory=False)
     count = len(files.train)
@@ -35,10 +35,10 @@ def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
 
 
 class ByteData:
-    """Labelled squares of `crops.resize` pixels, (N, 3, resize, resize), uint8, in the memory of the host.
+    """Labelled square images (N, 3, resize, resize), uint8, in host memory, with `resize` of `crops`.
 
-    Batches go to the device as bytes and are cropped there, so that a set may be larger than the device's memory.
-    Training sees random crops of the squares: unlike with `FileData`, the ends of oblong pictures are left out.
+    Batches go to the device as bytes and are cropped there, so a set may be larger than the device's memory. Training
+    uses random crops of the squares: unlike in `FileData`, the ends of oblong images are never seen.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ByteData:
         return "data.in_memory=false has data.num_workers processes crop the images while the network trains"
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ByteData:
-        """The same pictures, whose batches are cropped on `device`."""
+        """The same images, with batches cropped on `device`."""
         return ByteData(self.train, self.val, self.num_classes, self.crops, Normalise(device, memory_format))
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -83,7 +83,7 @@ class ByteData:
             yield self._normalise(centre), self._gathered(self.val.labels, rows)
 
     def _gathered(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`values[rows]` on the device; on CUDA through pinned memory, so that nobody waits for the copy."""
+        """`values[rows]` on the device; on CUDA via pinned memory, so that the host does not wait for the copy."""
         device = self._normalise.device
         batch = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=device.type == "cuda")
         torch.index_select(values, 0, rows, out=batch)

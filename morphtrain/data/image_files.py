@@ -1,4 +1,4 @@
-"""Pictures that stay on disk: decoded and cropped by worker processes while the network trains on earlier batches."""
+"""Images that stay on disk: decoded and cropped by worker processes while the network trains on earlier batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from morphtrain.errors import UserError, first_line
 
 EVALUATION_BATCH = 64
 
-# What PIL raises for files that are broken, cut short, no images, or absurdly large.
+# What PIL raises for files that are corrupt, truncated, not images, or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-Item = tuple[int, int | None]  # which file, and the seed of its random crop; without a seed the centre
-Sample = tuple[torch.Tensor, int] | str  # an 8-bit picture and its label, or why there is none
+Item = tuple[int, int | None]  # row of the file, and seed of its random crop; None for the centre crop
+Sample = tuple[torch.Tensor, int] | str  # an 8-bit image and its label, or an error message
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Paths and labels below `data.root`, as `find_images` lists them."""
+    """Paths and labels of the images in `data.root`, as listed by `find_images`."""
 
     root: str
     num_classes: int
@@ -37,9 +37,10 @@ class ImageFiles:
 
 
 class Pictures(Dataset[Sample]):
-    """All the pictures, those of the training set first, as 8-bit tensors of `side` pixels (random crops: image_size).
+    """All images, the training set first, as 8-bit tensors.
 
-    For an unreadable file there is the message of an error: raised in a worker, it would come with a traceback.
+    A random crop is (3, image_size, image_size), a central square (3, side, side). An unreadable file gives an error
+    message instead: an error raised in a worker would come with a traceback.
     """
 
     def __init__(self, files: ImageFiles, crops: Crops, side: int) -> None:
@@ -62,7 +63,7 @@ class Pictures(Dataset[Sample]):
 
 
 class BatchPlan(Sampler[list[Item]]):
-    """A batch sampler whose batches are set before every pass: workers that live on need one and the same loader."""
+    """A batch sampler whose batches are set before every pass, so that one loader can keep its workers for all."""
 
     def __init__(self) -> None:
         self.rows: Sequence[int] = ()
@@ -79,7 +80,7 @@ class BatchPlan(Sampler[list[Item]]):
 
 
 class PictureLoader:
-    """A `DataLoader` that can be told before every pass what to read, and whose workers live from the first on."""
+    """A `DataLoader` that is told before every pass what to read, and keeps its workers from one pass to the next."""
 
     def __init__(self, pictures: Pictures, num_workers: int, pin_memory: bool) -> None:
         self.pictures, self.num_workers, self.pin_memory = pictures, num_workers, pin_memory
@@ -94,14 +95,14 @@ class PictureLoader:
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # the loader draws a number in every pass: not from the run's randomness
+            generator=torch.Generator(),  # the loader draws from it in every pass, not from the run's random state
         )
 
     def batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
-        """8-bit pictures (B, 3, S, S) and labels (B,) in the order of `rows`.
+        """8-bit images (B, 3, S, S) and labels (B,) in the order of `rows`; `seeds` are those of the random crops.
 
         Raises:
-            UserError: for a file that cannot be read, and if a worker dies.
+            UserError: if a file cannot be read, or a worker dies.
         """
         self.plan.rows, self.plan.seeds, self.plan.batch_size = rows, seeds, batch_size
         failure = ""
@@ -115,17 +116,17 @@ class PictureLoader:
             if "DataLoader worker" not in str(error):
                 raise
             failure = (
-                f"data.num_workers={self.num_workers}: a worker died ({first_line(error)}); it may have been "
-                "short of (shared) memory: try fewer workers, or 0"
+                f"data.num_workers={self.num_workers}: a worker died ({first_line(error)}), perhaps for lack of "
+                "(shared) memory; try fewer workers, or 0"
             )
         if failure:
-            # The workers end with their loader here: a collector that finds them later waits for each in vain.
+            # Replacing the loader ends its workers now: the garbage collector would later wait for each in vain.
             self.loader = self._new_loader()
             raise UserError(failure)
 
 
 def collate(samples: list[Sample]) -> Batch | str:
-    """One batch of many samples, or the first message among them."""
+    """Stack samples into one batch, or return the first error message among them."""
     for sample in samples:
         if isinstance(sample, str):
             return sample
@@ -134,12 +135,13 @@ def collate(samples: list[Sample]) -> Batch | str:
 
 
 class FileData:
-    """Folders of pictures, read anew in every epoch.
+    """Images in folders, read again in every epoch.
 
     Args:
-        files: what to read.
-        crops: what the network sees of it.
-        num_workers: processes that read; with 0 the calling one does.
+        files: the images.
+        crops: cuts what the network sees out of each image.
+        num_workers: processes that read; 0 for the calling process.
+        normalise: puts batches on the device; None for the CPU.
     """
 
     def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, normalise: Normalise | None = None) -> None:
@@ -164,11 +166,11 @@ class FileData:
         )
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> FileData:
-        """The same files, whose batches come to `device`: pinned, and copied while it computes, where it can."""
+        """The same files, with batches on `device`; on CUDA they are copied from pinned memory while it computes."""
         return FileData(self._files, self.crops, self._loader.num_workers, Normalise(device, memory_format))
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One epoch of random crops in random order, the same whoever reads them; see `Data`."""
+        """One epoch of random crops in random order, the same for any number of workers; see `Data`."""
         order = torch.randperm(len(self.train), generator=generator)
         seeds = torch.randint(2**63 - 1, (len(order),), generator=generator)
         yield from self._batches(order.tolist(), seeds.tolist(), batch_size)

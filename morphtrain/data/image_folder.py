@@ -1,4 +1,4 @@
-"""Folders of pictures in ImageNet's layout: in memory if they fit, else read by workers."""
+"""Folders of images in ImageNet's layout: in memory if they fit, otherwise read by workers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from morphtrain.errors import UserError
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-MOST_WORKERS = 16  # what feeds one device; each keeps two batches ready
+MOST_WORKERS = 16  # enough to feed one device; each keeps two batches ready
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-LAYOUT = "wanted are train/<class>/ and val/<class>/ with images in each"
+LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in each"
 
 
 def build(config: schema.data.ImageFolder) -> ByteData | FileData:
-    """The pictures below `data.root`.
+    """The images in `data.root`, in memory or read by workers.
 
     Raises:
-        UserError: for folders that are not laid out as wanted; in memory also for a picture that cannot be read.
+        UserError: if the folders do not have ImageNet's layout or, in memory, if an image cannot be read.
     """
     files = find_images(config.root)
     resize = round(config.image_size * 8 / 7) if config.resize == "auto" else config.resize
@@ -44,7 +44,7 @@ def find_images(root: str) -> ImageFiles:
     """The files below train/<class>/ and val/<class>/ in `root`; classes are numbered in the order of their names.
 
     Raises:
-        UserError: if that is not what is there.
+        UserError: if `root` has another layout, a class without images, or fewer than two classes.
     """
     folders = [Path(root).expanduser() / part for part in ("train", "val")]
     for folder in folders:
@@ -54,7 +54,7 @@ def find_images(root: str) -> ImageFiles:
         classes = [find_classes(folder)[0] for folder in folders]
         _check_classes(root, *classes)
         train, val = (ImageFolder(folder).samples for folder in folders)
-    except OSError as error:  # no class, a class without images, a folder that may not be read
+    except OSError as error:  # no class, a class without images, or an unreadable folder
         raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
     return ImageFiles(root, len(classes[0]), train, val)
 
@@ -68,11 +68,11 @@ def _check_classes(root: str, train: list[str], val: list[str]) -> None:
     if differences:
         raise UserError(f"data.root={root}: the classes of train and val differ ({'; '.join(differences)}); {LAYOUT}")
     if len(train) < 2:
-        raise UserError(f"data.root={root}: only one class, {train[0]}; wanted are two or more; {LAYOUT}")
+        raise UserError(f"data.root={root}: only one class, {train[0]}; two or more are needed; {LAYOUT}")
 
 
 def worker_count(wanted: str | int) -> int:
-    """`auto`: a process for every core this one may use, but for the one that it needs itself."""
+    """The number of workers; "auto": one for each core this process may use except its own, at most `MOST_WORKERS`."""
     if wanted != "auto":
         return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,7 +80,7 @@ def worker_count(wanted: str | int) -> int:
 
 
 def memory_limit(wanted: str | float) -> float:
-    """GiB that a decoded set may take; `auto`: a quarter of the memory of the machine, or of its container."""
+    """GiB that a decoded set may take; "auto": a quarter of the memory of the machine, or of its container."""
     if wanted != "auto":
         return float(wanted)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

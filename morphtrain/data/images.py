@@ -1,4 +1,4 @@
-"""Labelled images that live in memory, batched and augmented with tensor operations."""
+"""Labelled images in memory, batched and augmented with tensor operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATION_BATCH = 512
 
 @dataclass
 class Images:
-    """`pixels` (N, C, H, W), float and normalised (`image_bytes`: uint8); `labels` (N,), int64."""
+    """`pixels` (N, C, H, W), float and normalised (in `image_bytes`, uint8); `labels` (N,), int64."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -24,17 +24,18 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Images:
+        """The same images on `device`, with pixels in `memory_format`."""
         return Images(self.pixels.to(device, memory_format=memory_format), self.labels.to(device))
 
 
 @dataclass
 class ImageData:
-    """A training and a held-out set; the training set is augmented per sample, anew in every epoch.
+    """A training and a held-out set; each training sample is augmented afresh in every epoch.
 
     Args:
         train, val: the two sets.
         num_classes: labels are 0 .. num_classes - 1.
-        shift: random translation by at most this many pixels in each direction, zeros (the mean) moving in.
+        shift: random translation by at most this many pixels in each direction, padded with zeros (the mean).
         flip: random horizontal mirroring.
     """
 
@@ -54,17 +55,17 @@ class ImageData:
     @property
     def advice(self) -> str:
         """See `Data`."""
-        return "with a larger batch_policy.batch_size more images are gathered and augmented at once"
+        return "a larger batch_policy.batch_size gathers and augments more images at once"
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ImageData:
-        """The same data on `device`, where the augmentation then runs too; batches lie in memory as the set does."""
+        """The same data on `device`, where augmentation then runs too; batches have the set's memory format."""
         train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
         return ImageData(train, val, self.num_classes, self.shift, self.flip)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One epoch in random order: (B, C, H, W) and (B,); the last batch may be smaller.
+        """One epoch in random order, augmented: images (B, C, H, W) and labels (B,); the last batch may be smaller.
 
-        Order and augmentation depend on `generator` (a CPU generator) alone.
+        Order and augmentation depend only on `generator`, a CPU generator.
         """
         order = torch.randperm(len(self.train), generator=generator)
         offsets = torch.randint(2 * self.shift + 1, (2, len(order)), generator=generator)
@@ -79,7 +80,7 @@ class ImageData:
             yield images, self.train.labels[order[batch]]
 
     def val_batches(self) -> Iterator[Batch]:
-        """The held-out set once, in order, as it is."""
+        """The held-out set once, in order, without augmentation."""
         yield from zip(self.val.pixels.split(EVALUATION_BATCH), self.val.labels.split(EVALUATION_BATCH), strict=True)
 
     def _shifted(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ class ImageData:
 
 
 def normalised(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Pixels (N, C, H, W) minus the channels' means, over their standard deviations."""
+    """Pixels (N, C, H, W) with the mean of each channel subtracted, divided by its standard deviation."""
     return (pixels - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
@@ -106,7 +107,14 @@ def from_bytes(
     shift: int,
     flip: bool,
 ) -> ImageData:
-    """Data of 8-bit pixels (N, C, H, W) and labels, normalised by the training set's statistics."""
+    """Data from 8-bit pixels (N, C, H, W) and labels (N,), normalised by the training set's statistics.
+
+    Args:
+        train, val: pixels and labels.
+        num_classes: labels are 0 .. num_classes - 1.
+        train_samples: use only this many training images, the first ones; None for all.
+        shift, flip: see `ImageData`.
+    """
     pixels, labels = train[0][:train_samples].float(), train[1][:train_samples]
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
     return ImageData(

@@ -1,4 +1,4 @@
-"""Made-up images for tests, and for timing where no data set is at hand."""
+"""Made-up images, for tests and for timing without a data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from morphtrain.data.images import ImageData, Images
 
 
 def build(config: schema.data.Synthetic) -> ImageData:
-    """One random smooth pattern a class, plus noise; the same images for every seed of the run."""
+    """One random smooth pattern per class, plus noise; the same images for every seed of the run."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_classes, config.in_channels, 4, 4)
     size = config.image_size

@@ -1,1 +1,1 @@
-"""Records of runs, read offline: pictures, and later regressions, tests and the report."""
+"""Analysis of runs' records, offline: plots and regressions."""

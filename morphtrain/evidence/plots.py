@@ -1,4 +1,4 @@
-"""Pictures of one run."""
+"""Plots of one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Accuracy, epoch time, and size over the epochs of one run, as a PNG."""
+    """Plot the accuracy, epoch time and size of one run over its epochs, as a PNG.
+
+    Args:
+        history: the records of all epochs, at least one.
+        path: of the PNG.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,18 +34,19 @@ def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def plot_widths(changes: Sequence[Mapping[str, Any]], epochs: int, path: Path) -> None:
-    """The width of every channel space over the epochs of one run, with what happened when, as a PNG.
+    """Plot the width of every channel space over the epochs of one run, with the changes of structure, as a PNG.
 
     Args:
-        changes: in their order; `epoch`, `event` ("" for the start), and `widths` by the names of spaces.
-        epochs: that the run has trained.
+        changes: in order, each with `epoch`, `event` ("" for the start) and `widths`, by the names of channel spaces.
+        epochs: number of epochs that the run has trained.
+        path: of the PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for change in changes for name in change["widths"]))
     first = {name: next(c["widths"][name] for c in changes if name in c["widths"]) for name in names}
-    columns = []  # of each epoch, the widths behind it over the first ones; NaN where there is no such space
+    columns = []  # per epoch: width after it / first width of each space, NaN where the space does not exist
     for epoch in range(epochs + 1):
         widths = [c for c in changes if c["epoch"] <= epoch][-1]["widths"]
         columns.append([widths[name] / first[name] if name in widths else float("nan") for name in names])

@@ -1,4 +1,4 @@
-"""Networks to train: one module an option of the `model` group, and what options share."""
+"""Networks to train: one module per option of the `model` group."""
 
 from morphtrain.model.alexnet import AlexNet
 from morphtrain.model.mobilenet import MobileNet

@@ -1,4 +1,4 @@
-"""AlexNet in one tower (Krizhevsky 2014, arXiv 1404.5997, footnote 1), for small and large images.
+"""The one-tower AlexNet (Krizhevsky 2014, arXiv 1404.5997, footnote 1), for small and large images.
 
 python -m morphtrain.run model=alexnet data=cifar10
 """
@@ -18,15 +18,18 @@ class AlexNet(nn.Module):
     """Five convolutions of 64, 192, 384, 256 and 256 channels, three of them pooled, and a head of linear layers.
 
     Args:
-        stem: "cifar", for images of 1x1 pixel and more: padding of 5 instead of 2 around the first convolution (11x11,
-            stride 4), pooling over 2x2 that rounds up, global average pooling and one linear layer, as in PruneTrain's
-            CIFAR experiments. "imagenet", for images from 63x63 on: pooling over 3x3, average pooling to 6x6, two
-            hidden layers of 4096 features.
-        batch_norm: a batch norm behind every convolution; the paper has none.
-        dropout: share of the features dropped before every linear layer but the ImageNet head's last.
-            None: 0.5 in the large head, as in the paper, and 0 in the small one.
+        stem: "cifar", for images of any size: padding of 5 instead of 2 around the first convolution (11x11, stride 4),
+            2x2 max pooling that rounds up, global average pooling and one linear layer, as in PruneTrain's CIFAR
+            experiments. "imagenet", for images of 63x63 or more: 3x3 max pooling, average pooling to 6x6, two hidden
+            layers of 4096 features.
+        batch_norm: a batch norm after every convolution; the paper has none.
+        dropout: share of features dropped before every linear layer except the last of the ImageNet head.
+            None: 0.5 in the ImageNet head, as in the paper, and 0 in the CIFAR head.
         num_classes: outputs.
         in_channels: channels of the images.
+
+    Raises:
+        ValueError: for another `stem`.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class AlexNet(nn.Module):
     ) -> None:
         super().__init__()
         if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem={stem!r} is neither 'cifar' nor 'imagenet'")
+            raise ValueError(f"stem={stem!r}: must be 'cifar' or 'imagenet'")
         small = stem == "cifar"
         layers = [  # channels, kernel, stride, padding, pooled
             (64, 11, 4, 5 if small else 2, True),
@@ -79,5 +82,5 @@ def _head(small: bool, channels: int, dropout: float | None, num_classes: int) -
 
 
 def build(config: schema.model.AlexNet, num_classes: int, in_channels: int) -> AlexNet:
-    """The network of the config group `model`, for data of these classes and image channels."""
+    """The network of the config group `model`, for data with this many classes and image channels."""
     return AlexNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

@@ -12,25 +12,28 @@ from morphtrain import schema
 from morphtrain.initialise import initialise
 
 # v1, table 1: (channels, stride) of each depthwise separable convolution. The table's last stride of 2 is a misprint:
-# its output has the size of its input.
+# there the output has the same size as the input.
 V1 = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
 # v2, table 2: (expansion, channels, blocks, stride of the first block).
 V2 = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
 STEM = 32  # channels of the first convolution
-V2_LAST = 1280  # channels of the last one
+V2_LAST = 1280  # channels of version 2's last convolution
 
 
 class MobileNet(nn.Module):
-    """Depthwise convolutions for space, 1x1 convolutions for channels, global average pooling, a linear layer.
+    """Depthwise 3x3 convolutions over space, 1x1 convolutions over channels, global average pooling, a linear layer.
 
     Args:
-        version: 1: separable convolutions; 2: inverted residual blocks.
-        width_multiplier: of all widths, rounded to multiples of 8 as `rounded` has it; in version 2 the last
-            convolution is never narrower than 1280.
+        version: 1: depthwise separable convolutions; 2: inverted residual blocks.
+        width_multiplier: multiplies all widths, which are then rounded to multiples of 8 (see `rounded`); in version 2
+            the last convolution is never narrower than 1280.
         stem: "imagenet": the resolution is halved five times; "cifar": the first two of these halvings are left out,
             so that 32x32 pixels end as 4x4.
         num_classes: outputs.
         in_channels: channels of the images.
+
+    Raises:
+        ValueError: for another `version` or `stem`.
     """
 
     def __init__(
@@ -44,9 +47,9 @@ class MobileNet(nn.Module):
     ) -> None:
         super().__init__()
         if version not in (1, 2):
-            raise ValueError(f"version={version} is neither 1 nor 2")
+            raise ValueError(f"version={version}: must be 1 or 2")
         if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem={stem!r} is neither 'cifar' nor 'imagenet'")
+            raise ValueError(f"stem={stem!r}: must be 'cifar' or 'imagenet'")
         strides = _Strides(left_out=2 if stem == "cifar" else 0)
         channels = rounded(STEM * width_multiplier)
         activation = nn.ReLU if version == 1 else nn.ReLU6
@@ -66,7 +69,7 @@ class MobileNet(nn.Module):
 class InvertedResidual(nn.Module):
     """branch(x) + x: widen with 1x1, filter with a depthwise 3x3, narrow with 1x1 and no activation (v2, figure 3).
 
-    Where channels or resolution change there is nothing to add x to, and the block is its branch.
+    Where the number of channels or the resolution changes, x cannot be added, and the block is just its branch.
     """
 
     def __init__(self, channels: int, out: int, expansion: int, stride: int) -> None:
@@ -87,7 +90,7 @@ class InvertedResidual(nn.Module):
 
 
 class _Strides:
-    """Hands out the paper's strides, but for the first few of 2, which become 1."""
+    """Returns the paper's strides, except that the first `left_out` strides of 2 become 1."""
 
     def __init__(self, left_out: int) -> None:
         self.left_out = left_out
@@ -100,7 +103,7 @@ class _Strides:
 
 
 def _separable(features: nn.Sequential, channels: int, multiplier: float, strides: _Strides) -> int:
-    """Append version 1's blocks; returns the channels of the last."""
+    """Append version 1's blocks to `features`; returns the channels of the last block."""
     for width, stride in V1:
         out = rounded(width * multiplier)
         depthwise = conv_norm(channels, channels, 3, strides.next(stride), groups=channels)
@@ -110,7 +113,7 @@ def _separable(features: nn.Sequential, channels: int, multiplier: float, stride
 
 
 def _inverted_residual(features: nn.Sequential, channels: int, multiplier: float, strides: _Strides) -> int:
-    """Append version 2's blocks and last convolution; returns the channels of that."""
+    """Append version 2's blocks and last convolution to `features`; returns the channels of that convolution."""
     for expansion, width, blocks, stride in V2:
         out = rounded(width * multiplier)
         for block in range(blocks):
@@ -122,16 +125,17 @@ def _inverted_residual(features: nn.Sequential, channels: int, multiplier: float
 
 
 def conv_norm(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A padded convolution without bias, and a batch norm."""
     convolution = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(out)]
 
 
 def rounded(width: float, multiple: int = 8) -> int:
-    """The nearest multiple, but not below 9/10 of `width` and not below one multiple: the rule of v2's own code."""
+    """The multiple nearest to `width`, raised by one if it is below 0.9 * `width`; at least `multiple` (v2's code)."""
     nearest = max(multiple, int(width + multiple / 2) // multiple * multiple)
     return nearest if nearest >= 0.9 * width else nearest + multiple
 
 
 def build(config: schema.model.MobileNet, num_classes: int, in_channels: int) -> MobileNet:
-    """The network of the config group `model`, for data of these classes and image channels."""
+    """The network of the config group `model`, for data with this many classes and image channels."""
     return MobileNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

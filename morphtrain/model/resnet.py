@@ -1,4 +1,4 @@
-"""ResNets of any (stages, blocks, layers, bottleneck), after He et al. 2015, section 4.2.
+"""ResNets with any number of stages, blocks and layers, with or without bottlenecks (He et al. 2015, section 4.2).
 
 python -m morphtrain.run model=resnet model.stages=2 model.blocks=[3,1] model.bottleneck=true model.layers=3
 """
@@ -15,23 +15,27 @@ from morphtrain import schema
 from morphtrain.initialise import initialise
 from morphtrain.morph.layers import PadChannels
 
-EXPANSION = 4  # of a bottleneck block's output over its inner width
+EXPANSION = 4  # a bottleneck block's output width / its inner width
 
 
 class ResNet(nn.Module):
     """A stem, `stages` stages of residual blocks whose width doubles, global average pooling, a classifier.
 
     Args:
-        stages: number of stages; stage k has inner width `width * 2**k`.
+        stages: number of stages; stage k = 0, 1, ... has inner width `width * 2**k`.
         blocks: residual blocks in every stage, or one number per stage.
-        layers: convolutions in a block.
-        bottleneck: 1x1 convolutions first and last in a block, its output 4 times as wide as the inside.
-        width: channels of the stem and of the first stage's inside.
-        downsample: halve the resolution at every stage after the first. False keeps stride 1 throughout.
+        layers: convolutions per block.
+        bottleneck: 1x1 convolutions first and last in a block, its output 4 times as wide as its inner width.
+        width: channels of the stem, and inner width of the first stage.
+        downsample: halve the resolution at every stage after the first. False: stride 1 in all stages.
         shortcut: where the width changes: "A" pads with zero channels, "B" projects with a 1x1 convolution.
         stem: "cifar": a 3x3 convolution; "imagenet": a 7x7 convolution of stride 2, then 3x3 max pooling of stride 2.
         num_classes: outputs.
         in_channels: channels of the images.
+
+    Raises:
+        ValueError: if `blocks` and `stages` disagree, a bottleneck block has fewer than 3 layers, or `stem` or
+            `shortcut` is unknown.
     """
 
     def __init__(
@@ -51,9 +55,9 @@ class ResNet(nn.Module):
         super().__init__()
         per_stage = [blocks] * stages if isinstance(blocks, int) else list(blocks)
         if len(per_stage) != stages:
-            raise ValueError(f"blocks={per_stage} must have one number for each of {stages} stages")
+            raise ValueError(f"blocks={per_stage}: must have one number per stage, with stages={stages}")
         if bottleneck and layers < 3:
-            raise ValueError(f"a bottleneck block has at least 3 layers, not layers={layers}")
+            raise ValueError(f"layers={layers}: must be 3 or more with bottleneck=True")
         self.stem = _stem(in_channels, width, stem)
         self.stages = nn.Sequential()
         channels = width
@@ -75,7 +79,7 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(branch(x) + shortcut(x)); the branch is a chain of convolution and norm, with relu in between."""
+    """relu(branch(x) + shortcut(x)); the branch is a chain of convolutions, each with a norm, and relu in between."""
 
     def __init__(self, channels: int, inner: int, layers: int, bottleneck: bool, stride: int, shortcut: str) -> None:
         super().__init__()
@@ -97,7 +101,7 @@ class ResidualBlock(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of He et al. 2015: take every `stride`-th pixel, pad the missing channels with zeros."""
+    """Option A of He et al. 2015: take every `stride`-th pixel and pad the missing channels with zeros."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -112,9 +116,9 @@ def _stem(channels: int, out: int, kind: str) -> nn.Sequential:
     if kind == "cifar":
         return nn.Sequential(_conv(channels, out, 3), nn.BatchNorm2d(out))
     if kind == "imagenet":
-        # relu comes behind the pooling, on a quarter of the values: the relu of a maximum is the maximum of the relus.
+        # relu comes after the pooling, on a quarter of the values: the relu of a maximum is the maximum of the relus.
         return nn.Sequential(_conv(channels, out, 7, 2), nn.BatchNorm2d(out), nn.MaxPool2d(3, 2, padding=1))
-    raise ValueError(f"stem={kind!r} is neither 'cifar' nor 'imagenet'")
+    raise ValueError(f"stem={kind!r}: must be 'cifar' or 'imagenet'")
 
 
 def _shortcut(channels: int, out: int, stride: int, option: str) -> nn.Module:
@@ -124,7 +128,7 @@ def _shortcut(channels: int, out: int, stride: int, option: str) -> nn.Module:
         return PaddedShortcut(channels, out, stride)
     if option == "B":
         return nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
-    raise ValueError(f"shortcut={option!r} is neither 'A' nor 'B'")
+    raise ValueError(f"shortcut={option!r}: must be 'A' or 'B'")
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -132,5 +136,5 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def build(config: schema.model.ResNet, num_classes: int, in_channels: int) -> ResNet:
-    """The network of the config group `model`, for data of these classes and image channels."""
+    """The network of the config group `model`, for data with this many classes and image channels."""
     return ResNet(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

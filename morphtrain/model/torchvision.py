@@ -1,4 +1,4 @@
-"""A network of torchvision by its name, with fresh weights.
+"""A torchvision network by name, with fresh weights.
 
 python -m morphtrain.run model=torchvision model.name=densenet121 data=cifar10 +model.options.drop_rate=0.1
 """
@@ -16,24 +16,24 @@ from torch import nn
 from morphtrain import schema
 from morphtrain.errors import UserError, first_line
 
-# These two give three outputs while they train, and warn about their slow initial draw, unless told otherwise.
+# By default these two have three outputs in training and warn about their slow initialisation.
 INCEPTION = ("googlenet", "inception_v3")
 INCEPTION_KEYWORDS = {"aux_logits": False, "init_weights": True}
 
 
 def names() -> list[str]:
-    """The networks for classification; those for detection, segmentation, video and int8 have modules of their own."""
-    from torchvision import models  # takes a second, and is needed by this option alone
+    """The names of torchvision's classification networks, without those for detection, segmentation, video and int8."""
+    from torchvision import models  # takes a second, and only this option needs it
 
     found: list[str] = models.list_models(module=models)
     return found
 
 
 def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) -> nn.Module:
-    """The network `model.name`, for data of these classes and image channels.
+    """The network `model.name`, for data with this many classes and image channels.
 
     Raises:
-        UserError: for a name torchvision does not have, or options the network refuses.
+        UserError: for a name that torchvision does not have, or options that the network does not accept.
     """
     _check_known(f"model.name={config.name}", "torchvision", "network for classification", str(config.name), names())
     from torchvision import models
@@ -47,14 +47,14 @@ def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) 
         network: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
     except (TypeError, ValueError) as error:
         reason = first_line(error)
-        raise UserError(f"model.options={config.options}: {config.name} cannot be made with them: {reason}") from error
+        raise UserError(f"model.options={config.options}: {config.name} does not accept them: {reason}") from error
     return network if in_channels == 3 else adapt(network, in_channels)
 
 
 def keywords(name: str) -> list[str]:
-    """Keywords that some function or class of the network's own module takes.
+    """The keywords that any function or class in the module of network `name` takes.
 
-    Some constructors swallow any others without a word (MobileNetV3, ConvNeXt), and a typing error with them.
+    Some constructors (MobileNetV3, ConvNeXt) silently ignore unknown keywords, and so would hide a typing error.
     """
     from torchvision import models
 
@@ -73,11 +73,11 @@ def _check_known(given: str, owner: str, kind: str, name: str, known: list[str])
 
 
 def adapt(network: nn.Module, in_channels: int) -> nn.Module:
-    """Let a network made for images of 3 channels take `in_channels`, in place.
+    """Change a network made for images of 3 channels, in place, to take `in_channels`.
 
-    torchvision's constructors have no keyword for it. The first convolution is replaced by one that differs in nothing
-    but its input, with weights as torch draws them for its new fan-in: a norm follows in nearly all of these networks,
-    so it does not matter that their own constructors draw with other variances.
+    torchvision's constructors have no keyword for this. The first convolution is replaced by one that differs only in
+    its input channels, with torch's default initialisation for the new fan-in. The networks' own constructors draw with
+    other variances, but that does not matter: in nearly all of them a norm follows.
     """
     path, old = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(

@@ -11,28 +11,31 @@ from torch import nn
 from morphtrain import schema
 from morphtrain.initialise import initialise
 
-# depth -> convolutions in each of the five stages; 11, 13 and 16 are A, B and D of the paper's table, 8 is the small
-# one of PruneTrain's CIFAR experiments.
+# Depth to convolutions in each of the five stages; 11, 13 and 16 are A, B and D of the paper's table, 8 is from
+# PruneTrain's CIFAR experiments.
 STAGES = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 MULTIPLES = (1, 2, 4, 8, 8)  # of `width`, stage by stage
 HIDDEN = 4096  # features of the ImageNet head's hidden layers
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, max pooling behind each, and a head of linear layers.
+    """Five stages of 3x3 convolutions, each followed by max pooling, and a head of linear layers.
 
-    Pooling rounds up, so that images of any size from 1x1 pixel on work; where a size is even, up and down agree.
+    Pooling rounds odd sizes up, so images of any size work.
 
     Args:
-        depth: layers with weights, counted with the ImageNet head: 8, 11, 13 or 16.
+        depth: layers with weights, including those of the ImageNet head: 8, 11, 13 or 16.
         width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
-        batch_norm: a batch norm behind every convolution.
+        batch_norm: a batch norm after every convolution; the paper has none.
         head: "cifar": global average pooling and one linear layer; "imagenet": average pooling to 7x7 and two hidden
             layers of 4096 features.
-        dropout: share of the features dropped behind every hidden layer, or before the only layer of the small head.
-            None: 0.5 in the large head, as in the paper, and 0 in the small one.
+        dropout: share of features dropped after every hidden layer, or before the only layer of the CIFAR head.
+            None: 0.5 in the ImageNet head, as in the paper, and 0 in the CIFAR head.
         num_classes: outputs.
         in_channels: channels of the images.
+
+    Raises:
+        ValueError: for another `depth` or `head`.
     """
 
     def __init__(
@@ -48,12 +51,12 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in STAGES:
-            raise ValueError(f"depth={depth} is none of {', '.join(map(str, STAGES))}")
+            raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, STAGES))}")
         self.features = nn.Sequential()
         channels = in_channels
         for count, multiple in zip(STAGES[depth], MULTIPLES, strict=True):
             for _ in range(count):
-                # The bias is idle where a norm follows; kept, so that the parameters are those of the published nets.
+                # A norm makes the bias redundant; it stays, so that parameter counts match the published networks.
                 self.features.append(nn.Conv2d(channels, width * multiple, 3, padding=1))
                 if batch_norm:
                     self.features.append(nn.BatchNorm2d(width * multiple))
@@ -69,11 +72,11 @@ class VGG(nn.Module):
 
 
 def _head(kind: str, channels: int, dropout: float | None, num_classes: int) -> tuple[nn.Module, nn.Sequential]:
-    """Pooling, and the layers behind it."""
+    """The last pooling, and the linear layers after it."""
     if kind == "cifar":
         return nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Dropout(dropout or 0.0), nn.Linear(channels, num_classes))
     if kind != "imagenet":
-        raise ValueError(f"head={kind!r} is neither 'cifar' nor 'imagenet'")
+        raise ValueError(f"head={kind!r}: must be 'cifar' or 'imagenet'")
     share = 0.5 if dropout is None else dropout
     hidden: list[nn.Module] = []
     for features in (channels * 7 * 7, HIDDEN):
@@ -82,5 +85,5 @@ def _head(kind: str, channels: int, dropout: float | None, num_classes: int) -> 
 
 
 def build(config: schema.model.VGG, num_classes: int, in_channels: int) -> VGG:
-    """The network of the config group `model`, for data of these classes and image channels."""
+    """The network of the config group `model`, for data with this many classes and image channels."""
     return VGG(num_classes=num_classes, in_channels=in_channels, **schema.keywords(config))

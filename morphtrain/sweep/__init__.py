@@ -1,1 +1,1 @@
-"""Searches: Hydra's Optuna sweeper with resumption, early stopping, a baseline and a closing table."""
+"""Sweeps: Hydra's Optuna sweeper with resumption, early stopping, a baseline and a closing table."""

@@ -9,10 +9,10 @@ from morphtrain.sweep.search_space import SearchSpace
 
 
 class Baseline:
-    """What the baseline runs with in place of searched values.
+    """What the baseline runs with instead of searched values.
 
     Args:
-        given: overrides, `hydra.sweeper.baseline`; none of them: the composed config's own values.
+        given: the overrides of `hydra.sweeper.baseline`; if empty, the composed config's own values.
         space: what the study searches.
     """
 
@@ -21,13 +21,14 @@ class Baseline:
         self.space = space
 
     def values(self) -> dict[str, Any]:
-        """What trial 0 has of the searched keys: nothing where it runs with overrides of its own."""
+        """Trial 0's values of the searched keys; empty if it runs with overrides of its own."""
         return {} if self.given else self.space.defaults()
 
     def overrides(self) -> list[str]:
-        """Those of the whole trial, if it has no values of the searched keys.
+        """All overrides of the trial, for a baseline without values of the searched keys.
 
-        Where the baseline chooses another option of a group, overrides of that group's keys go: it has others.
+        If the baseline selects another option of a group, overrides of that group's keys are dropped, since the other
+        option has other keys.
         """
         keys = [override.split("=", 1)[0].lstrip("+~") for override in self.given]
 

@@ -1,4 +1,4 @@
-"""Search spaces in which some keys are there only beside others; for `hydra.sweeper.custom_search_space`."""
+"""Search spaces in which some keys depend on the values of others; for `hydra.sweeper.custom_search_space`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from optuna.trial import Trial
 
 
 def everything(config: DictConfig, trial: Trial) -> None:
-    """Every group that can save time: pruning, growth, number format, batch size and norm, with the learning rate."""
+    """Search every group that can save time: pruning, growth, number format, batch size, norm and learning rate."""
     prune = trial.suggest_categorical("prune", ["none", "prunetrain", "morphnet"])
     if prune != "none":
         trial.suggest_float("prune.lasso_ratio", 0.1, 0.8)

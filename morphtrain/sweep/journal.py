@@ -1,4 +1,4 @@
-"""Optuna's journal file, with a lock that a killed worker does not leave behind, nor half a line."""
+"""Optuna's journal file, made safe against killed workers: they leave neither a lock nor half a line."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ log = logging.getLogger(__name__)
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The storage in a journal file, which is made if there is none.
+    """Open the storage in a journal file, which is created if it does not exist.
 
     Raises:
-        ValueError: for a file that is no journal.
+        ValueError: if the file is not a journal.
         OSError: if it cannot be opened.
     """
     if path.exists():
         with path.open("rb") as file:
-            if file.read(1) not in (b"", b"{"):  # a writer would take it for half a line, and cut it off
-                raise ValueError("not a journal of Optuna's")
+            if file.read(1) not in (b"", b"{"):  # cut_torn_line would mistake the file for half a line and empty it
+                raise ValueError("not an Optuna journal")
     backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))  # type: ignore[arg-type]
     try:
         return JournalStorage(backend)
     except (ValueError, KeyError) as error:
-        raise ValueError("damaged, or not a journal of Optuna's") from error
+        raise ValueError("damaged, or not an Optuna journal") from error
 
 
 class JournalLock:
-    """What the journal's backend takes for every write: a lock that ends with its holder.
+    """The lock that the journal's backend takes for every write; it ends with the process that holds it.
 
-    Optuna's own locks are files, there or not there. That of a killed worker stops all others for half a minute; then
-    each of them breaks it, and the second to do so breaks the first one's.
+    Optuna's own locks are files that exist or do not. The file of a killed worker stops all others for half a minute.
+    Then each of them removes it, and the second removes the lock that the first has just taken.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -46,21 +46,23 @@ class JournalLock:
         self._held = ExitStack()
 
     def acquire(self) -> bool:
+        """Wait for the lock, remove a torn last line, and return True, as Optuna expects."""
         self._held.enter_context(file_lock(self.path))
         with self.journal.open("r+b") as file:
             cut_torn_line(file)
         return True
 
     def release(self) -> None:
+        """Let the next writer in."""
         self._held.close()
 
 
 def cut_torn_line(file: BinaryIO) -> None:
-    """Remove what a writer left that died in the middle of a line: the next line would be lost with it."""
+    """Remove an unfinished last line, left by a writer that died: the next line would be appended to it and lost."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if file.read(1) in (b"", b"\n"):
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
-    log.warning("%s: a writer died in the middle of a line, which is dropped", file.name)
+    log.warning("%s: a writer died in the middle of a line; the unfinished line is dropped", file.name)

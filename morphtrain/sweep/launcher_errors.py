@@ -1,15 +1,15 @@
-"""What goes wrong with a launcher, not with a job of it, in words (group `launcher`)."""
+"""Messages for what goes wrong with a launcher itself rather than with one of its jobs (group `launcher`)."""
 
 from __future__ import annotations
 
 from hydra.errors import MissingConfigException
 
-# Hydra's launchers that are packages of their own, and the extra that installs each.
+# Hydra launchers that are separate packages, and the extra that installs each.
 EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 
 
 def not_installed(error: Exception) -> str | None:
-    """What to install for a launcher that Hydra does not find; None for any other error."""
+    """A message saying what to install for a launcher that Hydra cannot find; None for any other error."""
     if not isinstance(error, MissingConfigException) or error.missing_cfg_file is None:
         return None
     group, _, name = error.missing_cfg_file.rpartition("/")
@@ -19,7 +19,7 @@ def not_installed(error: Exception) -> str | None:
 
 
 def failed(error: Exception) -> str | None:
-    """The words of an error that a launcher's package raised; None for one of a job or of our own."""
+    """A message for an error raised inside a launcher's package; None for an error from a job or from MorphTrain."""
     traceback = error.__traceback__
     while traceback is not None:
         package = traceback.tb_frame.f_globals.get("__name__", "").split(".")

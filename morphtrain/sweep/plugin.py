@@ -13,16 +13,20 @@ from morphtrain.sweep.trial import make_pruner
 
 
 class MorphTrainSweeper(OptunaSweeper):
-    """Hydra's Optuna sweeper whose study can be resumed, shared and stopped early.
+    """Hydra's Optuna sweeper, with studies that can be resumed and shared and trials that can be stopped early.
 
     Args:
-        pruner: node of an Optuna pruner (group `hydra/sweeper/pruner`).
-        baseline: overrides that trial 0 runs with in place of the searched ones; None for no such trial.
-        min_accuracy: final `val_accuracy` (0..1) that makes a trial feasible; None if all are.
-        heartbeat_seconds: how often a worker says that it is alive; one of another machine that has been silent four
-            times as long is taken for dead. Of a worker whose lock file can be seen, that file tells at once.
-        custom_search_space: dotted path of a function of config and Optuna trial that suggests more values.
+        pruner: config node of an Optuna pruner (group `hydra/sweeper/pruner`).
+        baseline: overrides that trial 0 runs with instead of the searched ones; empty for the config's own values, None
+            for no such trial.
+        min_accuracy: lowest final `val_accuracy` (0..1) of a feasible trial; None if all are feasible.
+        heartbeat_seconds: how often a worker reports that it is alive. A worker on another machine that has been silent
+            for four times as long is considered dead; if its lock file is visible here, that file decides at once.
+        custom_search_space: dotted path of a function of the config and an Optuna trial that suggests more values.
         plain: the keys of Hydra's own Optuna sweeper.
+
+    Raises:
+        UserError: if `n_trials`, `n_jobs`, `heartbeat_seconds` or `min_accuracy` is out of range.
     """
 
     def __init__(
@@ -52,7 +56,9 @@ class MorphTrainSweeper(OptunaSweeper):
         )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `sweep`."""
         self.study_sweeper.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:
+        """Run the sweep; `arguments` are the command line's overrides."""
         self.study_sweeper.sweep(arguments)

@@ -1,4 +1,4 @@
-"""What a sweep leaves: a closing table, pictures, the results as YAML, and the command that runs the winner again."""
+"""A sweep's output: a closing table, charts, the results as YAML, and the command that runs the best trial again."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR, OVER
 log = logging.getLogger(__name__)
 
 FEW = 5  # best trials in the table
-RESULTS = "optimization_results.yaml"  # as Hydra's own sweeper calls it
+RESULTS = "optimization_results.yaml"  # the name that Hydra's own sweeper uses
 
 
 def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> list[Path]:
-    """Print the closing table and leave pictures and results in `sweep_dir`; returns their paths.
+    """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
 
     Raises:
         UserError: if no trial ended with a value.
@@ -50,7 +50,7 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
 
 
 def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
-    """Metrics of the sweep's own MLflow run: how its trials ended, and the best of them."""
+    """Metrics of the sweep's own MLflow run: how many trials ended in each state, and the best one's objective."""
     counts = _counts(study)
     metrics = {f"trials_{state.name.lower()}": float(number) for state, number in counts.items()}
     best = _best(study)
@@ -65,7 +65,7 @@ def _counts(study: optuna.Study) -> Counter[TrialState]:
 
 
 def _best(study: optuna.Study) -> list[FrozenTrial]:
-    """The Pareto front or, with one objective, the few best trials, the best first; feasible ones only."""
+    """The feasible trials that count: the Pareto front or, with one objective, the `FEW` best, best first."""
     if len(study.directions) > 1:
         return study.best_trials
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -75,7 +75,7 @@ def _best(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _searched(study: optuna.Study) -> optuna.Study:
-    """What ended with a value, but for the baseline, which has no values of the keys that were searched."""
+    """The trials with a result, except for the baseline, which has no values of the searched keys."""
     searched = optuna.create_study(directions=study.directions)
     completed = study.get_trials(states=(TrialState.COMPLETE,))
     searched.add_trials([trial for trial in completed if BASELINE_ATTR not in trial.user_attrs])
@@ -83,7 +83,7 @@ def _searched(study: optuna.Study) -> optuna.Study:
 
 
 def _baseline(study: optuna.Study) -> FrozenTrial | None:
-    """Trial 0, if it is one that ran as the baseline and has ended."""
+    """Trial 0, if it ran as the baseline and has a result."""
     marked = (trial for trial in study.get_trials(deepcopy=False) if BASELINE_ATTR in trial.user_attrs)
     return next((trial for trial in marked if trial.values), None)
 
@@ -94,7 +94,7 @@ def _failures(study: optuna.Study) -> str:
 
 
 def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str]) -> Table:
-    """The best trials beside the baseline."""
+    """The baseline and the best trials, one per row."""
     counted = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
     table = Table(title=f"study {study.study_name}: {counted}")
     for column in ("trial", *objective, *_shown(objective), "overrides"):
@@ -114,7 +114,7 @@ def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence
 
 
 def _shown(objective: Sequence[str]) -> list[str]:
-    """Metrics that are worth a column though they are not searched."""
+    """Metrics that get a column even if they are not objectives."""
     return [name for name in ("train_seconds", "val_accuracy", "params") if name not in objective]
 
 
@@ -128,23 +128,23 @@ def _lines(
     lines = []
     baseline = _baseline(study)
     if not best:
-        lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search elsewhere")
+        lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
     elif len(objective) == 1 and baseline is not None and best[0].number == baseline.number:
-        lines.append("the baseline is the best trial: what was searched does not pay here")
+        lines.append("the baseline is the best trial: what was searched does not pay off here")
     elif len(objective) == 1 and baseline is not None:
         ratio = best[0].values[0] / baseline.values[0] if baseline.values[0] else math.nan
         accuracies = [trial.user_attrs[METRICS_ATTR]["val_accuracy"] for trial in (best[0], baseline)]
         lines.append(
             f"{objective[0]}: best / baseline {ratio:.3f}, val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
-            f"one run each, the best of {len(study.trials)}: repeat both with other seeds before you believe it"
+            f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
         )
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
         lines.append(f"importance for {objective[0]} (fANOVA): {shares}")
     if median := _seconds(study):
-        lines.append(f"a trial took {median:.1f} s (median), all together {_seconds(study, sum):.0f} s")
+        lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
-        lines.append(f"the winner again:  python -m morphtrain.run {rerun(best[0])}")
+        lines.append(f"to run the best trial again:  python -m morphtrain.run {rerun(best[0])}")
     return lines
 
 
@@ -154,7 +154,7 @@ def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
 
 
 def rerun(trial: FrozenTrial) -> str:
-    """What to type behind `python -m morphtrain.run` to train what a trial trained."""
+    """Arguments for `python -m morphtrain.run` that repeat a trial."""
     return shlex.join(trial.user_attrs[OVERRIDES_ATTR])
 
 
@@ -163,15 +163,15 @@ def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:
 
 
 def _importance(searched: optuna.Study) -> dict[str, float]:
-    """How much each searched key decided of the first objective; nothing where too few trials tell it."""
+    """Each searched key's share of the first objective's variance (fANOVA); empty if there are too few trials."""
     varied = {key for trial in searched.trials for key in trial.params}
     if len(searched.trials) < 4 or len(varied) < 2:
         return {}
     target = None if len(searched.directions) == 1 else (lambda trial: trial.values[0])
     try:
         return dict(optuna.importance.get_param_importances(searched, evaluator=_evaluator(), target=target))
-    except (ValueError, RuntimeError) as error:  # all values alike, or no key in all trials
-        log.info("no importance of the keys: %s", error)
+    except (ValueError, RuntimeError) as error:  # all values equal, or no key in all trials
+        log.info("no importances of the searched keys: %s", error)
         return {}
 
 
@@ -200,7 +200,7 @@ def _pictures(
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that these charts are experimental; that all values of an axis are alike
+        warnings.simplefilter("ignore")  # these charts are experimental; all values of an axis are equal
         for name, draw in wanted.items():
             draw()
             paths.append(sweep_dir / f"{name}.png")
@@ -211,7 +211,7 @@ def _pictures(
 
 
 def _results(best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:
-    """The same file that Hydra's Optuna sweeper leaves."""
+    """Write the same file as Hydra's Optuna sweeper."""
     results: dict[str, Any] = {"name": "optuna"}
     if len(objective) == 1 and best:
         results |= {"best_params": best[0].params, "best_value": best[0].values[0]}

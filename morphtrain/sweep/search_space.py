@@ -1,4 +1,4 @@
-"""What is searched: Optuna's distributions of config keys, and the overrides that a trial's values become."""
+"""The search space: Optuna distributions of config keys, and a trial's values as overrides."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from morphtrain.errors import UserError
 
 
 class SearchSpace:
-    """The sweeper's `params` and the command line's overrides, told apart: those to search and those that stay.
+    """The sweeper's `params` and the command line's overrides, sorted into searched and fixed ones.
 
     Args:
-        overrides: Hydra's syntax of sweeps is searched (`key=interval(0,1)`, `key=a,b`); all others stay as they are.
-        extend: the user's own search space: takes the config and an Optuna trial and lets it suggest more values.
-        config: the sweep's composed config, for `extend` and for the values that keys have by default.
+        overrides: those in Hydra's sweep syntax (`key=interval(0,1)`, `key=a,b`) are searched, all others are fixed.
+        extend: the user's own search space: a function of the config and an Optuna trial that suggests more values.
+        config: the sweep's composed config, for `extend` and for the default values of keys.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SearchSpace:
         self.config = config
 
     def suggest(self, trial: Trial) -> list[str]:
-        """The overrides of a trial, which gets its values from the study's sampler unless it has them."""
+        """The overrides of a trial; values that it does not have yet come from the study's sampler."""
         for key, distribution in self.distributions.items():
             trial._suggest(key, distribution)
         if self.extend is not None:
@@ -41,7 +41,7 @@ class SearchSpace:
         return [*self.fixed, *(f"{key}={value}" for key, value in trial.params.items())]
 
     def defaults(self) -> dict[str, Any]:
-        """The composed config's own values of all searched keys, or none if one of them is out of its range."""
+        """The composed config's values of all searched keys; empty if one is out of its range or `extend` is given."""
         values = {key: self._default(key) for key in self.distributions}
         inside = self.extend is None and all(
             _contains(distribution, values[key]) for key, distribution in self.distributions.items()
@@ -53,12 +53,12 @@ class SearchSpace:
         return choices[key] if key in choices else OmegaConf.select(self.config, key)
 
     def corners(self) -> list[list[str]]:
-        """Overrides at both ends of all ranges, to see before any trial whether the config takes them."""
+        """Overrides with all ranges at their low and all at their high end, to check the config before any trial."""
         ends = [{key: end(d) for key, d in self.distributions.items()} for end in (_low, _high)]
         return [[*self.fixed, *(f"{key}={value}" for key, value in values.items())] for values in ends]
 
     def grid(self) -> dict[str, list[Any]]:
-        """All values of each key; raises `UserError` for a range that has no end of them."""
+        """All values of each key; raises `UserError` for a range without steps."""
         return {key: _all_values(key, distribution) for key, distribution in self.distributions.items()}
 
 
@@ -84,7 +84,7 @@ def _all_values(key: str, distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         steps = round((distribution.high - distribution.low) / distribution.step)
         return [distribution.low + i * distribution.step for i in range(steps + 1)]
-    raise UserError(f"{key}={distribution}: a grid needs choices or a range with steps, as range(1,9) or 0.1,0.2")
+    raise UserError(f"{key}={distribution}: a grid needs choices or a range with steps, such as 0.1,0.2 or range(1,9)")
 
 
 def as_space(parameters: Mapping[str, Any] | None) -> list[str]:

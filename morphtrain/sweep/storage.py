@@ -1,10 +1,10 @@
-"""Where a study is kept: one address, opened without races by any number of workers.
+"""Where a study is stored: one address, which any number of workers can open without races.
 
 sqlite:///optuna.db                        a file, for workers on one machine
 journal:////shared/study.log               Optuna's journal, for workers that share a file system
 postgresql://user:password@host/database   a server, for workers on any machine that reaches it (extra `postgres`)
 
-Paths are as SQLAlchemy has them: behind three slashes a relative one, behind four an absolute one.
+As in SQLAlchemy, the path after three slashes is relative; four slashes make it absolute.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ FILES = ("sqlite", "journal")
 POSTGRES = "postgresql"
 WORKS = "sqlite:///optuna.db, postgresql://user:password@host/database or journal:////shared/study.log works"
 
-SERVER_HINT = "; start that server or mend the address; without a server, sqlite:///optuna.db works on one machine"
+SERVER_HINT = "; start that server or correct the address; without a server, sqlite:///optuna.db works on one machine"
 
-BUSY_SECONDS = 60  # how long SQLite waits for another worker's transaction; its default of 5 is short on a busy disk
-CONNECT_SECONDS = 10  # how long to wait for a server's answer, where the address has no connect_timeout of its own
-LOCK_NUMBER = int.from_bytes(b"morphtra", "big")  # of the advisory lock, in the database that the study is in
+BUSY_SECONDS = 60  # seconds SQLite waits for another worker's transaction; the default of 5 is too short on a busy disk
+CONNECT_SECONDS = 10  # seconds to wait for a server's answer, unless the address sets connect_timeout
+LOCK_NUMBER = int.from_bytes(b"morphtra", "big")  # of the advisory lock in the study's database
 
-# A server takes a worker whose machine went away for alive, lock and all, until its network stack gives up: two hours.
+# If a worker's machine disappears, a server keeps its connection and lock until the network stack gives up, by default
+# after two hours.
 KEEPALIVE = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Optuna's storage at an address; what it needs there is made, by one worker at a time.
+    """Open Optuna's storage at an address; one worker at a time creates the file or tables that are missing.
 
     Raises:
-        UserError: for another kind of address, a driver, directory or server that is not there, or one that refuses.
+        UserError: if the kind of address is unknown, the driver, directory or server is missing, or the server refuses.
     """
     address = _parse(url)
     with exclusive(url), _explained(address):
@@ -55,12 +56,12 @@ def open_storage(url: str) -> BaseStorage:
 
 @contextmanager
 def exclusive(url: str) -> Iterator[None]:
-    """One process at a time, of all that open this address on whatever machine; the lock goes with its holder.
+    """Let one process at a time, on any machine, use this address; the lock ends with the process that holds it.
 
-    It is not to be taken twice, and `open_storage` takes it.
+    Do not nest it: `open_storage` takes the same lock.
 
     Raises:
-        UserError: as `open_storage`.
+        UserError: like `open_storage`.
     """
     address = _parse(url)
     with ExitStack() as stack:
@@ -73,29 +74,29 @@ def exclusive(url: str) -> Iterator[None]:
 
 
 def without_password(url: str) -> str:
-    """The address as it may be shown; raises `UserError` as `open_storage` does."""
+    """The address without its password, for messages; raises `UserError` if `open_storage` cannot take it."""
     return _shown(_parse(url))
 
 
 def _parse(url: str) -> URL:
-    """The parts of an address that can be opened, as far as can be told without trying."""
+    """The parts of an address, checked as far as possible without opening it."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     scheme = url.partition(":")[0]
-    shown = f"{scheme}:..." if ":" in url else url  # what follows may be a password
+    shown = f"{scheme}:..." if ":" in url else url  # the rest may contain a password
     if url.count("@") > 1:
-        raise UserError(f"{KEY}={shown}: holds more than one @; write %40 for those in user name and password")
+        raise UserError(f"{KEY}={shown}: has more than one @; write %40 for an @ in the user name or password")
     try:
         address = make_url(url)
-    except (ArgumentError, ValueError):  # the cause would show the address
+    except (ArgumentError, ValueError):  # `from None`: the cause would show the password
         raise UserError(f"{KEY}={shown}: not an address of a study; {WORKS}") from None
     if address.drivername in FILES:
         _check_path(address)
     elif address.drivername == POSTGRES:
         address = address.set(drivername=f"{POSTGRES}+psycopg")
     else:
-        raise UserError(f"{KEY}={shown}: not a place to keep a study; {WORKS}")
+        raise UserError(f"{KEY}={shown}: cannot store a study; {WORKS}")
     return address
 
 
@@ -103,7 +104,7 @@ def _check_path(address: URL) -> None:
     scheme, name = address.drivername, address.database
     if address.host or not name or name == ":memory:":
         wanted = f"{scheme}:///study (relative) or {scheme}:////shared/study (absolute) works"
-        raise UserError(f"{KEY}={_shown(address)}: names no file; {wanted}")
+        raise UserError(f"{KEY}={_shown(address)}: does not name a file; {wanted}")
     directory = Path(name).parent
     if not directory.is_dir():
         absolute = Path("/", name)
@@ -112,12 +113,12 @@ def _check_path(address: URL) -> None:
 
 
 def _path(address: URL) -> Path:
-    assert address.database is not None  # _check_path
+    assert address.database is not None  # by _check_path
     return Path(address.database)
 
 
 def _shown(address: URL) -> str:
-    """The address without its password, which may also be among the options behind the question mark."""
+    """The address without its password, which may also be among the options after the question mark."""
     plain = address.set(drivername=address.get_backend_name(), query={})
     return plain.render_as_string(hide_password=True)
 
@@ -126,13 +127,13 @@ def _engine_options(address: URL) -> dict[str, Any]:
     if address.drivername in FILES:
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     timeout = {} if "connect_timeout" in address.query else {"connect_timeout": CONNECT_SECONDS}
-    # Between two epochs there is time for a firewall to forget a connection: look before using one.
+    # An epoch can last long enough for a firewall to drop an idle connection, so test each one before use.
     return {"connect_args": timeout, "pool_pre_ping": True}
 
 
 @contextmanager
 def _explained(address: URL) -> Iterator[None]:
-    """What opening an address raises, as a `UserError` in a line."""
+    """Turn whatever opening an address raises into a one-line `UserError`."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -145,16 +146,16 @@ def _explained(address: URL) -> Iterator[None]:
     except OSError as error:
         reason, cause = f"{error.filename}: {error.strerror}", error
     except (SQLAlchemyError, StorageInternalError) as error:
-        said = error.__cause__ or error  # the driver's own words
+        said = error.__cause__ or error  # the driver's own message is the clearest
         reason, cause = f"{said}{'' if address.drivername in FILES else SERVER_HINT}", error
-    except (RuntimeError, ValueError) as error:  # tables of another version of Optuna; no journal
+    except (RuntimeError, ValueError) as error:  # tables of another Optuna version; not a journal
         reason, cause = str(error), error
     raise UserError(f"{KEY}={_shown(address)}: {' '.join(reason.split())}") from cause
 
 
 @contextmanager
 def _advisory_lock(address: URL) -> Iterator[None]:
-    """A lock of PostgreSQL's, for as long as a connection of its own lasts."""
+    """A PostgreSQL advisory lock, held for as long as its own connection lasts."""
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 

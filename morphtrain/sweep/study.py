@@ -1,4 +1,4 @@
-"""A study that several workers may share, now and later: who takes which trial, and how many there are to be."""
+"""A study that several workers may share, at once or one after the other: who runs which trial, and how many."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Plan:
     name: str
     storage: str
     directions: Sequence[Literal["minimize", "maximize"]]
-    facts: Mapping[str, Any]  # stored with the study: what its values mean
-    total: int  # trials, those that failed included
-    baseline: Mapping[str, Any] | None  # values that trial 0 has of the searched keys; None for no such trial
+    facts: Mapping[str, Any]  # stored with the study: what its values depend on
+    total: int  # number of trials, failed ones included
+    baseline: Mapping[str, Any] | None  # trial 0's values of the searched keys; None for no such trial
 
 
 class SharedStudy:
     """Takes trials of an Optuna study for one worker, and gives them back or ends them.
 
-    Every step that looks and then acts does so while no other worker can.
+    Steps that read the study and then change it exclude all other workers meanwhile.
     """
 
     def __init__(self, plan: Plan, sampler: Any, pruner: Any) -> None:
-        """Open the study, or create it; raises `UserError` if one of that name searched something else."""
+        """Open or create the study; raises `UserError` if an existing one of that name has other `facts`."""
         self.plan = plan
         self.storage = open_storage(plan.storage)
         with exclusive(plan.storage):
@@ -51,7 +51,7 @@ class SharedStudy:
             )
             self._check_facts()
             if self.study.trials:
-                sampler.reseed_rng()  # what its seed gives was given to an earlier worker
+                sampler.reseed_rng()  # with the same seed it would repeat an earlier worker's suggestions
             elif plan.baseline is not None:
                 self.study.enqueue_trial(dict(plan.baseline), user_attrs={BASELINE_ATTR: True})
 
@@ -63,8 +63,8 @@ class SharedStudy:
         elif stored != wanted:
             key = next(key for key in wanted if (stored or {}).get(key) != wanted[key])
             raise UserError(
-                f"hydra.sweeper.study_name={self.plan.name}: has trials with {key}={(stored or {}).get(key)}, which "
-                f"{wanted[key]} cannot be compared with; take the same, or another study_name"
+                f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={(stored or {}).get(key)}, which "
+                f"cannot be compared with {wanted[key]}; use the same value, or another study_name"
             )
 
     def take(self, worker: Worker, most: int) -> list[Trial]:
@@ -80,27 +80,27 @@ class SharedStudy:
         return taken
 
     def _release_abandoned(self, heartbeat_seconds: float) -> None:
-        """Let the running trials of dead workers wait for another one, which goes on from their checkpoints."""
+        """Queue the running trials of dead workers again; another worker goes on from their checkpoints."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if abandoned(trial.user_attrs, heartbeat_seconds):
-                log.info("trial %d was left behind by a worker that is dead: it is taken up again", trial.number)
-                self._let_wait(trial._trial_id)
+                log.info("trial %d was abandoned by a dead worker: it is queued again", trial.number)
+                self._requeue(trial._trial_id)
 
     def give_back(self, worker: Worker, trials: Sequence[Trial]) -> None:
-        """Let trials that this worker will not finish wait for another one."""
+        """Queue trials that this worker will not finish again, for another worker."""
         for trial in trials:
             worker.drop(trial._trial_id)
-            self._let_wait(trial._trial_id)
+            self._requeue(trial._trial_id)
 
-    def _let_wait(self, trial_id: int) -> None:
+    def _requeue(self, trial_id: int) -> None:
         self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def others_running(self) -> int:
-        """Trials that other workers have under way."""
+        """The number of trials that other workers are running; this worker must have none."""
         return len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
     def complete(self, worker: Worker, trial: Trial, values: Sequence[float]) -> None:
-        """End a trial with its objective's values."""
+        """End a trial with the values of its objective."""
         self._tell(worker, trial, TrialState.COMPLETE, values)
 
     def prune(self, worker: Worker, trial: Trial) -> None:
@@ -108,7 +108,7 @@ class SharedStudy:
         self._tell(worker, trial, TrialState.PRUNED)
 
     def fail(self, worker: Worker, trial: Trial, reason: str) -> None:
-        """End a trial that has no value, and say why."""
+        """End a trial without a value, and log and store the reason."""
         log.warning("trial %d failed: %s", trial.number, reason)
         trial.set_user_attr(ERROR_ATTR, reason)
         self._tell(worker, trial, TrialState.FAIL)
@@ -118,10 +118,12 @@ class SharedStudy:
         try:
             self.study.tell(trial, values, state)
         except RuntimeError as error:
-            # The grid sampler stops a study behind its last trial, which only `optimize` allows; the trial is told.
+            # After the last trial the grid sampler stops the study, which Optuna allows only in `optimize`. By then the
+            # trial's result is stored.
             if "Study.stop" not in str(error):
                 raise
 
     @property
     def trials(self) -> list[FrozenTrial]:
+        """All trials of the study, whichever worker ran them."""
         return self.study.get_trials(deepcopy=False)

@@ -1,4 +1,4 @@
-"""The sweep: take trials, launch them, tell the study how they ended, until the study has its total."""
+"""The sweep: take trials, launch them and tell the study how they ended, until the study has all its trials."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from morphtrain.tracking import begin_sweep, end_sweep
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 2.0  # between two looks at what other workers still do
+WAIT_SECONDS = 2.0  # between two checks whether other workers are still running trials
 TRIALS_BEFORE_GIVING_UP = 4
 
 
@@ -46,10 +46,13 @@ class StudySweeper:
     """What `hydra/sweeper=morphtrain` does; see `morphtrain.sweep.plugin`.
 
     Args:
-        plain: Hydra's own Optuna sweeper with the keys they share: sampler, directions, storage and so on.
+        plain: Hydra's own Optuna sweeper, which holds the keys that both have: sampler, direction, storage and so on.
         extend: the user's own search space, see `morphtrain.sweep.search_space`.
-        pruner: Optuna's; decides in the job, epoch by epoch.
+        pruner: Optuna's; it is asked in the job, after every epoch.
         baseline, min_accuracy, heartbeat_seconds: as in the plug-in.
+
+    Raises:
+        UserError: if a number is out of range.
     """
 
     def __init__(
@@ -110,12 +113,12 @@ class StudySweeper:
             raise
         finally:
             if parent is not None and isinstance(first.tracking, schema.tracking.MLflow):
-                # Params stay as they were first written: those of the best trial may change, what is searched may not.
+                # MLflow params cannot change later: the study's facts never do, but the best trial's params would.
                 metrics = report.summary(study.study, first.objective)
                 end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
 
     def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
-        """Take and run trials until there are no more to come."""
+        """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
             if trials := study.take(worker, self.plain.n_jobs):
@@ -126,20 +129,20 @@ class StudySweeper:
                 break
 
     def _check(self, space: SearchSpace) -> schema.Config:
-        """The config at one end of all ranges; raises `UserError` before any trial if there is none at either."""
+        """The config at the low end of all ranges; raises `UserError` if it is invalid at the low or high ends."""
         name = self.plain.study_name
         schema.check(bool(name), "hydra.sweeper.study_name", name, "a name, by which the study is found again")
-        without_password(str(self.plain.storage))  # raises UserError for what is no address of a study
+        without_password(str(self.plain.storage))  # raises UserError if it is not the address of a study
         searched = bool(space.distributions) or space.extend is not None
-        example = "what to search, as {optimizer.lr: interval(0.01,0.1)}"
+        example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
         configs = [self._parsed(overrides) for overrides in space.corners()]
         if self.baseline is not None:
             self._parsed(Baseline(self.baseline, space).overrides())
         if len(configs[0].objective) > 1 and not isinstance(self.pruner, optuna.pruners.NopPruner):
             raise UserError(
-                f"hydra/sweeper/pruner: objective={configs[0].objective} has more than one metric, and Optuna stops "
-                "trials early by one alone; hydra/sweeper/pruner=none works"
+                f"hydra/sweeper/pruner: objective={configs[0].objective} has more than one metric, and Optuna can "
+                "stop trials early by only one; hydra/sweeper/pruner=none works"
             )
         return configs[0]
 
@@ -159,7 +162,7 @@ class StudySweeper:
         return directions
 
     def _sampler(self, space: SearchSpace) -> tuple[Any, int]:
-        """The sampler, and how many trials the study is to have."""
+        """The sampler, and the total number of trials."""
         sampler, total = self.plain.sampler, self.plain.n_trials
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
             return sampler, total
@@ -170,7 +173,7 @@ class StudySweeper:
     def _run(
         self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
     ) -> None:
-        """Launch some trials and wait for them; those that have not ended when this is left wait for another worker."""
+        """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
         open_trials = list(trials)
         try:
             overrides = [[*self._overrides(trial, space), *child] for trial in trials]
@@ -199,12 +202,12 @@ class StudySweeper:
         try:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
-        except Exception as error:  # noqa: BLE001 (a job's error, whatever it is, ends its trial and not the sweep)
+        except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             study.fail(worker, trial, kind + first_line(error))
             return
-        if METRICS_ATTR not in attrs:  # the job's storage was away, and the log says why
-            study.fail(worker, trial, "its job could not tell the study of any epoch")
+        if METRICS_ATTR not in attrs:  # the job could not reach the storage; its log says why
+            study.fail(worker, trial, "its job could not report any epoch to the study")
             return
         if self.min_accuracy is not None:
             trial.set_constraint("val_accuracy", self.min_accuracy - attrs[METRICS_ATTR]["val_accuracy"])

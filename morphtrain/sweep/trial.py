@@ -1,4 +1,4 @@
-"""A job's side of a sweep: what it tells its trial while it trains, and whether it is worth going on."""
+"""A job's side of a sweep: what it reports to its trial while it trains, and whether to stop early."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from morphtrain.sweep.storage import open_storage
 
 log = logging.getLogger(__name__)
 
-# What is stored with a trial, by its worker (workers.py has two more) and by its job.
-BASELINE_ATTR = "baseline"  # of trial 0: it runs with the baseline's overrides
-OVERRIDES_ATTR = "overrides"  # what its job was started with
+# User attributes that a trial's worker and job store with it; workers.py has two more.
+BASELINE_ATTR = "baseline"  # trial 0 only: it runs as the baseline
+OVERRIDES_ATTR = "overrides"  # that its job was started with
 RUN_DIR_ATTR = "run_dir"
-ERROR_ATTR = "error"  # of a failed trial: why
+ERROR_ATTR = "error"  # why it failed
 METRICS_ATTR = "metrics"  # the record of its last epoch
-STOPPED_ATTR = "stopped_at"  # of a trial that its pruner ended: the epoch
+STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
 
-CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that only ever grow
+CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that never decrease
 
 
 def make_pruner(node: Any) -> Any:
-    """Optuna's pruner of a config node (group `hydra/sweeper/pruner`); none of another package's."""
+    """The Optuna pruner of a config node (group `hydra/sweeper/pruner`); pruners of other packages are refused."""
     return instantiate(node, _execution_whitelist_=("optuna.pruners.*",))
 
 
@@ -34,9 +34,12 @@ class TrialReporter:
     """Reports every epoch's objective to the study's storage, and asks the study's pruner.
 
     Args:
-        sweeper: Hydra's `hydra.sweeper` of the job.
+        sweeper: the job's config node `hydra.sweeper`.
         number: of the trial in its study.
-        objective: names of the metrics that are searched; with more than one nothing is stopped early.
+        objective: names of the metrics to optimise; with more than one, no trial is stopped early.
+
+    Raises:
+        UserError: if the storage cannot be opened.
     """
 
     def __init__(self, sweeper: DictConfig, number: int, objective: list[str]) -> None:
@@ -50,11 +53,11 @@ class TrialReporter:
         self.is_baseline = bool(self._frozen().user_attrs.get(BASELINE_ATTR))
 
     def __call__(self, record: Mapping[str, float]) -> bool:
-        """Report an epoch's record; True if the run should end here."""
+        """Report an epoch's record; True if the run should stop here."""
         try:
             return self._report(record)
         except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; training goes on)
-            log.warning("the study was not told of epoch %d: %s", record["epoch"], first_line(error))
+            log.warning("epoch %d could not be reported to the study: %s", record["epoch"], first_line(error))
             return False
 
     def _report(self, record: Mapping[str, float]) -> bool:
@@ -63,17 +66,17 @@ class TrialReporter:
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
-        if self.is_baseline or not self.study.pruner.prune(self.study, self._judged()):
+        if self.is_baseline or not self.study.pruner.prune(self.study, self._trial_for_pruner()):
             return False
         self.storage.set_trial_user_attr(self.trial_id, STOPPED_ATTR, epoch)
-        log.info("stopped early behind epoch %d: other trials of the study did better by then", epoch)
+        log.info("stopped early after epoch %d: other trials of the study were better at this point", epoch)
         return True
 
-    def _judged(self) -> Any:
+    def _trial_for_pruner(self) -> Any:
         """The trial as its pruner should see it.
 
-        Optuna's percentile pruners go by the best value that a trial has had. Of a clock that runs on that is the first
-        epoch's, always: it must be the last one's.
+        Optuna's percentile pruners go by the best value that a trial has reported. For accumulated time that is always
+        the first epoch's; it should be the last one's, so this replaces all values by that.
         """
         import optuna
 

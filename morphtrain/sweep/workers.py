@@ -1,7 +1,7 @@
 """Which of the workers that share a study are alive.
 
-A worker holds a lock on a file of its own for as long as it lives; the kernel lets go of it whatever ends the process.
-Who can see that file need not wait. Others, on other machines, go by the heartbeats in the storage.
+Each worker holds a lock on its own file; the kernel releases it when the process ends, for whatever reason. Workers
+that can see the file know at once. Those on other machines go by the heartbeats in the storage.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from morphtrain.files import file_lock, is_locked
 log = logging.getLogger(__name__)
 
 LOCK_ATTR, BEAT_ATTR = "worker_lock", "heartbeat"
-SILENT_BEATS = 4
+SILENT_BEATS = 4  # a worker that has missed this many heartbeats is considered dead
 
 
 class Worker:
-    """This process as one of a study's workers: a context that holds its lock and keeps its trials' hearts beating.
+    """This process as one of a study's workers: a context that holds its lock and sends heartbeats for its trials.
 
     Args:
-        storage: Optuna's, of the study.
-        directory: where the lock file goes.
-        heartbeat_seconds: between two beats.
+        storage: the study's Optuna storage.
+        directory: where the lock file goes; created if it does not exist.
+        heartbeat_seconds: time between two heartbeats.
     """
 
     def __init__(self, storage: Any, directory: Path, heartbeat_seconds: float) -> None:
@@ -58,14 +58,14 @@ class Worker:
         self._lock.close()
 
     def take(self, trial_id: int) -> None:
-        """Say in the storage that the trial is this worker's."""
+        """Record in the storage that the trial is this worker's."""
         self.storage.set_trial_user_attr(trial_id, LOCK_ATTR, str(self.path))
         self.storage.set_trial_user_attr(trial_id, BEAT_ATTR, time.time())
         with self._guard:
             self.trial_ids.add(trial_id)
 
     def drop(self, trial_id: int) -> None:
-        """To be called before the trial is finished, which no attribute may be set behind."""
+        """Stop the trial's heartbeats. Call this before the trial ends: a finished trial's attributes cannot be set."""
         with self._guard:
             self.trial_ids.discard(trial_id)
 
@@ -79,7 +79,7 @@ class Worker:
         try:
             self.storage.set_trial_user_attr(trial_id, BEAT_ATTR, time.time())
         except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; the next beat may work)
-            log.warning("no heartbeat: %s", first_line(error))
+            log.warning("could not send a heartbeat to the study: %s", first_line(error))
 
 
 def abandoned(attrs: dict[str, Any], heartbeat_seconds: float) -> bool:

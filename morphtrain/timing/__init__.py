@@ -1,1 +1,1 @@
-"""The clock; whether a run has its device and cores for itself, and how fast they are meanwhile."""
+"""Timing of epochs: the clock, whether a run has its device and cores to itself, and how fast they are meanwhile."""

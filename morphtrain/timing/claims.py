@@ -1,7 +1,7 @@
-"""Who uses what on this host: one file a run, locked for as long as the run's process lives.
+"""Which run uses which devices and cores on this host: one file per run, locked while the run's process lives.
 
-The kernel takes a lock back when its process ends, however it ends, so nothing stays claimed by the dead. All processes
-of a user on a host see one another's claims, whatever started them, if they share the directory for temporary files.
+The kernel releases a lock when its process ends, for whatever reason, so dead processes hold no claims. All processes
+of a user on a host see each other's claims, however they were started, if they share the directory for temporary files.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Claim:
         self._lock = lock
 
     def others(self) -> list[int]:
-        """The ids of the other processes that have claimed some of it."""
+        """The ids of other processes that have claimed any of the same resources."""
         mine = set(self.resources)
         return [use.pid for use in self.claims.uses(but=self) if mine & set(use.resources)]
 
     def release(self) -> None:
-        """Give all of it back."""
+        """Give up all claimed resources."""
         with self.claims.alone():
             self.path.unlink()
             give_back_lock(self._lock)
@@ -53,9 +53,9 @@ class Claims:
         self.directory = directory
 
     def claim(self, choose: Callable[[Sequence[Use]], tuple[str, ...]]) -> Claim:
-        """Claim what `choose` names when it is told what is in use; nobody else claims anything meanwhile.
+        """Claim the resources that `choose` returns, given what is in use; no one else can claim anything meanwhile.
 
-        All it names is claimed, in use or not. If it raises, nothing is claimed.
+        Resources already in use are claimed too. If `choose` raises, nothing is claimed.
         """
         with self.alone():
             resources = choose(self._living(None))
@@ -67,18 +67,18 @@ class Claims:
         return Claim(self, path, lock, resources)
 
     def uses(self, but: Claim | None = None) -> list[Use]:
-        """All living claims, except `but`."""
+        """The claims of all living processes, except the claim `but`."""
         with self.alone():
             return self._living(but)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else reads or changes claims in this block; not to be nested."""
+        """Keep all others from reading or changing claims during the block. Do not nest it."""
         with file_lock(self.directory / "lock"):
             yield
 
     def _living(self, but: Claim | None) -> list[Use]:
-        """What the locked files say. The others belong to processes that were killed, and are removed."""
+        """The claims in locked files. Unlocked files belong to processes that were killed, and are removed."""
         living = []
         for path in sorted(self.directory.glob("*.claim")):
             if but is not None and path == but.path:
@@ -95,11 +95,11 @@ def shared_claims() -> Claims:
     """The claims of this user on this host.
 
     Raises:
-        UserError: if somebody else has made the directory.
+        UserError: if the directory for claims belongs to another user.
     """
     directory = Path(tempfile.gettempdir()) / f"morphtrain-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"TMPDIR={directory.parent}: {directory} belongs to somebody else; choose another TMPDIR")
+        raise UserError(f"TMPDIR={directory.parent}: {directory} belongs to another user; choose another TMPDIR")
     return Claims(directory)

@@ -1,4 +1,4 @@
-"""Wall-clock time that means what it says: device work is waited for at the edges of what is timed."""
+"""Wall-clock time that includes the device's work, by waiting for the device where a timed block starts and ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from morphtrain.cost.stopwatch import wait_for
 
 
 class Clock:
-    """Times blocks of work on `device`; `seconds` holds the last time of each, by its name.
+    """Times blocks of work on `device`; `seconds` holds the latest time of each block, by name.
 
     Args:
+        device: to wait for.
         sync: "edges" waits for the device when a block starts and ends, "each" also after every training step (the
-            thesis's synchronous mode), "none" never: then launched work that still runs is charged to nobody.
+            thesis's synchronous mode), "none" never: then work that the device has not finished is not counted.
     """
 
     def __init__(self, device: torch.device, sync: str = "edges") -> None:
@@ -26,7 +27,7 @@ class Clock:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Clock the block as `seconds[name]`."""
+        """Store the time of the block in `seconds[name]`."""
         if self.sync != "none":
             self.wait()
         start = time.perf_counter()
@@ -36,10 +37,10 @@ class Clock:
         self.seconds[name] = time.perf_counter() - start
 
     def step_done(self) -> None:
-        """To be called after every training step."""
+        """Wait for the device if `sync` is "each"; call this after every training step."""
         if self.sync == "each":
             self.wait()
 
     def wait(self) -> None:
-        """Until the device has done all it was given; on a CPU that is always so."""
+        """Wait until the device has finished its work; a CPU always has."""
         wait_for(self.device)

@@ -1,4 +1,4 @@
-"""The judgement on every epoch's time: did others disturb it, and how long is it on a machine of steady speed?"""
+"""Checks on every epoch's time: did other processes disturb it, and what would it be on a machine of steady speed?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from morphtrain.timing.foreign import ForeignCpu, measurable
 from morphtrain.timing.reference import Calibration, Reference
 from morphtrain.timing.slot import Slot
 
-FOREIGN_LIMIT = 0.1  # of a run's cores, that others may use
-SLOWDOWN_LIMIT = 1.25  # of the reference, over its fastest in this run; the signal where there is no account of others
+FOREIGN_LIMIT = 0.1  # share of a run's cores that others may use
+SLOWDOWN_LIMIT = 1.25  # of the reference against its fastest in this run; used where others' use cannot be measured
 
 Record = Mapping[str, float]
 
@@ -20,38 +20,38 @@ log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Adds to every epoch's record whether its times are comparable, and calibrated ones.
+    """Adds to every epoch's record whether its times are comparable, and calibrated times.
 
     An epoch is `contended` if another run has claimed the same device or cores, if other processes used more than a
-    tenth of its cores, or, where the system keeps no account of that (on GPUs), if the reference workload is slower
-    than it was. Nothing is subtracted from the raw times.
+    tenth of its cores, or, where the system cannot tell (as on GPUs), if the reference workload is slower than before.
+    Nothing is subtracted from the raw times.
 
     Args:
-        slot: the run's place.
-        timing: the config.
-        history: the records of the epochs before, of a resumed run.
+        slot: the devices and cores the run has claimed.
+        timing: the config group `timing`.
+        history: the earlier epochs' records, if the run was resumed.
 
     Raises:
-        UserError: if calibrated times are wanted and some epochs before were trained without.
+        UserError: if times are to be calibrated and earlier epochs were not.
     """
 
     def __init__(self, slot: Slot, timing: schema.timing.Timing, history: Sequence[Record]) -> None:
-        bare = [record["epoch"] for record in history if "calibrated_train_seconds" not in record]
-        if timing.reference and bare:
+        uncalibrated = [record["epoch"] for record in history if "calibrated_train_seconds" not in record]
+        if timing.reference and uncalibrated:
             raise UserError(
-                f"timing.reference={timing.reference:g}: epoch {bare[0]:.0f} was trained without, so the sum of "
-                "calibrated times is not known; resume with timing.reference=0"
+                f"timing.reference={timing.reference:g}: epoch {uncalibrated[0]:.0f} was trained without it, so the "
+                "sum of calibrated times is unknown; resume with timing.reference=0"
             )
         self.slot = slot
         self.share = timing.reference
         self.foreign = ForeignCpu(slot.cpus) if slot.cpus and measurable() else None
         if self.foreign is not None:
-            self.foreign.begin()  # a first epoch of a few ticks of the kernel's clock is too short to judge by
+            self.foreign.begin()  # start early: a first epoch of a few kernel ticks is too short to measure
         self.calibration: Calibration | None = None
         self.others: list[int] = []
 
     def epoch_begins(self) -> None:
-        """To be called before an epoch's clock starts."""
+        """Prepare for an epoch; call this before its clock starts."""
         if self.share and self.calibration is None:
             self.calibration = Calibration(Reference(self.slot.device), self.share)
         self.others = self.slot.claim.others()
@@ -59,7 +59,7 @@ class Guard:
             self.foreign.begin()
 
     def judged(self, record: Record, history: Sequence[Record]) -> dict[str, float]:
-        """The record of the epoch that has ended, with the guard's metrics; to be called when no clock runs."""
+        """The record of the epoch that has just ended, plus the guard's metrics; call this while no clock runs."""
         metrics = dict(record)
         if self.foreign is not None:
             metrics["foreign_cpu"] = self.foreign.share()
@@ -82,7 +82,7 @@ class Guard:
         }
 
     def _reasons(self, metrics: Record) -> list[str]:
-        """Why the epoch is contended; none if it is not."""
+        """Why the epoch is contended; empty if it is not."""
         reasons = []
         if others := sorted({*self.others, *self.slot.claim.others()}):
             reasons.append(f"process {', '.join(map(str, others))} trains on the same device or cores")

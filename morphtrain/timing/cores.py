@@ -1,4 +1,4 @@
-"""The processor cores this process may use, and how it keeps to some of them."""
+"""The CPU cores that this process may use, and pinning it to some of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ THREADS = Path("/proc/self/task")
 
 
 def allowed_cores() -> dict[str, frozenset[int]]:
-    """The cores this process may use, by name: which of their CPUs (hardware threads) it may use.
+    """The cores that this process may use: core name to the CPUs (hardware threads) of that core that it may use.
 
-    Two CPUs of one core share its arithmetic units and caches, so that it takes a whole core to be undisturbed. Where
-    the system does not say which belong together (other than Linux), each is a core.
+    The CPUs of a core share its arithmetic units and caches, so only a whole core is undisturbed. On systems other than
+    Linux, which do not say which CPUs share a core, each CPU counts as a core.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores: dict[str, frozenset[int]] = {}
@@ -27,7 +27,7 @@ def allowed_cores() -> dict[str, frozenset[int]]:
 
 
 def _siblings(cpu: int) -> set[int]:
-    """The CPUs of the core that `cpu` belongs to; "0,4" and "0-1" are how Linux writes them."""
+    """The CPUs of the core that `cpu` belongs to; Linux writes such a list as "0,4" or "0-1"."""
     path = CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
     if not path.exists():
         return {cpu}
@@ -40,10 +40,11 @@ def _siblings(cpu: int) -> set[int]:
 
 @contextmanager
 def pinned(cpus: frozenset[int]) -> Iterator[None]:
-    """Keep all threads of this process, and those it starts meanwhile, on `cpus`; afterwards each is where it was.
+    """Pin all threads of this process, and those it starts meanwhile, to `cpus`; restore each one's CPUs afterwards.
 
-    An affinity belongs to a thread: torch's workers, started before, would stay where they are. A thread that starts
-    inherits it, and later gets what the calling thread has. Where there are no affinities (macOS) nothing happens.
+    Affinity belongs to a thread: setting only the calling thread's would miss torch's running workers. Threads started
+    during the block inherit it, and afterwards get the calling thread's former affinity. On systems without affinities
+    (macOS) this does nothing.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
@@ -51,7 +52,7 @@ def pinned(cpus: frozenset[int]) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     affinities: dict[int, Set[int]] = {}
     for thread in _threads():
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             affinities[thread] = os.sched_getaffinity(thread)
     _move(dict.fromkeys(affinities, cpus))
     try:
@@ -61,11 +62,11 @@ def pinned(cpus: frozenset[int]) -> Iterator[None]:
 
 
 def _threads() -> list[int]:
-    """Of this process; the first of them first, so that what it starts meanwhile is already in the right place."""
+    """Thread ids of this process, the main thread first: threads it starts while others are moved inherit its CPUs."""
     return sorted(int(entry.name) for entry in THREADS.iterdir())
 
 
 def _move(affinities: Mapping[int, Set[int]]) -> None:
     for thread, cpus in affinities.items():
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(thread, cpus)

@@ -1,4 +1,4 @@
-"""How much of this run's cores other processes use, by the kernel's own account (Linux; proc(5))."""
+"""How much of this run's cores other processes use, from the kernel's accounting (Linux; proc(5))."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 PROC = Path("/proc")
 IDLE_COLUMNS = (3, 4)  # idle, iowait
-COUNTED_TWICE = 8  # from here on: guests, whose time is also in user and nice
-WINDOW = 1.0  # seconds; a tick of 10 ms is 1 % of it
+COUNTED_TWICE = 8  # columns from here on: guest time, which is already part of user and nice
+WINDOW = 1.0  # seconds; one kernel tick (10 ms) is 1 % of it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds: the time, how long the CPUs have been busy, and how much of it was this process's work."""
+    """In seconds: the time of the reading, the CPUs' busy time, and the part of it that was this process's work."""
 
     at: float
     busy: float
@@ -25,18 +25,18 @@ class Reading:
 
 
 class ForeignCpu:
-    """The share of `cpus` that others used; a hypervisor that takes them for other machines is one of them."""
+    """The share of `cpus` that others used, which includes time that a hypervisor gave to other virtual machines."""
 
     def __init__(self, cpus: frozenset[int]) -> None:
         self.cpus = cpus
         self.readings: deque[Reading] = deque()
 
     def begin(self) -> None:
-        """To be called when a period begins."""
+        """Begin a period."""
         self.readings.append(self._read())
 
     def share(self) -> float:
-        """0..1, of the time since `begin`, or, if that is shorter, of a second or so before now."""
+        """The others' share, 0..1, since `begin` or, if that is shorter, in about the last second."""
         self.begin()
         now = self.readings[-1]
         while now.at - self.readings[1].at >= WINDOW:
@@ -48,18 +48,18 @@ class ForeignCpu:
 
 
 def foreign_share(start: Reading, end: Reading, cpus: int) -> float:
-    """The share of `cpus` CPUs' time that was neither idle nor own; 0 where ticks make it less."""
+    """The share of the time of `cpus` CPUs that was neither idle nor own; at least 0, despite coarse kernel ticks."""
     foreign = (end.busy - start.busy) - (end.own - start.own)
     return min(1.0, max(0.0, foreign / (cpus * (end.at - start.at))))
 
 
 def measurable() -> bool:
-    """Whether this system keeps such an account."""
+    """Whether this system has such accounting."""
     return (PROC / "stat").exists()
 
 
 def busy_seconds(cpus: frozenset[int]) -> float:
-    """How long these CPUs have not been idle since the machine started, added up."""
+    """Seconds that these CPUs have been busy since the machine started, summed over them."""
     ticks = 0
     for line in (PROC / "stat").read_text().splitlines():
         name, *values = line.split()
@@ -69,16 +69,16 @@ def busy_seconds(cpus: frozenset[int]) -> float:
 
 
 def own_seconds() -> float:
-    """CPU time of this process, of its living workers (of a data loader, say), and of all ended children."""
+    """CPU seconds of this process, its living workers (such as a data loader's), and all children that have ended."""
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid is not None)]
     return sum(map(_process_seconds, processes))
 
 
 def _process_seconds(pid: int) -> float:
-    """Of all its threads, and of the children it has waited for; 0 if it ended: then it is one of those."""
+    """CPU seconds of a process's threads and of children it waited for; 0 if it has ended, as its parent counts it."""
     try:
         line = (PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
-    columns = line.rpartition(")")[2].split()  # behind the name, which may hold anything: from column 3 on
+    columns = line.rpartition(")")[2].split()  # column 3 and up: the name may contain anything
     return sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime

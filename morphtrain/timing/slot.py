@@ -1,4 +1,4 @@
-"""A run's place on this host: a device, or cores, that no other run uses."""
+"""A run's slot on this host: a device or cores that no other run uses."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from morphtrain.errors import UserError
 from morphtrain.timing.claims import Claim, Claims, Use, shared_claims
 from morphtrain.timing.cores import allowed_cores, pinned
 
-POLL_SECONDS = 0.5  # between two looks whether a place has become free
+POLL_SECONDS = 0.5  # between two checks whether a slot has become free
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What a run has taken."""
+    """The device and CPUs that a run has taken."""
 
     device: torch.device
-    cpus: frozenset[int]  # of its cores; empty beside a GPU, unless timing.cores asks for some
+    cpus: frozenset[int]  # of its cores; empty with a GPU, unless timing.cores is set
     claim: Claim
 
 
 class _Busy(Exception):
-    """There is no place that nobody uses; holds who uses what."""
+    """There is no free slot; the message says which processes use what."""
 
     def __init__(self, resources: Sequence[str], processes: Sequence[int]) -> None:
         super().__init__(f"{', '.join(resources)}: in use by process {', '.join(map(str, processes))}")
@@ -41,23 +41,25 @@ class _Busy(Exception):
 def take_slot(
     devices: Sequence[torch.device], timing: schema.timing.Timing, claims: Claims | None = None
 ) -> Iterator[Slot]:
-    """Take one of `devices` and `timing.cores` cores that no other run has, for the time of the block.
+    """Claim one of `devices` and `timing.cores` cores that no other run uses, for the duration of the block.
 
-    With `timing.cores` this process keeps to its cores and torch to one thread a core; both are given back at the end.
-    Without, a run on a CPU takes all cores that it may use, one on another device none. `timing.when_busy` says what
-    happens if there is not as much left: "mark" takes what the fewest use.
+    With `timing.cores` this process is pinned to its cores and torch uses one thread per core; both are undone at the
+    end. Without it, a run on a CPU claims all cores that it may use, and a run on another device none. If not enough is
+    free, `timing.when_busy` decides: "mark" claims what the fewest runs use, "wait" waits, "refuse" raises.
 
     Args:
-        devices: of one type, the preferred one first.
-        claims: those of the processes to share with; None: all of this user on this host.
+        devices: all of one type, the preferred one first.
+        timing: the config group `timing`.
+        claims: the claims of all processes to share with; None for this user's on this host.
 
     Raises:
-        UserError: if this process may not use as many cores; with `timing.when_busy=refuse` if they are not free.
+        UserError: if `timing.cores` is more than this process may use, or with `timing.when_busy=refuse` if the device
+            or cores are in use.
     """
     cores = allowed_cores()
     if timing.cores is not None and timing.cores > len(cores):
         raise UserError(
-            f"timing.cores={timing.cores}: this process may use {len(cores)}; that many or fewer, or null, works"
+            f"timing.cores={timing.cores}: this process may use only {len(cores)}; that many or fewer, or null, works"
         )
     named = {} if devices[0].type == "cpu" else {_name(device): device for device in devices}
     count = timing.cores if timing.cores is not None else (0 if named else len(cores))
@@ -72,7 +74,7 @@ def take_slot(
 
 
 def _name(device: torch.device) -> str:
-    """The same in all processes: CUDA_VISIBLE_DEVICES gives a device another number in each."""
+    """A device's name, the same in all processes; its number is not, because of CUDA_VISIBLE_DEVICES."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_properties(device).uuid}"
     return str(device)
@@ -81,7 +83,7 @@ def _name(device: torch.device) -> str:
 def _chooser(
     devices: list[str], cores: list[str], count: int, when_busy: str
 ) -> Callable[[Sequence[Use]], tuple[str, ...]]:
-    """What picks, of what is in use, the least used device (if there are any) and the `count` least used cores."""
+    """A function of what is in use that picks the least used device (if any) and the `count` least used cores."""
 
     def choose(uses: Sequence[Use]) -> tuple[str, ...]:
         users = Counter(name for use in uses for name in use.resources)
@@ -95,7 +97,7 @@ def _chooser(
 
 
 def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]], timing: schema.timing.Timing) -> Claim:
-    """The claim, now or when there is a place."""
+    """The claim, made now or once a slot is free."""
     waiting = False
     while True:
         try:
@@ -103,11 +105,11 @@ def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]],
         except _Busy as busy:
             if timing.when_busy == "refuse":
                 raise UserError(
-                    f"timing.when_busy=refuse: {busy}; timing.when_busy=wait waits for it, mark trains beside it, and "
-                    "a smaller timing.cores may leave a place for both"
+                    f"timing.when_busy=refuse: {busy}; timing.when_busy=wait waits for it, mark trains alongside it, "
+                    "and a smaller timing.cores may leave room for both"
                 ) from busy
             if not waiting:
-                log.info("waiting for a free place (timing.when_busy=wait): %s", busy)
+                log.info("waiting for a free slot (timing.when_busy=wait): %s", busy)
             waiting = True
             time.sleep(POLL_SECONDS)
 

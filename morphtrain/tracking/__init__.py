@@ -1,8 +1,8 @@
-"""Records of runs: one module an option of the `tracking` group. Only this package imports MLflow, where it is needed.
+"""Records of runs: one module per option of the `tracking` group. Only this package imports MLflow, and only when used.
 
-A tracker has `start`, `update`, `artifact` and `finish`. The checkpoint, not the tracker, is the record that counts: a
-tracker is told the whole history each time and sends what it has not sent, so a lost call costs nothing. `begin_sweep`
-and `end_sweep` keep the run that the runs of a sweep have in common.
+A tracker has `start`, `update`, `artifact` and `finish`. The checkpoint, not the tracker, is the authoritative record:
+each call passes the whole history, and the tracker sends what it has not sent yet, so a failed call loses nothing.
+`begin_sweep` and `end_sweep` keep a sweep's own run, the parent of its trials' runs.
 """
 
 from morphtrain.tracking.sweep_run import begin_sweep, end_sweep

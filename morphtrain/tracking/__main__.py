@@ -1,4 +1,4 @@
-"""Send what a tracking store that was away lacks of runs.
+"""Send what a tracking store missed while it could not be reached.
 
 python -m morphtrain.tracking outputs/2026-01-31/12-00-00-000000
 python -m morphtrain.tracking multirun/2026-01-31/12-00-00-000000/*
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if nothing is left to send, 1 otherwise."""
     parser = argparse.ArgumentParser(
         prog="python -m morphtrain.tracking",
-        description="Send to MLflow what runs could not send while the server was away: params, tags, values, files "
-        "and how they ended. To the store they were for: `uri` in their unsent.json. Sending again doubles nothing.",
+        description="Send to MLflow what runs could not send while the server was unreachable: params, tags, metrics, "
+        "files and final status. Each goes to the store named by `uri` in its unsent.json. It is safe to repeat.",
     )
     parser.add_argument("run_dir", type=Path, nargs="+", help="directory of a run, or of a sweep for its own record")
     logging.basicConfig(format="%(message)s")
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(directory: Path) -> bool:
-    """Send what is left of one run, and say what came of it; True if nothing is left."""
+    """Send what is left of one run, and print the outcome; True if nothing is left."""
     try:
         sent = send(directory)
     except UserError as error:
@@ -45,17 +45,17 @@ def send(directory: Path) -> bool | None:
     """Send what is left of the run in `directory`.
 
     Returns:
-        Whether the store took it all; None if nothing was left.
+        Whether the store accepted all of it; None if nothing was left.
 
     Raises:
-        UserError: for a directory or file that is none.
+        UserError: if there is no such directory, or its file is damaged.
     """
     record = unsent.read(directory)
     if record is None:
         return None
     tracker = mlflow.MLflowTracker(record.uri, record.experiment, run_id=record.run_id)
     tracker.begin(record, directory, resumed=True)
-    # A file that the store refuses ends a try and comes last in the next: each gets its chance.
+    # A file that the store refuses ends an attempt and moves to the end of the queue, so every file is tried once.
     return any(tracker.sync(patient=False) for _ in range(1 + len(record.artifacts)))
 
 

@@ -1,7 +1,7 @@
 """Runs in MLflow: buffered, sent between epochs, and never a reason for training to stop.
 
-A store that is away is tried again, seldom enough to cost training nothing that matters. What it lacks is kept, in the
-end as a file of the run directory, which `python -m morphtrain.tracking` sends.
+A store that cannot be reached is tried again, rarely enough that it hardly delays training. What it lacks is kept in a
+file of the run directory, which `python -m morphtrain.tracking` sends later.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
 
-BATCH = 900  # metrics a call; MLflow takes 1000
-NAME_LENGTH = 250  # of a run, in MLflow's database
-SHARE = 0.005  # of the time, for failing tries of values, and as much for those of files
+BATCH = 900  # metrics per call; MLflow accepts 1000
+NAME_LENGTH = 250  # of a run's name, in MLflow's database
+SHARE = 0.005  # of the time, for failed attempts to send values, and the same again for files
 RUN_DIR_TAG = "run_dir"
 PARENT_TAG = "mlflow.parentRunId"
-IN_EVERY_RECORD = "epoch_seconds"  # the metric that tells which epochs a store has
+IN_EVERY_RECORD = "epoch_seconds"  # the metric that shows which epochs a store has
 
 log = logging.getLogger(__name__)
 
 
 class MLflowTracker(Tracker):
-    """Sends params, tags, one value an epoch of every metric, and files to one MLflow run.
+    """Sends params, tags, every metric once per epoch, and files to one MLflow run.
 
     Args:
-        uri: tracking store; None takes MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the current directory.
-        experiment: name of the MLflow experiment; made if there is none.
-        flush_seconds: metrics are sent at most this often.
-        run_id: the MLflow run to go on with.
+        uri: tracking store; None for MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db in the current directory.
+        experiment: name of the MLflow experiment; created if it does not exist.
+        flush_seconds: least time between two sendings of metrics.
+        run_id: the MLflow run to continue; None for a new one.
         parent_run_id: the MLflow run of the sweep that this one belongs to.
     """
 
@@ -56,7 +56,7 @@ class MLflowTracker(Tracker):
         self.resumed = False
         self.sent_epoch = 0  # the last epoch MLflow has
         self.last_flush = time.monotonic()
-        self.client: Any = None  # None: not connected, be it yet or any more
+        self.client: Any = None  # None: not connected yet, or no longer
         self.paces = {"values": Pace(SHARE), "files": Pace(SHARE)}
 
     def start(
@@ -67,7 +67,7 @@ class MLflowTracker(Tracker):
         resumed: bool,
         history: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """Create the MLflow run or, if `resumed`, go on in the one that `run_dir` and `history` belong to."""
+        """Create the MLflow run or, if `resumed`, continue the one that `run_dir` and `history` belong to."""
         tags = dict(tags)
         name = tags.pop("name", f"seed {tags['seed']}")[:NAME_LENGTH]
         parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
@@ -87,18 +87,18 @@ class MLflowTracker(Tracker):
         self.sync()
 
     def begin(self, record: Record, run_dir: Path | None, resumed: bool) -> None:
-        """Take `record` for what the store should have; `run_dir` is where it is left if the store is away."""
+        """Set what the store should have; whatever cannot be sent is written to `run_dir` (None: nowhere)."""
         self.run, self.run_dir, self.resumed = record, run_dir, resumed
-        store.load_mlflow()  # here, where its seconds do not count as those of a try
+        store.load_mlflow()  # now, so that the seconds it takes do not count as part of an attempt
 
     def update(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Send the epochs MLflow does not have, if the last sending is long enough ago."""
+        """Send the epochs that MLflow does not have, unless the last attempt was less than `flush_seconds` ago."""
         if time.monotonic() - self.last_flush >= self.flush_seconds:
             self.run.history = [dict(record) for record in history]
             self.sync()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Upload a file, now or with the values to come."""
+        """Upload a file now or, if that fails, with later values."""
         entry = (str(path), folder)
         if entry not in self.run.artifacts:
             self.run.artifacts.append(entry)
@@ -106,21 +106,21 @@ class MLflowTracker(Tracker):
             self._attempt("files", self._send_files)
 
     def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:
-        """Send what is left and end the run as FINISHED, FAILED or KILLED; say so if the store does not take it all."""
+        """Send what is left and end the run as FINISHED, FAILED or KILLED; warn if the store does not have it all."""
         self.run.history = [dict(record) for record in history]
         self.run.status, self.run.ended = status, _now()
-        # Twice: the first may fail on a connection that a server has closed when it was started again.
+        # Try twice: the first attempt may fail on a connection that a restarted server has closed.
         if not (self.sync(patient=False) or self.sync(patient=False)) and self.run_dir is not None:
             log.warning(
-                "MLflow (%s) lacks a part of this run; when it is back: python -m morphtrain.tracking %s",
+                "MLflow (%s) lacks part of this run; to send it later: python -m morphtrain.tracking %s",
                 store.shown(self.uri),
                 self.run_dir,
             )
 
     def sync(self, patient: bool = True) -> bool:
-        """Send what the store lacks, and leave in the run directory what it does not take; True if it has all.
+        """Send what the store lacks, and keep in the run directory what it does not accept; True if it has everything.
 
-        `patient` waits its time behind a failure, otherwise a try is made now.
+        After a failure, `patient` skips attempts until the next one is due; otherwise an attempt is made now.
         """
         self.last_flush = time.monotonic()
         sent = self._attempt("values", self._send_values, patient) and self._attempt("files", self._send_files, patient)
@@ -132,7 +132,7 @@ class MLflowTracker(Tracker):
         return sent
 
     def _send_values(self) -> None:
-        """Everything but files: these may have another place, which fails for other reasons."""
+        """Send everything except files, which may go to another server and fail for other reasons."""
         if self.client is None:
             self._connect()
         if self.run.history:
@@ -141,7 +141,7 @@ class MLflowTracker(Tracker):
             self.client.set_terminated(self.run_id, self.run.status, self.run.ended)
 
     def _connect(self) -> None:
-        """Reach the store, find or create the run, and learn what is there: answers may have been lost, not values."""
+        """Connect to the store, find or create the run, and ask which epochs it has: only the answers may be lost."""
         from mlflow.entities import Param, RunTag
 
         client, experiment_id = store.connect(self.uri, self.experiment)
@@ -150,7 +150,7 @@ class MLflowTracker(Tracker):
             run = client.create_run(experiment_id, self.run.started, self.run.tags, self.run.name)
         elif self.run.status == "RUNNING" != run.info.status:
             client.update_run(run.info.run_id, status="RUNNING")
-        # A run keeps the params it has: MLflow refuses to change them, `resume` itself for one.
+        # Existing params stay: MLflow refuses to change them, and resuming changes at least `resume`.
         params = [Param(key, value) for key, value in self.run.params.items() if key not in run.data.params]
         tags = [RunTag(key, value) for key, value in self.run.tags.items() if key not in run.data.tags]
         client.log_batch(run.info.run_id, params=params, tags=tags, synchronous=True)
@@ -160,7 +160,7 @@ class MLflowTracker(Tracker):
         self.client = client
 
     def _find_run(self, client: Any, experiment_id: str) -> Any:
-        """The MLflow run of a checkpoint, or else the one that was made for this run directory and not remembered."""
+        """The MLflow run that the checkpoint names or, if that is unknown, one that was created for this directory."""
         from mlflow.exceptions import MlflowException
 
         if self.run_id is not None:
@@ -168,14 +168,14 @@ class MLflowTracker(Tracker):
                 return client.get_run(self.run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise  # else the checkpoint was written with another tracking store, or this one begins anew
+                    raise  # otherwise the checkpoint belongs to another tracking store, or this one was emptied
         if RUN_DIR_TAG not in self.run.tags:
             return None
         runs = store.runs_tagged(client, experiment_id, RUN_DIR_TAG, self.run.tags[RUN_DIR_TAG])
         return next((run for run in runs if self._is_ours(client, run)), None)
 
     def _is_ours(self, client: Any, run: Any) -> bool:
-        """Whether an MLflow run of this directory is this one: created by a try whose answer was lost, or continued."""
+        """Whether an MLflow run of this directory is this run: created by a call whose answer was lost, or resumed."""
         if run.info.start_time == self.run.started:
             return True
         if not self.resumed:
@@ -205,15 +205,15 @@ class MLflowTracker(Tracker):
         while waiting:
             path, folder = waiting[0]
             if Path(path).exists():
-                waiting.append(waiting.pop(0))  # if this one fails, the others come before it the next time
+                waiting.append(waiting.pop(0))  # if it fails, the others come first next time
                 self.client.log_artifact(self.run_id, path, folder)
                 waiting.pop()
             else:
-                log.warning("%s is gone, and not in MLflow", path)
+                log.warning("%s no longer exists and was not sent to MLflow", path)
                 waiting.pop(0)
 
     def _attempt(self, what: str, action: Callable[[], Any], patient: bool = True) -> bool:
-        """Do `action` if it is its time; a failure is reported and training goes on, whatever MLflow raised."""
+        """Run `action` if it is due; a failure is logged and training goes on, whatever MLflow raised."""
         pace = self.paces[what]
         if patient and not pace.due:
             return False
@@ -224,14 +224,14 @@ class MLflowTracker(Tracker):
             self._failed(what, error, pace, time.monotonic() - before)
             return False
         if pace.failing:
-            log.info("MLflow (%s): %s sent, all that was due", store.shown(self.uri), what)
+            log.info("MLflow (%s): missing %s sent", store.shown(self.uri), what)
         pace.succeeded()
         return True
 
     def _failed(self, what: str, error: Exception, pace: Pace, seconds: float) -> None:
-        if not pace.failing:  # once an outage
+        if not pace.failing:  # warn once per outage
             reason = store.shown(first_line(error))
-            action = f"sending {what}" if self.run_id else "start"
+            action = f"sending {what}" if self.run_id else "starting the run"
             goes_on = ", training goes on" if self.run.status == "RUNNING" else ""
             log.warning("MLflow (%s): %s failed%s: %s", store.shown(self.uri), action, goes_on, reason)
         self.client = None
@@ -247,4 +247,5 @@ def _milliseconds(record: Mapping[str, float]) -> int:
 
 
 def build(config: schema.tracking.MLflow, run_id: str | None = None) -> MLflowTracker:
+    """The tracker of the config group `tracking`; `run_id` is the MLflow run to continue."""
     return MLflowTracker(config.uri, config.experiment, config.flush_seconds, run_id, config.parent_run_id)

@@ -34,4 +34,5 @@ class NoTracker(Tracker):
 
 
 def build(config: schema.tracking.Tracking, run_id: str | None = None) -> NoTracker:
+    """The tracker of the config group `tracking`."""
     return NoTracker()

@@ -1,4 +1,4 @@
-"""How often to try what keeps failing."""
+"""How often to retry what keeps failing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Puts off the next try so long that failed ones take at most `share` of the time.
+    """Delays the next attempt so that failed ones take at most `share` of the time.
 
     Args:
         share: of the time, above 0.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,13 +22,15 @@ class Pace:
 
     @property
     def due(self) -> bool:
+        """Whether it is time for the next attempt."""
         return self.clock() >= self.next_try
 
     def failed(self, seconds: float) -> None:
-        """The try that has just ended took so long, for nothing."""
+        """Note that the attempt that has just ended failed, after `seconds`."""
         self.failing = True
         self.next_try = self.clock() + seconds / self.share
 
     def succeeded(self) -> None:
+        """Note that the attempt succeeded: the next one is due at once."""
         self.failing = False
         self.next_try = float("-inf")

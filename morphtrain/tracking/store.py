@@ -1,4 +1,4 @@
-"""An MLflow tracking store: where it is, how one is reached, and how its database and experiment come to be once."""
+"""An MLflow tracking store: where it is, how to connect to it, and how to create its database and experiment once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 from morphtrain.files import directory_lock
 
-# What MLflow would do by default: report to its makers, and wait minutes for a server that is gone. Trying again is the
-# caller's business, who knows what it may cost; MLflow would also send twice what makes a run. A user's settings win.
+# By default MLflow sends telemetry and waits minutes for a server that is down. Retrying is left to the caller, who
+# knows what it may cost; MLflow would also repeat the request that creates a run. The user's own settings win.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-PROBE_SECONDS = 2  # for the first answer of a server; one that hangs is found out before anything is sent
+PROBE_SECONDS = 2  # for a server's first answer, so that one that hangs is detected before anything is sent
 SQLITE = "sqlite:///"
 
 
 def tracking_uri(uri: str | None) -> str:
-    """`uri`, MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the current directory; the path of a file made absolute."""
+    """`uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory; file paths made absolute."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     path = database_file(uri)
     return uri if path is None else f"{SQLITE}{path.absolute()}"
@@ -37,28 +37,26 @@ def database_file(uri: str) -> Path | None:
 
 
 def shown(text: str) -> str:
-    """A text as it may be printed: without the passwords of the URIs in it."""
+    """A text that is safe to print: passwords in its URIs are replaced by ***."""
     return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def load_mlflow() -> None:
-    """Import MLflow, which takes seconds, with the settings above and without its accounts of what it does."""
+    """Import MLflow, which takes seconds, with the settings above and without its routine log messages."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # migrations, line by line
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # and tracebacks of errors that it raises, too
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs tracebacks of errors it also raises
     import mlflow.tracking  # noqa: F401
 
 
 def connect(uri: str, experiment: str) -> tuple[Any, str]:
-    """A client of the store and the id of its experiment of that name; what is missing is made.
+    """A client of the store and the id of the experiment of that name; both are created if they do not exist.
 
-    Several processes may do so at once.
+    Several processes may call this at once.
 
     Raises:
-        Exception: whatever MLflow, a database or a server that does not answer within `PROBE_SECONDS` raises.
+        Exception: whatever MLflow or the database raises, also if a server does not answer within `PROBE_SECONDS`.
     """
     load_mlflow()
     from mlflow.tracking import MlflowClient
@@ -72,9 +70,9 @@ def connect(uri: str, experiment: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def alone(uri: str) -> Iterator[None]:
-    """Let one process at a time make what a SQLite store lacks; for a server this does nothing.
+    """Let one process at a time create what a SQLite store lacks; for a server this does nothing.
 
-    The lock is on the directory, which leaves no file behind and ends with the process.
+    The lock is on the directory, so it leaves no file and ends with the process.
     """
     path = database_file(uri)
     if path is None:
@@ -85,9 +83,10 @@ def alone(uri: str) -> Iterator[None]:
 
 
 def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[Any]:
-    """The runs of the experiment whose tag `key` is `value`, the oldest first.
+    """The runs of the experiment whose tag `key` is `value`, oldest first.
 
-    MLflow's search language has no way to escape a quote: any character may stand for it there, and is looked at here.
+    MLflow's search language cannot escape quotes and backslashes: the query has a wildcard in their place, and exact
+    matches are picked here.
     """
     pattern = re.sub(r"['\"\\]", "_", value)
     comparison = f"= '{value}'" if pattern == value else f"LIKE '{pattern}'"
@@ -98,7 +97,7 @@ def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[A
 
 @contextlib.contextmanager
 def _answer_within(seconds: int) -> Iterator[None]:
-    """Have MLflow wait no longer for an answer, unless the user has said how long."""
+    """Limit how long MLflow waits for an answer, unless the user has set a limit."""
     before = os.environ[TIMEOUT]
     if before == ENVIRONMENT[TIMEOUT]:
         os.environ[TIMEOUT] = str(seconds)
@@ -109,7 +108,7 @@ def _answer_within(seconds: int) -> Iterator[None]:
 
 
 def _make_database(uri: str) -> None:
-    """Make a SQLite store under another name and link it to its own: killed half way, it would be of no use."""
+    """Create a SQLite store under a temporary name and then link it: one left half made would be unusable."""
     from mlflow.tracking import MlflowClient
 
     path = database_file(uri)
@@ -121,7 +120,7 @@ def _make_database(uri: str) -> None:
         fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             MlflowClient(tracking_uri=f"{SQLITE}{fresh}").search_experiments()
-            with contextlib.suppress(FileExistsError):  # one that does not know the lock, as `mlflow ui`
+            with contextlib.suppress(FileExistsError):  # made by a process that ignores the lock (`mlflow ui`)
                 os.link(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)

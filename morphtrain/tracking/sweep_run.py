@@ -1,4 +1,4 @@
-"""The MLflow run of a sweep: the parent of its trials' runs, in which their ids are `tracking.parent_run_id`."""
+"""The MLflow run of a sweep: the parent of its trials' runs, which get its id as `tracking.parent_run_id`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from morphtrain.errors import first_line
 from morphtrain.tracking import mlflow, store
 from morphtrain.tracking.unsent import Record
 
-SWEEP_DIR_TAG = "sweep_dir"  # which no run of a trial has
+SWEEP_DIR_TAG = "sweep_dir"  # only parent runs have it, no run of a trial
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 def begin_sweep(
     config: schema.tracking.Tracking | schema.Custom, name: str, tags: Mapping[str, str], sweep_dir: Path
 ) -> str | None:
-    """Make the parent run of a sweep, or find the one of its study again, and return its id.
+    """Create the parent run of a sweep, or find its study's existing one, and return its id.
 
-    The store's database and experiment are made too, if they are not there, once for all trials to come. Several sweeps
-    may begin at once: those of one study get the same run.
+    This also creates the store's database and experiment if they do not exist, so that the trials need not. Several
+    sweeps may begin at once: those of one study get the same run.
 
     Args:
         config: the config group `tracking`; without MLflow there is no run.
@@ -33,7 +33,8 @@ def begin_sweep(
         sweep_dir: where the sweep's files are.
 
     Returns:
-        None, with a warning, if the store is away: trials do without a parent then.
+        The run's id. None without MLflow, and, with a warning, if the store cannot be reached: then the trials' runs
+        have no parent.
     """
     if not isinstance(config, schema.tracking.MLflow):
         return None
@@ -45,7 +46,7 @@ def begin_sweep(
             return _parent(client, experiment_id, name, tags)
     except Exception as error:  # noqa: BLE001 (databases and servers fail in too many ways to name)
         reason = store.shown(first_line(error))
-        log.warning("MLflow (%s): no parent run for the sweep, which goes on: %s", store.shown(uri), reason)
+        log.warning("MLflow (%s): no parent run for the sweep, which goes on without one: %s", store.shown(uri), reason)
         return None
 
 
@@ -58,14 +59,15 @@ def end_sweep(
     status: str,
     sweep_dir: Path | None = None,
 ) -> None:
-    """End the parent run `run_id` as FINISHED, FAILED or KILLED, with what came out of the sweep.
+    """End the parent run `run_id` as FINISHED, FAILED or KILLED, with the results of the sweep.
 
     Args:
-        config: the config group `tracking`, as `begin_sweep` had it.
-        metrics: get a further value if the sweep was ended before.
-        params: those that the run has already stay as they are: MLflow refuses to change them.
-        artifacts: files.
-        sweep_dir: where `unsent.json` goes, for `python -m morphtrain.tracking`, if the store is away; None: nowhere.
+        config: the config group `tracking`, the same as for `begin_sweep`.
+        metrics: results of the sweep; a resumed sweep adds another value to each.
+        params: new ones are added; existing ones keep their values, since MLflow refuses to change them.
+        artifacts: files to upload.
+        sweep_dir: where `unsent.json` goes, for `python -m morphtrain.tracking`, if the store cannot be reached; None:
+            nowhere.
     """
     tracker = mlflow.MLflowTracker(config.uri, config.experiment, run_id=run_id)
     now = time.time()
@@ -77,7 +79,7 @@ def end_sweep(
 
 
 def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-    """The parent run of study `tags["study"]`, running."""
+    """The id of the parent run of study `tags["study"]`, found or created, with status RUNNING."""
     from mlflow.entities import RunTag
 
     found = _parents(client, experiment_id, tags["study"])
@@ -87,12 +89,12 @@ def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str])
         return found[0]
     mine = client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
     first = _parents(client, experiment_id, tags["study"])[0]
-    if first != mine:  # a sweep on another machine began between the two questions
+    if first != mine:  # a sweep on another machine created one between the two queries
         client.delete_run(mine)
     return first
 
 
 def _parents(client: Any, experiment_id: str, study: str) -> list[str]:
-    """Ids of the study's parent runs, the oldest first."""
+    """Ids of the study's parent runs, oldest first."""
     runs = store.runs_tagged(client, experiment_id, "study", study)
     return [run.info.run_id for run in runs if SWEEP_DIR_TAG in run.data.tags]
