@@ -1,4 +1,4 @@
-"""What it is worth to keep freed memory (`trainer/process.py`): training steps with and without."""
+"""What keeping freed memory gains (`trainer/process.py`): training steps with and without."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 The neighbours are runs like it that train until the measured one has ended. Settings: a core each (with fewer than four
 cores, two runs share one); all with all cores, whose threads sleep while they wait for one another; and the same with
-threads that spin, as OpenMP has it by default: then many a thread spins for one that waits for its core, and all are
-many times slower than four runs have to be.
+threads that spin, OpenMP's default: then many threads spin while one waits for its core, and all runs are many times
+slower than four runs have to be.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(directory: Path, *overrides: str) -> Measured:
 
 @contextmanager
 def neighbours(place: Path, *overrides: str) -> Iterator[None]:
-    """Three trainings that do not end, each behind its first epoch."""
+    """Three trainings that do not end, each past its first epoch."""
     places = [place / f"neighbour_{number}" for number in range(NEIGHBOURS)]
     commands = [command(p, *overrides, "epochs=100000", f"seed={seed}") for seed, p in enumerate(places, 2)]
     processes = [subprocess.Popen(arguments, stdout=subprocess.DEVNULL) for arguments in commands]
@@ -72,7 +72,7 @@ def neighbours(place: Path, *overrides: str) -> Iterator[None]:
 
 
 def compare(place: Path, rounds: int, *overrides: str) -> list[tuple[Measured, Measured]]:
-    """Pairs of the run alone and beside the others; who is first takes turns."""
+    """Pairs of the run alone and beside the others; they take turns to go first."""
 
     def alone(directory: Path) -> Measured:
         return measure(directory / "alone", *overrides)

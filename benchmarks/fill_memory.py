@@ -1,9 +1,9 @@
-"""What it brings, and costs, to fill the memory that pruning frees: PruneTrain on 8000 images of Fashion-MNIST.
+"""What filling the memory that pruning frees gains and costs: PruneTrain on 8000 images of Fashion-MNIST.
 
     python fill_memory.py [seeds]        # 5 by default, or their numbers: 4,5; some five minutes a seed on one core
 
-The budget is what the dense network's step takes, and the policy's overhead. All arms of a seed run one after the
-other. Behind each, steps of all its networks and batch sizes are taken again, counting what torch's allocator gives.
+The budget is what the dense network's step takes, plus the policy's overhead. All arms of a seed run one after the
+other. After each, steps of all its networks and batch sizes are repeated, counting what torch's allocator hands out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH, WIDTH, EPOCHS, SHAPE = 32, 8, 12, (1, 28, 28)
 OVERHEAD = 0.1  # batch_policy.overhead's default
 COMMON = (
     *("data.train_samples=8000", f"model.width={WIDTH}", f"epochs={EPOCHS}", f"batch_policy.batch_size={BATCH}"),
-    "memory_format=channels_last",  # in the other one, oneDNN's copies take the same for 1 to 16 channels
+    "memory_format=channels_last",  # in the other format, oneDNN's copies take the same for 1 to 16 channels
 )
 PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.4", "prune.interval=1", "prune.start_epoch=2")
 FILL = (*PRUNE, "batch_policy=fill_memory")
@@ -47,7 +47,7 @@ def dense_network() -> torch.nn.Module:
 
 
 def compare(seed: int, place: Path, budget: int) -> dict[str, dict[str, float]]:
-    """Every arm: its last record, the median seconds of its last epochs, and its fullest epoch over the budget."""
+    """Every arm: its last record, the median seconds of its last epochs, and its peak memory over the budget."""
     found = {}
     for name, overrides in ARMS.items():
         fill = (f"batch_policy.budget={budget}",) if "batch_policy=fill_memory" in overrides else ()
@@ -65,9 +65,9 @@ def compare(seed: int, place: Path, budget: int) -> dict[str, dict[str, float]]:
 
 
 def peaks(history: list[dict[str, float]], run_dir: Path) -> list[int]:
-    """Bytes that the fullest moment of each epoch's steps takes, measured anew."""
+    """Peak bytes of each epoch's steps, measured again."""
     paths = {0: None} | {int(path.stem[-4:]): path for path in (run_dir / "architecture").glob("epoch_*.json")}
-    # A change stands behind its epoch: what an epoch ran on is the latest of an earlier one.
+    # A change comes after its epoch: an epoch ran on the latest network of the epochs before it.
     steps = {(paths[max(e for e in paths if e < record["epoch"])], int(record["batch_size"])) for record in history}
     found = []
     for path, batch in steps:

@@ -1,9 +1,9 @@
-"""Does it pay to grow? A narrow ResNet-8 on a part of Fashion-MNIST that becomes wider or deeper half way, or by rules,
+"""Does it pay to grow? A narrow ResNet-8 on a part of Fashion-MNIST that becomes wider or deeper halfway, or by rules,
 against the structure it ended with, trained from scratch for the same number of seconds.
 
     python growth.py [seeds [arms]]     # 5 seeds, or their numbers: 4,5; eight minutes a seed on one core
 
-Arms of one seed run one after the other, and a structure's own control directly behind it; the seconds are those of
+Arms of one seed run one after the other, and a structure's own control directly after it; the seconds are those of
 `train_seconds` (epochs and structural changes). From scratch the schedule ends where the seconds do.
 """
 
@@ -56,7 +56,7 @@ def compare(seed: int, arms: list[str], place: Path) -> dict[str, dict[str, floa
         found[name] = history[-1]
         if name == "narrow":
             continue
-        # An epoch of the final structure, measured behind the last change, says how many of them the seconds allow.
+        # The time of an epoch after the last change tells how many epochs of the final structure the seconds allow.
         final = [record for record in history if record["params"] == history[-1]["params"]][1:] or history[-1:]
         epochs = max(1, round(history[-1]["train_seconds"] / seconds_of(final)))
         start = (f"architecture={place / name / 'last.pt'}", f"epochs={epochs}", f"seed={seed}")

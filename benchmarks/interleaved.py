@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the order is turned round after every round."""
+    """Seconds of each variant in each round; the order is reversed after every round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for number in range(warmup + rounds):

@@ -4,7 +4,7 @@ A fresh process per network and batch size: it trains a copy at batch 2 first, s
 then notes how its resident size grows from before the network is there to the fullest moment of two steps. For the
 comparison glibc gets every block from the system by itself and returns it at once: the resident size is then what the
 tensors need, as an allocator without fragmentation would have it. `kept` is the same under the trainer's own setting
-(`trainer/process.py`), which is faster and leaves holes in the heap. Linux only. First, what an estimate itself takes.
+(`trainer/process.py`), which is faster and leaves holes in the heap. Linux only. First, the time an estimate takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long the commands take that train nothing, against an interpreter that does nothing."""
+"""How long commands that train nothing take, against an interpreter that does nothing."""
 
 from __future__ import annotations
 

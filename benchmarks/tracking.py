@@ -51,7 +51,7 @@ def main() -> None:
         print(
             f"tracking: a server that never answers / epochs of one second = {share:.5f}   "
             f"limit {SHARE_LIMIT:.2f} {'ok' if share <= SHARE_LIMIT else 'EXCEEDED'} "
-            f"(and {start:.1f} s before the first, {end:.1f} s behind the last)"
+            f"(and {start:.1f} s before the first, {end:.1f} s after the last)"
         )
 
 

@@ -1,13 +1,13 @@
-"""What half the MACs of ResNet-20 are worth in time, and what `prune.round_to=auto` and `prune.round_down` add.
+"""How much time halving the MACs of ResNet-20 saves, and what `prune.round_to=auto` and `prune.round_down` add.
 
     python widths.py [contiguous|channels_last]     # one format instead of both
 
 Which channels go is decided in three ways: "lasso", those that die when a network trains under the proximal lasso on
-synthetic images; "spared", the same but for the stage at full resolution, which is ignored; and "evenly", the same
+synthetic images; "spared", the same except for the stage at full resolution, which is ignored; and "evenly", the same
 share of every space, at random. Then training steps of the dense network alternate with those of the network cut to
 what is alive, which has half the MACs, of the one whose widths the probe chose ("rounded"), and of the one that also
-gave up weak live channels ("lowered", `round_down=0.5`); batch 64, 32x32. Speed-ups are over the dense network of the
-same format, MAC reductions their own.
+gave up weak live channels ("lowered", `round_down=0.5`); batch 64, 32x32. Speed-ups compare with the dense network of
+the same format; each network has its own MAC reduction.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def compare(title: str, chosen: str, width: int, seed: int, name: str, probe: Wi
 
     sizes = {kind: [space.size for space in ChannelGraph.trace(m, IMAGES[:1]).spaces] for kind, m in networks.items()}
     results = {f"{kind} / cut": ratio(kind, "cut") for kind in WAYS}
-    alike = [kind for kind in ("cut again", *WAYS) if sizes[kind] == sizes["cut"]]  # but for where they lie in memory
-    results["noise"] = max(abs(ratio(kind, "cut") - 1) for kind in alike)
+    same = [kind for kind in ("cut again", *WAYS) if sizes[kind] == sizes["cut"]]  # apart from their place in memory
+    results["noise"] = max(abs(ratio(kind, "cut") - 1) for kind in same)
     for kind in ("cut", *WAYS):
         fewer = count_macs(networks["dense"], SHAPE) / count_macs(networks[kind], SHAPE)
         faster = ratio("dense", kind)
@@ -176,7 +176,7 @@ def summarise(title: str, column: dict[str, list[float]]) -> None:
     for kind in WAYS:
         worst, middle = max(column[f"{kind} / cut"]), statistics.median(column[kind])
         print(
-            f"{title}: {kind} / cut, worst of {networks} = {worst:.3f} (networks that are alike differ by up to "
+            f"{title}: {kind} / cut, worst of {networks} = {worst:.3f} (equal networks differ by up to "
             f"{noise:.3f})   limit {1 + noise:.3f} {'ok' if worst <= 1 + noise else 'EXCEEDED'}"
         )
         print(

@@ -17,19 +17,19 @@ __version__ = "0.1.0"
 def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Rebuild the (morphed) network of a checkpoint from that file alone, on the CPU and in evaluation mode.
 
-    A file never decides what is imported, and of functions not what is called. So a network of your own
-    (`model._target_=my_package.Net`) has to be known already: import its package before, or pass what makes it. Either
+    A file never decides what is imported or which function is called. So a network of your own
+    (`model._target_=my_package.Net`) has to be known already: import its package first, or pass what makes it. Either
     way it is called with the keywords in the file; with a file you do not trust, pass `model`.
 
     Args:
-        path: a checkpoint, as `last.pt` of a run directory.
-        model: for a network of your own: its class, or a function that makes it, to be called with the keywords of the
-            run (and `num_classes`, `in_channels`, where it takes them). None takes the class the checkpoint names if
-            its module has been imported; a function has to be passed.
+        path: a checkpoint, such as `last.pt` in a run directory.
+        model: for a network of your own: its class, or a function that makes it, called with the keywords of the run
+            (plus `num_classes` and `in_channels` if it takes them). None: the class that the checkpoint names, if its
+            module has been imported; a function has to be passed.
 
     Raises:
-        UserError: if the file is damaged, or no checkpoint of MorphTrain; if it holds a network of your own and that
-            is neither imported nor passed, or another one than it was written with; if `model` is given for one of
+        UserError: if the file is damaged or not a checkpoint of MorphTrain; if it holds a network of your own that is
+            neither imported nor passed, or is not the one it was written with; if `model` is given for one of
             MorphTrain's networks.
     """
     from morphtrain.trainer.checkpoint import load_model
@@ -38,7 +38,7 @@ def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.
 
 
 def compose(*overrides: str) -> Config:
-    """The checked config that the same words after `python -m morphtrain.run` would give.
+    """The checked config that `python -m morphtrain.run` would run with these overrides.
 
         config = morphtrain.compose("prune=prunetrain", "optimizer.lr=0.05")
 

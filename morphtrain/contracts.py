@@ -1,8 +1,8 @@
-"""What the parts of a run have to be: MorphTrain's own, and those that a user brings (`_target_`).
+"""The interfaces of a run's parts, MorphTrain's own and the user's (`_target_`).
 
-A group's option is built from its config, and from what its group is given as keywords:
+An option is built from its config and from the keywords that its group is given:
 
-    group          is given                    is built to
+    group          is given                    builds
     model          num_classes, in_channels    an nn.Module: images (B, C, H, W) -> logits (B, num_classes)
     data                                       Data
     norm           model                       nothing: it changes the model's norms in place
@@ -14,8 +14,8 @@ A group's option is built from its config, and from what its group is given as k
       batch_policy
     tracking       run_id                      Tracker
 
-An optimizer of the user's own is also given `params`, the trained parameters. A part with `state_dict` and
-`load_state_dict` is saved in the checkpoints and goes on from them.
+A user's own optimizer is also given `params`, the trainable parameters. A part with `state_dict` and `load_state_dict`
+is saved in the checkpoints and restored from them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # (B, C, H, W), float and normalised;
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Epochs done so far, fractions included -> factor on the optimizer's learning rates. It has no state: a resumed run
-# asks it again, and a changed batch size does not stretch it.
+# simply calls it again, and a changed batch size does not stretch it.
 Schedule = Callable[[float], float]
 
 
@@ -59,15 +59,15 @@ class Data(Protocol):
 
     @property
     def advice(self) -> str:
-        """What to change where a run waits for these data."""
+        """What to change when a run waits too long for this data."""
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Data:
-        """The same data, whose batches are made on `device`, and their images in `memory_format`."""
+        """The same data, with batches on `device` and images in `memory_format`."""
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented; the last batch may be smaller.
 
-        Order and augmentation depend on `generator` (a CPU generator) alone, and on no `batch_size`.
+        Order and augmentation depend on `generator` (a CPU generator) alone, not on `batch_size`.
         """
 
     def val_batches(self) -> Iterator[Batch]:
@@ -84,7 +84,7 @@ class Precision(Protocol):
         """The context of a forward pass."""
 
     def backward(self, loss: torch.Tensor, optimizer: Optimizer, more: bool = False) -> None:
-        """Add the gradients of `loss`, unscaled unless `more` losses of the same step are to come."""
+        """Add the gradients of `loss`; unscale them unless `more` losses of the same step follow."""
 
     def step(self, optimizer: Optimizer) -> bool:
         """Take the optimizer's step; False if it was skipped."""
@@ -97,8 +97,8 @@ class Precision(Protocol):
 class Tracker(ABC):
     """Where the records of a run go while it trains.
 
-    The checkpoint and `records.jsonl`, not the tracker, are the records that count. A tracker is told the whole history
-    each time and sends what it has not sent, so a lost call costs nothing; it is never a reason for training to stop.
+    The checkpoint and `records.jsonl`, not the tracker, are the records that count. A tracker gets the whole history
+    each time and sends what it has not sent yet, so a lost call costs nothing; it must never stop the training.
     Called in this order: `start`, then `update` after every epoch, `artifact` at any time, `finish` at the end.
     """
 
@@ -113,17 +113,17 @@ class Tracker(ABC):
         resumed: bool,
         history: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """Begin a run, or go on with one if it was `resumed`.
+        """Begin a run, or continue one if it was `resumed`.
 
         Args:
             params: the config, flattened to dotted keys.
             tags: the chosen options, seed, device, machine and code; `name` is what to call the run.
-            history: the records of the epochs before.
+            history: the records of earlier epochs.
         """
 
     @abstractmethod
     def update(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Take the records of all epochs so far. Outside of everything that is clocked."""
+        """Take the records of all epochs so far; called outside everything that is clocked."""
 
     @abstractmethod
     def artifact(self, path: Path, folder: str | None = None) -> None:

@@ -1,10 +1,10 @@
-"""The user's own part of a run: a class, or a function that makes it, by its dotted path.
+"""A user's own part of a run: its class, or a function that makes it, by dotted path.
 
 python -m morphtrain.run model=custom model._target_=my_package.Net +model.width=32
 
-Every key beside `_target_` is a keyword of the call; what its group is given (`num_classes` of a model, `epochs` of a
-schedule) comes from the run, where the callable takes it and the config does not set it. What a *config* names is
-imported: it is the user's own. What a *checkpoint* names is not, since a file must not decide what runs: see
+Every key except `_target_` is a keyword of the call. What the group is given (`num_classes` for a model, `epochs` for a
+schedule) comes from the run if the callable takes it and the config does not set it. What a *config* names is imported,
+because the user wrote it. What a *checkpoint* names is not, since a file must not decide what runs: see
 `of_checkpoint`.
 """
 
@@ -28,15 +28,15 @@ from morphtrain.errors import UserError, first_line
 
 
 def find(key: str, target: str) -> Callable[..., Any]:
-    """Import the callable of this dotted path; the current directory is searched, as `python -m` has it.
+    """Import the callable at this dotted path; the current directory is searched too, as with `python -m`.
 
     Raises:
-        UserError: of config key `key`, if there is no such module or name, or it cannot be called.
+        UserError: naming config key `key`, if there is no such module or name, or it cannot be called.
     """
     module_name, _, name = target.rpartition(".")
     module = _import(key, target, module_name)
     if not hasattr(module, name):
-        raise UserError(f"{key}._target_={target}: {module_name} has no {name}; {_what_it_has(key, module, name)}")
+        raise UserError(f"{key}._target_={target}: {module_name} has no {name}; {_contents_hint(key, module, name)}")
     found = getattr(module, name)
     if isinstance(found, nn.Module) or not callable(found):
         kind = type(found).__name__
@@ -48,21 +48,21 @@ def find(key: str, target: str) -> Callable[..., Any]:
 
 def _import(key: str, target: str, module_name: str) -> ModuleType:
     try:
-        # A module that draws while it is imported must not shift what the network draws: the next run of a sweep, or
-        # `morphtrain.load`, finds it imported already.
+        # A module that draws random numbers while it is imported must not shift those of the network: the next run of
+        # a sweep, or `morphtrain.load`, finds it already imported.
         with torch.random.fork_rng(devices=[]):
             return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             where = f"there is no module {error.name}, neither in the current directory ({Path.cwd()}) nor installed"
-            raise UserError(f"{key}._target_={target}: {where}; PYTHONPATH adds further places") from error
+            raise UserError(f"{key}._target_={target}: {where}; PYTHONPATH adds more places") from error
         raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
     except (ImportError, SyntaxError) as error:
         raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
 
 
-def _what_it_has(key: str, module: ModuleType, name: str) -> str:
-    """A hint: the names that look like `name`, or else what is defined in `module`; of a model, the networks."""
+def _contents_hint(key: str, module: ModuleType, name: str) -> str:
+    """A hint: names close to `name`, or else what `module` defines; for a model, its networks."""
     close = difflib.get_close_matches(name, vars(module), n=3)
     if close:
         return f"did you mean {' or '.join(close)}?"
@@ -77,9 +77,9 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
     """Call `make` with the config's keywords, and with those of `given` that it takes and the config does not set.
 
     Raises:
-        UserError: of config key `key`, if the call fails.
+        UserError: naming config key `key`, if the call fails.
     """
-    anything = key == "model"  # networks hand **keywords on; others would choke on, say, `epochs`
+    anything = key == "model"  # networks pass **keywords on; others would fail on, say, `epochs`
     offered = {name: value for name, value in given.items() if _takes(make, name, anything)}
     try:
         # A copy: a constructor that empties a list must not change what the checkpoints will hold.
@@ -93,7 +93,7 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
 
 
 def _takes(make: Callable[..., Any], keyword: str, anything: bool) -> bool:
-    """Whether a callable has this parameter or, if `anything` counts, takes all keywords."""
+    """Whether a callable has this parameter, or takes any keyword and `anything` counts."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):  # compiled code may have none
@@ -105,13 +105,13 @@ def _takes(make: Callable[..., Any], keyword: str, anything: bool) -> bool:
 
 
 def of_checkpoint(target: str) -> type[nn.Module]:
-    """The class a checkpoint names, if the caller has imported it already. Nothing is imported and nothing called.
+    """The class a checkpoint names, if the caller has imported it already. Nothing is imported or called.
 
-    It has to be a subclass of `torch.nn.Module` from the package the path begins with: neither a function nor what
-    that package happens to have imported from elsewhere.
+    It has to be a subclass of `torch.nn.Module` from the package the path begins with: not a function, and nothing
+    that the package imported from elsewhere.
 
     Raises:
-        UserError: that says how to load the checkpoint all the same.
+        UserError: if there is no such class; the message says how to load the checkpoint anyway.
     """
     module_name, _, name = target.rpartition(".")
     module = sys.modules.get(module_name)
@@ -123,4 +123,4 @@ def of_checkpoint(target: str) -> type[nn.Module]:
         home = found.__module__
         if home.partition(".")[0] == module_name.partition(".")[0]:
             return found
-    raise UserError(f"the network is {target}, which is no class of a network defined there: pass model={target}")
+    raise UserError(f"the network is {target}, which is not a network class defined there; pass model={target}")

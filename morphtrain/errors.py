@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line: the first of its message, or the name of its class if it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

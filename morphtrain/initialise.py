@@ -1,4 +1,4 @@
-"""How the weights of a network start."""
+"""Initial weights of a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw a convolution's weights from N(0, 2 / fan_out) (He et al. 2015, arXiv 1502.01852), its bias at zero.
+    """Draw a convolution's weights from N(0, 2 / fan_out) (He et al. 2015, arXiv 1502.01852); zero its bias.
 
-    For `nn.Module.apply`. The fan-out of a convolution of g groups is that of one group; torch's `kaiming_normal_`
-    takes all of them together and starts a depthwise one of C channels smaller by sqrt(C).
+    For use with `nn.Module.apply`. The fan-out of a grouped convolution is that of one group; torch's
+    `kaiming_normal_` counts all groups, which makes a depthwise convolution of C channels start smaller by sqrt(C).
     """
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
@@ -21,9 +21,9 @@ def initialise(module: nn.Module) -> None:
 
 
 def fresh_weights(model: nn.Module) -> None:
-    """New random weights for a network of any structure.
+    """Give a network of any structure new random weights, in place.
 
-    Each layer starts as torch would start it, convolutions as those of MorphTrain's networks.
+    Convolutions start as in MorphTrain's networks (`initialise`), other layers as torch starts them.
     """
     for module in model.modules():
         if hasattr(module, "reset_parameters"):

@@ -1,4 +1,4 @@
-"""The command: how large a batch a memory budget holds, and how large a one pays.
+"""The command: the largest batch that fits a memory budget, and the smallest that trains nearly as fast as any.
 
 python -m morphtrain.maxbatch model=resnet32 data=cifar10 budget=11GiB
 python -m morphtrain.maxbatch model=vgg16 input_shape=[3,64,64] num_classes=200 budget=8e9 device=cuda
@@ -19,9 +19,8 @@ def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
     config = schema.parse_max_batch(composed)
     choices = HydraConfig.get().runtime.choices
-    from morphtrain.trainer.max_batch_report import (
-        show_max_batch,  # torch is slow to import; --help and --cfg do without
-    )
+    # torch is slow to import; --help and --cfg do without it
+    from morphtrain.trainer.max_batch_report import show_max_batch
 
     return show_max_batch(
         config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]

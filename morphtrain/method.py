@@ -1,25 +1,25 @@
 """The contract of a method: what the training loop calls, when, and in which order.
 
     after_build(run)                                # model, graph and optimizer are made; wrap them here
-    load_state_dict(state)                          # of a resumed run
+    load_state_dict(state)                          # only in a resumed run
     before_training(run)
     for every epoch:
         before_epoch(run)
-        for every batch:                            # clocked as epoch_seconds, to `after_step`
+        for every batch:                            # clocked as epoch_seconds, up to `after_step`
             batch = before_forward(run, batch)
             forward, loss (run.loss), backward, clip_norm
-            after_backward(run)                     # the gradients are there
+            after_backward(run)                     # the gradients are complete
             step(run, closure)                      # or else the optimizer's own step
-            after_step(run)                         # not if an overflow had the step skipped
+            after_step(run)                         # not if an overflow skipped the step
         metrics = after_epoch(run)                  # clocked as morph_seconds; change the network here
-        after_change(run)                           # if one of the methods has called run.shape_changed
+        after_change(run)                           # if a method has called run.shape_changed
         evaluation
-        metrics = measure(run)                      # clocked by nobody
+        metrics = measure(run)                      # not clocked
         record, checkpoint (state_dict)
     after_training(run)
 
-Each hook is called for all methods, in the order of `ORDER`, before the next hook is. A method implements the hooks it
-needs; one that is misspelt is an error when the class is made.
+Each hook is called for all methods, in the order of `ORDER`, before the next hook is called. A method implements the
+hooks it needs; a misspelt one is an error when the class is defined.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from morphtrain.errors import UserError
 if TYPE_CHECKING:
     from morphtrain.state import Run
 
-# The batch policy is the last, so that it reacts to what the others changed; `methods` are those of the user's own.
+# The batch policy comes last, so that it reacts to what the others changed; `methods` are the user's own.
 ORDER = ("prune", "grow", "methods", "batch_policy")
 
 Closure = Callable[[], torch.Tensor]
 
 
 class Method:
-    """Something that takes part in the training: prunes, grows, chooses batches, changes gradients, takes the step.
+    """A part of the training that prunes, grows, chooses batches, changes gradients or takes the step.
 
     Attributes:
-        follows_channels: whether it needs the channel graph: then a network that cannot be traced is an error.
-        ignore: patterns of module paths that the channel graph is not to look into.
-        penalty_weight: the factor on the penalty that it adds to the loss (lambda); None for no penalty, or while it is
-            not fixed yet. Other methods may change it.
+        follows_channels: whether it needs the channel graph; if so, a network that cannot be traced is an error.
+        ignore: patterns of module paths that the channel graph leaves out.
+        penalty_weight: the factor on the penalty that it adds to the loss (lambda); None if it adds no
+            penalty, or the weight is not known yet. Other methods may change it.
     """
 
     follows_channels: bool = False
@@ -65,59 +65,59 @@ class Method:
                 raise UserError(f"{cls.__module__}.{cls.__qualname__}.{name}: the loop calls no such hook; {hint}")
 
     def after_build(self, run: Run) -> None:
-        """Wrap `run.model` or `run.optimizer`, which are made but for the state of a checkpoint."""
+        """Wrap `run.model` or `run.optimizer`; the state of a checkpoint is loaded later."""
 
     def before_training(self, run: Run) -> None:
         """Look at the run before its first epoch, or before the first one after it was resumed (run.epoch > 0).
 
         Raises:
-            UserError: for a run that the method cannot work on.
+            UserError: if the method cannot work on this run.
         """
 
     def before_epoch(self, run: Run) -> None:
-        """`run.epoch` is the epoch to come."""
+        """Prepare for epoch `run.epoch`, which is about to start."""
 
     def before_forward(self, run: Run, batch: Batch) -> Batch:
-        """The batch to train on instead: images (B, C, H, W) and labels (B,)."""
+        """Return the batch to train on: images (B, C, H, W) and labels (B,)."""
         return batch
 
     def after_backward(self, run: Run) -> None:
         """Look at `run.loss`, or change the gradients of the parameters."""
 
     def step(self, run: Run, closure: Closure) -> bool | None:
-        """Take the step in the optimizer's place, and say whether there was one; None leaves it to the others.
+        """Take the step in the optimizer's place and return whether there was one; None leaves it to the others.
 
-        `closure` computes the gradients of this batch again, by the weights as they are then, and returns its loss. It
-        needs a precision without loss scale.
+        `closure` computes the gradients of this batch again, with the current weights, and returns its loss. It needs a
+        precision without a loss scale.
         """
         return None
 
     def after_step(self, run: Run) -> None:
-        """The weights have just moved."""
+        """React to a step that has just changed the weights."""
 
     def after_epoch(self, run: Run) -> Mapping[str, float] | None:
-        """Change the network and say so by `run.shape_changed`; return metrics of the epoch that has been trained."""
+        """Change the network and report it with `run.shape_changed`; return metrics of the epoch just trained."""
         return None
 
     def after_change(self, run: Run) -> None:
-        """The network has other parameters now: whatever refers to them has to be found again."""
+        """Look up again whatever refers to parameters: the network has new ones."""
 
     def measure(self, run: Run) -> Mapping[str, float] | None:
-        """Metrics of the network as it is after this epoch."""
+        """Return metrics of the network after this epoch and its changes."""
         return None
 
     def after_training(self, run: Run) -> None:
-        """All epochs are done."""
+        """Finish up: all epochs are done."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know: tensors and plain data."""
+        """What a resumed run needs: tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Restore what `state_dict` returned."""
 
     def implements(self, hook: str) -> bool:
-        """Whether it has a hook of its own of this name."""
+        """Whether the class overrides this hook."""
         return getattr(type(self), hook) is not getattr(Method, hook)
 
 

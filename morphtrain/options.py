@@ -14,7 +14,7 @@ from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.schema import Custom, Option, option_of
 
-# What the user's own part of a group has to be; where the kind is None, a function.
+# The type that a user's own part of each group must have; None: any function.
 KINDS: dict[str, type | None] = {
     "model": nn.Module,
     "data": Data,
@@ -31,10 +31,10 @@ KINDS: dict[str, type | None] = {
 
 
 def build(group: str, config: Option | Custom, **given: Any) -> Any:
-    """What an option of `group` describes; `given` is what its group is given (`morphtrain.contracts`).
+    """Build what an option of `group` describes; `given` are the group's keywords (`morphtrain.contracts`).
 
     Raises:
-        UserError: for an option that cannot be built here, and for a part of the user's own that is none of its kind.
+        UserError: if the option cannot be built here, or a user's own part has the wrong type.
     """
     if isinstance(config, Custom):
         return build_custom(group, group, config, **given)
@@ -43,9 +43,9 @@ def build(group: str, config: Option | Custom, **given: Any) -> Any:
 
 
 def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
-    """What the user's own callable makes; `key` is the config key of its node, for messages."""
+    """Build a user's own part; `key` is the config key of its node, for messages."""
     make = custom.find(key, config._target_)
-    if group == "norm":  # which is applied, not made
+    if group == "norm":  # applied, not made
         custom.construct(key, make, config, given)
         return None
     if group == "optimizer":
@@ -56,7 +56,7 @@ def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
 
 
 def check_kind(group: str, key: str, config: Custom, part: Any) -> None:
-    """Raise the `UserError` of `key` unless `part` is what the group's contract asks for."""
+    """Raise a `UserError` naming `key` unless `part` is what the group's contract asks for."""
     kind, made = KINDS[group], type(part).__name__
     if kind is None and not callable(part):
         raise UserError(f"{key}._target_={config._target_}: makes a {made}, not a function (morphtrain.contracts)")
@@ -66,7 +66,7 @@ def check_kind(group: str, key: str, config: Custom, part: Any) -> None:
 
 
 def _lacking(kind: type, part: Any) -> str:
-    """What a part lacks of a protocol."""
+    """A hint: the members of a protocol that a part lacks."""
     if kind not in (Data, Precision):
         return ""
     names = [name for name in (*kind.__annotations__, *vars(kind)) if not name.startswith("_")]

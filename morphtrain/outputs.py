@@ -1,4 +1,4 @@
-"""Does a network fit data and loss? Found out when a run is built, not an epoch later."""
+"""Does a network fit the data and the loss? Checked when a run is built, not an epoch later."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SAMPLES = 2  # batch norm cannot train on one value per channel
 def check_outputs(
     name: str, model: nn.Module, input_shape: Sequence[int], num_classes: int, samples: int = SAMPLES
 ) -> None:
-    """Raise the `UserError` of the model `name` unless it turns (B, *input_shape) into logits (B, num_classes).
+    """Raise a `UserError` naming model `name` unless it turns (B, *input_shape) into logits (B, num_classes).
 
-    Tried on `samples` blank images, in training mode and in evaluation mode, since some networks differ in what they
-    return. That costs less than a training step; on meta tensors it would cost nothing, but refuse networks that make
-    tensors of their own on the way. Parameters, buffers, modes and random numbers are as before.
+    Tried on `samples` blank images, in training and in evaluation mode, since some networks return different things in
+    the two. That costs less than a training step; meta tensors would cost nothing, but networks that create tensors in
+    `forward` fail on them. Parameters, buffers, modes and random numbers are unchanged.
     """
     tensors = list(chain(model.parameters(), model.buffers()))
     if any(is_lazy(tensor) for tensor in tensors):
@@ -52,4 +52,4 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
         found = f"a tensor of {tuple(output.shape)}"
     else:
         return
-    raise UserError(f"{name}: gives {found} in {mode} mode; the loss needs one tensor of logits (B, {num_classes})")
+    raise UserError(f"{name}: returns {found} in {mode} mode; the loss needs one tensor of logits (B, {num_classes})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Ramp:
-    """From `start` to `end`, linearly over the `epochs` that follow the first `since`; `end` from then on."""
+    """A linear move from `start` to `end` over `epochs` epochs, beginning after `since`; then `end`."""
 
     start: float = 1.0
     end: float = 1.0
@@ -15,10 +15,10 @@ class Ramp:
     epochs: float = 0.0
 
     def at(self, epochs_done: float) -> float:
-        """The factor after so many epochs, fractions included."""
+        """The factor after `epochs_done` epochs, fractions included."""
         passed = epochs_done - self.since
         return self.end if passed >= self.epochs else self.start + (self.end - self.start) * passed / self.epochs
 
     def turned(self, epochs_done: float, end: float, epochs: float) -> Ramp:
-        """The ramp that goes on to `end` from where this one is."""
+        """A ramp to `end` over `epochs`, starting from this one's value at `epochs_done`."""
         return Ramp(self.at(epochs_done), end, epochs_done, epochs)

@@ -29,16 +29,16 @@ from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
 
-# What a place says that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
+# Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
 
-# Overrides that change nothing of what is computed.
-UNTOLD = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
+# Overrides that do not change what is computed, so a run's name leaves them out.
+UNNAMED = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="config")
 def job(composed: DictConfig) -> float | list[float]:
-    """One run (of a multirun, perhaps)."""
+    """Train one run, alone or as a job of a multirun, and return its objective."""
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     try:
@@ -48,7 +48,7 @@ def job(composed: DictConfig) -> float | list[float]:
         tags["name"] = run_name(settings, config)
         if config.trial is not None:
             tags["trial"] = str(config.trial)
-        from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without
+        from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without it
 
         values = train(config, run_dir, tags, reporter(settings, config))
     except (UserError, OSError):
@@ -58,15 +58,15 @@ def job(composed: DictConfig) -> float | list[float]:
 
 
 def study(settings: Any) -> str:
-    """What the runs of one sweep have in common: the sweeper's study name, or the sweep's directory."""
+    """The name shared by the runs of one sweep: the study's name or the sweep's directory; "none" for a single run."""
     if settings.mode != RunMode.MULTIRUN:
         return "none"
     return str(settings.sweeper.get("study_name") or settings.sweep.dir)
 
 
 def run_name(settings: Any, config: schema.Config) -> str:
-    """What tells the run from others at a glance: what was typed, and in any case the model and the seed."""
-    typed = [override for override in settings.overrides.task if not override.lstrip("+").startswith(UNTOLD)]
+    """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
+    typed = [override for override in settings.overrides.task if not override.lstrip("+").startswith(UNNAMED)]
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]
@@ -75,7 +75,7 @@ def run_name(settings: Any, config: schema.Config) -> str:
 
 
 def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, float]], bool] | None:
-    """What a trial of `hydra/sweeper=morphtrain` tells its study after every epoch; None for other runs."""
+    """The callback by which a trial of `hydra/sweeper=morphtrain` reports every epoch; None for other runs."""
     if config.trial is None:
         return None
     in_study = settings.mode == RunMode.MULTIRUN and "pruner" in settings.sweeper  # no other sweeper has one
@@ -86,7 +86,7 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
 
 
 def discard_if_unused(run_dir: Path) -> None:
-    """Remove a run directory that holds nothing of a training."""
+    """Remove a run directory in which training has left nothing."""
     entries = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
     if entries <= {".hydra", "run.log", "environment.json"}:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -98,19 +98,19 @@ def main() -> None:
 
 
 def with_messages(command: Callable[[], Any]) -> None:
-    """Run a command of Hydra's; a user's mistake ends it with a message and exit code 1, a bug with its traceback."""
+    """Run a Hydra command; a user's mistake ends it with a message and exit code 1, a bug with a traceback."""
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here, as they are
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
         command()
     except KeyboardInterrupt:
-        sys.exit(130)  # as the shell has it: ended by SIGINT
+        sys.exit(130)  # the shell's code for a process ended by SIGINT
     except Exception as error:
-        users = isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError))
-        said = message(error) if users else launcher_errors.failed(error)
-        if wants_traceback or said is None:
+        is_users = isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError))
+        text = message(error) if is_users else launcher_errors.failed(error)
+        if wants_traceback or text is None:
             raise
-        sys.exit(said)
+        sys.exit(text)
 
 
 def message(error: Exception) -> str:

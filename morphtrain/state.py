@@ -1,4 +1,4 @@
-"""The live state of a run, which the loop advances and the methods change. It stands below all of them."""
+"""The live state of a run, which the loop advances and the methods change."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ class Run:
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
     initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the dense network
-    epoch: int = 0  # the current one, counted from 1; before and between epochs the last one done
-    progress: float = 0.0  # passes over the training data that led to a step; what the schedule sees
+    epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
+    progress: float = 0.0  # passes over the training data, without skipped steps; what the schedule sees
     batch_size: int = 0
-    micro_batch: int | None = None  # at most so many images go through the network at once; None: the whole batch
-    lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size; a batch policy's
+    micro_batch: int | None = None  # most images that go through the network at once; None: the whole batch
+    lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size, set by its policy
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
     train_loss: float = 0.0  # mean over the last epoch
-    train_accuracy: float = 0.0  # 0..1, of the same forward passes
-    history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics an epoch
+    train_accuracy: float = 0.0  # 0..1, in the same forward passes
+    history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics per epoch
     change: str = ""  # what the structural change of this epoch did; "" if there was none
     changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces after it
-    lr_factor: float = 1.0  # on the schedule's learning rate, by methods that lower it
-    rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after a growth
+    lr_factor: float = 1.0  # factor on the schedule's learning rate, set by methods that lower it
+    rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after growth
     stopped: bool = False  # a method ends the run after this epoch
     params: int = 0
     macs: int = 0
 
     def hooks(self, name: str) -> list[Callable[..., Any]]:
-        """The hook of this name of every method that implements it, in the declared order."""
+        """This hook of every method that implements it, in the declared order."""
         return [getattr(method, name) for method in self.methods.values() if method.implements(name)]
 
     def shape_changed(self, summary: str) -> None:
-        """To be called by a method after every structural change."""
+        """Record a structural change; a method calls this after each one, `summary` being for the log."""
         self.change = f"{self.change}; {summary}" if self.change else summary
 
     def note(self, event: str) -> None:
@@ -76,7 +76,7 @@ class Run:
         self.rewarmed = Ramp(0.0, 1.0, self.progress, epochs)
 
     def learning_rate(self, epochs_done: float, group: int = 0) -> float:
-        """The learning rate of one of the optimizer's parameter groups after so many epochs."""
+        """The learning rate of one of the optimizer's parameter groups after `epochs_done` epochs."""
         scheduled = self.base_lrs[group] * self.schedule(epochs_done)
         return scheduled * self.lr_scale.at(epochs_done) * self.rewarmed.at(epochs_done) * self.lr_factor
 
@@ -86,15 +86,15 @@ class Run:
         return [images for images, _ in itertools.islice(loader, batches)]
 
     def reset_weights(self) -> None:
-        """Give the network as it is now fresh weights, and the optimizer fresh state."""
+        """Give the network new random weights in its present structure, and clear the optimizer's state."""
         fresh_weights(self.model)
         self.optimizer.state.clear()
 
     def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
-        """To be called by a batch policy: images in a step, and how many of them go through the network at once.
+        """Set the images per step and the most that go through the network at once; for batch policies.
 
         Raises:
-            UserError: if there are not so many, or if a single one would go through a network that cannot train on it.
+            UserError: if the training set is smaller, or a pass gets one image and the network cannot train on that.
         """
         samples = len(self.data.train)
         if batch_size > samples:
@@ -111,7 +111,7 @@ class Run:
         except UserError as error:
             micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
             raise UserError(
-                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch} it leaves a single one "
+                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch}, a single one is left "
                 f"for a pass, but {error}"
             ) from error
 
@@ -120,17 +120,17 @@ class Run:
         self.lr_scale = self.lr_scale.turned(self.progress, factor, warmup_epochs)
 
     def count(self) -> None:
-        """Count parameters and MACs of the network as it is now."""
+        """Count the parameters and MACs of the network in its present structure."""
         self.params = count_params(self.model)
         self.macs = count_macs(self.model, self.data.input_shape)
 
     def generator(self, epoch: int) -> torch.Generator:
-        """The randomness of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
+        """The random numbers of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
 
 
 def passes(images: int, micro_batch: int | None) -> int:
-    """In how many parts, of the same size give or take one image, a batch goes through the network."""
+    """Number of passes, equal in size to within one image, in which a batch goes through the network."""
     return 1 if micro_batch is None else max(1, -(-images // micro_batch))
 
 

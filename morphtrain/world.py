@@ -1,7 +1,7 @@
-"""The processes that train one network together: how many there are, which is this, and what they agree on.
+"""The processes that train one network together: how many there are, which one this is, and what they agree on.
 
-One process is the plain case; several have called `torch.distributed.init_process_group` before. What is measured or
-random differs from process to process, and the networks must not: such a decision goes through `agree`.
+Usually there is one; several must have called `torch.distributed.init_process_group` first. Measurements and random
+numbers differ between processes, but their networks must not: a decision based on either goes through `agree`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def size() -> int:
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """The number of this process, from 0."""
     return distributed.get_rank() if _is_distributed() else 0
 
 
@@ -39,7 +39,7 @@ def mean(value: torch.Tensor) -> torch.Tensor:
 
 
 def agree(value: T) -> T:
-    """The main process's value, for all. Every process has to call it; with one process it costs nothing."""
+    """The main process's value, in every process. Every process has to call it; with one process it costs nothing."""
     if size() == 1:
         return value
     values = [value]

@@ -1,10 +1,10 @@
 """`python killed_run.py EVENT:N ...overrides`: the command, which kills itself with SIGKILL at the N-th EVENT.
 
-write    half way through the file of a checkpoint
-rename   between a checkpoint's being written and its getting its name
+write    halfway through writing the file of a checkpoint
+rename   between writing a checkpoint and giving it its name
 renamed  right after that
-morph    inside a reconfiguration or a widening, some tensors made anew, some not
-adopt    inside an insertion, some blocks put in, some not
+morph    inside a reconfiguration or a widening, some tensors replaced, some not
+adopt    inside an insertion, some blocks inserted, some not
 report   after MLflow has an epoch, before the run knows
 step     after an optimizer step
 """

@@ -60,7 +60,7 @@ class Server:
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
-        """It is there and takes connections, but answers nothing."""
+        """Stop it: it still accepts connections, but answers nothing."""
         self.signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
@@ -73,6 +73,6 @@ class Server:
             self.process = None
 
     def query(self, sql: str, *values: object) -> list[tuple]:
-        """Rows of the database, read past the server and past MLflow."""
+        """Rows of the database, read without the server and without MLflow."""
         with contextlib.closing(sqlite3.connect(self.directory / "server.db", timeout=20)) as database:
             return database.execute(sql, values).fetchall()

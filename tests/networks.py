@@ -30,7 +30,7 @@ LABELS = torch.tensor([0, 1, 2, 3])
 
 
 def build(blocks: int = 1, width: int = 4, **options: object) -> nn.Module:
-    """A small network in double precision with norm statistics that are not those of a fresh one."""
+    """A small network in double precision with norm statistics unlike those of a new one."""
     model = ResNet(blocks=blocks, width=width, **options).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -74,7 +74,7 @@ def together(output: object) -> torch.Tensor:
 
 @torch.no_grad()
 def mask(space: Space, dropped: torch.Tensor) -> None:
-    """Set what makes and what uses the `dropped` channels (indices) to zero, leaving every shape as it is."""
+    """Zero what makes and what uses the `dropped` channels (indices), without changing any shape."""
     for slot in space.slots:
         if not slot.has_weights:
             continue
@@ -92,7 +92,7 @@ def twin(model: nn.Module, make_optimizer, optimizer: Optimizer) -> tuple[nn.Mod
 
 
 def random_keep(size: int, least: int = 1) -> torch.Tensor:
-    """A random subset of channels, at least `least` where there are so many."""
+    """A random subset of channels, at least `least` if there are that many."""
     count = int(torch.randint(min(least, size), size + 1, ()))
     return torch.randperm(size)[:count].sort().values
 
@@ -131,7 +131,7 @@ def check_surgery(
     assert spaces is None or bool(graph.spaces) == spaces
     assert facts(model, optimizer) == before, "tracing left a mark"
     sizes = {space.name: space.size for space in graph.spaces}
-    # Of a single channel left nobody can tell whether several entries of it are neighbours, once traced again.
+    # With a single channel left, a new trace cannot tell whether several entries of it are neighbours.
     keeps = {space.name: random_keep(space.size, least=2) for space in graph.spaces}
     for space in masked_graph.spaces:
         mask(space, dropped(space.size, keeps[space.name]))
@@ -163,7 +163,7 @@ def two_groups(model: nn.Module, momentum: float) -> Optimizer:
 
 
 def facts(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
-    """Everything about a network's tensors but their values."""
+    """Everything about a network's tensors except their values."""
     groups = {id(p): n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
     result: dict[str, object] = {path: module.training for path, module in model.named_modules()}
     for name, p in model.named_parameters():

@@ -81,7 +81,7 @@ def running() -> Iterator[dict[str, str]]:
                 time.sleep(0.5)
         wait_until_idle(environment, directory)
         yield environment
-        # A job's keeper (slurmstepd) that cannot report its end to the controller stays for ever.
+        # A job's keeper (slurmstepd) that cannot report its end to the controller never ends.
         subprocess.run(["scancel", "--user=root"], env={**os.environ, **environment}, check=True)
         wait_until_idle(environment, directory)
     finally:

@@ -1,4 +1,4 @@
-"""Batch sizes over a run: what they become, what memory and learning rate say to it, and that resuming repeats it."""
+"""Batch sizes over a run: what they become, how memory and learning rate follow, and that resuming repeats it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_ramp_is_linear_and_turns_where_it_is() -> None:
 def test_the_learning_rate_follows_from_the_first_batch_size(lr_scaling: str, factor: float) -> None:
     run = small_run()
     run.progress = 2.0
-    for batch_size in (20, 60):  # two jumps are one
+    for batch_size in (20, 60):  # two jumps equal one
         grow(run, batch_size, 10, lr_scaling, 1.0, "why not")
     assert run.batch_size == 60
     assert run.lr_scale.at(3.0) == pytest.approx(factor)

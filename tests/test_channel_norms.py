@@ -120,7 +120,7 @@ def test_the_regulariser_at_the_start_is_the_cost() -> None:
 
 
 def silence(graph: ChannelGraph, regulariser: Any, channels: dict[Space, torch.Tensor]) -> None:
-    """Zero members and biases of some channels; what else makes and uses them is left as it is."""
+    """Zero the members and biases of some channels, and nothing else that makes or uses them."""
     ChannelNorms(graph, regulariser).clear(channels)
     for space, dead in channels.items():
         for slot in space.slots:
@@ -130,7 +130,7 @@ def silence(graph: ChannelGraph, regulariser: Any, channels: dict[Space, torch.T
                     getattr(slot.axis.module, name).data.index_fill_(dim, rows, 0.0)
 
 
-# Vectors of code, which are no members, go on adding to a channel that is silent: a constant, but not zero.
+# Vectors in the code are not members: they still add a constant, not zero, to a silent channel.
 SILENT = [name for name in TOPOLOGIES if name not in ("Scaled", "Functional")]
 
 
@@ -156,7 +156,7 @@ def test_a_channel_whose_members_are_zero_can_go(name: str, regulariser: Any) ->
 
 
 class Past(Net):
-    """A residual sum whose stem has no norm, read by a norm in the block and by the head."""
+    """A residual sum whose stem has no norm; a norm in the block and the head read it."""
 
     def __init__(self) -> None:
         super().__init__(8, 8)
@@ -168,15 +168,15 @@ class Past(Net):
 
 
 class Gate(Net):
-    """A gate that scales what a norm gives: zero whatever it is; and one behind a sigmoid, which is no zero."""
+    """A gate that scales a norm's output, so a zero stays zero; after a sigmoid it does not."""
 
-    def __init__(self, behind_sigmoid: bool) -> None:
+    def __init__(self, after_sigmoid: bool) -> None:
         super().__init__(8, 8)
-        self.gate, self.behind_sigmoid = conv(8, 8), behind_sigmoid
+        self.gate, self.after_sigmoid = conv(8, 8), after_sigmoid
 
     def body(self, x):
         gate = self.gate(x.mean((2, 3), keepdim=True))
-        return (torch.sigmoid(x) if self.behind_sigmoid else x) * gate
+        return (torch.sigmoid(x) if self.after_sigmoid else x) * gate
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ class Gate(Net):
         (TOPOLOGIES["Functional"][0], []),
     ],
 )
-def test_channels_that_pass_a_norm_by_are_left_alone(make: Any, wanted: list[str]) -> None:
+def test_channels_that_bypass_a_norm_are_left_alone(make: Any, wanted: list[str]) -> None:
     graph = ChannelGraph.trace(make().double(), INPUT)
     assert sorted(space.name for space in ChannelNorms(graph, "gamma_l1").spaces) == wanted
 

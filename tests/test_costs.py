@@ -1,4 +1,4 @@
-"""The cost by widths against the costs counted on networks that really have them, and the regulariser made of it."""
+"""The cost by widths against costs counted on networks that really have them, and the regulariser built on it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_counts(graph: ChannelGraph, model: nn.Module, x: torch.Tensor) -> None
 
 
 def check_widths(model: nn.Module, x: torch.Tensor) -> None:
-    """Counts and costs agree before the widths change, foresee the change, and agree behind it."""
+    """Counts and costs agree before the widths change, foresee the change, and agree after it."""
     graph = ChannelGraph.trace(model, x)
     check_counts(graph, model, x)
     indices = {space: random_keep(space.size) for space in graph.spaces}
@@ -82,7 +82,7 @@ def test_counts_of_resnets(shape: str) -> None:
     check_widths(build(2, width=8, **SHAPES[shape]), INPUT[:1])
 
 
-# Functional layers are no modules, and have no say in either count; two inputs are more than `count_macs` takes.
+# Functional layers are not modules and appear in neither count; `count_macs` takes one input, not two.
 @pytest.mark.parametrize("name", [name for name in TOPOLOGIES if name not in ("Functional", "SeveralInputs")])
 def test_counts_of_every_topology(name: str) -> None:
     model = TOPOLOGIES[name][0]().double()

@@ -157,7 +157,7 @@ def test_waiting_for_batches_is_clocked_and_working_on_them_is_not() -> None:
         for _ in range(2):
             time.sleep(0.05)
             yield batch
-        time.sleep(0.05)  # what a loader does behind its last batch is waited for, too
+        time.sleep(0.05)  # what a loader does after its last batch is waited for, too
 
     run = SimpleNamespace(clock=Clock(torch.device("cpu")))
     for received in waited_for(slow(), run):

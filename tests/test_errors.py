@@ -26,7 +26,7 @@ CASES = {
     "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
     "rounding down": (
         ["prune=prunetrain", "prune.round_down=0.1"],
-        ["prune.round_down=0.1: must be 0 with prune.round_to=1; or take auto there"],
+        ["prune.round_down=0.1: must be 0 with prune.round_to=1; prune.round_to=auto allows it"],
     ),
     "rounding all down": (["prune=prunetrain", "prune.round_to=auto", "prune.round_down=1"], ["prune.round_down=1"]),
     "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
@@ -34,16 +34,16 @@ CASES = {
         ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],
         ["prune.regulariser=group_lasso", "gamma_l1"],
     ),
-    "nowhen to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
-    "growth behind the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
+    "no time to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
+    "growth after the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
     "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], ["grow.factor=1", "above 1"]),
     "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], ["grow.kernel=4", "odd"]),
     "selective without pruning": (["grow=selective", "grow.at_epochs=[2]"], ["grow=selective", "prune=prunetrain"]),
-    "pruning behind the last round": (
+    "pruning after the last round": (
         ["grow=morphnet", "prune=prunetrain"],
         ["prune.stop_epoch=None", "10 or earlier"],
     ),
-    "rounds behind the end": (
+    "rounds after the end": (
         ["grow=morphnet", "prune=prunetrain", "grow.rounds=6", "prune.stop_epoch=60"],
         ["grow.rounds=6", "epochs=60"],
     ),
@@ -154,7 +154,7 @@ def check_failure(result: subprocess.CompletedProcess[str], parts: list[str]) ->
 @pytest.mark.parametrize("case", {**CASES, **SLOWER_CASES})
 def test_a_mistake_is_named(case: str, command: Command, tmp_path: Path) -> None:
     overrides, parts = {**CASES, **SLOWER_CASES}[case]
-    # What an override replaces must not be given before: prune=none drops the keys of prunetrain.
+    # What an override replaces must not be given first: prune=none drops the keys of prunetrain.
     if "prune=none" in overrides:
         overrides = [o for o in overrides if not o.startswith(("prune.", "prune=prunetrain"))]
     result = command("tracking=none", *overrides, env=OFFLINE)

@@ -40,7 +40,7 @@ def pair(channels: int, size: int, **options) -> tuple[GhostBatchNorm2d, nn.Batc
 
 
 def sequentially(plain: nn.BatchNorm2d, x: torch.Tensor, size: int) -> torch.Tensor:
-    """Batch norm on each chunk in turn; a single value a channel at the end belongs to the chunk before."""
+    """Batch norm on each chunk in turn; a single value per channel at the end belongs to the chunk before."""
     parts = list(x.split(size))
     if len(parts) > 1 and parts[-1][:, 0].numel() == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
@@ -54,7 +54,7 @@ def check_same(
     tolerance: float = 1e-6,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Two training steps, the loop in `dtype`: outputs, gradients, state; in parts of the largest value of each."""
+    """Two training steps, the loop in `dtype`: outputs, gradients, state; relative to the largest value of each."""
     plain = plain.to(dtype)
     draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
@@ -245,7 +245,7 @@ def config_of(*overrides: str) -> schema.Config:
     return morphtrain.compose(*SMALL, *overrides)
 
 
-def test_a_run_and_what_is_loaded_of_it_have_it(tmp_path: Path) -> None:
+def test_a_run_and_its_loaded_network_have_it(tmp_path: Path) -> None:
     run = build_run(config_of("norm=ghost", "norm.ghost_batch_size=8"))
     norms = [m for m in run.model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {type(m) for m in norms} == {GhostBatchNorm2d}

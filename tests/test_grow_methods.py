@@ -33,7 +33,7 @@ GROWTHS = {
 
 
 def grow(run: Run) -> None:
-    """What the trainer does behind an epoch."""
+    """What the trainer does after an epoch."""
     for hook in run.hooks("after_epoch"):
         hook(run)
     if run.change:
@@ -73,7 +73,7 @@ def test_accuracy_stays_and_training_goes_on(small_run, growth: str, optimizer: 
 
 
 @pytest.mark.parametrize("growth", GROWTHS)
-def test_on_digits_no_image_is_classified_otherwise_and_the_loss_goes_on_falling(growth: str) -> None:
+def test_on_digits_every_prediction_stays_and_the_loss_keeps_falling(growth: str) -> None:
     overrides = ["data=digits", "model.width=8", "batch_policy.batch_size=32", "epochs=10", *GROWTHS[growth]]
     run = build_run(morphtrain.compose(*overrides))
     start(run)
@@ -142,7 +142,7 @@ def test_the_learning_rate_rises_again(small_run) -> None:
     assert run.learning_rate(3.0) == pytest.approx(0.1)
 
 
-def test_weights_start_anew_unless_inherited(small_run) -> None:
+def test_weights_are_reset_unless_inherited(small_run) -> None:
     options = (*GROWTHS["morphnet"], "epochs=4", "grow.inherit=false")
     run = small_run(*options)
     run.epoch = 2
@@ -196,7 +196,7 @@ def test_growth_on_a_plateau(small_run) -> None:
         run.methods["grow"].after_epoch(run)
         run.history.append({"val_accuracy": accuracy})
         grown += [epoch] if run.change else []
-    assert grown == [5, 9], "two epochs behind the best; counted anew behind a growth; not more than twice"
+    assert grown == [5, 9], "two epochs after the best; counted from scratch after a growth; not more than twice"
 
 
 # -- rules ------------------------------------------------------------------------------------------------------
@@ -276,10 +276,10 @@ def test_rules_end_a_run_that_nothing_helps(tmp_path: Path, command: Command) ->
     assert "lower_lr: saturation" in result.stdout and "training ends" in result.stdout
     assert len(read_records(tmp_path / "run")) < 15
     again = command(*small, *options, "epochs=30", "tracking=none")
-    assert "epoch " not in again.stdout.split("going on behind epoch")[1].split("after")[0], "it has ended"
+    assert "epoch " not in again.stdout.split("going on after epoch")[1].split("after")[0], "it has ended"
 
 
-def test_the_picture_of_widths_bears_spaces_that_come_and_go(tmp_path: Path) -> None:
+def test_the_plot_of_widths_copes_with_spaces_that_come_and_go(tmp_path: Path) -> None:
     changes = [
         {"epoch": 0, "event": "", "widths": {"a": 8, "b": 4}},
         {"epoch": 2, "event": "removed 4 channels", "widths": {"a": 4}},

@@ -113,7 +113,7 @@ def test_growth_keeps_the_function_of_torchvisions_networks(name: str) -> None:
     torch.manual_seed(1)
     size = image_size(name)
     graph = check_growth(network(name), torch.randn(2, 3, size, size, dtype=torch.double))
-    assert graph.layer_places or name.startswith(("efficientnet", "convnext", "mobilenet_v3"))  # not behind ReLUs
+    assert graph.layer_places or name.startswith(("efficientnet", "convnext", "mobilenet_v3"))  # not after ReLUs
     assert graph.stage_ends or name.startswith(("densenet", "squeezenet", "convnext")), "a place for a block"
 
 
@@ -167,7 +167,7 @@ def test_many_chains_of_operations(shape: str, chain: list[str], seed: int) -> N
 
 
 def check_chain(shape: str, chain: list[str], seed: int) -> None:
-    """Behind each operation the network computes what it did; pruned, what the masked one does."""
+    """After each operation the network computes what it did before; pruned, what the masked one does."""
     torch.manual_seed(seed)
     if shape in SHAPES:
         model, x = build(1, **SHAPES[shape]), INPUT
@@ -240,7 +240,7 @@ def test_both_operands_of_a_sum_can_go(shape: str, order: tuple[str, str], again
 
 
 def test_copies_part_only_if_they_share_unevenly() -> None:
-    """Of two copies that are used alike each step makes two copies again: nothing was gained but cost."""
+    """Two copies that are used equally stay copies after every step: only the cost has grown."""
 
     def trained(noise: float) -> torch.Tensor:
         torch.manual_seed(0)
@@ -278,13 +278,13 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MorphError, match=r"a factor of 0\.5 does not widen"):
         widen(graph, 0.5)
-    with pytest.raises(MorphError, match="has 4 channels already, 3 would not be wider"):
+    with pytest.raises(MorphError, match="already has 4 channels, 3 would not be wider"):
         widen(graph, target={graph.spaces[1].name: 8, graph.spaces[0].name: 3})
     with pytest.raises(KeyError, match="no channel space 'nowhere'"):
         widen(graph, target={"nowhere": 8})
     with pytest.raises(MorphError, match="either a factor or a target"):
         widen(graph)
-    with pytest.raises(MorphError, match=r"costs .* already, more than the target"):
+    with pytest.raises(MorphError, match=r"already costs .*, more than the target"):
         expand_to(graph, WidthCost(graph, "flops"), 10.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes() -> None:
 
 @pytest.mark.parametrize("how", ["layer", *STARTS])
 def test_the_training_loss_stays_too(how: str) -> None:
-    """A fresh norm behind an identity convolution renormalises: the loss would leap (the thesis: 80 to below 30 %)."""
+    """A new norm after an identity convolution renormalises: the loss would leap (the thesis: 80 to below 30 %)."""
     torch.manual_seed(0)
     model = build(2, width=8).train()
     x, labels = torch.randn(64, 3, 16, 16, dtype=torch.double), torch.randint(10, (64,))
@@ -371,7 +371,7 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
     assert str(resnet.model) == str(build(1))
 
 
-def test_a_block_behind_values_that_may_be_negative_ends_without_relu() -> None:
+def test_a_block_after_values_that_may_be_negative_ends_without_relu() -> None:
     model = Leaky().double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.double)
     before = evaluated(model, x)

@@ -80,7 +80,7 @@ def work(done: Any, leave: Any) -> None:
 
 
 @linux
-def test_the_work_of_a_living_and_of_an_ended_worker_is_own() -> None:
+def test_the_work_of_live_and_ended_workers_counts_as_own() -> None:
     context = multiprocessing.get_context("fork")
     done, leave = context.Event(), context.Event()
     worker = context.Process(target=work, args=(done, leave))
@@ -123,7 +123,7 @@ def test_the_share_is_of_what_was_not_ours(
     assert foreign_share(start, end, cpus) == pytest.approx(others, abs=1e-5)
 
 
-def test_short_epochs_are_judged_by_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_epochs_are_judged_over_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs of 0.3 s with pauses of 0.2 s; others use the CPU from the time 5 on, all of it."""
     now = [0.0]
     account = ForeignCpu(frozenset({0}))
@@ -338,14 +338,14 @@ def test_every_signal_marks_and_the_first_one_warns(caplog: pytest.LogCaptureFix
     for number, present in enumerate(([], [], [17], []), 1):
         others[:] = present
         watched.epoch_begins()
-        others.clear()  # who was there at the start of an epoch has disturbed it
+        others.clear()  # whoever was there at the start of an epoch has disturbed it
         records.append(watched.judged(EPOCH | {"epoch": number}, records))
     assert [record["contended"] for record in records] == [0, 1, 1, 0]
     (message,) = caplog.messages
     assert "epoch 2 was contended: others used 50% of its cores" in message
 
 
-def test_where_nobody_keeps_account_the_reference_tells(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_account_the_reference_tells(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "Reference", lambda device: machine)
     watched = judge(0.5, [], device=torch.device("xpu", 0))
     records: list[dict[str, float]] = []
@@ -353,7 +353,7 @@ def test_where_nobody_keeps_account_the_reference_tells(machine: Machine, monkey
         machine.slowdown = slowdown
         watched.epoch_begins()
         records.append(watched.judged(EPOCH | {"epoch": number}, records))
-    assert [record["contended"] for record in records] == [0, 0, 1, 1, 1, 0]  # the fifth: just behind the others
+    assert [record["contended"] for record in records] == [0, 0, 1, 1, 1, 0]  # the fifth: just after the others
     assert "foreign_cpu" not in records[0]
 
 

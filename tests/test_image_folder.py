@@ -40,7 +40,7 @@ def config(root: Path, **changes: Any) -> schema.data.ImageFolder:
 
 
 def write(root: Path, images: list[np.ndarray], classes: int = 2, suffix: str = "png") -> Path:
-    """The images (H, W, 3), dealt out to the classes of train, and again of val; the first belongs to class 0."""
+    """Write the images (H, W, 3), dealt out to the classes of train, and again of val; the first belongs to class 0."""
     for part in ("train", "val"):
         for number, image in enumerate(images):
             path = root / part / f"class_{number % classes}" / f"{number:03d}.{suffix}"
@@ -55,7 +55,7 @@ def noise(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """0 to 255 again."""
+    """Back to 0 to 255."""
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
@@ -98,7 +98,7 @@ def test_batch_size_and_epochs_change_crops_as_they_should(in_memory: bool, tmp_
 def test_workers_read_the_same_bits_and_live_on(tmp_path: Path) -> None:
     root = write(tmp_path, noise(ODD_SIZES * 3))
     alone, helped = (image_folder.build(config(root, num_workers=n)) for n in (0, 2))
-    next(iter(helped.train_batches(4, torch.Generator())))  # a pass that is given up
+    next(iter(helped.train_batches(4, torch.Generator())))  # a pass that is abandoned
     workers = {child.pid for child in multiprocessing.active_children()}
     assert len(workers) == 2
     for number, batch_size in enumerate((5, 5, 7)):
@@ -287,7 +287,7 @@ def test_an_unreadable_image_is_named_by_its_path(options: dict, damage: str, tm
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch has to reach the worker")
-def test_a_worker_that_dies_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path, noise([(40, 50)] * 4))
     monkeypatch.setattr(image_files, "pil_loader", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"data\.num_workers=1: a worker died .* try fewer workers, or 0") as caught:

@@ -16,12 +16,12 @@ from tests.conftest import SMALL, Command
 
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
 
-# Of one record: what does not depend on the clock or on the process.
+# The parts of a record that do not depend on the clock or on the process.
 SAME = ("epoch", "train_loss", "val_loss", "val_accuracy", "params", "macs", "learning_rate", "batch_size")
 
 
 def records(directory: Path) -> list[list[list[float]]]:
-    """Of each job, of each epoch: the metrics that have to agree."""
+    """The metrics that have to agree, of every epoch of every job."""
     histories = [read_records(directory / str(job)) for job in range(2)]
     return [[[record[key] for key in SAME] for record in history] for history in histories]
 

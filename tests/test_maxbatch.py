@@ -1,4 +1,4 @@
-"""The command `morphtrain.maxbatch`: what it prints, what it takes, and what it says to mistakes."""
+"""The command `morphtrain.maxbatch`: what it prints, what it accepts, and what it says about mistakes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_known_shape_is_that_of_the_data(overrides: list[str]) -> None:
     assert images_of(config) == (tuple(data.input_shape), data.num_classes)
 
 
-def test_keys_go_before_what_the_data_say() -> None:
+def test_keys_take_precedence_over_the_data() -> None:
     assert images_of(parsed("data=cifar100", "budget=1")) == ((3, 32, 32), 100)
     assert images_of(parsed("data=fashion_mnist", "budget=1")) == ((1, 28, 28), 10)
     assert images_of(parsed("data=cifar100", "num_classes=7", "budget=1")) == ((3, 32, 32), 7)
@@ -146,7 +146,7 @@ def test_a_wrong_key_is_named(case: str) -> None:
 
 UNANSWERABLE = {
     "too small": (["budget=1MiB"], r"budget=1MiB: nothing fits 1048576 bytes: a step of one sample takes \d{7}"),
-    "unknown classes": (["budget=1GiB", "data=image_folder"], "num_classes=null: not known of data=image_folder"),
+    "unknown classes": (["budget=1GiB", "data=image_folder"], "num_classes=null: not known for data=image_folder"),
     "images": (["budget=1GiB", "model=alexnet", "model.stem=imagenet"], r"model=alexnet: cannot take .*\(1, 16, 16\)"),
 }
 
@@ -175,7 +175,7 @@ def test_help_and_config_do_without_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="makes a trial fail by there being no CUDA device")
-def test_a_trial_that_fails_by_anything_but_memory_is_an_error() -> None:
+def test_a_trial_that_fails_for_anything_but_memory_is_an_error() -> None:
     model = ResNet(blocks=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="trial of 2 samples ended with exit code 1"):

@@ -47,7 +47,7 @@ def run_of_one_step(batch_size: int, *overrides: str) -> Run:
 
 
 def allocated_peak(run: Run, trace: Path) -> int:
-    """Most bytes of an epoch of one step by torch's allocator, with what was there before, but for the data set."""
+    """Peak bytes in an epoch of one step by torch's allocator, including what was there before, except the data set."""
     train_epoch(run)  # the optimizer has its state now
     before = model_bytes(run.model) + state_bytes(run.optimizer)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -163,7 +163,7 @@ def test_state_counts_whether_it_is_there_or_not() -> None:
     }
     assert fixed["momentum"] - fixed["none"] == weights
     adamw = memory_model(model, SHAPE, optimizer=AdamW, device_type="cuda").fixed
-    steps = 4 * len(list(model.parameters()))  # AdamW counts steps by the parameter
+    steps = 4 * len(list(model.parameters()))  # AdamW counts steps per parameter
     assert adamw - fixed["none"] == 2 * weights + steps
     optimizer = AdamW(model.parameters())
     without_state = memory_model(model, SHAPE, optimizer=optimizer)

@@ -43,9 +43,9 @@ def config_of(*overrides: str) -> schema.Config:
 
 
 def formats(model: nn.Module, x: torch.Tensor) -> set[torch.memory_format]:
-    """Of all that layers and blocks take in or give out in training, and of the kernels.
+    """The formats of all inputs and outputs of layers and blocks in training, and of the kernels.
 
-    But for views, and where nothing depends on it: at a single pixel, and on the two that stand for an empty branch.
+    Except for views, and where the format does not matter: a single pixel, and the two that stand for an empty branch.
     """
     found = {format_of(p) for p in model.parameters() if p.dim() == 4}
 
@@ -80,7 +80,7 @@ def pictures(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["digits", "colours", "files", "bytes"])
-def test_batches_are_in_the_format_and_the_same_but_for_it(kind: str, tmp_path: Path) -> None:
+def test_batches_are_in_the_format_and_otherwise_the_same(kind: str, tmp_path: Path) -> None:
     if kind == "digits":
         data = digits.build(schema.data.Digits("digits", 8, 1))
     elif kind == "colours":
@@ -103,7 +103,7 @@ def test_batches_are_in_the_format_and_the_same_but_for_it(kind: str, tmp_path: 
 
 
 def kill_channels(run: Run) -> None:
-    """A third of every space, and all inside the last block."""
+    """Kill a third of every space, and all inside the last block."""
     inside = run.graph.blocks[-1].spaces[0]
     for space in run.graph.spaces:
         mask(space, torch.arange(space.size if space is inside else space.size // 3))
@@ -143,13 +143,13 @@ def test_gated_and_emptied_layers_keep_the_format_of_what_passes() -> None:
 
 
 def test_a_rebuilt_network_has_the_strides_of_the_one_that_was_cut() -> None:
-    """Kernels of one pixel too: which order of sums a convolution takes may hang on them."""
+    """Kernels of one pixel too: which order of sums a convolution takes may depend on them."""
     model = in_format(ResNet(blocks=1, width=4, layers=3, bottleneck=True), "channels_last")
     graph = ChannelGraph.trace(model, torch.zeros(1, 3, 8, 8))
     for space in graph.spaces:
         graph.reindex(space, range(space.size - 1))
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    for late in (False, True):  # made channels_last behind the rebuilding, or in front of it
+    for late in (False, True):  # made channels_last after rebuilding, or before it
         fresh = ResNet(blocks=1, width=4, layers=3, bottleneck=True)
         twin = rebuild(fresh if late else in_format(fresh, "channels_last"), describe(model))
         twin = in_format(twin, "channels_last") if late else twin
@@ -157,7 +157,7 @@ def test_a_rebuilt_network_has_the_strides_of_the_one_that_was_cut() -> None:
     assert any(p.shape[2:] == (1, 1) for p in model.parameters() if p.dim() == 4)
 
 
-def test_it_trains_to_the_same_numbers_but_for_rounding() -> None:
+def test_it_trains_to_the_same_numbers_up_to_rounding() -> None:
     runs = [build_run(config_of(*UNPRUNED, *more)) for more in ([], [CHANNELS_LAST])]
     losses = []
     for run in runs:
@@ -177,7 +177,7 @@ def test_resumed_it_ends_at_the_same_bits(tmp_path: Path) -> None:
         directory.mkdir()
         for number, last in enumerate(epochs):
             wanted = config_of(*SMALL, CHANNELS_LAST, "epochs=6", f"resume={'auto' if number else 'never'}")
-            stop_behind(int(last), wanted, directory)
+            stop_after(int(last), wanted, directory)
         ends.append(torch.load(directory / "last.pt", weights_only=True))
     whole, parts = ends
     assert whole["model"].keys() == parts["model"].keys()
@@ -185,8 +185,8 @@ def test_resumed_it_ends_at_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(value, parts["model"][key]), key
 
 
-def stop_behind(epoch: int, config: schema.Config, directory: Path) -> None:
-    """Train, and be interrupted behind an epoch."""
+def stop_after(epoch: int, config: schema.Config, directory: Path) -> None:
+    """Train, and be interrupted after an epoch."""
 
     class Interrupted(Exception):
         pass

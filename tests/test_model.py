@@ -222,7 +222,7 @@ def test_rounding_to_multiples_of_8_never_takes_more_than_a_tenth() -> None:
 
 @pytest.mark.usefixtures("without_data")
 @pytest.mark.parametrize("make", [lambda norm: VGG(depth=13, batch_norm=norm), lambda norm: AlexNet(batch_norm=norm)])
-def test_batch_norm_is_behind_every_convolution_or_nowhere(make: Callable[[bool], nn.Module]) -> None:
+def test_batch_norm_follows_every_convolution_or_none(make: Callable[[bool], nn.Module]) -> None:
     model = make(False)
     assert count(model, nn.BatchNorm2d) == 0
     features = list(make(True).features)
@@ -280,7 +280,9 @@ def test_convolutions_start_with_the_variance_of_their_own_fan_out() -> None:
 
 
 def torchvision_network(name: str, in_channels: int = 3, **options: Any) -> nn.Module:
-    return option_torchvision.build(schema.model.Torchvision("torchvision", name, options), 7, in_channels)
+    return option_torchvision.build(
+        schema.model.Torchvision(name=name, source="torchvision", options=options), 7, in_channels
+    )
 
 
 @pytest.mark.usefixtures("without_data")

@@ -66,14 +66,14 @@ def test_the_strength_gives_the_ratio_on_the_first_batch_and_stays(ready: Any, t
     assert run.methods["prune"].penalty_weight == strength
 
 
-def test_a_strength_of_ones_own_is_used_as_it_is(ready: Any) -> None:
+def test_a_given_strength_is_used_unchanged(ready: Any) -> None:
     run = ready(*WITHOUT_PRUNE, "prune.strength=1e-7", "prune.lasso_ratio=null")
     train_epoch(run)
     assert run.methods["prune"].penalty_weight == 1e-7
 
 
 def test_every_step_ends_with_the_proximal_step_until_stop_epoch(ready: Any) -> None:
-    """Behind plain SGD a gamma of one member has lost lr / (1 - momentum) * strength * slope, or is zero."""
+    """After plain SGD a gamma of one member has lost lr / (1 - momentum) * strength * slope, or is zero."""
     options = (*WITHOUT_PRUNE, "prune.strength=1e-6", "prune.lasso_ratio=null", "prune.stop_epoch=5")
     run = ready(*options, "batch_policy.batch_size=256", "schedule.warmup_epochs=0")
     plain = ready(*options, "batch_policy.batch_size=256", "schedule.warmup_epochs=0")
@@ -122,7 +122,7 @@ def test_what_costs_most_goes_first(target: Any, first: str, last: str) -> None:
 
 
 class Constants(nn.Module):
-    """Every way in which a layer takes a constant in: norm behind it, a bias, groups, a sum, a flatten, twice."""
+    """Every way in which a layer absorbs a constant: a norm after it, a bias, groups, a sum, a flatten, twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ def test_without_norms_the_way_out_is_named(ready: Any) -> None:
     assert run.methods["prune"].regulariser == "group_lasso"
 
 
-def test_spaces_left_alone_are_said(ready: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_spaces_left_alone_are_reported(ready: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     ready("model=torchvision", "model.name=mobilenet_v3_small", "data=synthetic", "data.image_size=32")
     (line,) = [record.getMessage() for record in caplog.records if "left as wide" in record.getMessage()]
@@ -300,7 +300,7 @@ def test_latency_is_priced_by_this_device_and_resumes_with_its_figures(ready: An
 
 
 @pytest.mark.parametrize("regulariser", ["gamma_l1", "group_lasso"])
-def test_behind_a_reconfiguration_what_is_left_is_shrunk_on(ready: Any, regulariser: str) -> None:
+def test_after_a_reconfiguration_what_is_left_keeps_shrinking(ready: Any, regulariser: str) -> None:
     options = (
         f"prune.regulariser={regulariser}",
         "prune.start_epoch=1",

@@ -132,7 +132,7 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     assert killed.returncode == -signal.SIGKILL
     resumed = command(*here)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on behind epoch 2" in resumed.stdout
+    assert "going on after epoch 2" in resumed.stdout
     assert_same(contents(tmp_path / "twice" / "last.pt"), contents(tmp_path / "once" / "last.pt"))
 
 
@@ -236,7 +236,7 @@ def test_the_constructor_gets_the_config_and_what_it_asks_of_the_data(package: P
     run = built(*NET, "+model.act={name:relu}")
     own = importlib.import_module("own_net")
     assert own.calls[-1] == (10, 1, 8, [{"multiple": 1}, {"multiple": 1}], {"name": "relu"})
-    # It emptied its list; what a checkpoint will say, it could not touch.
+    # It emptied its own list, not the one that a checkpoint will hold.
     assert run.config.model.arguments["stages"] == [{"multiple": 1}, {"multiple": 1}]
     flat = checkpoint.flat(dataclasses.asdict(run.config))
     assert flat["model._target_"] == "own_net.Net"
@@ -300,8 +300,8 @@ def same(x: torch.Tensor) -> torch.Tensor:
 
 
 BAD_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a tuple in training": (lambda: Outputs(lambda x: (x, x), same), "gives a tuple in training mode"),
-    "a dict in evaluation": (lambda: Outputs(same, lambda x: {"x": x}), "gives a dict in evaluation mode"),
+    "a tuple in training": (lambda: Outputs(lambda x: (x, x), same), "returns a tuple in training mode"),
+    "a dict in evaluation": (lambda: Outputs(same, lambda x: {"x": x}), "returns a dict in evaluation mode"),
     "too many classes": (lambda: Outputs(lambda x: x.repeat(1, 2), same), r"a tensor of \(2, 8\) in training mode"),
     "an image": (lambda: Outputs(lambda x: x[:, :, None], same), r"a tensor of \(2, 4, 1\) in training mode"),
     "other channels": (lambda: nn.Conv2d(1, 4, 3), r"cannot take images of \(3, 8, 8\) in training mode: .*1 channels"),
@@ -335,7 +335,7 @@ def test_a_network_with_two_outputs_ends_the_command_with_a_message(command: Com
     result = command(*RUN, "model=custom", "model._target_=own_net.Pair")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "model=own_net.Pair: gives a tuple in training mode" in result.stderr
+    assert "model=own_net.Pair: returns a tuple in training mode" in result.stderr
     assert not list((tmp_path / "outputs").rglob("*.pt"))
 
 

@@ -133,7 +133,7 @@ def test_a_misspelt_hook_is_an_error_when_the_class_is_made() -> None:
 
 
 class Twice(Method):
-    """Takes a second step on every batch, by the gradients there."""
+    """Takes a second step on every batch, with the gradients computed after the first."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[float, float]] = []
@@ -237,7 +237,7 @@ def test_any_group_takes_a_part_of_ones_own(tmp_path: Path) -> None:
     history = read_records(tmp_path)
     assert [record["learning_rate"] for record in history] == [0.004, 0.002]
     assert [record["batch_size"] for record in history] == [32, 32]
-    with pytest.raises(UserError, match=r"its norm is test_own_parts\.no_norms, which is not called because a file"):
+    with pytest.raises(UserError, match=r"its norm is test_own_parts\.no_norms; a file does not decide what is called"):
         morphtrain.load(tmp_path / "last.pt")
 
     def made(num_classes: int, in_channels: int, **keys: Any) -> nn.Module:

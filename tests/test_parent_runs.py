@@ -95,7 +95,7 @@ def test_an_experiment_that_another_process_makes_meanwhile_is_taken(
     assert rows(tmp_path, "SELECT experiment_id FROM experiments WHERE name = 'race'") == [(int(experiment_id),)]
 
 
-def test_a_study_keeps_its_parent_and_what_came_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_keeps_its_parent_and_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)
@@ -133,7 +133,7 @@ def test_without_a_store_a_sweep_goes_on(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_came_of_a_sweep_is_kept_for_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_outcome_of_a_sweep_is_kept_for_an_absent_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)

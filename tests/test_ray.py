@@ -1,4 +1,4 @@
-"""Ray, started for the sweep on this machine, runs what the basic launcher runs, and what of it dies again."""
+"""Ray, started for the sweep on this machine, runs what the basic launcher runs, and restarts what dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def worker(directory: Path) -> int | None:
     return None
 
 
-def test_a_job_that_dies_is_started_anew_and_goes_on(command: Command, tmp_path: Path) -> None:
+def test_a_job_that_dies_is_restarted_and_goes_on(command: Command, tmp_path: Path) -> None:
     alone, tasks = tmp_path / "alone", tmp_path / "tasks"
     for directory in (alone, tasks):
         directory.mkdir()
@@ -54,7 +54,7 @@ def test_a_job_that_dies_is_started_anew_and_goes_on(command: Command, tmp_path:
     resumed = 0
     for job in ("0", "1"):
         assert_same(contents(tasks / "jobs" / job / "last.pt"), contents(alone / "jobs" / job / "last.pt"))
-        resumed += "going on behind epoch" in (tasks / "jobs" / job / "run.log").read_text()
+        resumed += "going on after epoch" in (tasks / "jobs" / job / "run.log").read_text()
     assert resumed == 1
 
 
@@ -74,6 +74,6 @@ def test_a_sweep_is_trained_by_tasks(command: Command, tmp_path: Path) -> None:
 def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:
     result = command("-m", *SMALL, *RAY, "model.width=0,-1", "tracking=none")
     assert result.returncode == 1
-    said = result.stderr.splitlines()  # Ray's own last words come behind it
+    said = result.stderr.splitlines()  # Ray's own last words come after it
     assert "model.width=0: must be 1 or more channels" in said
     assert "Traceback" not in result.stdout + result.stderr

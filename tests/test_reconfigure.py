@@ -183,7 +183,7 @@ def test_blocks_that_are_code_can_be_removed(number: int) -> None:
     assert [block.path for block in graph.blocks] == ["conv2", "last"]
     block = trace(masked).blocks[number]
     mask(block.spaces[-1], torch.arange(block.spaces[-1].size))
-    if number == 0:  # what the first convolution's bias gives, the norm behind it centres to its own bias: dead too
+    if number == 0:  # what the first convolution's bias gives, the norm after it centres to its own bias: dead too
         masked.conv2.weight.data.zero_()
     graph.remove_block(graph.blocks[number], optimizer)
     for a, b in zip(outputs(model), outputs(masked), strict=True):

@@ -152,7 +152,7 @@ def test_two_runs_of_a_seed_are_bit_identical_and_two_seeds_are_not(
             assert same == (run.data.tags["seed"] == "1")
 
 
-def test_too_few_epochs_to_shrink_are_said_to_be_so(command: Command) -> None:
+def test_too_few_epochs_to_shrink_are_reported(command: Command) -> None:
     result = command(*SMALL, "tracking=none", "epochs=1", "prune.start_epoch=5")
     assert result.returncode == 0, result.stderr
     assert "prune.start_epoch=5 is after the last epoch (epochs=1)" in result.stdout

@@ -174,7 +174,7 @@ def test_repeated_channels_keep_the_function(shape: str, blocks: int) -> None:
     step(model, optimizer)
 
 
-def test_momentum_of_a_widened_network_moves_the_function_alike() -> None:
+def test_momentum_of_a_widened_network_moves_the_function_equally() -> None:
     narrow = build(1).train()
     optimizer = OPTIMIZERS["sgd"](narrow.parameters())
     step(narrow, optimizer)

@@ -190,7 +190,7 @@ def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path
         ("step:40", ("grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer")),
     ],
 )
-def test_killed_inside_a_growth_or_right_behind_it(
+def test_killed_inside_a_growth_or_right_after_it(
     moment: str, growth: tuple[str, ...], tmp_path: Path, command: Command
 ) -> None:
     quiet = [*SMALL, "tracking=none", "epochs=4", "prune.start_epoch=4", *growth]

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory beside the checkpoint: records and environment, whatever the tracker is."""
+"""What a run leaves in its directory apart from the checkpoint: records and environment, whatever the tracker is."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_killed_run_leaves_every_epoch_once(event: str, command: Command, tmp_
     killed = subprocess.run([sys.executable, KILLED_RUN, event, *here], cwd=tmp_path, capture_output=True, text=True)
     assert killed.returncode < 0
     with (tmp_path / "run" / FILE).open("a") as file:
-        file.write('{"epoch": 3, "train_lo')  # as a line that was being written
+        file.write('{"epoch": 3, "train_lo')  # a line cut off while it was being written
     assert command(*here, "resume=auto").returncode == 0
     assert [record["epoch"] for record in read_records(tmp_path / "run")] == [1, 2, 3]
     assert read_records(tmp_path / "run") == history(tmp_path / "run")

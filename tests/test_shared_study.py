@@ -75,7 +75,7 @@ sys.exit(abandoned({{LOCK_ATTR: {str(worker.path)!r}, BEAT_ATTR: 0.0}}, 0.001))
     assert workers.abandoned({**attrs, workers.BEAT_ATTR: 0.0}, 1000), "the lock went with the worker"
 
 
-def test_hearts_beat_until_a_trial_is_dropped(tmp_path: Path) -> None:
+def test_the_heartbeat_lasts_until_a_trial_is_dropped(tmp_path: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage)
     with workers.Worker(storage, tmp_path, heartbeat_seconds=0.02) as worker:

@@ -356,6 +356,6 @@ def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: p
     assert (tmp_path / f"morphtrain-{os.getuid()}").stat().st_mode & 0o777 == 0o700
     mine = os.getuid()
     monkeypatch.setattr(claims_module.os, "getuid", lambda: mine + 1)
-    (tmp_path / f"morphtrain-{mine + 1}").mkdir()  # made by us, who are now not the one who asks
+    (tmp_path / f"morphtrain-{mine + 1}").mkdir()  # ours, while somebody else asks
     with pytest.raises(UserError, match=f"TMPDIR={tmp_path}"):
         shared_claims()

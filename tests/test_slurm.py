@@ -68,7 +68,7 @@ def test_requeued_jobs_go_on_in_their_directories(slurm: dict[str, str], command
     for job in range(len(SEEDS)):
         directory = queued / "jobs" / str(job)
         assert_same(contents(directory / "last.pt"), contents(alone / "jobs" / str(job) / "last.pt"))
-        resumed = "going on behind epoch" in (directory / "run.log").read_text()
+        resumed = "going on after epoch" in (directory / "run.log").read_text()
         assert resumed == (job in (0, 1))
     check_mlflow(queued)
 

@@ -1,4 +1,4 @@
-"""What a training step does beside the plain one: batches in several passes, clipped gradients."""
+"""What a training step can do beyond the plain one: batches in several passes, clipped gradients."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def test_single_images_are_refused_where_the_network_cannot_train_on_them() -> N
     for overrides, message in (
         (["batch_policy.batch_size=1"], "batch_policy.batch_size=1: "),
         (["batch_policy.batch_size=49"], "batch_policy.batch_size=49: of 50 images"),
-        (["batch_policy.max_micro_batch=1"], "in passes of at most 1 it leaves a single one"),
+        (["batch_policy.max_micro_batch=1"], "in passes of at most 1, a single one is left"),
         (["batch_policy.batch_size=1", "norm=ghost"], "more than 1 value per channel"),
     ):
         with pytest.raises(UserError, match=message):
             started(*at_one_pixel, *overrides)
-    started("batch_policy.batch_size=1")  # batch norm at more pixels can
+    started("batch_policy.batch_size=1")  # batch norm over more pixels can
 
 
 @pytest.mark.parametrize("batch", [[], ["precision=o1", "precision.dtype=float16"]], ids=["o0", "float16"])

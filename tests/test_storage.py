@@ -58,7 +58,7 @@ def together(function: Callable, *args: Any) -> Any:
     try:
         return function(*args)
     except Exception:
-        barrier.abort()  # nobody waits for who will not come
+        barrier.abort()  # or the others would wait for workers that will not come
         raise
 
 
@@ -184,7 +184,7 @@ def test_half_a_line_in_a_journal_is_dropped_and_nothing_else(tmp_path: Path) ->
         assert [trial.value for trial in storage.trials] == [1.0, 2.0, 3.0]
 
 
-def test_a_connection_that_the_server_dropped_is_made_anew(postgres: PostgresServer) -> None:
+def test_a_connection_that_the_server_dropped_is_replaced(postgres: PostgresServer) -> None:
     url = postgres.database()
     storage = open_storage(url)
     name = url.rpartition("/")[2]
@@ -229,7 +229,7 @@ def test_a_mistake_is_named_in_a_line(url: str, parts: list[str], tmp_path: Path
     before = sorted((path, path.read_text()) for path in tmp_path.iterdir())
     for use in (open_storage, lambda url: exclusive(url).__enter__()):
         if use is not open_storage and url.startswith(("sqlite:///{here}", "journal:///{here}")):
-            continue  # what is in the file is no matter of the lock's
+            continue  # the lock does not look into the file
         with pytest.raises(UserError) as caught:
             use(url.format(here=tmp_path))
         said = str(caught.value)

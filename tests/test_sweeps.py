@@ -53,7 +53,7 @@ def runs_in(directory: Path) -> dict[int, Run]:
 def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, tmp_path: Path) -> None:
     sweep = ("+sweep=prunetrain", *SMALL, "epochs=8", "hydra.sweeper.n_trials=5", "hydra.sweeper.min_accuracy=null")
     command = [sys.executable, "-m", "morphtrain.run", "-m", *(key for key in sweep if key != "epochs=6")]
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it would not
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background process would ignore it
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     first = subprocess.Popen(command, cwd=tmp_path, preexec_fn=listens, **quiet)
     while not (tmp_path / "multirun/prunetrain/2/last.pt").exists():  # in the middle of the third trial
@@ -71,7 +71,7 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert states(trials) == {"COMPLETE": 5}
     assert trials[2].params == before[2].params, "it is the same trial that goes on"
-    assert "going on behind epoch" in second.stdout
+    assert "going on after epoch" in second.stdout
     (importance,) = (line for line in second.stdout.splitlines() if line.startswith("importance for train_seconds"))
     assert all(key in importance for key in trials[1].params)
     runs = runs_in(tmp_path)
@@ -202,7 +202,7 @@ def test_two_objectives_and_a_constraint(command: Command, tmp_path: Path) -> No
     assert (tmp_path / "sweep/pareto.png").exists()
 
 
-def test_when_nothing_is_accurate_enough_that_is_said(command: Command) -> None:
+def test_when_nothing_is_accurate_enough_that_is_reported(command: Command) -> None:
     space = ("model.width=4,8", "hydra.sweeper.min_accuracy=1")
     result = command(*SWEEP, *space, "epochs=1", "hydra.sweeper.n_trials=2", "optimizer.lr=1e-9")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -248,7 +248,7 @@ def test_a_mistake_is_found_before_the_first_trial(case: str, command: Command, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_study_of_something_else_is_not_gone_on_with(command: Command, tmp_path: Path) -> None:
+def test_a_study_of_something_else_is_not_continued(command: Command, tmp_path: Path) -> None:
     space = ("model.width=4,8", "hydra.sweeper.n_trials=2")
     assert command(*SWEEP, *space, "epochs=1").returncode == 0
     result = command(*SWEEP, *space, "epochs=2")

@@ -22,7 +22,7 @@ EXPECTED = {
     "Inception": [8, 4, 6, 5],
     "Chunked": [4, 5, 4],
     "Split": [4, 6],
-    "Shuffled": [4, 6],  # the halves stay alike, and so does what is shuffled into them
+    "Shuffled": [4, 6],  # the halves stay equal in size, and so does what is shuffled into them
     "ShuffleLayer": [4, 1, 4],  # three groups shuffled into three groups: all in between is one
     "Grouped": [3, 2, 8],
     "Depthwise": [8],

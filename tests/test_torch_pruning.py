@@ -17,8 +17,8 @@ from morphtrain.morph import ChannelGraph
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 Group = frozenset[tuple[str, str]]  # of (layer, "in" or "out")
 
-# What torch-pruning groups otherwise, and why. Everything else has to agree. Its groups of the network's own outputs
-# (`head`), which it leaves to its user to protect and we do not offer, are no difference.
+# What torch-pruning groups differently, and why. Everything else has to agree. Its groups of the network's own outputs
+# (`head`), which it leaves to its user to protect and we do not offer, do not count.
 DIFFERENT = {
     "Split": "it changes channels that the code splits by constants [3, 6], and the code then fails",
     "Shuffled": "it loses the half of a chunk that enters `branch.0`",

@@ -70,7 +70,7 @@ def a_run(directory: Path, uri: str, hooks: dict[int, Hook], monkeypatch: pytest
 
 
 def values(server: Server, run_id: str, key: str = "train_loss") -> list[tuple[int, float]]:
-    """(epoch, value) of a metric, with every doubled one."""
+    """(epoch, value) of a metric, duplicates included."""
     return server.query("SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step", run_id, key)
 
 
@@ -235,7 +235,7 @@ def local_tracker(directory: Path, run_id: str | None = None) -> MLflowTracker:
 
 
 def test_a_run_that_no_checkpoint_remembers_is_found_by_its_values(here: Path) -> None:
-    """The store came back behind the last checkpoint, and the process was killed before the next one."""
+    """The store came back after the last checkpoint, and the process was killed before the next one."""
     first = local_tracker(here)
     first.start({}, TAGS, here, resumed=False)
     first.update(history_of(3))

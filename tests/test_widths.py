@@ -128,7 +128,7 @@ def test_what_the_probe_chooses_is_as_fast_as_any_rounding(shape: str, share: fl
     assert chosen <= 1.03 / 0.97 * min(total(Rounding(multiple=multiple)) for multiple in (4, 8, 16))
 
     class Slowing(ClockedProbe):
-        """Of a machine that becomes slower with every question."""
+        """On a machine that becomes slower with every question."""
 
         speed = 1.0
 
@@ -157,8 +157,8 @@ def test_each_resolution_has_the_rounding_that_suits_it() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_choice_that_only_noise_speaks_for_is_not_taken(seed: int) -> None:
-    """Among many equal times the shortest is one that was measured too short: timed once more, it is as the others."""
+def test_a_choice_that_only_noise_supports_is_not_taken(seed: int) -> None:
+    """Among many equal times the shortest was measured too short; timed again, it is like the others."""
     draw = random.Random(seed)
 
     class Noisy(WidthProbe):
@@ -173,7 +173,7 @@ def test_a_choice_that_only_noise_speaks_for_is_not_taken(seed: int) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_training_steps_of_copies_are_timed(layout: torch.memory_format) -> None:
-    """In the format and type of the network, which stays as it is, and so do random numbers."""
+    """In the format and type of the network; neither it nor the random numbers change."""
     graph = partly_dead(0.55)
     graph.model.to(memory_format=layout).eval()
     before, state = copy.deepcopy(graph.model.state_dict()), torch.random.get_rng_state()

@@ -282,7 +282,7 @@ class SeveralInputs(nn.Module):
 
 
 class Padded(nn.Module):
-    """The option-A shortcut as it is usually written: constant padding in a lambda."""
+    """The option-A shortcut in its usual form: constant padding in a lambda."""
 
     def __init__(self):
         super().__init__()
@@ -336,7 +336,7 @@ class Mixed(Net):
 
 
 class PreActivation(Net):
-    """Blocks that end in a convolution, added in place, behind stochastic depth."""
+    """Blocks that end in a convolution, added in place, after stochastic depth."""
 
     def __init__(self):
         super().__init__(8, 8)
@@ -408,7 +408,7 @@ OPERATIONS = (
 class Random(nn.Module):
     """A random network: each step takes activations made before and makes one more; all are pooled in the end.
 
-    `steps` are (operation, number that chooses among what there is, number that chooses a width).
+    `steps` are (operation, number that chooses an earlier activation, number that chooses a width).
     """
 
     def __init__(self, steps: list[tuple[str, int, int]]) -> None:
@@ -419,8 +419,8 @@ class Random(nn.Module):
         widths = [4]
         for operation, choice, number in steps:
             a = choice % len(widths)
-            alike = [i for i, w in enumerate(widths) if w == widths[a]]
-            b = alike[number % len(alike)] if operation in ("add", "gate") else number % len(widths)
+            equal = [i for i, w in enumerate(widths) if w == widths[a]]
+            b = equal[number % len(equal)] if operation in ("add", "gate") else number % len(widths)
             layer, width = self._layer(operation, widths[a], widths[b], number)
             if layer is None:
                 continue

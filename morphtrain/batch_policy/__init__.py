@@ -1,1 +1,1 @@
-"""Batch sizes over a run: one module an option of the `batch_policy` group."""
+"""Batch sizes over a run: one module per option of the `batch_policy` group."""

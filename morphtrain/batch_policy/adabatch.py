@@ -1,7 +1,7 @@
 """Larger batches as training goes on, instead of smaller learning rates.
 
-Smith et al. 2018 (arXiv 1711.00489): noise in the gradients falls with lr / batch size, so that raising the one does
-what lowering the other does, in fewer steps. Devarakonda et al. 2017 (AdaBatch, arXiv 1712.02029) do both.
+Smith et al. 2018 (arXiv 1711.00489): gradient noise scales with lr / batch size, so raising the batch size does what
+lowering the learning rate does, in fewer steps. Devarakonda et al. 2017 (AdaBatch, arXiv 1712.02029) do both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from morphtrain.state import Run
 
 
 class AdaBatch(Method):
-    """Multiply the batch size after every few epochs, up to a limit."""
+    """Multiply the batch size every few epochs, up to a limit."""
 
     def __init__(self, config: schema.batch_policy.AdaBatch) -> None:
         self.config = config

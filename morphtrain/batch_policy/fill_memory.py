@@ -1,7 +1,7 @@
-"""As large a batch as memory allows, whenever the network has changed (PruneTrain's dynamic mini-batch adjustment).
+"""The largest batch that memory allows, after every structural change (PruneTrain's dynamic mini-batch adjustment).
 
-Lym et al. 2019 (arXiv 1901.09290), section 4.3: what a pruned network no longer needs goes into a larger batch, and
-batch size and learning rate grow by the same ratio.
+Lym et al. 2019 (arXiv 1901.09290), section 4.3: the memory that a pruned network no longer needs goes into a larger
+batch, and batch size and learning rate grow by the same ratio.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class FillMemory(Method):
         fits = memory.largest_batch(self.budget)
         if fits < 1:
             raise UserError(
-                f"batch_policy.budget={self.config.budget}: not even one image fits, which takes "
+                f"batch_policy.budget={self.config.budget}: not even one image fits: it takes "
                 f"{readable(memory.peak(1))}; choose a larger budget or a smaller model"
             )
         if fits >= batch_size:
             return None
         account = self._account(memory)
-        log.warning("batch size %d: passes of at most %d images, which is what fits (%s)", batch_size, fits, account)
+        log.warning("batch size %d: in passes of at most %d images, which is what fits (%s)", batch_size, fits, account)
         return fits
 
     def _account(self, memory: MemoryModel) -> str:
@@ -73,19 +73,19 @@ class FillMemory(Method):
 
 
 def memory_of(run: Run) -> MemoryModel:
-    """What a training step takes, as the run takes it."""
+    """The memory model of the run's training step."""
     return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=run.precision.dtype)
 
 
 def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:
-    """What the budget leaves for tensors; null is what a CUDA device has free, with what this process holds of it."""
+    """Bytes that the budget leaves for tensors; null: what a CUDA device has free or this process has reserved."""
     if config.budget is not None:
         budget = byte_count("batch_policy.budget", config.budget)
     elif device.type == "cuda":
         budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
         raise UserError(
-            f"batch_policy.budget=null: only a CUDA device says how much it has free; on {device} give a size, as "
+            f"batch_policy.budget=null: only a CUDA device says how much it has free; on {device} give a size, such as "
             "batch_policy.budget=2GiB"
         )
     return left_of("batch_policy.overhead", budget, config.overhead)

@@ -1,4 +1,4 @@
-"""The learning rate that goes with a batch that has grown."""
+"""The learning rate for a batch that has grown."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LR_SCALINGS: dict[str, Callable[[float], float]] = {
 
 
 def grow(run: Run, batch_size: int, first: int, lr_scaling: str, warmup_epochs: float, reason: str) -> None:
-    """Go on with `batch_size` images in a step, and with the learning rate that suits it.
+    """Continue with `batch_size` images per step and the learning rate that suits it.
 
     Args:
         first: the batch size that `optimizer.lr` is meant for.
         lr_scaling: a key of `LR_SCALINGS`.
-        warmup_epochs: in which the learning rate moves, linearly, from what it would be without the change.
+        warmup_epochs: over which the learning rate moves linearly to its new value.
         reason: for the log.
     """
     factor = LR_SCALINGS[lr_scaling](batch_size / first)

@@ -1,12 +1,12 @@
-"""Which batch sizes a policy may choose of its own accord."""
+"""The batch sizes that a policy may choose by itself."""
 
 from __future__ import annotations
 
 
 def without_single(batch_size: int, samples: int, multiple: int = 1) -> int:
-    """The largest multiple up to `batch_size` that does not leave an epoch's last batch a single image.
+    """The largest multiple of `multiple`, up to `batch_size`, that does not leave one image for an epoch's last batch.
 
-    A gradient of one image is noise, and where batch norm has one value a channel there is none at all.
+    The gradient of one image is mostly noise, and batch norm cannot train on one value per channel.
     """
     batch_size -= batch_size % multiple
     while batch_size > multiple and samples % batch_size == 1:
@@ -15,5 +15,5 @@ def without_single(batch_size: int, samples: int, multiple: int = 1) -> int:
 
 
 def tenth(samples: int) -> int:
-    """The most a policy takes of the training set of its own accord: an epoch keeps ten steps."""
+    """The largest batch that a policy chooses by itself, so that an epoch keeps ten steps."""
     return samples // 10

@@ -1,4 +1,4 @@
-"""Growing a network while it trains: one module an option of the `grow` group; `widen` and `expand_to` for any loop."""
+"""Growing a network while it trains: a module per option of the `grow` group; `widen` and `expand_to` for any loop."""
 
 from morphtrain.grow.expand import expand_to
 from morphtrain.grow.net2net import widen

@@ -1,4 +1,4 @@
-"""Growing, pruning and learning rate by rules instead of a plan: PruneTrain as MorphNet with the loop closed."""
+"""Grow, prune and lower the learning rate by rules instead of a plan: PruneTrain as MorphNet in a closed loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from morphtrain.state import Run
 log = logging.getLogger(__name__)
 
 STATE = ("decided_at", "structure_at", "best", "lr_lowered")
-FULL = 0.95  # of the limits: less room than that is none
+FULL = 0.95  # share of the limits beyond which there is no room to grow
 
 
 class Adaptive(Method):
@@ -28,9 +28,9 @@ class Adaptive(Method):
             config.patience, config.smoothing, config.low_accuracy, config.high_accuracy, config.keep_fraction
         )
         self.regrowth = Regrowth(config)
-        self.decided_at = 0  # the epoch behind which something was decided last
-        self.structure_at = 0  # the one behind which the structure, or the penalty on it, was changed last
-        self.best = 0.0  # validation accuracy before that
+        self.decided_at = 0  # the epoch after which the last decision was made
+        self.structure_at = 0  # the one after which the structure, or the penalty on it, last changed
+        self.best = 0.0  # best validation accuracy before that
         self.lr_lowered = False  # since then
 
     def before_training(self, run: Run) -> None:
@@ -39,7 +39,7 @@ class Adaptive(Method):
 
     def after_epoch(self, run: Run) -> None:
         if run.config.epochs - run.epoch < self.config.patience:
-            return  # what changes now is not trained to its end
+            return  # too few epochs are left to train what would change now
         now = self._situation(run)
         decision = decide(now, self.rules)
         if decision.action == "wait":
@@ -63,7 +63,7 @@ class Adaptive(Method):
         )
 
     def _act(self, run: Run, decision: Decision) -> str:
-        """Do what was decided; returns what was done, in numbers."""
+        """Carry out the decision; returns what was done, in numbers."""
         if decision.action == "stop":
             run.stopped = True
             return "training ends"
@@ -85,7 +85,7 @@ class Adaptive(Method):
     def _penalise_more(self, method: Method) -> str:
         assert method.penalty_weight is not None
         before, method.penalty_weight = method.penalty_weight, method.penalty_weight * self.config.lasso_factor
-        return f"weight of the penalty {before:.4g} -> {method.penalty_weight:.4g}"
+        return f"penalty weight {before:.4g} -> {method.penalty_weight:.4g}"
 
     def state_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in STATE}

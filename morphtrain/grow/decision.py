@@ -15,9 +15,9 @@ Record = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Rules:
-    """The numbers that decide; accuracies lie in 0..1."""
+    """The thresholds of the rules; accuracies lie in 0..1."""
 
-    patience: int  # epochs between two decisions, and of a plateau
+    patience: int  # epochs between two decisions, and the length of a plateau
     smoothing: float  # share of the past in smoothed metrics
     low_accuracy: float  # on the training data: below it a network underfits
     high_accuracy: float  # above it there is nothing left to learn
@@ -29,12 +29,12 @@ class Situation:
     """What the rules look at.
 
     Args:
-        history: records since the last decision that changed something, the last epoch included. Its `val_accuracy`
-            and `val_loss` may be missing there, since a network is evaluated behind the change.
-        kept: the share of the channels that pruning left since the last growth.
+        history: records since the last decision that changed something. Those of the last epoch may lack
+            `val_accuracy` and `val_loss`, since a network is evaluated after the change.
+        kept: the share of the channels that pruning has left since the last growth.
         can_grow, can_prune: whether there is room to grow, and a method to prune harder with.
         lr_lowered: whether the learning rate was lowered since the structure last changed.
-        helped: whether the last of both, a lower learning rate and another structure, raised validation accuracy.
+        helped: whether the last change of structure, or a lower learning rate since, raised validation accuracy.
     """
 
     history: Sequence[Record]
@@ -54,7 +54,7 @@ class Decision:
 
 
 def decide(now: Situation, rules: Rules) -> Decision:
-    """One thing at a time: never the learning rate and the structure together.
+    """Choose one action: never the learning rate and the structure together.
 
     Overfitting (validation loss rises while training loss falls, or training accuracy is high): prune harder.
     Underfitting (training accuracy low and no longer rising, and little was pruned): grow. Saturation (smoothed

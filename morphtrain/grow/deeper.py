@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Deeper(Method):
-    """The method as hooks of the training loop; `ChannelGraph.insert_layer`, `insert_block` its functional form."""
+    """The method as hooks of the training loop; its functional form: `ChannelGraph.insert_layer`, `insert_block`."""
 
     follows_channels = True
 
@@ -65,7 +65,7 @@ class Deeper(Method):
         return [insert_block_like(graph, path, inputs, start, optimizer) for path in paths]
 
     def _allowed(self, run: Run, inputs: list[Any]) -> list[str]:
-        """The places that the limits leave room for, one after the other: tried on a copy."""
+        """The places that the limits leave room for, filled one after the other on a copy."""
         places = self._places(run.graph)
         if self.config.max_params is None and self.config.max_macs is None:
             return places
@@ -77,7 +77,7 @@ class Deeper(Method):
                 room.append(path)
                 present = trial
             else:
-                log.info("grow=deeper: nothing at %s: grow.max_params or grow.max_macs would be passed", path)
+                log.info("grow=deeper: nothing inserted at %s: grow.max_params or grow.max_macs forbids it", path)
         return room
 
     def _all_places(self, graph: ChannelGraph) -> list[str]:

@@ -15,7 +15,7 @@ from morphtrain.grow.net2net import widen
 from morphtrain.morph import ChannelGraph, MorphError, Space
 
 Widths = Mapping[Space, int]
-Cost = Callable[[Widths], float]  # of the network with these widths; spaces that are not named stay as they are
+Cost = Callable[[Widths], float]  # of the network with these widths; spaces not named keep theirs
 LARGEST_MULTIPLIER = 2**20
 
 
@@ -29,10 +29,10 @@ def expand_to(
     generator: torch.Generator | None = None,
     optimizer: Optimizer | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Multiply widths by the largest number that keeps the cost at `target` or below, and keep the function.
+    """Multiply widths by the largest factor that keeps the cost within `target`, without changing the function.
 
-    What rounding down leaves free of the target is filled with single channels, where one fits. In at least one space
-    none does: so the cost is less than one channel below the target.
+    Widths are rounded down; single channels then fill what is left of the target, where they fit. In at least one space
+    none does, so the cost ends less than one channel below the target.
 
     Args:
         cost: for instance `morphtrain.cost.WidthCost(graph, "flops")`.
@@ -43,7 +43,7 @@ def expand_to(
         widths (before, after) by the names of the spaces that became wider.
 
     Raises:
-        MorphError: before anything is changed, if the network costs more than `target` already.
+        MorphError: if the network already costs more than `target`; nothing is changed then.
     """
     chosen = [space for space in (graph.spaces if spaces is None else spaces) if not space.is_ambiguous]
     widths = widest(cost, chosen, target)
@@ -52,10 +52,10 @@ def expand_to(
 
 
 def widest(cost: Cost, spaces: Sequence[Space], target: float, most: float = LARGEST_MULTIPLIER) -> dict[Space, int]:
-    """The widths that one multiplier, at most `most`, and then single channels make of the spaces within `target`."""
+    """The largest widths within `target`: one multiplier, at most `most`, for all spaces, then single channels."""
     present = {space: space.size for space in spaces}
     if cost(present) > target:
-        raise MorphError(f"the network costs {cost(present):.6g} already, more than the target of {target:.6g}")
+        raise MorphError(f"the network already costs {cost(present):.6g}, more than the target of {target:.6g}")
 
     def at(multiplier: float) -> dict[Space, int]:
         return {space: int(multiplier * size) for space, size in present.items()}
@@ -75,7 +75,7 @@ def widest(cost: Cost, spaces: Sequence[Space], target: float, most: float = LAR
 def _filled(
     cost: Cost, widths: dict[Space, int], target: float, multiplier: float, present: Widths
 ) -> dict[Space, int]:
-    """Add a channel to every space where one fits, first where rounding down took most."""
+    """Add a channel to every space where one fits, first where rounding down took the most."""
     for space in sorted(widths, key=lambda space: widths[space] - multiplier * present[space]):
         wider = {**widths, space: widths[space] + 1}
         if cost(wider) <= target:

@@ -1,4 +1,4 @@
-"""Growing only where the regulariser did not shrink: PruneTrain and Net2Net as MorphNet (sections 2.6 and 3.5)."""
+"""Grow only where the regulariser did not shrink: PruneTrain and Net2Net as MorphNet (sections 2.6 and 3.5)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Growth:
         return bool(self.widths or self.blocks)
 
     def summary(self) -> str:
-        """In a few words."""
+        """The growth in a few words; "" if nothing grew."""
         added = sum(after - before for before, after in self.widths.values())
         parts = [f"widened {len(self.widths)} spaces by {added} channels"] if self.widths else []
         parts += [f"inserted block {path}" for path in self.blocks]
@@ -36,7 +36,7 @@ class Growth:
 
 
 def kept_spaces(graph: ChannelGraph, reference: Mapping[str, int], keep_fraction: float) -> list[Space]:
-    """The spaces that still have this fraction of the channels they had; a space that had none then is new and kept."""
+    """Spaces that still have this fraction of their `reference` width; one without a reference is new and counts."""
     return [s for s in graph.spaces if s.size >= keep_fraction * reference.get(s.name, 0) and not s.is_ambiguous]
 
 
@@ -57,11 +57,11 @@ def grow_where_kept(
     """Grow the parts that kept their channels until the whole network costs `target`; the others are left alone.
 
     Args:
-        reference: widths by the names of spaces that "kept" refers to.
+        reference: the widths, by space name, that "kept" is measured against.
         cost: makes the cost of a graph, for instance `lambda graph: WidthCost(graph, "flops")`.
         operator: "wider" widens the spaces that kept; "deeper" gives every stage whose blocks kept all their spaces a
-            new block, as far as the target allows; "auto" does the latter and widens what else kept.
-        start, calibration: of new blocks, see `ChannelGraph.insert_block`.
+            new block, as far as the target allows; "auto" does the latter and widens the other spaces that kept.
+        start, calibration: for new blocks, see `ChannelGraph.insert_block`.
         noise, generator, optimizer: see `widen`.
     """
     growth = Growth()
@@ -83,7 +83,7 @@ def grow_where_kept(
 
 
 def _whole_stages(graph: ChannelGraph, kept: set[str]) -> list[tuple[str, set[str]]]:
-    """(path of its end, names of its spaces) of every stage all of whose blocks kept their channels."""
+    """(path of the end, names of the spaces) of every stage whose blocks all kept their channels."""
     stages = []
     for end in graph.stage_ends:
         blocks = stage_blocks(graph, end)

@@ -11,7 +11,7 @@ from morphtrain.state import Run
 
 
 def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max_macs: float | None) -> Cost:
-    """The larger of params and MACs, as shares of what is allowed, by the widths of `graph`; 1 is just allowed.
+    """A cost by the widths of `graph`: the larger of params and MACs as shares of their limits; up to 1 is allowed.
 
     Args:
         max_params, max_macs: multiples of what the run's first network had; None: no limit.
@@ -30,6 +30,6 @@ def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max
 
 
 def cost_of(run: Run, graph: ChannelGraph, kind: str, roofline: tuple[float, float] | None) -> WidthCost:
-    """What a sample costs in this network, in batches as the run starts with."""
+    """The cost of this network by its widths, at the batch size that the run starts with."""
     batch_size = run.config.first_batch_size
     return WidthCost(graph, kind, batch_size=batch_size, roofline=roofline)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Net2DeeperNet on any network: which layers and blocks to put in (Chen et al. 2015, arXiv 1511.05641, section 2.4).
+"""Net2DeeperNet on any network: which layers and blocks to insert (Chen et al. 2015, arXiv 1511.05641, section 2.4).
 
 `ChannelGraph.insert_layer` and `insert_block` do the surgery.
 """
@@ -15,9 +15,9 @@ from morphtrain.morph import Block, ChannelGraph, Point, Start, is_within
 
 
 def layer_places(graph: ChannelGraph) -> list[str]:
-    """A convolution of each residual branch, its last; in a network without branches all.
+    """The convolutions to put a layer in front of: the last of each residual branch; without branches, all.
 
-    Of those that have an activation in front of them, which an identity needs.
+    Only those with an activation in front count: the new identity layer needs it.
     """
     last = {block.branch.last for block in graph.blocks if block.kind == "sum"}
     return [path for path in graph.layer_places if path in last or not last]
@@ -31,7 +31,7 @@ def stage_blocks(graph: ChannelGraph, end: Point) -> list[Block]:
 
 
 def block_like(graph: ChannelGraph, end: Point) -> tuple[list[int], int | None]:
-    """(kernels, inner channels) of a new block behind `end`: those of the stage's last one; else 3, 3 and as it is."""
+    """(kernels, inner channels) of a new block after `end`: those of the stage's last block, or else 3, 3 and None."""
     for block in reversed(stage_blocks(graph, end)):
         layers = [graph.model.get_submodule(path) for path in block.branch.chain]
         convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -44,8 +44,8 @@ def block_like(graph: ChannelGraph, end: Point) -> tuple[list[int], int | None]:
 def insert_block_like(
     graph: ChannelGraph, path: str, calibration: Sequence[Any], start: Start, optimizer: Optimizer | None = None
 ) -> str:
-    """Put a block like the last one of the stage that ends at `path` behind it; returns the new block's path."""
+    """Insert after `path`, the end of a stage, a block like the stage's last one; returns the new block's path."""
     (end,) = (point for point in graph.stage_ends if point.path == path)
     kernels, inner = block_like(graph, end)
-    width = None if start == "half_half" else inner  # an identity branch is as wide as what passes it
+    width = None if start == "half_half" else inner  # an identity branch is as wide as its input
     return graph.insert_block(path, calibration, kernels=kernels, inner=width, start=start, optimizer=optimizer)

@@ -4,7 +4,7 @@
     widen(graph, factor=2, noise=0.1, optimizer=optimizer)       # every space twice as wide
     widen(graph, target={"stages.0.0.branch.0": 24})             # one of them
 
-New channels are copies of old ones and their consumers share the old weights: the function is kept.
+New channels are copies of old ones, and the layers that use them split the old weights: the function is kept.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def widen(
     generator: torch.Generator | None = None,
     optimizer: Optimizer | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Widen channel spaces by random copies of their channels, and keep what the network computes.
+    """Widen channel spaces with random copies of their channels, without changing the function.
 
     Args:
-        factor: of every width, 1 or more; the new width is rounded to the nearest.
-        target: instead, new widths by the names of spaces; none below the present one.
+        factor: on every width, 1 or more; the new width is rounded to the nearest integer.
+        target: instead of a factor, new widths by space name; none below the present one.
         spaces: those that `factor` applies to; None: all that can be widened.
-        noise: relative standard deviation by which the weights that use a channel are shared unevenly among its
-            copies. Copies that are used alike get the same gradients and stay the same channel for ever; shared
-            unevenly, they part, and since the shares add up to the old weight the function is kept all the same.
-        generator: of the copies and the noise (on the CPU); None: torch's own.
-        optimizer: its state follows: momentum is copied where channels are made, and shared where they are used.
+        noise: relative standard deviation of the uneven shares into which the weights that use a channel are split
+            among its copies. Copies with equal shares get equal gradients and stay identical for ever; with uneven
+            shares they diverge. The shares add up to the old weight, so the function is kept either way.
+        generator: for the copies and the noise (on the CPU); None: torch's own.
+        optimizer: its state follows: momentum is copied where channels are produced and split where they are consumed.
 
     Returns:
         widths (before, after) by the names of the spaces that became wider.
 
     Raises:
-        MorphError: before anything is changed: an unknown space, a smaller width, or both or neither of factor and
-            target.
+        MorphError: for an unknown space, a smaller width, or both or neither of factor and target; nothing is changed
+            then.
     """
     if (factor is None) == (target is None):
         raise MorphError("widen needs either a factor or a target")
@@ -58,7 +58,7 @@ def widen(
         wanted = {graph.space(name): width for name, width in target.items()}
     for space, width in wanted.items():
         if width < space.size:
-            raise MorphError(f"'{space.name}' has {space.size} channels already, {width} would not be wider")
+            raise MorphError(f"'{space.name}' already has {space.size} channels, {width} would not be wider")
     before = {space: space.size for space in wanted}
     copies = {s: _copies(s.size, width, generator) for s, width in wanted.items() if width > s.size}
     graph.reindex_spaces(copies, optimizer)
@@ -71,7 +71,7 @@ def widen(
 
 
 def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
-    """(width,): every old channel, then random ones; none is copied twice before all were once."""
+    """(width,): every old channel, then random ones; none is copied twice before all have been copied once."""
     rounds = [torch.arange(size)]
     while sum(map(len, rounds)) < width:
         rounds.append(torch.randperm(size, generator=generator))
@@ -80,7 +80,7 @@ def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.T
 
 @torch.no_grad()
 def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: torch.Generator | None) -> None:
-    """Add to the weights that use a channel's copies relative noise that sums to zero over the copies."""
+    """Add relative noise, which sums to zero over a channel's copies, to the weights that use them."""
     weight = slot.axis.weight
     assert weight is not None
     span = slot.segment.span

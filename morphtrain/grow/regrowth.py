@@ -1,4 +1,4 @@
-"""What `selective` and `adaptive` share: growing, in a run, where pruning left the channels."""
+"""Shared by `selective` and `adaptive`: grow a run's network where pruning left the channels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from morphtrain.world import agree
 
 
 class Regrowth:
-    """`kept.grow_where_kept` with what it needs to know of a run: what channels there were, and what they cost."""
+    """`kept.grow_where_kept` with what it needs from a run: the widths to compare with, and the cost."""
 
     def __init__(self, config: schema.grow.Selective | schema.grow.Adaptive) -> None:
         self.config = config
-        self.reference: dict[str, int] = {}  # widths at the start, and behind the last growth, by space name
+        self.reference: dict[str, int] = {}  # widths by space name: at the start, then after each growth
         self.roofline: tuple[float, float] | None = None
 
     def start(self, run: Run) -> None:
-        """To be called before the first epoch of a run that is not resumed."""
+        """Note the widths to compare with; call it before the first epoch of a run that is not resumed."""
         if self.config.cost == "latency":
             self.roofline = agree(measure_roofline(run.device))
         self.reference = {space.name: space.size for space in run.graph.spaces}
@@ -37,7 +37,7 @@ class Regrowth:
         return share_of_limits(run, graph, self.config.max_params, self.config.max_macs)
 
     def grow(self, run: Run, target: float) -> Growth:
-        """Grow what kept its channels to `target`, within the limits, and take the new widths for reference."""
+        """Grow what kept its channels to `target`, within the limits; the new widths become the reference."""
 
         def share(graph: ChannelGraph) -> Cost:
             cost, limits = cost_of(run, graph, self.config.cost, self.roofline), self.share_of_limits(run, graph)

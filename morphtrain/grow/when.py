@@ -1,4 +1,4 @@
-"""When to grow: behind given epochs, and when validation accuracy stands still."""
+"""When to grow: after given epochs, and when validation accuracy stops rising."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from morphtrain.state import Run
 
 
 class When:
-    """Decides behind which epochs a network grows; it looks at records, so it has no state but the last growth.
+    """Decides after which epochs a network grows; it reads the records, so its only state is when it has grown.
 
     A plateau: the exponentially smoothed validation accuracy has not risen above its best for `patience` epochs. It is
-    counted anew from each growth on. The epoch that has just been trained is evaluated behind the change, so what is
-    seen are the epochs before it.
+    counted from scratch after each growth. The epoch just trained is evaluated only after the change, so a plateau is
+    judged by the epochs before it.
     """
 
     def __init__(self, config: schema.grow.Planned) -> None:
         self.config = config
-        self.grown_at: list[int] = []  # epochs behind which the network grew
+        self.grown_at: list[int] = []  # epochs after which the network grew
 
     def due(self, run: Run) -> str:
-        """The reason to grow behind this epoch; "" if there is none."""
+        """The reason to grow after this epoch; "" if there is none."""
         if run.epoch in self.config.at_epochs:
             return f"epoch {run.epoch}"
         patience = self.config.patience
@@ -32,7 +32,7 @@ class When:
 
 
 def epochs_without_gain(history: Sequence[Mapping[str, float]], smoothing: float, key: str = "val_accuracy") -> int:
-    """Epochs since the smoothed metric was last the highest; 0 for none at all."""
+    """Epochs since the smoothed metric reached its maximum; 0 for an empty history."""
     values = smoothed([record[key] for record in history], smoothing)
     best = max(range(len(values)), key=values.__getitem__, default=-1)  # the first of equals
     return len(values) - 1 - best if values else 0

@@ -1,1 +1,1 @@
-"""Losses: one module an option of the `loss` group, each of which builds a `morphtrain.contracts.Loss`."""
+"""Losses: one module per option of the `loss` group, which builds a `morphtrain.contracts.Loss`."""

@@ -1,1 +1,1 @@
-"""Normalisation: one module an option of the `norm` group, applied to the model when it is built."""
+"""Normalisation: one module per option of the `norm` group, applied to the model when it is built."""

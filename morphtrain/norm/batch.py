@@ -1,4 +1,4 @@
-"""The norms that the model has."""
+"""The model's own norms, unchanged."""
 
 from torch import nn
 

@@ -1,7 +1,7 @@
-"""Batch norm of each part of a batch by its own statistics: forward and backward of ghost norm.
+"""Batch norm of each chunk of a batch by its own statistics: forward and backward of ghost norm.
 
-`Normalise` takes the chunks of a batch all at once. On a CPU in channels_last `NormaliseByChunk` is faster: torch's own
-kernel takes them one by one, each as it lies, and a chunk stays in the cache between the readings.
+`Normalise` takes all chunks of a batch at once. On a CPU in channels_last `NormaliseByChunk` is faster: torch's own
+kernel takes them one by one without copying, and a chunk stays in the cache between two reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a batch, and of we
 
 
 def split(samples: int, ghost_batch_size: int, values: int) -> Chunks:
-    """The chunks of a batch of `samples` with `values` numbers each in a channel."""
+    """The chunks of a batch of `samples` with `values` numbers per channel each; a last one of one number is merged."""
     full, rest = divmod(samples, ghost_batch_size)
     if full and rest * values == 1:
         full, rest = full - 1, ghost_batch_size + 1
@@ -26,9 +26,9 @@ def split(samples: int, ghost_batch_size: int, values: int) -> Chunks:
 
 
 class Normalise(torch.autograd.Function):
-    """Each chunk less its mean, over its deviation, times `weight`, plus `bias`; also means and variances (K, C).
+    """(chunk - mean) / deviation * `weight` + `bias` for each chunk; also returns means and variances (K, C).
 
-    (B, C, H, W) -> the same, in the same memory format; the variances are unbiased. All is computed in 32 bits or more.
+    (B, C, H, W) -> the same, in the same memory format; the variances are unbiased. Computed in 32 bits or more.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class Normalise(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output, means, variances = _forward(x, weight, bias, chunks, eps)
-        deviations = (variances + eps).rsqrt()  # their inverses
+        deviations = (variances + eps).rsqrt()  # inverse ones
         ctx.save_for_backward(x, weight, means, deviations)
         ctx.chunks, ctx.has_bias = chunks, bias is not None
         parts = variances.split([number for number, _ in chunks])
@@ -61,14 +61,14 @@ class Normalise(torch.autograd.Function):
 
 
 def is_fast_by_chunk(x: torch.Tensor) -> bool:
-    """Whether torch's own batch norm takes each chunk as it lies, on a device where many calls cost little."""
+    """Whether torch's own batch norm takes each chunk without copying, on a device where many calls cost little."""
     return x.device.type == "cpu" and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class NormaliseByChunk(torch.autograd.Function):
-    """Batch norm of one chunk after the other by torch's own kernel, which also takes the `running` statistics along.
+    """Batch norm of one chunk after the other by torch's own kernel, which also updates the `running` statistics.
 
-    (B, C, H, W) -> the same, in the same memory format. All is computed in 32 bits or more.
+    (B, C, H, W) -> the same, in the same memory format. Computed in 32 bits or more.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class NormaliseByChunk(torch.autograd.Function):
         eps: float,
     ) -> torch.Tensor:
         output = torch.empty_like(x)
-        means, deviations = _exact(x.new_empty(2, len(sizes), x.shape[1]))  # the latter are inverses
+        means, deviations = _exact(x.new_empty(2, len(sizes), x.shape[1]))  # deviations are inverse
         tracked = [_exact(statistic) for statistic in running or ()]
         norm = torch.ops.aten.native_batch_norm.out
         parts = zip(x.split(sizes), output.split(sizes), momenta, means.unbind(), deviations.unbind(), strict=True)
@@ -123,10 +123,10 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, and mean and biased variance of every chunk, (K, C)."""
     outputs, means, variances = [], [], []
-    for part in _parts(x, chunks):  # one of full chunks, and perhaps the last one
+    for part in _parts(x, chunks):  # the full chunks, then perhaps a shorter last one
         count = part.numel() // (part.shape[0] * part.shape[2])
         mean = _sum(part) / count  # (K, 1, C, 1, 1)
-        squares = F.mse_loss(part, mean.expand_as(part), reduction="none")  # of the distance, in one pass
+        squares = F.mse_loss(part, mean.expand_as(part), reduction="none")  # of the distance to the mean, in one pass
         variance = _sum(squares) / count
         scale, shift = _scale_and_shift(mean, variance, _spread(weight), _spread(bias), eps)
         output = torch.addcmul(shift, part, scale, out=squares)
@@ -167,13 +167,13 @@ def _scale_and_shift(
     mean: torch.Tensor, variance: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x * scale + shift` is `x` normalised."""
-    deviation = (variance + eps).rsqrt()  # its inverse
+    deviation = (variance + eps).rsqrt()  # inverse
     scale = deviation if weight is None else deviation * weight
     return scale, -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
 
 
 def _exact(x: torch.Tensor) -> torch.Tensor:
-    """In 32 bits or more."""
+    """`x` in 32 bits or more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -194,5 +194,5 @@ def _spread(channels: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The parts as one batch in the memory format of `like`; of a single sample nobody can tell which it is in."""
+    """The parts as one batch in the memory format of `like`; that of a single-sample part is ambiguous to `cat`."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), out=torch.empty_like(like))

@@ -16,11 +16,11 @@ from morphtrain.norm.chunks import Normalise, NormaliseByChunk, is_fast_by_chunk
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that, in training, normalises every `ghost_batch_size` samples by their own statistics.
+    """Batch norm that, in training, normalises every `ghost_batch_size` samples with their own statistics.
 
     (B, C, H, W) -> the same, in the same memory format. The result (outputs, gradients, running statistics,
     `num_batches_tracked`) is that of `nn.BatchNorm2d` called on one chunk after the other, in one pass. The last chunk
-    has what is left of the batch; if that is a single value a channel, which has no variance, it joins the chunk before
+    holds the rest of the batch; if that is a single value per channel, which has no variance, it joins the chunk before
     it. Evaluation is plain batch norm, and the state dict is that of `nn.BatchNorm2d`. In lower precision the
     statistics are computed in 32 bits.
 
@@ -30,7 +30,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         options: those of `nn.BatchNorm2d`.
 
     Raises:
-        ValueError: in training, if a chunk has a single value a channel, as one sample of 1x1.
+        ValueError: in training, if a chunk has a single value per channel, such as one sample of 1x1.
     """
 
     per_channel = True  # see `morphtrain.morph.trace.recording.Tracer`
@@ -67,7 +67,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             running = (self.running_mean, self.running_var)
             if self.momentum is not None:
                 momenta = [self.momentum] * len(sizes)
-            else:  # the mean of all chunks that were ever seen
+            else:  # the mean of all chunks ever seen
                 seen = int(self.num_batches_tracked)
                 momenta = [1 / (seen + number) for number in range(1, len(sizes) + 1)]
             self.num_batches_tracked += len(sizes)
@@ -76,16 +76,16 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, means: torch.Tensor, variances: torch.Tensor) -> None:
-        """All chunks' steps of the running statistics at once; `means` and unbiased `variances` are (K, C)."""
+        """Update the running statistics by all chunks at once; `means` and unbiased `variances` are (K, C)."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         number = len(means)
         self.num_batches_tracked += number
         keep: torch.Tensor | float
-        if self.momentum is None:  # the mean of all chunks that were ever seen
+        if self.momentum is None:  # the mean of all chunks ever seen
             weights = means.new_ones(()) / self.num_batches_tracked
             keep = 1 - number * weights
         else:
-            later = torch.arange(number - 1, -1, -1, dtype=means.dtype, device=means.device)  # steps behind each one
+            later = torch.arange(number - 1, -1, -1, dtype=means.dtype, device=means.device)  # updates after each one
             weights = self.momentum * (1 - self.momentum) ** later[:, None]
             keep = (1 - self.momentum) ** number
         for running, new in ((self.running_mean, means), (self.running_var, variances)):
@@ -99,13 +99,13 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 def to_ghost(model: nn.Module, ghost_batch_size: int) -> int:
     """Turn every `nn.BatchNorm2d` of `model` into a `GhostBatchNorm2d`, in place, and return how many there are.
 
-    As torch's lazy modules do it, the modules become instances of the other class: parameters, buffers, modes, hooks
-    and whatever refers to the modules stay as they are. Ghost norms get the new size; other subclasses are left alone.
+    As with torch's lazy modules, the modules change class in place: parameters, buffers, modes, hooks and references to
+    the modules are kept. Ghost norms get the new size; other subclasses of `nn.BatchNorm2d` are left alone.
     """
     norms = [module for module in model.modules() if type(module) in (nn.BatchNorm2d, GhostBatchNorm2d)]
     for norm in norms:
         norm.__class__ = GhostBatchNorm2d
-        norm.ghost_batch_size = ghost_batch_size  # type: ignore[assignment]  # an int, no module
+        norm.ghost_batch_size = ghost_batch_size  # type: ignore[assignment]  # an int, not a module
     return len(norms)
 
 

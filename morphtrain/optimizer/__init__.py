@@ -1,1 +1,1 @@
-"""Optimizers: one module an option of the `optimizer` group."""
+"""Optimizers: one module per option of the `optimizer` group."""

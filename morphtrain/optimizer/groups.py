@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Which parameters get weight decay."""
 
 from __future__ import annotations
 

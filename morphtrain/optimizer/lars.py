@@ -14,21 +14,21 @@ from morphtrain.optimizer.groups import decay_groups
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose gradients are scaled, weight by weight, by the trust ratio.
+    """SGD with momentum in which the gradient of each weight tensor is scaled by its trust ratio.
 
         ratio = trust_coefficient * ||w|| / (||g|| + weight_decay * ||w||)
         v <- momentum * v + ratio * (g + weight_decay * w)
         w <- w - lr * v
 
-    (The paper, algorithm 1, has lr inside v; so the two differ while lr changes. Here v is torch's and timm's.) With
+    (The paper's algorithm 1 has lr inside v, so the two differ while lr changes. Here v is as in torch and timm.) With
     Nesterov the step is that of `torch.optim.SGD`. The ratio is 1 where either norm is zero. State: `momentum_buffer`
     and, for `step_size`, the last `trust_ratio`.
 
     Args:
-        params: parameters or groups; a group with `trust_coefficient` None takes plain SGD steps, which is for norm
+        params: parameters or groups; a group with `trust_coefficient` None takes plain SGD steps, meant for norm
             parameters and biases.
         lr: of all groups.
-        trust_coefficient: eta of the paper.
+        trust_coefficient: eta in the paper.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step; `closure`, if given, computes the loss and the gradients anew."""
+        """Take a step; `closure`, if given, first recomputes the loss and the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -94,7 +94,7 @@ class LARS(Optimizer):
 def _trust_ratios(
     parameters: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float, weight_decay: float
 ) -> list[torch.Tensor]:
-    """A scalar tensor a parameter: nothing waits for the device."""
+    """A scalar tensor per parameter: no value is read, so nothing waits for the device."""
     weights = torch.stack(torch._foreach_norm(parameters))
     slopes = torch.stack(torch._foreach_norm(gradients))
     ratios = coefficient * weights / (slopes + weight_decay * weights)

@@ -1,1 +1,1 @@
-"""Learning-rate schedules: one module an option of the `schedule` group, which builds a `Schedule`."""
+"""Learning-rate schedules: one module per option of the `schedule` group, which builds a `Schedule`."""

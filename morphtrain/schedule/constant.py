@@ -1,4 +1,4 @@
-"""Always the same."""
+"""A constant learning rate."""
 
 from morphtrain import schema
 from morphtrain.contracts import Schedule

@@ -1,4 +1,4 @@
-"""Half a cosine to zero (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts)."""
+"""Half a cosine down to zero (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts)."""
 
 import math
 

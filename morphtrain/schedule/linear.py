@@ -1,4 +1,4 @@
-"""Linear to zero."""
+"""Linear decay to zero."""
 
 from morphtrain import schema
 from morphtrain.contracts import Schedule

@@ -1,4 +1,4 @@
-"""Steps: times gamma at each milestone."""
+"""Step decay: times gamma at each milestone."""
 
 from morphtrain import schema
 from morphtrain.contracts import Schedule

@@ -1,10 +1,10 @@
-"""Linear warm-up in front of any schedule."""
+"""Linear warm-up before any schedule."""
 
 from morphtrain.contracts import Schedule
 
 
 def with_warmup(schedule: Schedule, warmup_epochs: float) -> Schedule:
-    """Rise linearly over the first `warmup_epochs` to the factor of `schedule` (Goyal et al. 2017, section 2.2)."""
+    """`schedule` times a linear rise from 0 to 1 over the first `warmup_epochs` (Goyal et al. 2017, section 2.2)."""
 
     def factor(epochs_done: float) -> float:
         if epochs_done < warmup_epochs:

@@ -1,4 +1,4 @@
-"""The typed config: one module a group, one dataclass an option, its ranges checked where they are declared.
+"""The typed config: one module per group, one dataclass per option, its ranges checked where they are declared.
 
 `conf/` holds the defaults and explains every key; this package holds types and ranges, and imports neither torch nor
 anything else that is slow. `parse` turns a composed Hydra config into these dataclasses, or raises a `UserError` that
@@ -29,7 +29,7 @@ from morphtrain.schema.max_batch import MaxBatch
 from morphtrain.schema.option import OPTIONS, Option, keywords, option_of
 from morphtrain.schema.parse import CONF, compose, parse, parse_max_batch, stored_option
 
-for _module in pkgutil.iter_modules(__path__):  # an option may have a file of its own beside its group's
+for _module in pkgutil.iter_modules(__path__):  # an option may have a module of its own
     importlib.import_module(f"{__name__}.{_module.name}")
 
 for _group in OPTIONS:

@@ -12,6 +12,8 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class BatchPolicy(Option, group="batch_policy"):
+    """Base of the batch policies; `batch_size` is the size of the first training step."""
+
     batch_size: int
 
     def __post_init__(self) -> None:
@@ -20,6 +22,8 @@ class BatchPolicy(Option, group="batch_policy"):
 
 @dataclass
 class FixedBatch(BatchPolicy, option="fixed"):
+    """The same batch size throughout."""
+
     max_micro_batch: int | None
 
     def __post_init__(self) -> None:
@@ -29,6 +33,8 @@ class FixedBatch(BatchPolicy, option="fixed"):
 
 @dataclass
 class AdaBatch(BatchPolicy, option="adabatch"):
+    """A batch size that is multiplied every few epochs."""
+
     factor: int
     every: int
     max_batch_size: int | None
@@ -52,6 +58,8 @@ class AdaBatch(BatchPolicy, option="adabatch"):
 
 @dataclass
 class FillMemory(BatchPolicy, option="fill_memory"):
+    """The largest batch that a memory budget allows, after every structural change."""
+
     budget: Any  # int, text with a unit, or None
     overhead: Any  # int, share, or text
     multiple_of: int
@@ -65,7 +73,7 @@ class FillMemory(BatchPolicy, option="fill_memory"):
         if self.budget is not None:
             above = byte_count("batch_policy.budget", self.budget) > 0
             check(above, "batch_policy.budget", self.budget, "above 0, or null")
-        # Of a budget that only the device will know, a size may turn out too large; a share never does.
+        # With budget=null only the device knows the budget: an overhead in bytes may turn out too large, a share never.
         size = byte_count("batch_policy.budget", self.budget) if self.budget is not None else float("inf")
         left = left_of("batch_policy.overhead", size, self.overhead)
         check(left > 0, "batch_policy.overhead", self.overhead, "less than batch_policy.budget")

@@ -1,4 +1,4 @@
-"""How a range is checked: the error of a wrong value names its key, the value, and what would work."""
+"""Range checks; the error for a wrong value names its key, the value, and what would work."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from morphtrain.errors import UserError
 
 
 def check(ok: bool, key: str, value: object, wanted: str) -> None:
-    """Raise the `UserError` of key `key` unless `ok`; `wanted` says which values work."""
+    """Raise a `UserError` naming `key` unless `ok`; `wanted` says which values work."""
     if not ok:
         raise UserError(f"{key}={value}: must be {wanted}")
 
 
 def check_one_of(key: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise a `UserError` naming `key` unless `value` is one of `choices`."""
     check(value in choices, key, value, "one of " + ", ".join(map(str, choices)))
 
 

@@ -1,4 +1,4 @@
-"""Which options do not go together, and what an option asks of the others; checked when a config is composed."""
+"""Which options exclude or need one another; checked when a config is composed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_compatible(config: Config) -> None:
-    """Raise the `UserError` of the first pair of options that do not go together, saying what to change."""
+    """Raise a `UserError` for the first options that do not go together, saying what to change."""
     _check_penalty(config)
     _check_growth(config)
     _check_custom_policy(config)
@@ -26,8 +26,8 @@ def _check_penalty(config: Config) -> None:
     rows = isinstance(config.prune, MorphNetPenalty) and config.prune.regulariser == "group_lasso"
     if rows and isinstance(config.optimizer, LARS):
         raise UserError(
-            "prune.regulariser=group_lasso: would shrink all layers alike, where optimizer=lars takes steps of "
-            "different sizes; prune.regulariser=gamma_l1 or optimizer=sgd works"
+            "prune.regulariser=group_lasso: would shrink all layers at one rate, but optimizer=lars takes steps of "
+            "different sizes in each; prune.regulariser=gamma_l1 or optimizer=sgd works"
         )
 
 
@@ -40,7 +40,7 @@ def _check_growth(config: Config) -> None:
         check(not late, "grow.at_epochs", grow.at_epochs, f"before the last epoch (epochs={epochs})")
     if isinstance(grow, MorphNetExpansion):
         end = grow.rounds * grow.round_epochs
-        wanted = f"so that the last round ends before epochs={epochs} (now: after epoch {end})"
+        wanted = f"fewer: the last round ends after epoch {end}, which must be before epochs={epochs}"
         check(end < epochs, "grow.rounds", grow.rounds, wanted)
         if isinstance(prune, (PruneTrain, MorphNetPenalty)):
             stops = prune.stop_epoch is not None and prune.stop_epoch <= end
@@ -53,4 +53,4 @@ def _check_custom_policy(config: Config) -> None:
     if isinstance(policy, Custom):
         size = policy.arguments.get("batch_size")
         whole = type(size) is int and size >= 1
-        check(whole, "batch_policy.batch_size", size, "1 or more images: those of the first step, of any policy")
+        check(whole, "batch_policy.batch_size", size, "1 or more images: every policy names the size of its first step")

@@ -22,7 +22,7 @@ from morphtrain.schema.schedule import Schedule
 from morphtrain.schema.timing import Timing
 from morphtrain.schema.tracking import Tracking
 
-CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds")  # not with timing.reference=0
+CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds")  # absent with timing.reference=0
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -74,13 +74,13 @@ class TopLevel:
 
 @dataclass
 class Config(TopLevel):
-    """A run. Every group holds the dataclass of the chosen option, or a part of the user's own."""
+    """The config of a run: every group holds the dataclass of the chosen option, or the user's own part."""
 
     model: Model | Custom
     data: Data | Custom
     prune: Prune | Custom
     grow: Grow | Custom
-    methods: list[Custom]  # further ones of the user's own
+    methods: list[Custom]  # further methods, the user's own
     norm: Norm | Custom
     precision: Precision | Custom
     batch_policy: BatchPolicy | Custom
@@ -107,7 +107,7 @@ class Config(TopLevel):
 
     @property
     def has_custom_parts(self) -> bool:
-        """Whether something of the user's own takes part in the training."""
+        """Whether any part, apart from model and data, is the user's own."""
         parts = (part for name, part in vars(self).items() if name not in ("model", "data"))
         return bool(self.methods) or any(isinstance(part, Custom) for part in parts)
 
@@ -119,6 +119,6 @@ class Config(TopLevel):
 
 
 def check_device(device: str) -> None:
-    """Raise the `UserError` of key `device` for what is no device."""
+    """Raise a `UserError` naming key `device` unless it is the name of a device."""
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
     check(known, "device", device, "auto, cpu, cuda, cuda:N or mps")

@@ -1,4 +1,4 @@
-"""The user's own part of a run, in any group: what makes it, as a dotted path, and the keywords it is called with."""
+"""A user's own part of a run, in any group: the dotted path of what makes it, and the keywords of the call."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Custom:
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
+        """Its name in messages."""
         return self._target_
 
     def check(self, key: str) -> None:
-        """Raise the `UserError` of the node at config key `key` (`model`, `methods[0]`) unless it can be called."""
+        """Raise a `UserError` naming config key `key` (`model`, `methods[0]`) unless the node there can be called."""
         parts = self._target_.split(".")
         dotted = len(parts) > 1 and all(part.isidentifier() for part in parts)
         check(dotted, f"{key}._target_", self._target_, "a class or function with its module, as in my_package.Net")
         for name, value in self.arguments.items():
             check_plain(f"{key}.{name}", name, value)
             hydras = name.startswith("_") and name.endswith("_")
-            check(not hydras, f"{key}.{name}", value, "left out: only _target_ has a meaning of its own")
+            check(not hydras, f"{key}.{name}", value, "left out: of Hydra's keys only _target_ is supported")
 
 
 def check_plain(path: str, key: object, value: object) -> None:
-    """Raise the `UserError` of the key at `path`, whose values are free, for one that does not survive JSON."""
+    """Raise a `UserError` naming `path` unless its last part, `key`, and its value survive JSON."""
     try:
         survives = json.loads(json.dumps({key: value})) == {key: value}
     except TypeError:

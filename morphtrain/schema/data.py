@@ -11,11 +11,13 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Data(Option, group="data"):
-    pass
+    """Base of the data sets."""
 
 
 @dataclass
 class Digits(Data, option="digits"):
+    """scikit-learn's handwritten digits."""
+
     image_size: int
     shift: int
 
@@ -26,7 +28,7 @@ class Digits(Data, option="digits"):
 
 @dataclass
 class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
-    """Files below `root`, fetched on demand."""
+    """A published data set in files below `root`, downloaded if asked to."""
 
     root: str
     download: bool
@@ -46,6 +48,8 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
 
 @dataclass
 class ImageFolder(Data, option="image_folder"):
+    """Folders of image files, one per class."""
+
     root: str
     image_size: int
     resize: Any  # auto, or int
@@ -71,6 +75,8 @@ class ImageFolder(Data, option="image_folder"):
 
 @dataclass
 class Synthetic(Data, option="synthetic"):
+    """Random images that can be learned."""
+
     train_samples: int
     val_samples: int
     image_size: int

@@ -10,14 +10,14 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Grow(Option, group="grow", plain=("none",)):
-    pass
+    """Base of the growth methods."""
 
 
 @dataclass(kw_only=True)
 class Growth(Grow):
-    """What all ways to grow while training have in common.
+    """The keys that all ways to grow while training share.
 
-    An option inherits from those of the classes below that say what it does; each checks its own keys.
+    An option inherits from the classes below that describe what it does; each class checks its own keys.
     """
 
     rewarm_epochs: float
@@ -53,7 +53,7 @@ class Planned(Limited):
         super().__post_init__()
         check(all(e >= 1 for e in self.at_epochs), "grow.at_epochs", self.at_epochs, "epochs, counted from 1")
         some = bool(self.at_epochs) or self.patience is not None
-        check(some, "grow.at_epochs", self.at_epochs, "at least one epoch, or grow.patience a number")
+        check(some, "grow.at_epochs", self.at_epochs, "at least one epoch, unless grow.patience is a number")
         check(self.patience is None or self.patience >= 1, "grow.patience", self.patience, "1 or more epochs, or null")
         check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
         check(self.max_times >= 1, "grow.max_times", self.max_times, "1 or more")
@@ -85,7 +85,7 @@ class Deepening(Growth):
 
 @dataclass(kw_only=True)
 class Priced(Widening):
-    """Growth until the whole network costs something."""
+    """Growth measured by the cost of the whole network."""
 
     cost: str
 
@@ -109,6 +109,8 @@ class WhereKept(Limited, Priced, Deepening):
 
 @dataclass(kw_only=True)
 class Wider(Planned, Widening, option="wider"):
+    """Net2WiderNet: more channels."""
+
     factor: float
     where: list[str]
 
@@ -119,6 +121,8 @@ class Wider(Planned, Widening, option="wider"):
 
 @dataclass(kw_only=True)
 class Deeper(Planned, Deepening, option="deeper"):
+    """Net2DeeperNet: more layers or blocks."""
+
     operator: str
     kernel: int
     where: list[str]
@@ -131,6 +135,8 @@ class Deeper(Planned, Deepening, option="deeper"):
 
 @dataclass(kw_only=True)
 class MorphNetExpansion(Priced, option="morphnet"):
+    """MorphNet's expansion: after each round of shrinking, widen everything to the target cost."""
+
     target: float
     rounds: int
     round_epochs: int
@@ -138,22 +144,26 @@ class MorphNetExpansion(Priced, option="morphnet"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
+        check(self.target > 0, "grow.target", self.target, "above 0, as a multiple of the first network's cost")
         check(self.rounds >= 1, "grow.rounds", self.rounds, "1 or more")
         check(self.round_epochs >= 1, "grow.round_epochs", self.round_epochs, "1 or more epochs")
 
 
 @dataclass(kw_only=True)
 class Selective(Planned, WhereKept, option="selective"):
+    """Growth to a target cost, only where pruning left the channels."""
+
     target: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.target > 0, "grow.target", self.target, "above 0 times the first network's cost")
+        check(self.target > 0, "grow.target", self.target, "above 0, as a multiple of the first network's cost")
 
 
 @dataclass(kw_only=True)
 class Adaptive(WhereKept, option="adaptive"):
+    """Growth, pruning and learning rate by rules instead of a plan."""
+
     patience: int
     smoothing: float
     low_accuracy: float

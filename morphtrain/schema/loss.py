@@ -9,4 +9,4 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Loss(Option, group="loss", plain=("cross_entropy",)):
-    pass
+    """Base of the losses."""

@@ -34,24 +34,24 @@ class MaxBatchKeys:
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         whole = self.input_shape is None or (len(self.input_shape) > 0 and min(self.input_shape) >= 1)
-        check(whole, "input_shape", self.input_shape, "numbers of 1 or more, as [3,32,32], or null")
+        check(whole, "input_shape", self.input_shape, "numbers of 1 or more, such as [3,32,32], or null")
         check(self.num_classes is None or self.num_classes >= 2, "num_classes", self.num_classes, "2 or more, or null")
         check(self.throughput_seconds >= 0, "throughput_seconds", self.throughput_seconds, "0 or more seconds")
 
     @property
     def budget_bytes(self) -> float:
-        """All of it."""
+        """The whole budget."""
         return byte_count("budget", self.budget)
 
     @property
     def usable_bytes(self) -> float:
-        """What is left of it for tensors."""
+        """What the overhead leaves of the budget for tensors."""
         return left_of("overhead", self.budget_bytes, self.overhead)
 
 
 @dataclass
 class MaxBatch(MaxBatchKeys):
-    """What the command is asked."""
+    """The config of the command."""
 
     model: Model | Custom
     data: Data | Custom

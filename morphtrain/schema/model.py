@@ -9,16 +9,18 @@ from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.custom import check_plain
 from morphtrain.schema.option import Option
 
-IMAGE_KINDS = ("cifar", "imagenet")  # small images and large ones: what stems and heads are made for
+IMAGE_KINDS = ("cifar", "imagenet")  # what stems and heads are made for: small images, large images
 
 
 @dataclass
 class Model(Option, group="model"):
-    pass
+    """Base of the networks."""
 
 
 @dataclass
 class ResNet(Model, option="resnet"):
+    """A residual network of basic or bottleneck blocks."""
+
     stages: int
     blocks: Any  # int, or one int per stage
     layers: int
@@ -41,12 +43,14 @@ class ResNet(Model, option="resnet"):
         numbers = self.blocks if isinstance(self.blocks, list) else [self.blocks]
         fits = not isinstance(self.blocks, list) or len(numbers) == self.stages
         whole = all(type(n) is int and n >= 1 for n in numbers)
-        wanted = f"a whole number of 1 or more, or a list of {self.stages} such (model.stages={self.stages})"
+        wanted = f"a whole number of 1 or more, or a list of {self.stages} such numbers (model.stages={self.stages})"
         check(fits and whole, "model.blocks", self.blocks, wanted)
 
 
 @dataclass
 class VGG(Model, option="vgg"):
+    """A VGG network."""
+
     depth: int
     width: int
     batch_norm: bool
@@ -62,6 +66,8 @@ class VGG(Model, option="vgg"):
 
 @dataclass
 class AlexNet(Model, option="alexnet"):
+    """AlexNet."""
+
     stem: str
     batch_norm: bool
     dropout: float | None
@@ -73,6 +79,8 @@ class AlexNet(Model, option="alexnet"):
 
 @dataclass
 class MobileNet(Model, option="mobilenet"):
+    """MobileNet v1 or v2."""
+
     version: int
     width_multiplier: float
     stem: str
@@ -85,13 +93,13 @@ class MobileNet(Model, option="mobilenet"):
 
 @dataclass
 class Torchvision(Model, option="torchvision"):
-    """A network of torchvision by its name there; `source` is what chooses this option."""
+    """A torchvision network; `name` is its name there, so `source` identifies this option."""
 
     source: str
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
-        # A checkpoint's `options` come here, too: none of them may name a file to load.
+        # A checkpoint's `options` are checked here, too: none of them may name a file to load.
         pretrained = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
         for key, value in self.options.items():
             check(key not in pretrained, f"model.options.{key}", value, "left out: training starts from fresh weights")

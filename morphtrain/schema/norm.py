@@ -10,11 +10,13 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Norm(Option, group="norm", plain=("batch",)):
-    pass
+    """Base of the norms."""
 
 
 @dataclass
 class GhostNorm(Norm, option="ghost"):
+    """Ghost batch norm."""
+
     ghost_batch_size: int
 
     def __post_init__(self) -> None:

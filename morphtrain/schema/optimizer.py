@@ -10,6 +10,8 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Optimizer(Option, group="optimizer"):
+    """Base of the optimizers."""
+
     lr: float
 
     def __post_init__(self) -> None:
@@ -18,6 +20,8 @@ class Optimizer(Option, group="optimizer"):
 
 @dataclass
 class SGD(Optimizer, option="sgd"):
+    """Stochastic gradient descent with momentum."""
+
     momentum: float
     nesterov: bool
     weight_decay: float
@@ -36,6 +40,8 @@ class SGD(Optimizer, option="sgd"):
 
 @dataclass
 class LARS(SGD, option="lars"):
+    """Layer-wise adaptive rate scaling."""
+
     trust_coefficient: float
 
     def __post_init__(self) -> None:
@@ -46,6 +52,8 @@ class LARS(SGD, option="lars"):
 
 @dataclass
 class AdamW(Optimizer, option="adamw"):
+    """Adam with decoupled weight decay."""
+
     betas: list[float]
     eps: float
     weight_decay: float

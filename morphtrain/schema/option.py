@@ -7,7 +7,7 @@
         def __post_init__(self) -> None:
             check(0 < self.lasso_ratio < 1, "prune.lasso_ratio", self.lasso_ratio, "between 0 and 1")
 
-It stands in its group's module in `morphtrain/schema`, or in a file of its own beside it.
+It is in its group's module in `morphtrain/schema`, or in a module of its own there.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ OPTIONS: dict[str, dict[str, type[Option] | type[Custom]]] = {}
 
 @dataclass
 class Option:
-    """Base of all options. A group's own base has the keys that all of its options have; it types the group.
+    """Base of all options. A group's own base has the keys that all its options share, and is the group's type.
 
     Class keywords:
-        group: of a group's base: the group's name.
-        plain: of a group's base: its options without further keys.
-        option: of an option: its name, or several if options share their keys.
+        group: on a group's base: the group's name.
+        plain: on a group's base: the options without further keys.
+        option: on an option: its name, or several names if options share their keys.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Option:
 
 
 def keywords(option: Option) -> dict[str, Any]:
-    """All keys of an option except its name: the keywords of what it describes, where that calls them alike."""
+    """All keys of an option except its name: keywords for what it describes, if that uses the same names."""
     return {field.name: getattr(option, field.name) for field in fields(option) if field.name != "name"}
 
 
 def option_of(node: Mapping[Any, Any]) -> Any:
-    """Which option of its group a node is, be it composed, stored, or the `vars` of its dataclass.
+    """The name of a node's option; the node may be composed, stored, or the `vars` of its dataclass.
 
-    The option's own name is in `name`, unless that is taken: then in `source`. A `_target_` makes it the user's own.
+    It is in `name`, or in `source` if the option uses `name` for something else. A `_target_` means "custom".
     """
-    keys = set(node)  # `in` would deny keys of a composed node whose value is still missing
+    keys = set(node)  # `in` is False for a key of a composed node whose value is missing
     if "_target_" in keys:
         return "custom"
     return node.get("source" if "source" in keys else "name")

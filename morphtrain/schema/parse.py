@@ -1,4 +1,4 @@
-"""From a composed Hydra config, or a checkpoint's plain data, to the typed one."""
+"""From a composed Hydra config, or a checkpoint's plain data, to the typed config."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parse_max_batch(composed: DictConfig) -> MaxBatch:
 
 
 def stored_option(group: str, stored: Mapping[str, Any]) -> Option | Custom:
-    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for what is none of ours."""
+    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for an unknown one."""
     name = option_of(stored)
     check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
     option = OPTIONS[group][name](**stored)
@@ -89,7 +89,7 @@ def _methods(nodes: Any) -> list[Custom]:
 
 
 def _custom(node: DictConfig, at: str) -> Custom:
-    """All keys except `_target_` are the call's, with nothing but plain containers in them."""
+    """A user's own part: all keys except `_target_` are keywords of the call, in plain containers."""
     for key in ("_target_", *node):
         if key not in node:
             raise UserError(f"{at}.{key}: missing; give it a value")

@@ -10,11 +10,13 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Precision(Option, group="precision", plain=("o0", "bf16")):
-    pass
+    """Base of the precisions."""
 
 
 @dataclass
 class Autocast(Precision, option="o1"):
+    """Mixed precision: operations are cast, losses scaled."""
+
     dtype: str
     init_scale: float
 

@@ -11,11 +11,13 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Prune(Option, group="prune", plain=("none",)):
-    pass
+    """Base of the pruning methods."""
 
 
 @dataclass
 class PruneTrain(Prune, option="prunetrain"):
+    """PruneTrain: group lasso and periodic reconfiguration."""
+
     metrics = ("lasso_ratio",)
 
     lasso_ratio: float
@@ -36,17 +38,19 @@ class PruneTrain(Prune, option="prunetrain"):
         check_one_of("prune.group_weight", self.group_weight, ("none", "sqrt_size"))
         check_one_of("prune.update", self.update, ("proximal", "subgradient"))
         check(self.threshold > 0, "prune.threshold", self.threshold, "above 0 (the thesis: 1e-5 to 1e-1)")
-        _check_dates(self)
+        _check_common(self)
         whole = type(self.round_to) is int and self.round_to >= 1
         check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
         check(0 <= self.round_down < 1, "prune.round_down", self.round_down, "0 or more, less than 1")
-        wanted = f"0 with prune.round_to={self.round_to}; or take auto there"
+        wanted = f"0 with prune.round_to={self.round_to}; prune.round_to=auto allows it"
         check(self.round_to == "auto" or not self.round_down, "prune.round_down", self.round_down, wanted)
         check_one_of("prune.residual", self.residual, ("union", "gating"))
 
 
 @dataclass
 class MorphNetPenalty(Prune, option="morphnet"):
+    """MorphNet's shrinking: a penalty on the cost of the network."""
+
     metrics = ("lasso_ratio",)
 
     cost: str
@@ -70,14 +74,14 @@ class MorphNetPenalty(Prune, option="morphnet"):
             check(ratio is not None and 0 < ratio < 1, "prune.lasso_ratio", ratio, wanted)
         else:
             check(strength > 0, "prune.strength", strength, "above 0, or null")
-            check(ratio is None, "prune.lasso_ratio", ratio, f"null when prune.strength={strength} says how strong")
+            check(ratio is None, "prune.lasso_ratio", ratio, f"null when prune.strength={strength} is given")
         check(self.gamma_threshold > 0, "prune.gamma_threshold", self.gamma_threshold, "above 0 (usual: 1e-3 to 1e-2)")
-        _check_dates(self)
+        _check_common(self)
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
 
 
-def _check_dates(option: PruneTrain | MorphNetPenalty) -> None:
-    """What all pruning methods agree on: when they act, and how much they leave."""
+def _check_common(option: PruneTrain | MorphNetPenalty) -> None:
+    """Check the keys that all pruning methods share: when they act, and how much they leave."""
     check(option.interval >= 1, "prune.interval", option.interval, "1 or more epochs")
     check(option.start_epoch >= 1, "prune.start_epoch", option.start_epoch, "1 or more (the first epoch is 1)")
     check(

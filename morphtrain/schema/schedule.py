@@ -10,7 +10,7 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Schedule(Option, group="schedule", plain=("cosine", "linear", "constant")):
-    """cosine, linear: from the full learning rate to zero over the run; constant: the full one."""
+    """The full learning rate throughout (constant), or from it to zero over the run (cosine, linear)."""
 
     warmup_epochs: float
 
@@ -20,6 +20,8 @@ class Schedule(Option, group="schedule", plain=("cosine", "linear", "constant"))
 
 @dataclass
 class Milestones(Schedule, option="milestones"):
+    """The learning rate times `gamma` at each milestone."""
+
     milestones: list[float]
     gamma: float
 

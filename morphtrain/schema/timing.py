@@ -10,6 +10,8 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Timing(Option, group="timing", plain=("default",)):
+    """How a run is clocked, and on what cores."""
+
     sync: str
     warmup_epochs: int
     cores: int | None
@@ -21,4 +23,4 @@ class Timing(Option, group="timing", plain=("default",)):
         check(self.warmup_epochs >= 0, "timing.warmup_epochs", self.warmup_epochs, "0 or more epochs")
         check(self.cores is None or self.cores >= 1, "timing.cores", self.cores, "1 or more, or null")
         check_one_of("timing.when_busy", self.when_busy, ("mark", "wait", "refuse"))
-        check(0 <= self.reference <= 1, "timing.reference", self.reference, "a share of training's time, 0 to 1")
+        check(0 <= self.reference <= 1, "timing.reference", self.reference, "a share of the training time, 0 to 1")

@@ -10,11 +10,13 @@ from morphtrain.schema.option import Option
 
 @dataclass
 class Tracking(Option, group="tracking", plain=("none",)):
-    pass
+    """Base of the trackers."""
 
 
 @dataclass
 class MLflow(Tracking, option="mlflow"):
+    """Records in MLflow."""
+
     uri: str | None
     experiment: str
     flush_seconds: float

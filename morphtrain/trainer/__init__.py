@@ -1,4 +1,4 @@
-"""The training loop, its clock and its checkpoints; by hand:
+"""The training loop, its clock and its checkpoints. A run by hand:
 
 run = build_run(morphtrain.compose("prune=prunetrain"))
 start(run)

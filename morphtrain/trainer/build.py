@@ -29,13 +29,13 @@ def build_run(
     morph: Callable[[nn.Module], nn.Module] | None = None,
     device: torch.device | None = None,
 ) -> Run:
-    """Everything a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+    """Build what a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
 
-    `device` is the one of those that `config.device` allows which the run has taken; None: the first.
+    `device` is the one that the run has taken of those `config.device` allows; None: the first of them.
 
     Raises:
-        UserError: for a device or data set that is not there, or a model that cannot be made, does not fit the data
-            or whose channels cannot be followed.
+        UserError: for a missing device or data set, or a model that cannot be made, does not fit the data, or has
+            channels that a method needs and that cannot be followed.
     """
     device = device or pick_device(config.device)
     data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
@@ -90,7 +90,7 @@ def build_methods(config: schema.Config) -> dict[str, Method]:
 def build_model(build: Callable[[], nn.Module], norm: schema.norm.Norm | schema.Custom | None, seed: int) -> nn.Module:
     """The network that `build` makes, with the norms of config group `norm` (None: its own), on the CPU.
 
-    It is initialised from the run's seed. Structure and values of a checkpoint come later: they know no norms.
+    It is initialised from the run's seed. Structure and values of a checkpoint come later: they do not say which norms.
     """
     # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
     torch.default_generator.manual_seed(derived_seed(seed, 0))
@@ -102,7 +102,7 @@ def build_model(build: Callable[[], nn.Module], norm: schema.norm.Norm | schema.
 
 
 def in_format(model: nn.Module, memory_format: str) -> nn.Module:
-    """The model with its two-dimensional kernels in this format; they, not the images, decide what convolutions use."""
+    """The model with its 4-D weights in this memory format; they, not the images, decide what convolutions use."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=FORMATS[memory_format])
@@ -126,7 +126,7 @@ def follow_channels(
         if not any(method.follows_channels for method in methods.values()):
             log.info("the model's channels are not followed: %s", error)
             return ChannelGraph.untraced(model)
-        hint = "; prune.ignore=[...] leaves modules out of it, prune=none the whole"
+        hint = "; prune.ignore=[...] leaves modules out, prune=none all of them"
         raise UserError(f"model={config.model.name}: {error}{hint}") from error
 
 

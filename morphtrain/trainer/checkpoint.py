@@ -1,7 +1,8 @@
 """Checkpoints: atomic, plain tensors and JSON, and enough of them to survive a broken one.
 
-`last.pt` is the newest; `previous.pt` the one before it. A file is written beside its place and then renamed, so
-a name never stands for a half-written file; every record in it carries a CRC-32, which is checked before it is used.
+`last.pt` is the newest; `previous.pt` the one before it. A file is written under another name and
+then renamed, so neither name ever stands for a half-written file; every record in it carries a CRC-32, which is checked
+before it is used.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ FREE_KEYS = (
     "data.download",
     "data.num_workers",
 )
-# Keys that came later, as all runs were that were written before.
+# Keys added later, with the values that hold for older checkpoints.
 ADDED_KEYS = {"loss.name": "cross_entropy", "methods": []}
-# Parts of a run that may have state: those of the user's own.
+# Parts of a run that may have state if they are the user's own.
 PARTS = ("data", "criterion", "schedule")
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
@@ -58,10 +59,10 @@ log = logging.getLogger(__name__)
 
 
 def save(run: Run, directory: Path, tracking_id: str | None) -> None:
-    """Write `run` to `directory`/last.pt; what was there becomes previous.pt.
+    """Write `run` to `directory`/last.pt; the old last.pt becomes previous.pt.
 
     Raises:
-        OSError: if the disk is full or read-only; then both files are as they were.
+        OSError: if the disk is full or read-only; both files are unchanged then.
     """
     buffer = io.BytesIO()
     torch.save(_state(run, tracking_id), buffer)
@@ -90,14 +91,14 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
 
 
 def _stateful(run: Run) -> dict[str, Any]:
-    """The parts of the user's own that have state."""
+    """The user's own parts that have state."""
     parts = {name: getattr(run, name) for name in PARTS}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 def _plain(name: str, state: Any) -> Any:
-    """`state` itself; raises `UserError` for what no checkpoint could be loaded with again."""
-    plain = (str, int, float, bool, NoneType)  # exactly: numpy's floats are floats, but no file gives them back
+    """`state` itself; raises `UserError` for types that a checkpoint cannot be loaded with again."""
+    plain = (str, int, float, bool, NoneType)  # exactly these: of numpy's float64, a float too, no file is read again
     foreign = [leaf for leaf in tree_leaves(state) if not isinstance(leaf, torch.Tensor) and type(leaf) not in plain]
     if foreign:
         kind = type(foreign[0]).__name__
@@ -115,7 +116,7 @@ class Checkpoint:
         self.facts: dict[str, Any] = json.loads(self.content["facts"])
 
     def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
-        """The run as it was after its last full epoch; raises `UserError` if `config` asks for another one.
+        """The run as it was after its last full epoch; raises `UserError` if `config` describes another run.
 
         `device` is as in `build_run`.
         """
@@ -134,7 +135,7 @@ class Checkpoint:
         return run
 
     def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-        """The network alone, on the CPU; `make` makes a network of the user's own. See `morphtrain.load`."""
+        """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`."""
         facts = self.facts
         try:
             config = schema.stored_option("model", facts["config"]["model"])
@@ -148,13 +149,13 @@ class Checkpoint:
         return in_format(self._rebuild(model), facts["config"]["memory_format"])
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
-        """What gives a network of `config` the structure that this one ended with, and fresh weights.
+        """A function that gives a network of `config` the structure that this one ended with, and new random weights.
 
-        Parameters of no layer, which nothing can start anew, get the values of a newly made network; if they have
-        become shorter or longer they keep those of this one.
+        Parameters outside layers, which nothing can reset, get the values of a newly made network; if their length has
+        changed, they keep those of this one.
 
         Raises:
-            UserError: for another model.
+            UserError: if `config` has another model.
         """
         then, now = flat(self.facts["config"]["model"]), flat(asdict(config)["model"])
         if then != now:
@@ -164,7 +165,7 @@ class Checkpoint:
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model = self._rebuild(model)  # the indices of gated layers are structure too; the weights start anew
+            model = self._rebuild(model)  # the indices of gated layers are structure too; the weights are reset
             for name, parameter in model.named_parameters():
                 if name in new and new[name].shape == parameter.shape:
                     parameter.data.copy_(new[name])
@@ -176,11 +177,11 @@ class Checkpoint:
     def _builder(
         self, config: Any, norm: Any, make: Callable[..., nn.Module] | None, given: dict[str, Any]
     ) -> Callable[[], nn.Module]:
-        """What makes the network again; of the user's own, nothing that only this file asks for."""
+        """A function that makes the network again; it calls nothing merely because this file names it."""
         own = isinstance(config, Custom)
         if isinstance(norm, Custom) and make is None:
             hint = "pass model=, a function that makes the network and applies it"
-            raise UserError(f"{self.path}: its norm is {norm.name}, which is not called because a file says so; {hint}")
+            raise UserError(f"{self.path}: its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
             raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
         if not own and make is None:
@@ -196,7 +197,7 @@ class Checkpoint:
         return build
 
     def _rebuild(self, model: nn.Module) -> nn.Module:
-        """Structure and values: a trace reads the indices of gates."""
+        """Restore structure and values; later traces read the indices of gates from these."""
         try:
             model = morph.rebuild(model, self.facts["architecture"])
             model.load_state_dict(self.content["model"])
@@ -225,7 +226,7 @@ class Checkpoint:
 def find(directory: Path) -> Checkpoint | None:
     """The newest sound checkpoint in `directory`, None if there is none at all.
 
-    A broken one is reported and the one before it used; raises `UserError` if that is broken too.
+    A broken one is reported and the one before it is used; raises `UserError` if that is broken too.
     """
     present = [directory / name for name in (LAST, PREVIOUS) if (directory / name).exists()]
     for path in present:
@@ -258,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain as it is now ('{FORMAT}', not {found!r})")
+        raise UserError(f"{path}: not a checkpoint of MorphTrain in the present format ('{FORMAT}', not {found!r})")
     return content
 
 
@@ -267,7 +268,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in config.items():
         if key == "arguments" and "_target_" in config:
-            result.update(flat(value, prefix))  # of the user's own network: keys of `model`, as the user typed them
+            result.update(flat(value, prefix))  # of the user's own part: keys of its group, as the user typed them
         elif isinstance(value, dict):
             result.update(flat(value, f"{prefix}{key}."))
         else:

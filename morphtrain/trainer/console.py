@@ -39,7 +39,7 @@ def data_share(record: Record) -> float:
 
 
 def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> str | None:
-    """What to say about waiting for data after the first clocked epoch with too much of it; None after all others."""
+    """The warning after the first clocked epoch that waited too long for data; None after all others."""
     slow = [record for record in history[warmup_epochs:] if data_share(record) > WARNED_SHARE]
     if len(slow) != 1 or slow[0] is not history[-1]:
         return None
@@ -47,7 +47,7 @@ def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> 
 
 
 def epoch_line(record: Record, epochs: int, change: str) -> str:
-    """An epoch in a line."""
+    """One line about an epoch."""
     share = data_share(record)
     waited = f" ({share:.0%} waiting for data)" if share >= SHOWN_SHARE else ""
     line = (
@@ -89,7 +89,7 @@ def _span(records: Sequence[Record]) -> str:
 
 
 def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
-    """The closing table, where the results are, and what to type next."""
+    """Print the closing table, where the results are, and what to type next."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
     other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
@@ -103,6 +103,6 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
 
 
 def _short(path: Path) -> Path:
-    """Relative to where the user is, if it is below."""
+    """The path relative to the current directory, if it lies below it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

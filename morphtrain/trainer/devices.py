@@ -1,4 +1,4 @@
-"""Which device trains, and what it had to hold."""
+"""Which devices can train, and their peak memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def possible_devices(wanted: str) -> list[torch.device]:
-    """The devices that config key `device` allows; raises `UserError` if this machine has none such."""
+    """The devices that config key `device` allows; raises `UserError` if this machine has none of them."""
     found = torch.accelerator.current_accelerator(check_available=True)
     kind = "cpu" if found is None else found.type
     each = [] if found is None else [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
@@ -29,7 +29,7 @@ def possible_devices(wanted: str) -> list[torch.device]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the epoch's tensors on a CUDA device; elsewhere the process' largest resident size so far."""
+    """Peak bytes: of the epoch's tensors on a CUDA device; elsewhere of the process's resident memory so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -20,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What a reader of the times has to know, by name.
+    """What a reader has to know to judge the times, by name.
 
     `git_commit` is that of the directory the run was started from, `git_clean` whether its tracked files were as
     committed; `morphtrain_commit` that of MorphTrain itself, if it runs from a checkout. What is not known is left out.
@@ -50,7 +50,7 @@ def processor(device: torch.device) -> str:
 
 
 def write(run_dir: Path, facts: Mapping[str, str]) -> None:
-    """Leave the facts in `run_dir`; those of an earlier part of a run that goes on elsewhere stay, under `before`."""
+    """Write the facts to `run_dir`; if a run continues elsewhere, its earlier ones are kept under `before`."""
     path = run_dir / FILE
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     before = found.pop("before", [])
@@ -66,7 +66,7 @@ def _is_checkout(directory: Path) -> bool:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git says; None for nothing, without git and outside of a repository."""
+    """The output of git; None if it is empty, without git, and outside a repository."""
     try:
         result = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""An epoch from its first hook to its record; between the two halves stands `loop.train_epoch`.
+"""An epoch from its first hook to its record; `loop.train_epoch` runs between the two halves.
 
 start(run)
 begin_epoch(run)
@@ -22,7 +22,7 @@ from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
 
 Record = dict[str, float]  # the metrics of an epoch, by name
-Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # of a record, and of those before it
+Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # record, those before it
 
 
 def start(run: Run) -> None:
@@ -32,7 +32,7 @@ def start(run: Run) -> None:
 
 
 def begin_epoch(run: Run) -> None:
-    """Turn to the next epoch: its number, its random numbers, the methods' hooks."""
+    """Begin the next epoch: its number, its random numbers, the methods' hooks."""
     run.epoch += 1
     run.change = ""
     torch.manual_seed(derived_seed(run.config.seed, run.epoch))
@@ -43,10 +43,10 @@ def begin_epoch(run: Run) -> None:
 
 
 def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
-    """What follows the training of an epoch: methods change the network, it is evaluated, and all of it is recorded.
+    """Finish a trained epoch: methods change the network, it is evaluated, and everything is recorded.
 
     Args:
-        judged: adds to the record, which it is given with those before it.
+        judged: returns the record with what it adds; it is given the record and those before it.
 
     Returns:
         the record, which is also the last of `run.history`.
@@ -56,8 +56,8 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     """
     if not agree(math.isfinite(run.train_loss)):
         lr = run.base_lrs[0]
-        raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller one may work")
-    metrics: Record = {"batch_size": run.batch_size}  # of this epoch: its policy may change it for the next
+        raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller value may work")
+    metrics: Record = {"batch_size": run.batch_size}  # of this epoch: a policy may change it for the next
     with run.clock.timed("morph_seconds"):
         for hook in run.hooks("after_epoch"):
             metrics |= hook(run) or {}

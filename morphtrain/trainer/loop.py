@@ -15,7 +15,7 @@ from morphtrain.state import Run, passes
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     """Train over the data once, clocked as `epoch_seconds`; sets `run.train_loss` and `run.train_accuracy`.
 
-    `tick`, if given, hears the images of every step.
+    `tick`, if given, is called with the number of images of every step.
     """
     with run.clock.timed("epoch_seconds"):
         _train_epoch(run, tick)
@@ -48,9 +48,9 @@ def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
 
 
 def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave the gradients of a batch that a step is to follow: of its loss, clipped, and what methods add.
+    """Compute the gradients for a step on a batch: those of its loss, clipped, plus what methods add.
 
-    Returns the loss, and how many images were classified right.
+    Returns the loss, and how many images were classified correctly.
     """
     run.loss, right = backward(run, images, labels)
     if run.config.clip_norm is not None:
@@ -61,9 +61,9 @@ def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[tor
 
 
 def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave the gradients of the batch's mean loss, part by part if it has to be.
+    """Compute the gradients of the batch's mean loss, in several passes if `run.micro_batch` says so.
 
-    Returns the loss, and how many images were classified right.
+    Returns the loss, and how many images were classified correctly.
     """
     parts = passes(len(labels), run.micro_batch)
     total = torch.zeros((), device=run.device)
@@ -93,9 +93,9 @@ def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
-    """The same batches; how long each one is waited for adds up to the clock's `data_seconds`, a part of the epoch's.
+    """The same batches; the time spent waiting for them becomes `data_seconds`, a part of `epoch_seconds`.
 
-    On a device that works on its own that is the host's time: what the device still has to do it need not wait for.
+    On an asynchronous device this is the host's time only: the device may still be busy meanwhile.
     """
     waited = 0.0
     while True:
@@ -109,7 +109,7 @@ def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
 
 
 def set_learning_rates(run: Run, epochs_done: float) -> None:
-    """Give every parameter group of the optimizer the learning rate of this moment."""
+    """Give every parameter group of the optimizer its learning rate after `epochs_done` epochs."""
     for number, group in enumerate(run.optimizer.param_groups):
         group["lr"] = run.learning_rate(epochs_done, number)
 

@@ -1,4 +1,4 @@
-"""What a network's training steps take, the largest batch of a budget, and the smallest one that is fast."""
+"""Memory of a network's training step, the largest batch within a budget, and the smallest one that is fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from morphtrain.outputs import check_outputs
 from morphtrain.trainer.build import build_model, in_format
 from morphtrain.trainer.devices import pick_device
 
-# (C, H, W) and classes of what `data` would bring, known without it.
+# (C, H, W) and number of classes of data sets, known without loading them.
 DOWNLOADED = {"fashion_mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
 DIGITS = 10
 
@@ -31,10 +31,10 @@ def show_max_batch(config: schema.MaxBatch, choices: Sequence[str]) -> int:
 
     Args:
         config: a checked config (`morphtrain.schema.parse_max_batch`).
-        choices: what was chosen, for the first line: `model=resnet32`.
+        choices: the chosen options, for the first line, such as `model=resnet32`.
 
     Raises:
-        UserError: for a network that cannot be made or does not fit the images, and a budget nothing fits.
+        UserError: if the network cannot be made or does not fit the images, or no batch fits the budget.
     """
     device, here = pick_possible_device(config.device)
     model, input_shape, num_classes = _network(config, device if here else torch.device("cpu"))
@@ -70,17 +70,17 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
 
 
 def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, here: bool) -> dict[str, Any]:
-    """What `morphtrain.cost` wants to know of the optimizer and the precision."""
+    """Optimizer and precision as keywords of `morphtrain.cost`."""
     with warnings.catch_warnings():
         if not here:
-            warnings.simplefilter("ignore")  # a loss scaler without its GPU says so
+            warnings.simplefilter("ignore")  # a loss scaler warns if its GPU is missing
         precision = options.build("precision", config.precision, device=device)
     optimizer = options.build("optimizer", config.optimizer, model=model)
     return {"optimizer": optimizer, "autocast_dtype": precision.dtype}
 
 
 def pick_possible_device(wanted: str) -> tuple[torch.device, bool]:
-    """The device of key `device`, and whether this machine has its kind; what it lacks can still be estimated for."""
+    """The device of key `device`, and whether this machine has that kind; memory can be estimated even if not."""
     found = torch.accelerator.current_accelerator(check_available=True)
     kind = wanted.partition(":")[0]
     if kind in ("auto", "cpu") or (found is not None and found.type == kind):
@@ -98,9 +98,9 @@ def images_of(config: schema.MaxBatch) -> tuple[tuple[int, ...], int]:
     input_shape = tuple(config.input_shape) if config.input_shape is not None else known_shape
     num_classes = config.num_classes if config.num_classes is not None else known_classes
     if input_shape is None:
-        raise UserError(f"input_shape=null: not known of data={config.data.name}; give it, as [3,32,32]")
+        raise UserError(f"input_shape=null: not known for data={config.data.name}; give it, such as [3,32,32]")
     if num_classes is None:
-        raise UserError(f"num_classes=null: not known of data={config.data.name}; give it")
+        raise UserError(f"num_classes=null: not known for data={config.data.name}; give it")
     return input_shape, num_classes
 
 
@@ -132,7 +132,7 @@ def _simulated(
 
 
 def _or_user_error(key: str, value: object, compute: Callable[[], Any]) -> Any:
-    """What `compute` returns; a ValueError of the library, which knows no keys, becomes one of `key`."""
+    """What `compute` returns; a ValueError of the library, which knows no keys, becomes a `UserError` naming `key`."""
     try:
         return compute()
     except ValueError as error:
@@ -143,9 +143,9 @@ def _show_model(memory: MemoryModel) -> None:
     line = f"{readable(memory.fixed)} + {readable(memory.per_sample)} a sample"
     print(f"a training step takes {line}  ({memory.fixed:.0f} + {memory.per_sample:.0f} * batch bytes)")
     if memory.peak(1) > memory.fixed + memory.per_sample + 1:
-        print(f"  but {readable(memory.peak(1))} at batch 1: with few samples another moment of it is the fullest")
+        print(f"  but {readable(memory.peak(1))} at batch 1: with few samples the step peaks at another moment")
     if not memory.exact:
-        print("  an approximation: this network does not do the same for every batch")
+        print("  an approximation: what this network does depends on the batch")
 
 
 def _show_verified(
@@ -171,4 +171,4 @@ def _show_speed(
     best = knee(rates)
     print(f"the smallest batch within 5 % of the fastest: {best}")
     if largest not in rates:
-        print(f"  larger ones than {max(rates)} were not measured within throughput_seconds={seconds:g}")
+        print(f"  batches above {max(rates)} were not measured within throughput_seconds={seconds:g}")

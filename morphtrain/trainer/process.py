@@ -1,4 +1,4 @@
-"""Settings of the process that training is faster with."""
+"""Process settings that make training faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONE_GIB = 2**30
 
 
 def prepare_process() -> None:
-    """Call it before the first large tensor is made: torch's threads inherit the first setting."""
+    """Apply them. Call it before the first large tensor is made: torch's threads inherit the denormal setting."""
     # Weights that decay towards zero become denormal numbers, on which CPUs are several times slower.
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
@@ -21,9 +21,9 @@ def prepare_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: by default every activation is a fresh mapping whose pages fault in anew.
+    """Let glibc keep what a step frees: by default every activation is a new mapping, and each of its pages faults.
 
-    `benchmarks/allocator.py` measures what that is worth. Without glibc (musl) nothing happens.
+    `benchmarks/allocator.py` measures what this gains. Without glibc (musl) nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""`records.jsonl` in the run directory: one line an epoch, the same names as in MLflow, whatever the tracker is."""
+"""`records.jsonl` in the run directory: one line per epoch, the same names as in MLflow, whatever the tracker is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from morphtrain.files import write_atomically
 
 
 def begin(run_dir: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Make the file hold the epochs of `history` alone: one that was killed before its checkpoint is trained again."""
+    """Make the file hold only the epochs of `history`: one that was killed before its checkpoint is trained again."""
     path = run_dir / FILE
     if history or path.exists():
         write_atomically(path, "".join(map(_line, history)).encode())

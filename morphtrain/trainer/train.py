@@ -40,12 +40,12 @@ def train(
 
     Args:
         config: a checked config (`morphtrain.schema.parse`).
-        run_dir: an existing directory; a checkpoint in it is continued with `resume=auto` and in the way otherwise.
+        run_dir: an existing directory; `resume=auto` continues a checkpoint in it, `resume=never` refuses one.
         tags: for the tracker; the names of the chosen options, and `name` for what to call the run.
-        on_epoch: hears the record of every epoch; the run ends after it if it says True.
+        on_epoch: called with the record of every epoch; if it returns True, the run ends.
 
     Raises:
-        UserError: for what the user can put right.
+        UserError: for a mistake that the user can fix.
         OSError: if `run_dir` cannot be written.
     """
     prepare_process()
@@ -94,7 +94,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     if config.resume == "never":
         if (run_dir / checkpoint.LAST).exists():
             raise UserError(
-                f"hydra.run.dir={run_dir}: holds a checkpoint; go on from it with resume=auto, or choose another one"
+                f"hydra.run.dir={run_dir}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
         return _start(config, device), None
     auto = config.resume == "auto"
@@ -135,7 +135,7 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
 
 
 def _check_objective(run: Run) -> None:
-    """Of custom parts nobody knows what they record before they have."""
+    """Raise a `UserError` for an objective not recorded: what custom parts record is known only after an epoch."""
     for metric in run.config.objective:
         schema.check(metric in run.history[-1], "objective", metric, "one of " + ", ".join(run.history[-1]))
 
