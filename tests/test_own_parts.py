@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import SMALL, Command
 from test_errors import check_failure
 from test_resume import assert_same, contents
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import morphtrain
 from morphtrain import schema
@@ -185,6 +187,34 @@ def test_batch_and_optimizer_can_be_replaced() -> None:
     assert run.optimizer.param_groups[0]["lr"] == 0.5
     moved = {name for name, tensor in run.model.named_parameters() if not torch.equal(before[name], tensor)}
     assert moved == {"classifier.weight", "classifier.bias"}
+
+
+class WeightNormed(Method):
+    """Splits the classifier's weights into length and direction (Salimans and Kingma 2016)."""
+
+    def after_build(self, run: Run) -> None:
+        weight_norm(run.model.classifier)  # type: ignore[arg-type]
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
+
+
+def test_a_wrapped_network_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    methods = "methods=[{_target_: test_own_parts.WeightNormed}]"
+    config = morphtrain.compose(*DENSE, "tracking=none", "device=cpu", methods, "epochs=4")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for place in (once, twice):
+        place.mkdir()
+    train(config, once, {})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, twice, {}, on_epoch=interrupt_after_two)
+    train(dataclasses.replace(config, resume="auto"), twice, {})
+    assert_same(contents(twice / "last.pt"), contents(once / "last.pt"))
+    assert "classifier.parametrizations.weight.original0" in contents(once / "last.pt")["model"]
+
+
+def interrupt_after_two(record: Mapping[str, float]) -> bool:
+    if record["epoch"] == 2:
+        raise KeyboardInterrupt
+    return False
 
 
 class Memory(Tracker):

@@ -121,7 +121,8 @@ class Checkpoint:
         `device` is as in `build_run`.
         """
         self._check_config(config)
-        run = build_run(config, morph=self._rebuild, device=device)
+        run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
+        self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
         for name, state in self.content["methods"].items():
@@ -196,14 +197,21 @@ class Checkpoint:
 
         return build
 
-    def _rebuild(self, model: nn.Module) -> nn.Module:
+    def _rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
         """Restore structure and values; later traces read the indices of gates from these."""
         try:
             model = morph.rebuild(model, self.facts["architecture"])
-            model.load_state_dict(self.content["model"])
-        except (AttributeError, RuntimeError) as error:  # a path the network does not have; other names or shapes
+        except (AttributeError, RuntimeError) as error:  # a path that the network does not have
             raise self._unlike(error) from error
+        self._load_values(model, strict)
         return model
+
+    def _load_values(self, model: nn.Module, strict: bool) -> None:
+        """Load parameters and buffers; if not `strict`, those with names that the model has."""
+        try:
+            model.load_state_dict(self.content["model"], strict)
+        except RuntimeError as error:  # other names or shapes
+            raise self._unlike(error) from error
 
     def _unlike(self, error: Exception) -> UserError:
         name = self.facts["config"]["model"].get("_target_", "the model")

@@ -29,8 +29,20 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "layers": {path: layer for path, module in modules.items() if (layer := _own_layer(module))},
         "widths": {path: widths for path, module in modules.items() if (widths := widths_of(module))},
-        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "shapes": _shapes(model),
     }
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of every tensor by name; of one that is computed (`torch.nn.utils.parametrize`) its own shape."""
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        before, found, after = name.partition("parametrizations.")
+        plain = before + after.partition(".")[0] if found else name
+        owner, _, tensor_name = plain.rpartition(".")
+        shape = getattr(model.get_submodule(owner), tensor_name).shape if found else tensor.shape
+        shapes[plain] = list(shape)
+    return shapes
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
