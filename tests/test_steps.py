@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import morphtrain
 from morphtrain.errors import UserError
+from morphtrain.method import Method
 from morphtrain.precision import Precision
 from morphtrain.state import Run, passes
 from morphtrain.trainer.build import build_run
@@ -44,7 +45,8 @@ def started(*overrides: str) -> Run:
 
 def step_of(model: nn.Module, micro_batch: int | None, precision: Precision) -> SimpleNamespace:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return SimpleNamespace(model=model, optimizer=optimizer, precision=precision, micro_batch=micro_batch, device=CPU)
+    parts = {"model": model, "optimizer": optimizer, "criterion": F.cross_entropy, "precision": precision}
+    return SimpleNamespace(**parts, micro_batch=micro_batch, device=CPU)
 
 
 def network() -> nn.Module:
@@ -142,11 +144,17 @@ def test_clipping_leaves_overflows_to_the_loss_scale() -> None:
     assert run.progress == 0
 
 
+class Adding(Method):
+    def after_backward(self, run: Run) -> None:
+        for p in run.model.parameters():
+            assert p.grad is not None
+            p.grad.add_(1.0)
+
+
 def test_what_a_method_adds_is_not_clipped() -> None:
     """The lasso's share of the loss is set by its ratio, whichever of its two updates takes it."""
     run = started("batch_policy.batch_size=50", "clip_norm=1e-9", *PLAIN_STEPS)
-    adding = SimpleNamespace(after_backward=lambda run: [p.grad.add_(1.0) for p in run.model.parameters()])
-    run.methods["prune"] = adding
+    run.methods["prune"] = Adding()
     before = [p.detach().clone() for p in run.model.parameters()]
     train_epoch(run)
     lr = run.optimizer.param_groups[0]["lr"]

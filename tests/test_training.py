@@ -35,7 +35,7 @@ def test_cosine_agrees_with_torchs() -> None:
 def test_linear_ends_at_zero_and_milestones_fall() -> None:
     line = linear.build(schema.schedule.Schedule("linear", 0), epochs=8)
     assert [line(e) for e in (0, 2, 8, 9)] == [1, 0.75, 0, 0]
-    steps = milestones.build(schema.schedule.Milestones("milestones", [0.5, 0.75], 0.1, 0), epochs=100)
+    steps = milestones.build(schema.schedule.Milestones("milestones", 0, [0.5, 0.75], 0.1), epochs=100)
     assert [steps(e) for e in (0, 49.99, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
 
 

@@ -26,7 +26,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_runs_from_an_installed_wheel(installed: Path, command: Command, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(installed)}
     where = subprocess.run(
-        [sys.executable, "-c", "import morphtrain.run as r; print(r.CONF)"],
+        [sys.executable, "-c", "from morphtrain import schema; print(schema.CONF)"],
         env=env,
         cwd=tmp_path,
         capture_output=True,
