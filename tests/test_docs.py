@@ -8,10 +8,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import morphtrain
+from morphtrain import schema
 
 ROOT = Path(__file__).parents[1]
+OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((schema.CONF / group).glob("*.yaml"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IMPORT = re.compile(r"^ *from (morphtrain[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 OTHERS = (" -m ", " --", "custom", "my_", "<", "hydra.")  # sweeps, printing, options of the reader's own
@@ -39,3 +42,11 @@ def test_the_names_that_are_imported_are_there(page: Path) -> None:
     for module, names in IMPORT.findall(page.read_text()):
         for name in names.split(","):
             assert hasattr(importlib.import_module(module), name.strip()), (module, name)
+
+
+@pytest.mark.parametrize("path", OPTION_FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_key_is_documented(path: Path) -> None:
+    cards = [page.read_text() for folder in ("methods", "guides") for page in (ROOT / "docs" / folder).glob("*.md")]
+    text = "\n".join([*cards, (ROOT / "docs" / "configuration.md").read_text()])
+    keys = set(yaml.safe_load(path.read_text())) - {"name", "source", "defaults", "_target_"}
+    assert [key for key in keys if f"`{path.parent.name}.{key}`" not in text and f"`{key}`" not in text] == []
