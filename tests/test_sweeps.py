@@ -253,7 +253,7 @@ def test_a_study_of_something_else_is_not_continued(command: Command, tmp_path: 
     assert command(*SWEEP, *space, "epochs=1").returncode == 0
     result = command(*SWEEP, *space, "epochs=2")
     assert result.returncode == 1
-    assert "hydra.sweeper.study_name=sweep: has trials with overrides=" in result.stderr
+    assert "hydra.sweeper.study_name=sweep: its trials have overrides=" in result.stderr
     assert "epochs=1" in result.stderr
     assert len(trials_in(tmp_path)) == 2
 
