@@ -37,14 +37,17 @@ def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.
     return load_model(Path(path), model)
 
 
-def compose(*overrides: str) -> Config:
+def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
     """The checked config that `python -m morphtrain.run` would run with these overrides.
 
         config = morphtrain.compose("prune=prunetrain", "optimizer.lr=0.05")
+
+    Args:
+        config_dir: directory with option files of your own, as `--config-dir`.
 
     Raises:
         UserError: for a wrong value, naming the key; Hydra raises its own errors for unknown options and keys.
     """
     from morphtrain import schema
 
-    return schema.compose(*overrides)
+    return schema.compose(*overrides, config_dir=config_dir)

@@ -8,7 +8,7 @@ An option is built from its config and from the keywords that its group is given
     norm           model                       nothing: it changes the model's norms in place
     precision      device                      Precision
     optimizer      model                       a torch.optim.Optimizer
-    loss                                       Loss
+    loss           num_classes                 Loss
     schedule       epochs                      Schedule
     prune, grow,                               a Method (`morphtrain.method`), or None
       batch_policy

@@ -86,10 +86,16 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
         return make(**offered | copy.deepcopy(config.arguments))
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        raise UserError(f"{key}._target_={config._target_}: called with ({called}): {first_line(error)}") from error
+        name = f"{key}._target_={config._target_}"
+        raise UserError(f"{name}: called with ({called}), to return the {_what(key)}: {first_line(error)}") from error
+
+
+def _what(key: str) -> str:
+    """What the call returns: those who name a loss function itself read that it was called to make one."""
+    return "method" if key.startswith("methods") else key.replace("_", " ")
 
 
 def _takes(make: Callable[..., Any], keyword: str, anything: bool) -> bool:

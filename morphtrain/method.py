@@ -61,7 +61,7 @@ class Method:
         for name in vars(cls):
             if name.startswith(("before_", "after_")) and name not in HOOKS:
                 close = difflib.get_close_matches(name, HOOKS, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(HOOKS)}"
+                hint = (f"did you mean {close[0]}? " if close else "") + f"there are {', '.join(HOOKS)}"
                 raise UserError(f"{cls.__module__}.{cls.__qualname__}.{name}: the loop calls no such hook; {hint}")
 
     def after_build(self, run: Run) -> None:
@@ -77,9 +77,9 @@ class Method:
     def before_epoch(self, run: Run) -> None:
         """Prepare for epoch `run.epoch`, which is about to start."""
 
-    def before_forward(self, run: Run, batch: Batch) -> Batch:
-        """Return the batch to train on: images (B, C, H, W) and labels (B,)."""
-        return batch
+    def before_forward(self, run: Run, batch: Batch) -> Batch | None:
+        """Return another batch to train on, images (B, C, H, W) and labels (B,); None for the batch as it is."""
+        return None
 
     def after_backward(self, run: Run) -> None:
         """Look at `run.loss`, or change the gradients of the parameters."""

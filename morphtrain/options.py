@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import custom
+from morphtrain import custom, part_checks
 from morphtrain.contracts import Data, Precision, Tracker
 from morphtrain.errors import UserError
 from morphtrain.method import Method
@@ -45,13 +45,24 @@ def build(group: str, config: Option | Custom, **given: Any) -> Any:
 def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
     """Build a user's own part; `key` is the config key of its node, for messages."""
     make = custom.find(key, config._target_)
+    name = f"{key}._target_={config._target_}"
     if group == "norm":  # applied, not made
-        custom.construct(key, make, config, given)
+        returned = custom.construct(key, make, config, given)
+        if returned is not None and returned is not given["model"]:
+            raise UserError(f"{name}: returns a {type(returned).__name__}; it has to change the model in place")
         return None
     if group == "optimizer":
         given["params"] = [parameter for parameter in given["model"].parameters() if parameter.requires_grad]
     part = custom.construct(key, make, config, given)
     check_kind(group, key, config, part)
+    if group == "data":
+        part_checks.check_data(name, part)
+    elif group == "loss":
+        part_checks.check_loss(name, part, given["num_classes"])
+    elif group == "schedule":
+        part_checks.check_schedule(name, part, given["epochs"])
+    elif group == "optimizer":
+        part_checks.check_optimizer(name, part)
     return part
 
 

@@ -411,3 +411,16 @@ def test_an_inserted_branch_can_be_pruned_and_removed() -> None:
     rebuilt = rebuild(build(1), json.loads(json.dumps(describe(model))))
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(evaluated(rebuilt, INPUT), evaluated(model, INPUT))
+
+
+@pytest.mark.parametrize("shape", ["plain A", "plain B", "bottleneck B"])
+def test_where_a_block_is_gone_nothing_is_inserted(shape: str) -> None:
+    graph = trace(build(blocks=2, **SHAPES[shape]))
+    before = list(graph.layer_places)
+    block = graph.blocks[0]
+    graph.remove_block(block)
+    assert len(graph.layer_places) < len(before)
+    assert set(graph.layer_places) == set(trace(graph.model).layer_places)
+    assert [end.path for end in graph.stage_ends] == [end.path for end in trace(graph.model).stage_ends]
+    for path in [*graph.layer_places]:
+        graph.insert_layer(path, [INPUT])

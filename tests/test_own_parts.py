@@ -20,9 +20,11 @@ from torch.nn.utils.parametrizations import weight_norm
 import morphtrain
 from morphtrain import schema
 from morphtrain.contracts import Tracker
+from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
 from morphtrain.method import HOOKS, ORDER, Closure, Method
+from morphtrain.precision import Precision
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train, train_epoch
 
@@ -295,7 +297,7 @@ REFUSED = {
     "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
-    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "loss._target_=.*called with .a=1.:"),
+    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "loss._target_=.*called with .a=1., to return the loss:"),
     "nowhere": (["grow=custom", "grow._target_=test_own_parts.Growth"], "grow._target_=.*has no Growth; did you mean"),
     "no list": (["methods=5"], "methods=5: must be a list"),
     "no target": (["methods=[{key: 1}]"], r"methods\[0\]=.*: must have a _target_"),
@@ -356,3 +358,119 @@ def test_a_mistake_in_a_file_of_ones_own_is_one_line(command: Command, tmp_path:
 
 def test_every_group_but_timing_has_a_custom_option() -> None:
     assert all(("custom" in options) == (group != "timing") for group, options in schema.OPTIONS.items())
+
+
+# -- what parts of one's own do wrong --------------------------------------------------------------------------------
+
+
+def own_data(labels: int = 4, pixels: str = "float32", kind: str = "int64", val: int = 8) -> ImageData:
+    images = torch.zeros(16, 1, 8, 8, dtype=getattr(torch, pixels))
+    numbers = torch.full((16,), labels - 1, dtype=getattr(torch, kind))
+    return ImageData(Images(images, numbers), Images(images[:val], numbers[:val]), num_classes=4)
+
+
+def summed(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return float(logits.sum())
+
+
+def own_loss(kind: str) -> Any:
+    return {"each": nn.CrossEntropyLoss(reduction="none"), "number": summed, "wide": nn.MSELoss()}[kind]
+
+
+def own_schedule(value: Any) -> Callable[[float], Any]:
+    return lambda done: value
+
+
+def new_model(model: nn.Module) -> nn.Module:
+    return nn.Sequential(model)
+
+
+class Quiet(Method):
+    """A policy that says nothing."""
+
+    def __init__(self, batch_size: int) -> None:
+        pass
+
+
+class Metrics(Method):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def measure(self, run: Run) -> Any:
+        return {
+            "tensor": {"own": torch.tensor(2.5)},
+            "numpy": {"own": np.float32(2.5)},
+            "text": {"own": "2.5"},
+            "taken": {"val_accuracy": 2.5},
+        }[self.kind]
+
+
+class Silent(Method):
+    """Cuts a space and says nothing."""
+
+    follows_channels = True
+
+    def after_epoch(self, run: Run) -> None:
+        run.graph.reindex(run.graph.spaces[0], range(4), run.optimizer)
+
+
+class NoAnswer(Precision):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
+        optimizer.step()
+
+
+def part(group: str, name: str, *keys: str) -> list[str]:
+    target = name if "." in name else f"test_own_parts.{name}"
+    return [f"{group}=custom", f"{group}._target_={target}", *(f"+{group}.{key}" for key in keys)]
+
+
+WRONG = {
+    "labels": (part("data", "own_data", "labels=6"), "train_batches gives labels 5 to 5; num_classes=4 needs less"),
+    "bytes": (part("data", "own_data", "pixels=uint8"), r"gives images \(2, 1, 8, 8\) of uint8; float32 of"),
+    "float labels": (part("data", "own_data", "kind=float32"), r"gives labels \(2,\) of float32; int64"),
+    "no held out": (part("data", "own_data", "val=0"), "has 16 images for training and 0 held out; 1 or more"),
+    "loss of each": (part("loss", "own_loss", "kind=each"), r"returns shape \(2,\); the mean loss of the batch"),
+    "loss number": (part("loss", "own_loss", "kind=number"), "returns float; the mean loss of the batch"),
+    "loss itself": (part("loss", "torch.nn.functional.cross_entropy"), "to return the loss: .*missing"),
+    "schedule": (part("schedule", "own_schedule", "value=null"), "gives None after 0 epochs; a factor of 0 or more"),
+    "negative": (part("schedule", "own_schedule", "value=-1"), "gives -1 after 0 epochs; a factor of 0 or more"),
+    "closure": (part("optimizer", "torch.optim.LBFGS"), "its step needs a closure"),
+    "new model": (part("norm", "new_model"), "returns a Sequential; it has to change the model in place"),
+    "policy": (
+        ["batch_policy=custom", "batch_policy._target_=test_own_parts.Quiet"],
+        "batch_policy=test_own_parts.Quiet: no batch size is set",
+    ),
+    "text": (["methods=[{_target_: test_own_parts.Metrics, kind: text}]"], "methods.0: its metric own is a str"),
+    "taken": (["methods=[{_target_: test_own_parts.Metrics, kind: taken}]"], "val_accuracy, which is recorded already"),
+    "silent": (["methods=[{_target_: test_own_parts.Silent}]"], "changed the network without saying so"),
+    "step": (part("precision", "NoAnswer"), "precision=test_own_parts.NoAnswer: its step returns nothing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_part_that_does_what_its_contract_does_not_allow_is_named(case: str, tmp_path: Path) -> None:
+    overrides, message = WRONG[case]
+    small = [o for o in DENSE if not (case in ("labels", "bytes", "float labels", "no held out") and "data" in o)]
+    config = morphtrain.compose(*small, "epochs=2", "tracking=none", "device=cpu", *overrides)
+    with pytest.raises(UserError, match=message) as refused:
+        train(config, tmp_path, {})
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy"])
+def test_a_metric_may_be_any_number(kind: str, tmp_path: Path) -> None:
+    methods = f"methods=[{{_target_: test_own_parts.Metrics, kind: {kind}}}]"
+    config = morphtrain.compose(*DENSE, "epochs=1", "tracking=none", methods, "objective=[own]")
+    assert train(config, tmp_path, {}) == [2.5]
+    assert read_records(tmp_path)[0]["own"] == 2.5
+
+
+def test_option_files_are_composed_by_hand_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    config = morphtrain.compose("data=shapes", "prune=weakest", config_dir=EXAMPLES / "options")
+    assert config.prune == schema.Custom("weakest.Weakest", {"share": 0.25, "interval": 2, "times": 2})
+    assert build_run(config).data.num_classes == 3

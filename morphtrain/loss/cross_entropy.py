@@ -6,5 +6,5 @@ from morphtrain import schema
 from morphtrain.contracts import Loss
 
 
-def build(config: schema.loss.Loss) -> Loss:
+def build(config: schema.loss.Loss, num_classes: int) -> Loss:
     return F.cross_entropy

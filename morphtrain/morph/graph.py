@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import ZeroBranch
+from morphtrain.morph.paths import is_within
 from morphtrain.morph.spaces import Axis, ChannelGather, Space
 from morphtrain.morph.surgery.gates import Gate, check_gates, insert_gate
 from morphtrain.morph.surgery.indexing import Index, check_emptied, checked_index, emptied_axes, reindex_tensors
@@ -171,6 +172,7 @@ class ChannelGraph:
             check_emptied(block.outputs, without=gone)
         stand_in = replace_branch(self.model, branch, optimizer)
         self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
+        self._forget_places(branch.parts)
         if isinstance(stand_in, ZeroBranch):
             self.axes.append(inherited_axis(gone, branch, stand_in))
             gone = [axis for axis in gone if axis.module is not stand_in.norm]
@@ -179,6 +181,16 @@ class ChannelGraph:
         if block.kind == "cat":
             self.reindex_spaces({space: [] for space in block.outputs}, optimizer)
         self.spaces = [space for space in self.spaces if space.slots]
+
+    def _forget_places(self, parts: Sequence[str]) -> None:
+        """Nothing can be put where a module has gone."""
+
+        def stays(path: str) -> bool:
+            return not any(is_within(path, part) for part in parts)
+
+        self.layer_places = [path for path in self.layer_places if stays(path)]
+        self.block_places = {path: point for path, point in self.block_places.items() if stays(path)}
+        self.stage_ends = [point for point in self.stage_ends if stays(point.path)]
 
     def gate(self, gates: Mapping[str, Gate], optimizer: Optimizer | None = None) -> None:
         """Make convolutions read and write only some of their neighbours' channels (channel gating, Lym et al. 2019).

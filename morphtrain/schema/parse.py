@@ -22,13 +22,20 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
-def compose(*overrides: str) -> Config:
+def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
     """See `morphtrain.compose`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(CONF)):
-        return parse(hydra_compose("config", overrides=list(overrides)))
+    own = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    around = GlobalHydra.instance().hydra  # of an application of Hydra's that calls this
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF)):
+            return parse(hydra_compose("config", overrides=[*own, *overrides]))
+    finally:
+        GlobalHydra.instance().hydra = around
 
 
 def parse(composed: DictConfig) -> Config:
@@ -72,6 +79,8 @@ def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
 
 def _option(group: str, node: Any) -> Option | Custom:
     name = option_of(node) if isinstance(node, DictConfig) else node
+    if name is None:
+        raise UserError(f"{group}: has neither a name nor a _target_; an option file of your own needs a _target_")
     check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
     option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)

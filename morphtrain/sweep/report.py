@@ -28,7 +28,7 @@ FEW = 5  # best trials in the table
 RESULTS = "optimization_results.yaml"  # the name that Hydra's own sweeper uses
 
 
-def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> list[Path]:
+def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, config_dir: str | None = None) -> list[Path]:
     """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
 
     Raises:
@@ -41,7 +41,7 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path) -> lis
     console.print(_table(study, best, objective))
     searched = _searched(study)
     importance = _importance(searched)
-    for line in _lines(study, best, objective, importance):
+    for line in _lines(study, best, objective, importance, config_dir):
         console.print(line, soft_wrap=True)
     pictures = _pictures(study, searched, objective, sweep_dir, bool(importance))
     paths = [*pictures, _results(best, objective, sweep_dir)]
@@ -123,7 +123,11 @@ def _number(value: Any) -> str:
 
 
 def _lines(
-    study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str], importance: dict[str, float]
+    study: optuna.Study,
+    best: Sequence[FrozenTrial],
+    objective: Sequence[str],
+    importance: dict[str, float],
+    config_dir: str | None,
 ) -> list[str]:
     lines = []
     baseline = _baseline(study)
@@ -144,7 +148,7 @@ def _lines(
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
-        lines.append(f"to run the best trial again:  python -m morphtrain.run {rerun(best[0])}")
+        lines.append(f"to run the best trial again:  python -m morphtrain.run {rerun(best[0], config_dir)}")
     return lines
 
 
@@ -153,9 +157,10 @@ def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
     return float(of(durations)) if durations else 0.0
 
 
-def rerun(trial: FrozenTrial) -> str:
-    """Arguments for `python -m morphtrain.run` that repeat a trial."""
-    return shlex.join(trial.user_attrs[OVERRIDES_ATTR])
+def rerun(trial: FrozenTrial, config_dir: str | None = None) -> str:
+    """Arguments for `python -m morphtrain.run` that repeat a trial; `config_dir` as the sweep was given it."""
+    own = [] if config_dir is None else ["--config-dir", config_dir]
+    return shlex.join([*own, *trial.user_attrs[OVERRIDES_ATTR]])
 
 
 def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:

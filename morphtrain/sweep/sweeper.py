@@ -106,7 +106,9 @@ class StudySweeper:
         try:
             with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
                 self._work(study, worker, space, parent)
-            artifacts = report.close(study.study, first.objective, self.sweep_dir)
+            sources = self.config.hydra.runtime.config_sources
+            own = next((source.path for source in sources if source.provider == "command-line"), None)
+            artifacts = report.close(study.study, first.objective, self.sweep_dir, own)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

@@ -53,7 +53,7 @@ def build_run(
         model=model,
         graph=follow_channels(config, model, data.input_shape, methods),
         optimizer=options.build("optimizer", config.optimizer, model=model),
-        criterion=options.build("loss", config.loss),
+        criterion=options.build("loss", config.loss, num_classes=data.num_classes),
         schedule=options.build("schedule", config.schedule, epochs=config.epochs),
         precision=options.build("precision", config.precision, device=device),
         clock=Clock(device, config.timing.sync),
@@ -63,7 +63,7 @@ def build_run(
         run.criterion.to(device)
     for hook in run.hooks("after_build"):
         hook(run)
-    run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
+    run.base_lrs = [float(group["lr"]) for group in run.optimizer.param_groups]
     run.count()
     run.note("")
     run.initial = {

@@ -227,7 +227,7 @@ class Checkpoint:
             if not free and then.get(key) != now.get(key):
                 raise UserError(
                     f"{key}={now.get(key)}: {self.path} was written with {key}={then.get(key)}; "
-                    "resume with the same value, or start again with resume=never"
+                    "resume with the same value, or start again in another hydra.run.dir with resume=never"
                 )
 
 

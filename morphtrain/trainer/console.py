@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from morphtrain.schema import Custom
 from morphtrain.state import Run
 
 WINDOW = 5  # epochs a median is taken over
@@ -94,12 +95,18 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
     other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
     print(f"run directory: {_short(run_dir)}")
+    print(f"use it:        {_how_to_load(run, checkpoint)}")
+    print(f"next:          the same command with prune={other}; then `make ui` to compare")
+
+
+def _how_to_load(run: Run, checkpoint: Path) -> str:
+    """What to type, or to write where a function has to be passed."""
+    if isinstance(run.config.norm, Custom):
+        made = f"make(**keywords) builds the model and applies {run.config.norm.name}"
+        return f"morphtrain.load('{_short(checkpoint)}', make)  # {made}"
     own = getattr(run.config.model, "_target_", "")
     more, given = (f", {own.rpartition('.')[0]}", f", {own}") if own else ("", "")
-    print(
-        f"use it:        python -c \"import morphtrain{more}; print(morphtrain.load('{_short(checkpoint)}'{given}))\""
-    )
-    print(f"next:          the same command with prune={other}; then `make ui` to compare")
+    return f"python -c \"import morphtrain{more}; print(morphtrain.load('{_short(checkpoint)}'{given}))\""
 
 
 def _short(path: Path) -> Path:

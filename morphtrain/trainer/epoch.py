@@ -11,15 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 
-from morphtrain.cost.params import count_weights
+from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
 from morphtrain.trainer.devices import peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
+
+DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
 
 Record = dict[str, float]  # the metrics of an epoch, by name
 Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # record, those before it
@@ -32,7 +36,14 @@ def start(run: Run) -> None:
 
 
 def begin_epoch(run: Run) -> None:
-    """Begin the next epoch: its number, its random numbers, the methods' hooks."""
+    """Begin the next epoch: its number, its random numbers, the methods' hooks.
+
+    Raises:
+        UserError: for a run that has not been started, or whose batch policy has not set a batch size.
+    """
+    if run.batch_size < 1:
+        name = run.config.batch_policy.name
+        raise UserError(f"batch_policy={name}: no batch size is set; before_training does it, called by start(run)")
     run.epoch += 1
     run.change = ""
     torch.manual_seed(derived_seed(run.config.seed, run.epoch))
@@ -57,19 +68,35 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     if not agree(math.isfinite(run.train_loss)):
         lr = run.base_lrs[0]
         raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller value may work")
-    metrics: Record = {"batch_size": run.batch_size}  # of this epoch: a policy may change it for the next
+    batch_size = run.batch_size  # of this epoch: a policy may change it for the next
     with run.clock.timed("morph_seconds"):
-        for hook in run.hooks("after_epoch"):
-            metrics |= hook(run) or {}
+        added = _of_methods(run, "after_epoch")
     if run.change:
         _settle_change(run)
+    elif count_params(run.model) != run.params:
+        raise UserError("a method has changed the network without saying so; run.shape_changed(...) does")
     with run.clock.timed("eval_seconds"):
-        metrics["val_loss"], metrics["val_accuracy"] = evaluate(run)
-    record = _record(run) | metrics
-    for hook in run.hooks("measure"):
-        record |= hook(run) or {}
+        val_loss, val_accuracy = evaluate(run)
+    record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    for metrics in (added, _of_methods(run, "measure")):
+        if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
+            raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
+        record |= metrics
     run.history.append(judged(record, run.history) if judged is not None else record)
     return run.history[-1]
+
+
+def _of_methods(run: Run, hook: str) -> Record:
+    """The metrics that a hook of all methods returns."""
+    found: Record = {}
+    for name, method in run.methods.items():
+        metrics: Mapping[str, Any] = (getattr(method, hook)(run) or {}) if method.implements(hook) else {}
+        for metric, value in metrics.items():
+            number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            if not isinstance(number, Real):
+                raise UserError(f"{name}: its metric {metric} is a {type(value).__name__}; a number works")
+            found[metric] = int(number) if isinstance(number, int) else float(number)
+    return found
 
 
 def _settle_change(run: Run) -> None:

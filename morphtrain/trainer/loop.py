@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain.contracts import Batch
+from morphtrain.errors import UserError
 from morphtrain.state import Run, passes
 
 
@@ -24,6 +25,7 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
 def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     samples = len(run.data.train)
+    seen = 0  # images; as many, unless `before_forward` takes or adds some
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     run.model.train()
@@ -32,19 +34,20 @@ def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
         passed = len(labels) / samples
         set_learning_rates(run, run.progress + passed / 2)
         for hook in before_forward:
-            images, labels = hook(run, (images, labels))
+            images, labels = hook(run, (images, labels)) or (images, labels)
         loss, right = gradients(run, images, labels)
         if take_step(run, images, labels):
             run.progress += passed
             for hook in after_step:
                 hook(run)
         run.optimizer.zero_grad()
+        seen += len(labels)
         total += loss * len(labels)
         correct += right
         run.clock.step_done()
         if tick is not None:
             tick(len(labels))
-    run.train_loss, run.train_accuracy = total.item() / samples, correct.item() / samples
+    run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
 
 
 def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +92,11 @@ def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
         taken: bool | None = hook(run, closure)
         if taken is not None:
             return taken
-    return run.precision.step(run.optimizer)
+    taken = run.precision.step(run.optimizer)
+    if taken is None:
+        name = run.config.precision.name
+        raise UserError(f"precision={name}: its step returns nothing; True if a step was taken, else False, is needed")
+    return taken
 
 
 def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:

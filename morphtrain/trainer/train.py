@@ -98,6 +98,8 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
             )
         return _start(config, device), None
     auto = config.resume == "auto"
+    if not auto and not Path(config.resume).is_file():
+        raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
     stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
     if stored is None:
         log.info("no checkpoint in %s: starting from epoch 1", run_dir)
