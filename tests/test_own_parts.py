@@ -23,6 +23,7 @@ from morphtrain.contracts import Tracker
 from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
+from morphtrain.model import ResNet
 from morphtrain.method import HOOKS, ORDER, Closure, Method
 from morphtrain.precision import Precision
 from morphtrain.state import Run
@@ -58,6 +59,7 @@ def test_the_examples_train_morph_and_resume_to_the_same_bits(own: Callable[...,
 
 
 STOPPER = """
+from morphtrain.model import ResNet
 from morphtrain.method import Method
 
 class Stop(Method):
@@ -272,12 +274,12 @@ def test_any_group_takes_a_part_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"its norm is test_own_parts\.no_norms; a file does not decide what is called"):
         morphtrain.load(tmp_path / "last.pt")
 
-    def made(num_classes: int, in_channels: int, **keys: Any) -> nn.Module:
-        network = build_run(config).model
-        assert keys["width"] == 8
-        return network
+    def make(**keywords: Any) -> nn.Module:
+        model = ResNet(**keywords)
+        no_norms(model)
+        return model
 
-    assert isinstance(morphtrain.load(tmp_path / "last.pt", made), nn.Module)
+    assert isinstance(morphtrain.load(tmp_path / "last.pt", make), ResNet)
 
 
 class Unfit:
@@ -350,7 +352,8 @@ def test_a_metric_that_nothing_records_is_named_after_the_first_epoch(tmp_path: 
 
 def test_a_mistake_in_a_file_of_ones_own_is_one_line(command: Command, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from morphtrain.method import Method\n\nclass Mine(Method):\n    def after_setp(self, run):\n        pass\n"
+        "from morphtrain.model import ResNet
+from morphtrain.method import Method\n\nclass Mine(Method):\n    def after_setp(self, run):\n        pass\n"
     )
     result = command(*DENSE, "tracking=none", "methods=[{_target_: mine.Mine}]")
     check_failure(result, ["mine.Mine.after_setp", "did you mean after_step?"])
