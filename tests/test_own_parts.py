@@ -23,8 +23,8 @@ from morphtrain.contracts import Tracker
 from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
-from morphtrain.model import ResNet
 from morphtrain.method import HOOKS, ORDER, Closure, Method
+from morphtrain.model import ResNet
 from morphtrain.precision import Precision
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train, train_epoch
@@ -299,7 +299,7 @@ REFUSED = {
     "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
-    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "loss._target_=.*called with .a=1., to return the loss:"),
+    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "called with .a=1., to return the loss:"),
     "nowhere": (["grow=custom", "grow._target_=test_own_parts.Growth"], "grow._target_=.*has no Growth; did you mean"),
     "no list": (["methods=5"], "methods=5: must be a list"),
     "no target": (["methods=[{key: 1}]"], r"methods\[0\]=.*: must have a _target_"),
@@ -352,8 +352,7 @@ def test_a_metric_that_nothing_records_is_named_after_the_first_epoch(tmp_path: 
 
 def test_a_mistake_in_a_file_of_ones_own_is_one_line(command: Command, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from morphtrain.model import ResNet
-from morphtrain.method import Method\n\nclass Mine(Method):\n    def after_setp(self, run):\n        pass\n"
+        "from morphtrain.method import Method\n\nclass Mine(Method):\n    def after_setp(self, run):\n        pass\n"
     )
     result = command(*DENSE, "tracking=none", "methods=[{_target_: mine.Mine}]")
     check_failure(result, ["mine.Mine.after_setp", "did you mean after_step?"])
