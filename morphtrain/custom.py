@@ -57,8 +57,10 @@ def _import(key: str, target: str, module_name: str) -> ModuleType:
             where = f"there is no module {error.name}, neither in the current directory ({Path.cwd()}) nor installed"
             raise UserError(f"{key}._target_={target}: {where}; PYTHONPATH adds more places") from error
         raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {_said(error)}") from error
 
 
 def _contents_hint(key: str, module: ModuleType, name: str) -> str:
@@ -86,11 +88,18 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
         return make(**offered | copy.deepcopy(config.arguments))
     except UserError:
         raise
-    except (TypeError, ValueError, OSError) as error:
+    except Exception as error:
         shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         name = f"{key}._target_={config._target_}"
-        raise UserError(f"{name}: called with ({called}), to return the {_what(key)}: {first_line(error)}") from error
+        raise UserError(f"{name}: called with ({called}), to return the {_what(key)}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says, and of what kind it is where that tells more."""
+    plain = isinstance(error, (TypeError, ValueError, ImportError))
+    said = first_line(error)
+    return said if plain or said == type(error).__name__ else f"{type(error).__name__}: {said}"
 
 
 def _what(key: str) -> str:

@@ -1,6 +1,6 @@
 """The contract of a method: what the training loop calls, when, and in which order.
 
-    after_build(run)                                # model, graph and optimizer are made; wrap them here
+    after_build(run)                                # model and optimizer are made; change them here
     load_state_dict(state)                          # only in a resumed run
     before_training(run)
     for every epoch:
@@ -65,7 +65,11 @@ class Method:
                 raise UserError(f"{cls.__module__}.{cls.__qualname__}.{name}: the loop calls no such hook; {hint}")
 
     def after_build(self, run: Run) -> None:
-        """Wrap `run.model` or `run.optimizer`; the state of a checkpoint is loaded later."""
+        """Change `run.model` in place (parametrize its layers, compile it), or replace `run.optimizer`.
+
+        The channels are followed after this, through the model as it is then: layers whose weights are computed are
+        refused if a method needs them. The state of a checkpoint is loaded after this, too.
+        """
 
     def before_training(self, run: Run) -> None:
         """Look at the run before its first epoch, or before the first one after it was resumed (run.epoch > 0).

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import custom, part_checks
+from morphtrain import custom
 from morphtrain.contracts import Data, Precision, Tracker
 from morphtrain.errors import UserError
 from morphtrain.method import Method
@@ -55,14 +55,6 @@ def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
         given["params"] = [parameter for parameter in given["model"].parameters() if parameter.requires_grad]
     part = custom.construct(key, make, config, given)
     check_kind(group, key, config, part)
-    if group == "data":
-        part_checks.check_data(name, part)
-    elif group == "loss":
-        part_checks.check_loss(name, part, given["num_classes"])
-    elif group == "schedule":
-        part_checks.check_schedule(name, part, given["epochs"])
-    elif group == "optimizer":
-        part_checks.check_optimizer(name, part)
     return part
 
 

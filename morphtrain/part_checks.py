@@ -5,6 +5,7 @@ Each function raises a `UserError` that begins with `name`, the config key and i
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.contracts import Batch, Data, Loss, Schedule
@@ -20,27 +22,29 @@ from morphtrain.errors import UserError, first_line
 
 def check_data(name: str, data: Data) -> None:
     """Look at a batch of the training set and at one of the held-out set."""
+    if not isinstance(data, Data):
+        raise UserError(f"{name}: its `to` returns a {type(data).__name__}; the data on the device are needed")
     if min(len(data.train), len(data.val)) < 1:
         raise UserError(f"{name}: has {len(data.train)} images for training and {len(data.val)} held out; 1 or more")
-    batches = {"train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0))}
-    for method, make in {**batches, "val_batches": data.val_batches}.items():
+    makers = {"train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0))}
+    for method, make in {**makers, "val_batches": data.val_batches}.items():
         images, labels = _tried(f"{name}: {method}", _first, make)
-        wanted, found = (len(labels), *data.input_shape), tuple(images.shape)
-        if found != wanted or not images.is_floating_point():
-            kind = str(images.dtype).removeprefix("torch.")
-            raise UserError(f"{name}: {method} gives images {found} of {kind}; float32 of {wanted} are needed")
-        if labels.dtype != torch.long or labels.dim() != 1:
-            kind = str(labels.dtype).removeprefix("torch.")
-            raise UserError(f"{name}: {method} gives labels {tuple(labels.shape)} of {kind}; int64 of (B,) are needed")
+        count = len(images)
+        _check_tensor(f"{name}: {method} gives images", images, torch.float32, (count, *data.input_shape))
+        _check_tensor(f"{name}: {method} gives labels", labels, torch.long, (count,))
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= data.num_classes:
             raise UserError(f"{name}: {method} gives labels {low} to {high}; num_classes={data.num_classes} needs less")
 
 
-def check_loss(name: str, loss: Loss, num_classes: int) -> None:
-    """Call it with blank logits of two images."""
-    logits = torch.zeros(2, num_classes, requires_grad=True)
-    value = _tried(f"{name}: called with logits (B, {num_classes}) and labels (B,)", loss, logits, _labels(2))
+def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) -> None:
+    """Call a copy of it with blank logits of two images."""
+    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError(f"{name}: has parameters, which no optimizer trains; freeze them, or put them into the model")
+    logits = torch.zeros(2, num_classes, requires_grad=True, device=device)
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    what = f"{name}: called with logits (2, {num_classes}) and labels (2,)"
+    value = _tried(what, copy.deepcopy(loss), logits, labels)
     if not isinstance(value, torch.Tensor) or value.dim() > 0 or not value.requires_grad:
         found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise UserError(f"{name}: returns {found}; the mean loss of the batch is needed, a scalar with a gradient")
@@ -49,7 +53,7 @@ def check_loss(name: str, loss: Loss, num_classes: int) -> None:
 def check_schedule(name: str, schedule: Schedule, epochs: int) -> None:
     """Ask for the factor at the start and in the middle of the run."""
     for done in (0.0, epochs / 2):
-        factor: Any = _tried(f"{name}: after {done:g} epochs", schedule, done)
+        factor: Any = _tried(f"{name}: after {done:g} epochs", copy.deepcopy(schedule), done)
         if not isinstance(factor, Real) or not math.isfinite(factor) or factor < 0:
             raise UserError(f"{name}: gives {factor} after {done:g} epochs; a factor of 0 or more is needed")
 
@@ -61,8 +65,12 @@ def check_optimizer(name: str, optimizer: Optimizer) -> None:
         raise UserError(f"{name}: its step needs a closure; a method of your own can give it one in its hook `step`")
 
 
-def _labels(count: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.long)
+def _check_tensor(what: str, found: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    wanted = f"a tensor {shape} of {str(dtype).removeprefix('torch.')} is needed"
+    if not isinstance(found, torch.Tensor):
+        raise UserError(f"{what} as a {type(found).__name__}; {wanted}")
+    if found.dtype != dtype or tuple(found.shape) != shape:
+        raise UserError(f"{what} {tuple(found.shape)} of {str(found.dtype).removeprefix('torch.')}; {wanted}")
 
 
 def _first(make: Callable[[], Iterator[Batch]]) -> Batch:

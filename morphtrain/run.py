@@ -42,6 +42,7 @@ def job(composed: DictConfig) -> float | list[float]:
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     try:
+        check_shadowed(settings)
         config = schema.parse(composed)
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
         tags["study"] = study(settings)
@@ -55,6 +56,16 @@ def job(composed: DictConfig) -> float | list[float]:
         discard_if_unused(run_dir)
         raise
     return values[0] if len(values) == 1 else values
+
+
+def check_shadowed(settings: Any) -> None:
+    """Raise a `UserError` for an option file of the user's own that Hydra passes over for one of MorphTrain's."""
+    own = [Path(source.path) for source in settings.runtime.config_sources if source.provider == "command-line"]
+    for group in schema.OPTIONS:
+        option = f"{group}/{settings.runtime.choices[group]}.yaml"
+        for directory in own:
+            if (directory / option).exists() and (schema.CONF / option).exists():
+                raise UserError(f"{directory / option}: MorphTrain has an option of that name; give yours another one")
 
 
 def study(settings: Any) -> str:

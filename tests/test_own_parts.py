@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -324,21 +326,49 @@ def test_what_does_not_fit_is_refused_in_a_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+Pair = collections.namedtuple("Pair", "a b")
+KEPT = {
+    "set": {1, 2},
+    "float64": np.float64(1),
+    "Identity": nn.Identity(),
+    "deque": collections.deque([1]),
+    "defaultdict": collections.defaultdict(int),
+    "Pair": Pair(1, 2),
+    "int64": {np.int64(3): 1.0},
+}
+
+
 class Hoarder(Method):
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": [{"set": {1, 2}, "float64": np.float64(1), "module": nn.Identity()}[self.kind]]}
+        return {"seen": [KEPT[self.kind]]}
 
 
-@pytest.mark.parametrize(("kind", "name"), [("set", "set"), ("float64", "float64"), ("module", "Identity")])
-def test_state_that_no_checkpoint_can_give_back_is_refused_before_it_is_written(
-    kind: str, name: str, tmp_path: Path
-) -> None:
-    methods = f"methods=[{{_target_: test_own_parts.Hoarder, kind: {kind}}}]"
-    config = morphtrain.compose(*DENSE, "tracking=none", methods)
-    with pytest.raises(UserError, match=rf"methods.0: its state_dict\(\) holds a {name}"):
+class NumpyPrecision(Precision):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": np.float64(2)}
+
+
+def numpy_optimizer(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": params, "decay": np.float64(0.9)}], lr=0.1)
+
+
+HOARDER = "methods=[{{_target_: test_own_parts.Hoarder, kind: {}}}]"
+HOARDS = {f"method, {kind}": ([HOARDER.format(kind)], kind) for kind in KEPT}
+HOARDS["precision"] = (["precision=custom", "precision._target_=test_own_parts.NumpyPrecision"], "float64")
+HOARDS["optimizer"] = (["optimizer=custom", "optimizer._target_=test_own_parts.numpy_optimizer"], "float64")
+
+
+@pytest.mark.parametrize("case", HOARDS)
+def test_state_that_no_checkpoint_can_give_back_is_refused_before_it_is_written(case: str, tmp_path: Path) -> None:
+    overrides, kind = HOARDS[case]
+    config = morphtrain.compose(*DENSE, "tracking=none", *overrides)
+    with pytest.raises(UserError, match=rf"^{case.split(',')[0]}.*: its state_dict\(\) holds a {kind}"):
         train(config, tmp_path, {})
     assert not (tmp_path / "last.pt").exists()
 
@@ -404,7 +434,31 @@ class Metrics(Method):
             "numpy": {"own": np.float32(2.5)},
             "text": {"own": "2.5"},
             "taken": {"val_accuracy": 2.5},
+            "name": {"own (%)": 2.5},
         }[self.kind]
+
+
+class Replacing(Method):
+    def after_build(self, run: Run) -> None:
+        run.model = nn.Sequential(run.model)
+
+
+class Adding(Method):
+    def before_training(self, run: Run) -> None:
+        run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+class Short(ImageData):
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Short:
+        return self
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Any:
+        return itertools.islice(super().train_batches(batch_size, generator), 1)
+
+
+def short_data() -> Short:
+    whole = own_data()
+    return Short(whole.train, whole.val, whole.num_classes)
 
 
 class Silent(Method):
@@ -429,10 +483,14 @@ def part(group: str, name: str, *keys: str) -> list[str]:
     return [f"{group}=custom", f"{group}._target_={target}", *(f"+{group}.{key}" for key in keys)]
 
 
+PRUNED = ["prune=prunetrain", "prune.lasso_ratio=0.5"]
 WRONG = {
     "labels": (part("data", "own_data", "labels=6"), "train_batches gives labels 5 to 5; num_classes=4 needs less"),
-    "bytes": (part("data", "own_data", "pixels=uint8"), r"gives images \(2, 1, 8, 8\) of uint8; float32 of"),
-    "float labels": (part("data", "own_data", "kind=float32"), r"gives labels \(2,\) of float32; int64"),
+    "bytes": (
+        part("data", "own_data", "pixels=uint8"),
+        r"images \(2, 1, 8, 8\) of uint8; a tensor .* of float32",
+    ),
+    "float labels": (part("data", "own_data", "kind=float32"), r"gives labels \(2,\) of float32; a tensor .* of int64"),
     "no held out": (part("data", "own_data", "val=0"), "has 16 images for training and 0 held out; 1 or more"),
     "loss of each": (part("loss", "own_loss", "kind=each"), r"returns shape \(2,\); the mean loss of the batch"),
     "loss number": (part("loss", "own_loss", "kind=number"), "returns float; the mean loss of the batch"),
@@ -440,6 +498,19 @@ WRONG = {
     "schedule": (part("schedule", "own_schedule", "value=null"), "gives None after 0 epochs; a factor of 0 or more"),
     "negative": (part("schedule", "own_schedule", "value=-1"), "gives -1 after 0 epochs; a factor of 0 or more"),
     "closure": (part("optimizer", "torch.optim.LBFGS"), "its step needs a closure"),
+    "replaced": (["methods=[{_target_: test_own_parts.Replacing}]"], "replaced run.model in after_build"),
+    "added group": (["methods=[{_target_: test_own_parts.Adding}]"], "parameter group in before_training; after_build"),
+    "computed": (["methods=[{_target_: test_own_parts.WeightNormed}]", *PRUNED], "weight that is computed"),
+    "short data": (
+        [*part("data", "short_data"), "batch_policy.batch_size=4"],
+        "gave 4 images, .*; train has 16",
+    ),
+    "float16": (
+        ["precision=o1", "precision.dtype=float16", "methods=[{_target_: test_own_parts.Twice}]"],
+        "the loss scale of float16 does not allow; bf16 works",
+    ),
+    "trained loss": (part("loss", "torch.nn.PReLU"), "has parameters, which no optimizer trains"),
+    "name": (["methods=[{_target_: test_own_parts.Metrics, kind: name}]"], "'own \\(%\\)' needs a name of letters"),
     "new model": (part("norm", "new_model"), "returns a Sequential; it has to change the model in place"),
     "policy": (
         ["batch_policy=custom", "batch_policy._target_=test_own_parts.Quiet"],
@@ -455,7 +526,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_part_that_does_what_its_contract_does_not_allow_is_named(case: str, tmp_path: Path) -> None:
     overrides, message = WRONG[case]
-    small = [o for o in DENSE if not (case in ("labels", "bytes", "float labels", "no held out") and "data" in o)]
+    small = [o for o in DENSE if not ("data=custom" in overrides and "data" in o)]
     config = morphtrain.compose(*small, "epochs=2", "tracking=none", "device=cpu", *overrides)
     with pytest.raises(UserError, match=message) as refused:
         train(config, tmp_path, {})
@@ -476,3 +547,30 @@ def test_option_files_are_composed_by_hand_too(monkeypatch: pytest.MonkeyPatch) 
     config = morphtrain.compose("data=shapes", "prune=weakest", config_dir=EXAMPLES / "options")
     assert config.prune == schema.Custom("weakest.Weakest", {"share": 0.25, "interval": 2, "times": 2})
     assert build_run(config).data.num_classes == 3
+
+
+def two_rates(model: nn.Module, turned: bool) -> torch.optim.Optimizer:
+    fast = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    slow = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    groups = [{"params": fast, "lr": 0.1}, {"params": slow, "lr": 0.01}]
+    return torch.optim.SGD(groups[::-1] if turned else groups, momentum=0.0)
+
+
+def test_the_penalty_of_a_layer_goes_with_its_own_learning_rate() -> None:
+    """Whatever the order of an optimizer's groups is."""
+    norms = []
+    for turned in ("false", "true"):
+        optimizer = ["optimizer=custom", "optimizer._target_=test_own_parts.two_rates", f"+optimizer.turned={turned}"]
+        run = build_run(morphtrain.compose(*DENSE, *optimizer, "prune=prunetrain", "prune.lasso_ratio=0.95"))
+        start(run)
+        begin_epoch(run)
+        train_epoch(run)
+        norms.append([parameter.norm().item() for parameter in run.model.parameters() if parameter.dim() > 1])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_an_option_file_that_hydra_would_pass_over_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "options" / "prune").mkdir(parents=True)
+    (tmp_path / "options" / "prune" / "prunetrain.yaml").write_text("_target_: mine.Own")
+    result = command("--config-dir", "options", *DENSE, "tracking=none", "prune=prunetrain")
+    check_failure(result, ["options/prune/prunetrain.yaml: MorphTrain has an option of that name"])

@@ -83,6 +83,8 @@ def test_the_environment_is_that_of_this_machine_and_this_code(tmp_path: Path, m
     (tmp_path / "net.py").write_text("a = 1")
     subprocess.run(["git", "add", "net.py"], check=True)
     assert environment.describe(torch.device("cpu"))["git_clean"] == "false"
+    (tmp_path / ".git" / "index").write_text("broken")
+    assert "git_clean" not in environment.describe(torch.device("cpu"))  # git cannot tell
     monkeypatch.setattr(environment, "_git", lambda *_: None)  # outside of a repository, or without git
     assert not {"git_commit", "git_clean"} & set(environment.describe(torch.device("cpu")))
 
@@ -107,3 +109,11 @@ def test_runs_are_called_after_what_tells_them_apart() -> None:
     assert name("model=vgg8", "seed=3") == "model=vgg8 seed=3"
     silent = ("tracking.uri=postgresql://u:secret@h/db", "resume=auto", "+timing.cores=1", "trial=4")
     assert name("grow=wider", *silent, trial=4) == "trial 4: resnet8 grow=wider seed=1"
+
+
+@pytest.mark.parametrize("content", [b'{"host": "a', b"[]", b'{"before": "x"}', b"", b"\xff\xfe"])
+def test_a_damaged_environment_is_written_again(content: bytes, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / environment.FILE).write_bytes(content)
+    environment.write(tmp_path, {"host": "b"})
+    assert json.loads((tmp_path / environment.FILE).read_text()) == {"host": "b"}
+    assert "damaged" in caplog.text

@@ -24,7 +24,6 @@ from morphtrain.cost.stopwatch import timed
 from morphtrain.morph import ChannelGraph, Space, format_of_model
 from morphtrain.world import agree
 
-MULTIPLES = (4, 8, 16)
 TIE = 0.03  # of the fastest time: how much repeated measurements of the same network differ
 CLEARLY = 1.15  # times as long as the fastest in a single step: more than noise
 ROUNDS, LAST_ROUNDS = 4, 8  # steps of each network, whose median counts: in the search, and to confirm its result

@@ -33,7 +33,7 @@ def _check_penalty(config: Config) -> None:
 
 def _check_growth(config: Config) -> None:
     grow, prune, epochs = config.grow, config.prune, config.epochs
-    if isinstance(grow, (MorphNetExpansion, Selective)) and prune.name == "none":
+    if isinstance(grow, (MorphNetExpansion, Selective)) and prune.name == "none" and not config.methods:
         raise UserError(f"grow={grow.name}: needs a method that shrinks; prune=prunetrain or prune=morphnet works")
     if isinstance(grow, Planned):
         late = [epoch for epoch in grow.at_epochs if epoch >= epochs]

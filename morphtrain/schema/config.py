@@ -94,7 +94,7 @@ class Config(TopLevel):
         super().__post_init__()
         check_compatible(self)
         for metric in self.objective:
-            if not self.has_custom_parts:  # those may record what they like
+            if not self.records_more:
                 check_one_of("objective", metric, self.recorded)
             measured = self.timing.reference > 0 or metric not in CALIBRATED
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
@@ -106,10 +106,10 @@ class Config(TopLevel):
         return (*METRICS, *own)
 
     @property
-    def has_custom_parts(self) -> bool:
-        """Whether any part, apart from model and data, is the user's own."""
-        parts = (part for name, part in vars(self).items() if name not in ("model", "data"))
-        return bool(self.methods) or any(isinstance(part, Custom) for part in parts)
+    def records_more(self) -> bool:
+        """Whether methods of the user's own take part, which record what they like."""
+        methods = (self.prune, self.grow, self.batch_policy)
+        return bool(self.methods) or any(isinstance(method, Custom) for method in methods)
 
     @property
     def first_batch_size(self) -> int:

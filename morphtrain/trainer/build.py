@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from morphtrain import options, schema
+from morphtrain import options, part_checks, schema
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.method import ORDER, Method
 from morphtrain.morph import ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
+from morphtrain.schema import Custom
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.clock import Clock
 from morphtrain.trainer.devices import pick_device
@@ -51,7 +52,7 @@ def build_run(
         device=device,
         data=data,
         model=model,
-        graph=follow_channels(config, model, data.input_shape, methods),
+        graph=ChannelGraph.untraced(model),
         optimizer=options.build("optimizer", config.optimizer, model=model),
         criterion=options.build("loss", config.loss, num_classes=data.num_classes),
         schedule=options.build("schedule", config.schedule, epochs=config.epochs),
@@ -61,8 +62,12 @@ def build_run(
     )
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)
+    _check_own_parts(run)
     for hook in run.hooks("after_build"):
         hook(run)
+    if run.model is not model:
+        raise UserError("a method has replaced run.model in after_build; change it in place, or no file could be read")
+    run.graph = follow_channels(config, model, data.input_shape, methods)  # as the methods have left the model
     run.base_lrs = [float(group["lr"]) for group in run.optimizer.param_groups]
     run.count()
     run.note("")
@@ -73,6 +78,23 @@ def build_run(
         "macs": run.macs,
     }
     return run
+
+
+def _check_own_parts(run: Run) -> None:
+    """Try the user's own parts on the run's device; raises a `UserError` for one that its contract does not allow."""
+    config = run.config
+    if isinstance(config.data, Custom):
+        part_checks.check_data(f"data={config.data.name}", run.data)
+    if isinstance(config.loss, Custom):
+        part_checks.check_loss(f"loss={config.loss.name}", run.criterion, run.data.num_classes, run.device)
+    if isinstance(config.schedule, Custom):
+        part_checks.check_schedule(f"schedule={config.schedule.name}", run.schedule, config.epochs)
+    if isinstance(config.optimizer, Custom):
+        part_checks.check_optimizer(f"optimizer={config.optimizer.name}", run.optimizer)
+    if run.precision.dtype is torch.float16 and run.hooks("step"):
+        raise UserError(
+            "precision: a method takes the step, which the loss scale of float16 does not allow; bf16 works"
+        )
 
 
 def build_methods(config: schema.Config) -> dict[str, Method]:
@@ -123,10 +145,12 @@ def follow_channels(
     try:
         return ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
     except MorphError as error:
-        if not any(method.follows_channels for method in methods.values()):
+        needing = [name for name, method in methods.items() if method.follows_channels]
+        if not needing:
             log.info("the model's channels are not followed: %s", error)
             return ChannelGraph.untraced(model)
-        hint = "; prune.ignore=[...] leaves modules out, prune=none all of them"
+        pruned = "prune.ignore=[...] leaves modules out, prune=none all of them"
+        hint = f"; {pruned}" if "prune" in needing else f"; {needing[0]} has to follow them"
         raise UserError(f"model={config.model.name}: {error}{hint}") from error
 
 

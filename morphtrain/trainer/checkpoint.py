@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from morphtrain import custom, morph, options, schema
 from morphtrain.errors import UserError
@@ -55,6 +55,9 @@ PARTS = ("data", "criterion", "schedule")
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
 
+PLAIN = (str, int, float, bool, NoneType)
+CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+
 log = logging.getLogger(__name__)
 
 
@@ -79,15 +82,16 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         **{key: asdict(getattr(run, key)) for key in RAMPS},
         "tracking_id": tracking_id,
     }
-    return {
-        "format": FORMAT,
-        "facts": json.dumps(facts),
+    states = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "precision": run.precision.state_dict(),
-        "methods": {name: _plain(name, method.state_dict()) for name, method in run.methods.items()},
-        "parts": {name: _plain(name, part.state_dict()) for name, part in _stateful(run).items()},
+        "methods": {name: method.state_dict() for name, method in run.methods.items()},
+        "parts": {name: part.state_dict() for name, part in _stateful(run).items()},
     }
+    for name, state in states.items():
+        _check_plain(name, state)
+    return {"format": FORMAT, "facts": json.dumps(facts), **states}
 
 
 def _stateful(run: Run) -> dict[str, Any]:
@@ -96,14 +100,23 @@ def _stateful(run: Run) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
-def _plain(name: str, state: Any) -> Any:
-    """`state` itself; raises `UserError` for types that a checkpoint cannot be loaded with again."""
-    plain = (str, int, float, bool, NoneType)  # exactly these: of numpy's float64, a float too, no file is read again
-    foreign = [leaf for leaf in tree_leaves(state) if not isinstance(leaf, torch.Tensor) and type(leaf) not in plain]
-    if foreign:
-        kind = type(foreign[0]).__name__
+def _check_plain(name: str, state: Any) -> None:
+    """Raise a `UserError` for a state that no file gives back: of types that `weights_only` does not load.
+
+    Types count exactly: numpy's float64 is a float, a defaultdict a dict, and neither is loaded again.
+    """
+    if isinstance(state, torch.Tensor) or type(state) in PLAIN:
+        return
+    if type(state) not in CONTAINERS:
+        kind = type(state).__name__
         raise UserError(f"{name}: its state_dict() holds a {kind}; tensors, numbers, text, lists and dicts work")
-    return state
+    if isinstance(state, dict):
+        for key, value in state.items():
+            _check_plain(f"{name}, a key", key)
+            _check_plain(f"{name}.{key}" if name in ("methods", "parts") else name, value)
+    else:
+        for value in state:
+            _check_plain(name, value)
 
 
 class Checkpoint:
@@ -125,10 +138,11 @@ class Checkpoint:
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
-        for name, state in self.content["methods"].items():
-            run.methods[name].load_state_dict(state)
-        for name, state in self.content.get("parts", {}).items():  # older checkpoints have none
-            getattr(run, name).load_state_dict(state)
+        for name, method in run.methods.items():
+            if name in self.content["methods"]:
+                method.load_state_dict(self.content["methods"][name])
+        for name, part in _stateful(run).items():
+            part.load_state_dict(self.content["parts"][name])
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         for key in RAMPS:
@@ -216,6 +230,8 @@ class Checkpoint:
     def _unlike(self, error: Exception) -> UserError:
         name = self.facts["config"]["model"].get("_target_", "the model")
         reason = " ".join(str(error).split())
+        if any("parametrizations." in key for key in self.content["model"]):
+            reason = "a method had its weights computed, and only a run with that method goes on from there"
         return UserError(f"{self.path}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:

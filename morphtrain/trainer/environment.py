@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import torch
 import morphtrain
 from morphtrain.files import write_atomically
 from morphtrain.schema.parse import PACKAGE
+
+log = logging.getLogger(__name__)
 
 FILE = "environment.json"
 CPUINFO = Path("/proc/cpuinfo")
@@ -35,8 +38,9 @@ def describe(device: torch.device) -> dict[str, str]:
         "morphtrain_commit": _git(PACKAGE, "rev-parse", "HEAD") if _is_checkout(PACKAGE) else None,
         "git_commit": _git(Path.cwd(), "rev-parse", "HEAD"),
     }
-    if facts["git_commit"]:
-        facts["git_clean"] = str(not _git(Path.cwd(), "status", "--porcelain", "--untracked-files=no")).lower()
+    changed = _git(Path.cwd(), "status", "--porcelain", "--untracked-files=no")
+    if facts["git_commit"] and changed is not None:
+        facts["git_clean"] = str(not changed).lower()
     return {name: value for name, value in facts.items() if value}
 
 
@@ -50,25 +54,37 @@ def processor(device: torch.device) -> str:
 
 
 def write(run_dir: Path, facts: Mapping[str, str]) -> None:
-    """Write the facts to `run_dir`; if a run continues elsewhere, its earlier ones are kept under `before`."""
+    """Write the facts to `run_dir`; those of an earlier part of a run that goes on elsewhere stay, under `before`."""
     path = run_dir / FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = _read(path)
     before = found.pop("before", [])
     if found and found != facts:
-        before.append(found)
+        before = [*before, found]
     content = dict(facts) | ({"before": before} if before else {})
     write_atomically(path, json.dumps(content, indent=1).encode())
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What is there already; nothing, with a warning, of a file that is damaged."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if isinstance(found, dict) and isinstance(found.get("before", []), list):
+            return found
+    except ValueError:  # no JSON, no UTF-8
+        pass
+    log.warning("%s: damaged; it is written again", path)
+    return {}
+
+
 def _is_checkout(directory: Path) -> bool:
     """Whether git tracks what lies there: an installed package may lie in the repository of somebody else's project."""
-    return _git(directory, "ls-files", "__init__.py") is not None
+    return bool(_git(directory, "ls-files", "__init__.py"))
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """The output of git; None if it is empty, without git, and outside a repository."""
+    """The output of git; None if it fails: without git, outside of a repository."""
     try:
         result = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

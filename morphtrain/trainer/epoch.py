@@ -9,6 +9,7 @@ record = finish_epoch(run)
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -23,6 +24,7 @@ from morphtrain.trainer.devices import peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
 
+METRIC = re.compile(r"[\w\-./ ]+")  # a name that trackers take
 DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
 
 Record = dict[str, float]  # the metrics of an epoch, by name
@@ -33,6 +35,8 @@ def start(run: Run) -> None:
     """Let the methods look at a run that has just been built or restored."""
     for hook in run.hooks("before_training"):
         hook(run)
+    if len(run.optimizer.param_groups) != len(run.base_lrs):
+        raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
 
 def begin_epoch(run: Run) -> None:
@@ -93,6 +97,8 @@ def _of_methods(run: Run, hook: str) -> Record:
         metrics: Mapping[str, Any] = (getattr(method, hook)(run) or {}) if method.implements(hook) else {}
         for metric, value in metrics.items():
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            if not METRIC.fullmatch(metric):
+                raise UserError(f"{name}: its metric {metric!r} needs a name of letters, digits and _-./ or spaces")
             if not isinstance(number, Real):
                 raise UserError(f"{name}: its metric {metric} is a {type(value).__name__}; a number works")
             found[metric] = int(number) if isinstance(number, int) else float(number)

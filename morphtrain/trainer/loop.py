@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain.contracts import Batch
@@ -25,12 +26,13 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
 def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     samples = len(run.data.train)
-    seen = 0  # images; as many, unless `before_forward` takes or adds some
+    given = seen = 0  # images of the data, and those trained on: `before_forward` may take or add some
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    run.model.train()
+    set_mode(run, training=True)
     batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
     for images, labels in waited_for(batches, run):
+        given += len(labels)
         passed = len(labels) / samples
         set_learning_rates(run, run.progress + passed / 2)
         for hook in before_forward:
@@ -47,6 +49,9 @@ def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
         run.clock.step_done()
         if tick is not None:
             tick(len(labels))
+    if given != samples or seen == 0:
+        name = f"data={run.config.data.name}"
+        raise UserError(f"{name}: train_batches gave {given} images, {seen} of them to train on; train has {samples}")
     run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
 
 
@@ -115,6 +120,13 @@ def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
     run.clock.seconds["data_seconds"] = waited
 
 
+def set_mode(run: Run, training: bool) -> None:
+    """Put the model, and a loss that is a module, into training or evaluation mode."""
+    run.model.train(training)
+    if isinstance(run.criterion, nn.Module):
+        run.criterion.train(training)
+
+
 def set_learning_rates(run: Run, epochs_done: float) -> None:
     """Give every parameter group of the optimizer its learning rate after `epochs_done` epochs."""
     for number, group in enumerate(run.optimizer.param_groups):
@@ -124,7 +136,7 @@ def set_learning_rates(run: Run, epochs_done: float) -> None:
 @torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float]:
     """Mean loss and accuracy (0..1) on the held-out set."""
-    run.model.eval()
+    set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     for images, labels in run.data.val_batches():

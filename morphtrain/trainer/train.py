@@ -86,6 +86,7 @@ def _train(
         raise
     finally:
         tracker.finish(status, run.history)
+    _check_objective(run)
     show_end(run, run_dir, run_dir / checkpoint.LAST)
     return [run.history[-1][metric] for metric in config.objective]
 
@@ -123,11 +124,11 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     with progress_bar(run.epoch, run.config.epochs, len(run.data.train)) as tick:
         train_epoch(run, tick)
     record = finish_epoch(run, guard.judged)
-    _check_objective(run)
     if run.change:
         _write_architecture(run, run_dir)
     checkpoint.save(run, run_dir, tracker.run_id)
     records.append(run_dir, record)
+    _check_objective(run)
     log.info(epoch_line(record, run.config.epochs, run.change))
     if warning := data_warning(run.history, run.config.timing.warmup_epochs, run.data.advice):
         log.warning(warning)
