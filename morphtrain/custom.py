@@ -92,7 +92,8 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
         shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         name = f"{key}._target_={config._target_}"
-        raise UserError(f"{name}: called with ({called}), to return the {_what(key)}: {_said(error)}") from error
+        hint = f"; it is called to return the {_what(key)}" if isinstance(error, TypeError) else ""
+        raise UserError(f"{name}: called with ({called}): {_said(error)}{hint}") from error
 
 
 def _said(error: Exception) -> str:
