@@ -301,7 +301,10 @@ REFUSED = {
     "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
-    "keyword": (["loss=custom", UNFIT.format("loss"), "+loss.a=1"], "called with .a=1.: .*; it is called to return the loss"),
+    "keyword": (
+        ["loss=custom", UNFIT.format("loss"), "+loss.a=1"],
+        "called with .a=1.: .*; it is called to return the loss",
+    ),
     "nowhere": (["grow=custom", "grow._target_=test_own_parts.Growth"], "grow._target_=.*has no Growth; did you mean"),
     "no list": (["methods=5"], "methods=5: must be a list"),
     "no target": (["methods=[{key: 1}]"], r"methods\[0\]=.*: must have a _target_"),
