@@ -9,10 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain import custom
-from morphtrain.contracts import Data, Precision, Tracker
+from morphtrain.contracts import Data, Precision
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.schema import Custom, Option, option_of
+from morphtrain.tracker import Tracker
 
 # The type that a user's own part of each group must have; None: any function.
 KINDS: dict[str, type | None] = {

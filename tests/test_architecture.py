@@ -44,7 +44,7 @@ def test_a_group_imports_neither_the_trainer_nor_another_group(group: str, graph
 
 
 def test_the_state_of_a_run_stands_below_what_changes_it(graph: grimp.ImportGraph) -> None:
-    for room in ("state", "method", "contracts", "world"):
+    for room in ("state", "method", "contracts", "tracker", "world"):
         assert not rooms(graph, room) & (COMMANDS | set(GROUPS) | {"evidence"}), room
 
 
@@ -62,3 +62,8 @@ def test_a_heavy_package_is_imported_in_one_room(package: str, room: str, graph:
     importers = graph.find_modules_that_directly_import(package)
     assert importers
     assert all(module.split(".")[1] == room for module in importers)
+
+
+@pytest.mark.parametrize("room", ["schema", "sweep", "tracking"])
+def test_what_starts_a_run_or_reports_it_waits_for_no_torch(room: str, graph: grimp.ImportGraph) -> None:
+    assert not graph.chain_exists(importer=f"morphtrain.{room}", imported="torch", as_packages=True)

@@ -21,7 +21,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import morphtrain
 from morphtrain import schema
-from morphtrain.contracts import Tracker
 from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
@@ -29,6 +28,7 @@ from morphtrain.method import HOOKS, ORDER, Closure, Method
 from morphtrain.model import ResNet
 from morphtrain.precision import Precision
 from morphtrain.state import Run
+from morphtrain.tracker import Tracker
 from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train, train_epoch
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"

@@ -15,9 +15,9 @@ import torch
 from conftest import KILLED_RUN, SMALL, Command
 
 import morphtrain
-from morphtrain.contracts import Tracker
 from morphtrain.evidence.records import FILE, read_records
 from morphtrain.run import run_name
+from morphtrain.tracker import Tracker
 from morphtrain.trainer import environment, train
 
 QUICK = [*SMALL, "device=cpu", "epochs=3"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
-from morphtrain.contracts import Tracker
 from morphtrain.errors import first_line
+from morphtrain.tracker import Tracker
 from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
-from morphtrain.contracts import Tracker
+from morphtrain.tracker import Tracker
 
 
 class NoTracker(Tracker):

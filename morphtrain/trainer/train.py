@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from morphtrain import morph, options, schema
-from morphtrain.contracts import Tracker
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.schema import Config
 from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
+from morphtrain.tracker import Tracker
 from morphtrain.trainer import checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
