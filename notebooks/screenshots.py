@@ -66,7 +66,7 @@ class Page:
             by, query = By.XPATH, f"//*[normalize-space(text())='{what}']"
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            with contextlib.suppress(StaleElementReferenceException):  # the page has drawn it anew meanwhile
+            with contextlib.suppress(StaleElementReferenceException):  # the page has drawn it again meanwhile
                 seen = [element for element in self.browser.find_elements(by, query) if element.is_displayed()]
                 if seen:
                     return seen[-1]
@@ -92,7 +92,7 @@ class Page:
 
     def open(self, address: str) -> None:
         self.browser.get(address)
-        self.browser.refresh()  # addresses that differ behind the # are one page to the browser
+        self.browser.refresh()  # addresses that differ only after the # are one page to the browser
         self.find("Run Name")
         time.sleep(4)
         for element in self.browser.find_elements(By.CSS_SELECTOR, ASSISTANT):
