@@ -60,10 +60,9 @@ def job(composed: DictConfig) -> float | list[float]:
 
 def check_shadowed(settings: Any) -> None:
     """Raise a `UserError` for an option file of the user's own that Hydra passes over for one of MorphTrain's."""
-    own = [Path(source.path) for source in settings.runtime.config_sources if source.provider == "command-line"]
     for group in schema.OPTIONS:
         option = f"{group}/{settings.runtime.choices[group]}.yaml"
-        for directory in own:
+        for directory in schema.own_directories(settings.runtime):
             if (directory / option).exists() and (schema.CONF / option).exists():
                 raise UserError(f"{directory / option}: MorphTrain has an option of that name; give yours another one")
 

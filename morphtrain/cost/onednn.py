@@ -18,7 +18,7 @@ FEW_CHANNELS = 8  # inputs of at most so many are not copied for kernels larger 
 
 
 def copied_bytes(func: Any, args: Sequence[Any], result: Any) -> int:
-    """Bytes that aten's operation `func` holds at its fullest moment beyond what it takes and returns."""
+    """Bytes that aten's operation `func` holds at its fullest moment, beyond its arguments and its result."""
     if func is torch.ops.aten.convolution.default:
         inputs, weight = args[:2]
         return 0 if _channels_last(inputs, weight) else _forward(inputs, weight, result)

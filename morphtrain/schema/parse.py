@@ -38,6 +38,11 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
         GlobalHydra.instance().hydra = around
 
 
+def own_directories(runtime: Any) -> list[Path]:
+    """The directories of option files that the user's command names; `runtime` is Hydra's `hydra.runtime`."""
+    return [Path(source.path) for source in runtime.config_sources if source.provider == "command-line"]
+
+
 def parse(composed: DictConfig) -> Config:
     """The typed config of a composed one; raises `UserError` for an unknown key, a wrong type or range."""
     config: Config = _parse(Config, TopLevel, composed)

@@ -106,8 +106,7 @@ class StudySweeper:
         try:
             with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
                 self._work(study, worker, space, parent)
-            sources = self.config.hydra.runtime.config_sources
-            own = next((source.path for source in sources if source.provider == "command-line"), None)
+            own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
             artifacts = report.close(study.study, first.objective, self.sweep_dir, own)
             status = "FINISHED"
         except KeyboardInterrupt:
