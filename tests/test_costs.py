@@ -185,3 +185,12 @@ def test_an_unknown_kind_and_a_missing_roofline_are_refused() -> None:
         WidthCost(graph, "params")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a roofline"):
         WidthCost(graph, "latency")
+
+
+def test_the_cost_of_widths_is_still_found_where_it_was() -> None:
+    from morphtrain import morph
+    from morphtrain.morph import WidthCost as Moved
+
+    assert Moved is WidthCost
+    with pytest.raises(AttributeError, match="has no attribute 'Typo'"):
+        _ = morph.Typo

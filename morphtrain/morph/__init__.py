@@ -7,6 +7,9 @@
 `trace/` follows the channels through a network, `surgery/` changes it. This package knows no training loop.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
@@ -48,3 +51,11 @@ __all__ = [
     "matches",
     "rebuild",
 ]
+
+if not TYPE_CHECKING:  # or the type checker would take any name for one of this package
+
+    def __getattr__(name: str) -> Any:
+        """What has moved to `morphtrain.cost`, which stands above this package: scripts import it from here."""
+        if name in ("CostKind", "WidthCost"):
+            return getattr(importlib.import_module("morphtrain.cost"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
