@@ -65,3 +65,10 @@ def option_of(node: Mapping[Any, Any]) -> Any:
     if "_target_" in keys:
         return "custom"
     return node.get("source" if "source" in keys else "name")
+
+
+def size_keys(group: str, option: Option | Custom) -> str:
+    """The keys of a group that say how large something is, with their values: `model.blocks=3 model.width=16`."""
+    given = option.arguments if isinstance(option, Custom) else vars(option)
+    sizes = {key: value for key, value in given.items() if type(value) in (int, float, list)}
+    return " ".join(f"{group}.{key}={value}" for key, value in sizes.items()) or f"{group}={option.name}"

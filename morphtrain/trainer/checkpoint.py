@@ -1,39 +1,36 @@
-"""Checkpoints: atomic, plain tensors and JSON, and enough of them to survive a broken one.
+"""Checkpoints: what they hold of a run, and the run or network that comes out of one.
 
-`last.pt` is the newest; `previous.pt` the one before it. A file is written under another name and
-then renamed, so neither name ever stands for a half-written file; every record in it carries a CRC-32, which is checked
-before it is used.
+`last.pt` is the newest; `previous.pt` the one before it, for when the newest is damaged. `checkpoint_file.py` says how
+they are written and read.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import json
 import logging
-import pickle
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from morphtrain import custom, morph, options, schema
-from morphtrain.errors import UserError
-from morphtrain.files import write_atomically
+from morphtrain.errors import UserError, first_line
 from morphtrain.initialise import fresh_weights
+from morphtrain.memory_limit import AllocationLimit
+from morphtrain.plain_data import mismatch
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
-from morphtrain.trainer.build import build_model, build_run, in_format
+from morphtrain.trainer import checkpoint_file
+from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 5"
+FORMAT = "morphtrain checkpoint 6"
+WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = (
@@ -55,8 +52,29 @@ PARTS = ("data", "criterion", "schedule")
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
 
-PLAIN = (str, int, float, bool, NoneType)
-CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+# The types of what a checkpoint holds (`plain_data.mismatch`).
+RAMP = {"start": float, "end": float, "since": float, "epochs": float}
+FACTS: dict[str, Any] = {
+    "config": {"seed": int, "memory_format": str, "model": dict[str, Any], "norm": dict[str, Any]},
+    "architecture": morph.DESCRIPTION,
+    "num_classes": int,
+    "in_channels": int,
+    "epoch": int,
+    "progress": float,
+    "batch_size": int,
+    "micro_batch": int | None,
+    "initial": dict[str, int],
+    "history": list[dict[str, float]],
+    "changes": list[dict[str, Any]],
+    "lr_factor": float,
+    "stopped": bool,
+    **dict.fromkeys(RAMPS, RAMP),
+    "tracking_id": str | None,
+}
+STATES: dict[str, Any] = dict.fromkeys(("model", "optimizer", "precision", "methods", "parts"), dict[str, Any])
+
+# What rebuilding a network may allocate: each of its tensors at most twice, and norms that are made to be resized.
+OWN_SHARE, SPARE_BYTES = 2, 2**26
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +85,7 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
     Raises:
         OSError: if the disk is full or read-only; both files are unchanged then.
     """
-    buffer = io.BytesIO()
-    torch.save(_state(run, tracking_id), buffer)
-    write_atomically(directory / LAST, buffer.getbuffer(), previous=directory / PREVIOUS)
+    checkpoint_file.write(directory / LAST, _state(run, tracking_id), previous=directory / PREVIOUS)
 
 
 def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
@@ -89,8 +105,6 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "methods": {name: method.state_dict() for name, method in run.methods.items()},
         "parts": {name: part.state_dict() for name, part in _stateful(run).items()},
     }
-    for name, state in states.items():
-        _check_plain(name, state)
     return {"format": FORMAT, "facts": json.dumps(facts), **states}
 
 
@@ -100,33 +114,44 @@ def _stateful(run: Run) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
-def _check_plain(name: str, state: Any) -> None:
-    """Raise a `UserError` for a state that no file gives back: of types that `weights_only` does not load.
-
-    Types count exactly: numpy's float64 is a float, a defaultdict a dict, and neither is loaded again.
-    """
-    if isinstance(state, torch.Tensor) or type(state) in PLAIN:
-        return
-    if type(state) not in CONTAINERS:
-        kind = type(state).__name__
-        raise UserError(f"{name}: its state_dict() holds a {kind}; tensors, numbers, text, lists and dicts work")
-    if isinstance(state, dict):
-        for key, value in state.items():
-            _check_plain(f"{name}, a key", key)
-            _check_plain(f"{name}.{key}" if name in ("methods", "parts") else name, value)
-    else:
-        for value in state:
-            _check_plain(name, value)
-
-
 class Checkpoint:
-    """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods."""
+    """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods.
 
-    def __init__(self, path: Path) -> None:
-        """Read and verify a file; raises `UserError` that says what is wrong with it."""
-        self.path = path
-        self.content = _read(path)
-        self.facts: dict[str, Any] = json.loads(self.content["facts"])
+    Args:
+        path: of the file.
+        name: what messages call it, such as `resume=last.pt`; the path by default.
+
+    Raises:
+        UserError: saying what is wrong with the file.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.name = path, name or str(path)
+        self.content, digested = checkpoint_file.read(path, self.name)
+        self.bytes = path.stat().st_size
+        self._check_format(digested)
+        self.facts: dict[str, Any] = self._parsed_facts()
+
+    def _check_format(self, digested: bool) -> None:
+        found = self.content.get("format")
+        if found == FORMAT and not digested:
+            raise UserError(f"{self.name}: damaged checkpoint (its digest is gone)")
+        if found not in (FORMAT, WITHOUT_DIGEST):
+            wanted = f"'{FORMAT}', not {found!r}"
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain in the present format ({wanted})")
+
+    def _parsed_facts(self) -> Any:
+        """The facts; raises a `UserError` for any that is missing or of another type than `save` writes."""
+        found, facts = mismatch(self.content, {"facts": str, **STATES}, "the file"), None
+        if not found:
+            try:
+                facts = json.loads(self.content["facts"])
+            except (ValueError, RecursionError) as error:
+                found = f"its facts are no JSON: {first_line(error)}"
+        found = found or mismatch(facts, FACTS, "its facts") or _changes_mismatch(facts["changes"])
+        if found:
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({found})")
+        return facts
 
     def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
         """The run as it was after its last full epoch; raises `UserError` if `config` describes another run.
@@ -136,32 +161,50 @@ class Checkpoint:
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
-        run.optimizer.load_state_dict(self.content["optimizer"])
-        run.precision.load_state_dict(self.content["precision"])
+        self._load_state("optimizer", run.optimizer, self.content["optimizer"])
+        self._load_state("precision", run.precision, self.content["precision"])
         for name, method in run.methods.items():
             if name in self.content["methods"]:
-                method.load_state_dict(self.content["methods"][name])
+                self._load_state(name, method, self.content["methods"][name])
         for name, part in _stateful(run).items():
-            part.load_state_dict(self.content["parts"][name])
+            self._load_state(name, part, self.content["parts"].get(name))
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         for key in RAMPS:
-            setattr(run, key, Ramp(**self.facts[key]))
+            setattr(run, key, Ramp(*(self.facts[key][name] for name in RAMP)))
         return run
 
-    def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-        """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`."""
-        facts = self.facts
+    def _load_state(self, name: str, part: Any, state: Any) -> None:
         try:
+            part.load_state_dict(state)
+        except Exception as error:  # each part says in its own way that it cannot take a state
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"{self.name}: its state of {name} is not one of {type(part).__name__} ({reason})"
+            ) from error
+
+    def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
+        """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`.
+
+        Where that is possible it is made without values, so that nothing is taken but the tensors of this checkpoint.
+        """
+        facts = self.facts
+        given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
+        memory_format = facts["config"]["memory_format"]
+        try:
+            for key, value in given.items():
+                schema.check(value >= 1, key, value, "1 or more")
+            schema.check_one_of("memory_format", memory_format, tuple(FORMATS))
             config = schema.stored_option("model", facts["config"]["model"])
             norm = schema.stored_option("norm", facts["config"]["norm"])
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
-        given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
-        build = self._builder(config, norm, make, given)
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(build, norm if isinstance(norm, schema.norm.Norm) else None, facts["config"]["seed"])
-        return in_format(self._rebuild(model), facts["config"]["memory_format"])
+            build = self._builder(config, norm, make, given)
+            known_norm = norm if isinstance(norm, schema.norm.Norm) else None
+            device = "meta" if make is None and needs_no_values(config) else "cpu"
+            with torch.random.fork_rng(devices=[]):
+                model = build_model(config, build, known_norm, facts["config"]["seed"], device)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return in_format(self._rebuild(model), memory_format)
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """A function that gives a network of `config` the structure that this one ended with, and new random weights.
@@ -175,7 +218,7 @@ class Checkpoint:
         then, now = flat(self.facts["config"]["model"]), flat(asdict(config)["model"])
         if then != now:
             key = next(key for key in (*then, *now) if then.get(key) != now.get(key))
-            wanted = f"{self.path} was written with model.{key}={then.get(key)}; take the same model"
+            wanted = f"{self.name} was written with model.{key}={then.get(key)}; take the same model"
             raise UserError(f"model.{key}={now.get(key)}: {wanted}, or architecture=null")
 
         def restructure(model: nn.Module) -> nn.Module:
@@ -196,9 +239,9 @@ class Checkpoint:
         own = isinstance(config, Custom)
         if isinstance(norm, Custom) and make is None:
             hint = "pass model=, a function that makes the network and applies it"
-            raise UserError(f"{self.path}: its norm is {norm.name}; a file does not decide what is called; {hint}")
+            raise UserError(f"its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
-            raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
+            raise UserError(f"model={make}: the file holds the model {config.name}, which needs no model=")
         if not own and make is None:
             return functools.partial(options.build, "model", config, **given)
         wanted = config if own else Custom(config.name, schema.keywords(config))
@@ -213,9 +256,15 @@ class Checkpoint:
 
     def _rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
         """Restore structure and values; later traces read the indices of gates from these."""
+
+        def refuse(needed: str) -> NoReturn:
+            raise UserError(f"{self.name}: damaged, or not a checkpoint (it describes tensors that it does not hold)")
+
+        device = next(model.parameters()).device
         try:
-            model = morph.rebuild(model, self.facts["architecture"])
-        except (AttributeError, RuntimeError) as error:  # a path that the network does not have
+            with AllocationLimit(OWN_SHARE * self.bytes + SPARE_BYTES, refuse), torch.device(device):
+                model = morph.rebuild(model, self.facts["architecture"])
+        except morph.MorphError as error:
             raise self._unlike(error) from error
         self._load_values(model, strict)
         return model
@@ -223,7 +272,7 @@ class Checkpoint:
     def _load_values(self, model: nn.Module, strict: bool) -> None:
         """Load parameters and buffers; if not `strict`, those with names that the model has."""
         try:
-            model.load_state_dict(self.content["model"], strict)
+            model.load_state_dict(self.content["model"], strict, assign=next(model.parameters()).is_meta)
         except RuntimeError as error:  # other names or shapes
             raise self._unlike(error) from error
 
@@ -232,7 +281,7 @@ class Checkpoint:
         reason = " ".join(str(error).split())
         if any("parametrizations." in key for key in self.content["model"]):
             reason = "a method had its weights computed, and only a run with that method goes on from there"
-        return UserError(f"{self.path}: {name} is not the network it was written with ({reason})")
+        return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
         stored = self.facts["config"]
@@ -242,9 +291,14 @@ class Checkpoint:
             free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
             if not free and then.get(key) != now.get(key):
                 raise UserError(
-                    f"{key}={now.get(key)}: {self.path} was written with {key}={then.get(key)}; "
+                    f"{key}={now.get(key)}: {self.name} was written with {key}={then.get(key)}; "
                     "resume with the same value, or start again in another hydra.run.dir with resume=never"
                 )
+
+
+def _changes_mismatch(changes: list[Any]) -> str:
+    kinds = {"epoch": int, "event": str, "widths": dict[str, int]}
+    return next(filter(None, (mismatch(change, kinds, "one of its changes") for change in changes)), "")
 
 
 def find(directory: Path) -> Checkpoint | None:
@@ -255,7 +309,7 @@ def find(directory: Path) -> Checkpoint | None:
     present = [directory / name for name in (LAST, PREVIOUS) if (directory / name).exists()]
     for path in present:
         try:
-            return Checkpoint(path)
+            return Checkpoint(path, f"resume=auto: {path}")
         except UserError as error:
             if path == present[-1]:
                 raise
@@ -266,25 +320,6 @@ def find(directory: Path) -> Checkpoint | None:
 def load_model(path: Path, make: Callable[..., nn.Module] | None = None) -> nn.Module:
     """See `morphtrain.load`."""
     return Checkpoint(path).model(make).eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path}: damaged checkpoint ({damaged} fails its checksum)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain in the present format ('{FORMAT}', not {found!r})")
-    return content
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     auto = config.resume == "auto"
     if not auto and not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
-    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
+    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
     if stored is None:
         log.info("no checkpoint in %s: starting from epoch 1", run_dir)
         return _start(config, device), None
@@ -113,7 +113,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
 def _start(config: Config, device: torch.device) -> Run:
     if config.architecture is None:
         return build_run(config, device=device)
-    stored = checkpoint.Checkpoint(Path(config.architecture))
+    stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
     return build_run(config, morph=stored.architecture(config), device=device)
 
 
