@@ -28,7 +28,7 @@ class Wider(Method):
         self.when = When(config)
 
     def before_training(self, run: Run) -> None:
-        if not self._spaces(run):
+        if run.epoch == 0 and not self._spaces(run):  # later, pruning may have taken them
             names = ", ".join(space.name for space in run.graph.spaces)
             raise UserError(f"grow.where={self.config.where}: matches no channel space of the model; there are {names}")
 
