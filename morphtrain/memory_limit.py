@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from morphtrain.byte_sizes import readable
+from morphtrain.errors import UserError
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MOST_TENSORS = 50_000  # of a network; the deepest published ones have some ten thousand
@@ -29,6 +33,47 @@ def machine_bytes() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
     return memory if text == "max" else min(memory, int(text))
+
+
+@contextmanager
+def within_machine() -> Iterator[None]:
+    """Inside it, an allocation above the memory of the machine fails, for it would have the kernel end the process.
+
+    Linux grants memory that is not there until it is used. This limits what the process may ask for; elsewhere it
+    changes nothing.
+    """
+    if not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    finite = [limit for limit in (soft, machine_bytes() + _swap_bytes()) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(finite), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _swap_bytes() -> int:
+    found = re.search(r"SwapTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def named_if_out_of_memory(keys: str) -> Iterator[None]:
+    """Turn memory that runs out inside it into a `UserError` with the size that was asked for.
+
+    Args:
+        keys: what makes it large, with the values, as `schema.size_keys` gives them.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{keys}: out of memory, {wanted_memory(error)} could not be had; lower some of these"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -176,5 +176,5 @@ def test_a_resumed_run_calls_spaces_the_same(command: Command, tmp_path: Path) -
     assert command(*there).returncode == 0
     once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert_same(once, twice)
-    _, cut, grown = (change["widths"] for change in once["facts"]["changes"])
-    assert grown["stages.1.0.branch.3:1"] > cut["stages.1.0.branch.3:1"]
+    _, before, grown = (change["widths"] for change in once["facts"]["changes"])
+    assert grown["stages.1.0.branch.3:1"] > before["stages.1.0.branch.3:1"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from morphtrain import schema
 from morphtrain.cost import measure_roofline
-from morphtrain.grow.expand import Cost
 from morphtrain.grow.kept import Growth, grow_where_kept
 from morphtrain.grow.limits import cost_of, share_of_limits
+from morphtrain.grow.size import Cost
 from morphtrain.morph import ChannelGraph
 from morphtrain.state import Run
 from morphtrain.world import agree

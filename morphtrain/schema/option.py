@@ -68,7 +68,12 @@ def option_of(node: Mapping[Any, Any]) -> Any:
 
 
 def size_keys(group: str, option: Option | Custom) -> str:
-    """The keys of a group that say how large something is, with their values: `model.blocks=3 model.width=16`."""
+    """The keys of a group that may say how large something is, with their values: `model.blocks=3 model.width=16`.
+
+    Without any, the option.
+    """
     given = option.arguments if isinstance(option, Custom) else vars(option)
-    sizes = {key: value for key, value in given.items() if type(value) in (int, float, list)}
+    sizes = {
+        key: value for key, value in given.items() if type(value) in (int, list) or (type(value) is float and value > 1)
+    }
     return " ".join(f"{group}.{key}={value}" for key, value in sizes.items()) or f"{group}={option.name}"

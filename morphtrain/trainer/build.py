@@ -13,7 +13,7 @@ from morphtrain import options, part_checks, schema
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
-from morphtrain.memory_limit import AllocationLimit, machine_bytes
+from morphtrain.memory_limit import AllocationLimit, machine_bytes, named_if_out_of_memory
 from morphtrain.method import ORDER, Method
 from morphtrain.morph import ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
@@ -41,7 +41,8 @@ def build_run(
             channels that a method needs and that cannot be followed.
     """
     device = device or pick_device(config.device)
-    data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
+    with named_if_out_of_memory(schema.size_keys("data", config.data)):
+        data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
     given = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
@@ -134,7 +135,7 @@ def build_model(
             build()
     # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
     torch.default_generator.manual_seed(derived_seed(seed, 0))
-    with _limited(config), torch.device(device):
+    with _limited(config), torch.device(device), named_if_out_of_memory(schema.size_keys("model", config)):
         model = build()
     if norm is not None:
         options.build("norm", norm, model=model)

@@ -13,6 +13,7 @@ import torch
 from morphtrain import morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
+from morphtrain.memory_limit import named_if_out_of_memory, within_machine
 from morphtrain.schema import Config
 from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
@@ -49,7 +50,12 @@ def train(
         OSError: if `run_dir` cannot be written.
     """
     prepare_process()
-    with take_slot(possible_devices(config.device), config.timing) as slot:
+    sizes = " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
+    with (
+        take_slot(possible_devices(config.device), config.timing) as slot,
+        within_machine(),
+        named_if_out_of_memory(sizes),
+    ):
         return _train(config, run_dir, tags, on_epoch, slot)
 
 
