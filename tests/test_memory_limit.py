@@ -44,9 +44,9 @@ def test_memory_that_ran_out_is_recognised_and_measured(source: str) -> None:
     error, wanted = MESSAGES[source]
     assert is_out_of_memory(error)
     assert wanted in wanted_memory(error)
-    with pytest.raises(UserError, match=r"^model.width=9: out of memory, .*; lower some of these$"):
-        with named_if_out_of_memory("model.width=9"):
-            raise error
+    said = r"^model.width=9: out of memory, .*; lower some of these$"
+    with pytest.raises(UserError, match=said), named_if_out_of_memory("model.width=9"):
+        raise error
 
 
 def test_other_errors_stay_what_they_are() -> None:
