@@ -282,10 +282,7 @@ ARCHITECTURE = "architecture"
 FACTS = (*checkpoint.NETWORK_FACTS, *checkpoint.RUN_FACTS)
 CHANGES: dict[str, Change] = {
     **{f"no {key}": (lambda c, f, key=key: c.pop(key)) for key in ("facts", "model", "optimizer", "methods", "parts")},
-    **{
-        f"no fact {key}": (lambda c, f, key=key: f.pop(key))
-        for key in (*checkpoint.NETWORK_FACTS, *checkpoint.RUN_FACTS)
-    },
+    **{f"no fact {key}": (lambda c, f, key=key: f.pop(key)) for key in FACTS},
     "facts that are no JSON": lambda c, f: c.update(facts="{"),
     "facts that are a list": lambda c, f: c.update(facts=["x"]),
     "facts nested too deeply": lambda c, f: c.update(facts="[" * 10**5),
