@@ -104,7 +104,7 @@ class AllocationLimit(TorchDispatchMode):
     """
 
     def __init__(self, most_bytes: float, refuse: Callable[[str], NoReturn], most_tensors: int = MOST_TENSORS) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most_bytes, self.most_tensors, self.refuse = most_bytes, most_tensors, refuse
         self.bytes, self.tensors = 0, 0
 

@@ -8,7 +8,8 @@ from networks import INPUT, PRESETS, SHAPES, build, random_keep, trace
 from test_growth import OWN, assert_kept, evaluated
 
 from morphtrain.cost import WidthCost, count_params
-from morphtrain.grow.expand import expand_to, params_at
+from morphtrain.grow.expand import expand_to
+from morphtrain.grow.size import params_at
 from morphtrain.grow.kept import grow_where_kept, kept_spaces
 from morphtrain.morph import ChannelGraph
 

@@ -158,7 +158,7 @@ class Cut(Method):
 def test_a_resumed_run_calls_spaces_the_same(command: Command, tmp_path: Path) -> None:
     """A space goes, and its neighbour is then called what a growth looks for; without the cut nothing is called so."""
     (tmp_path / "own_cut.py").write_text(CUT)
-    growth = ("grow=wider", "grow.at_epochs=[4]", "grow.where=[stages.1.0.branch.3:1,stages.2.1.branch.0]")
+    growth = ("grow=wider", "grow.at_epochs=[4]", "grow.where=['stages.1.0.branch.3:1','stages.2.1.*']")
     here = [
         *SMALL,
         "tracking=none",
