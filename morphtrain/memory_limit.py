@@ -19,7 +19,7 @@ from morphtrain.byte_sizes import readable
 from morphtrain.errors import UserError
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-MOST_TENSORS = 50_000  # of a network; the deepest published ones have some ten thousand
+MOST_TENSORS = 30_000  # of a network; the deepest published ones have some ten thousand
 
 # How the allocators of torch on CPUs and on accelerators, and torch's arithmetic of sizes, say that it is too much.
 TOO_MUCH = re.compile(
