@@ -30,11 +30,7 @@ CASES = {
     "infinite ratio": (["prune=morphnet", "prune.lasso_ratio=inf"], ["prune.lasso_ratio=inf", "above 0"]),
     "ratio of what": (
         ["prune=prunetrain", "prune.lasso_ratio_of=norm"],
-        ["prune.lasso_ratio_of=norm", "initial_norm, loss"],
-    ),
-    "a plan for the subgradient of Adam": (
-        ["prune=prunetrain", "prune.update=subgradient", "optimizer=adamw"],
-        ["prune.update=subgradient", "AdamW", "prune.update=proximal or prune.lasso_ratio_of=loss works"],
+        ["prune.lasso_ratio_of=norm", "initial_norm"],
     ),
     "threshold -1": (["prune=prunetrain", "prune.threshold=-1"], ["prune.threshold=-1", "above 0"]),
     "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),

@@ -18,7 +18,7 @@ from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
 from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import length_ahead, scheduled_length, warn_if_unknown
+from morphtrain.prune.step_length import full_steps, warn_if_unknown
 from morphtrain.prune.strength import first_penalty_weight, ratio_for
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
@@ -41,7 +41,6 @@ class MorphNetPenalty(Method):
         self.cost, self.regulariser = cast(CostKind, config.cost), cast(Regulariser, config.regulariser)
         self.ignore = config.ignore
         self.penalty_weight = config.strength  # loss per unit of cost; without one fixed by the first batch
-        self.planned = config.strength is None and config.lasso_ratio_of == "initial_norm"  # steps as long as scheduled
         key, value = ("lasso_ratio", config.lasso_ratio) if config.strength is None else ("strength", config.strength)
         self.outlook = Outlook(config, f"prune.{key}={value:g}")
         self.roofline: Roofline | None = None
@@ -66,18 +65,15 @@ class MorphNetPenalty(Method):
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
-            amounts = self.penalty_weight * self.slopes
-            if self.planned:
-                self.norms.shrink(scheduled_length(run.optimizer) * amounts)
-            else:
-                self.norms.shrink(amounts, self.norms.step_lengths(run.optimizer))
+            self.norms.shrink(self.penalty_weight * self.slopes, self.norms.step_lengths(run.optimizer))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         if not is_active(self.config, run.epoch):
             return {"lasso_ratio": 0.0}
+        assert self.penalty_weight is not None
         self._price(run)
-        value = self._penalty(run)
-        if run.epoch == 1 and not self.planned:
+        value = self.penalty_weight * self.norms.penalty(self.slopes).item()
+        if run.epoch == 1:
             warn_if_unknown(run.optimizer)
         removed = is_due(self.config, run.epoch) and self._reconfigure(run)
         self.outlook.after_epoch(run, removed, lambda last: self._reach(run, last))
@@ -95,20 +91,12 @@ class MorphNetPenalty(Method):
         self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
         self.outlook.removed = state.get("removed", True)  # older checkpoints do not say
 
-    def _penalty(self, run: Run) -> float:
-        """What the penalty adds to the loss: what would shrink the members as much through the optimizer's steps."""
-        assert self.penalty_weight is not None
-        slopes = self.slopes
-        if self.planned:
-            slopes = slopes * scheduled_length(run.optimizer) * self.norms.per_length(run.optimizer)
-        return self.penalty_weight * self.norms.penalty(slopes).item()
-
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
         """See `Outlook.after_epoch`."""
         assert self.penalty_weight is not None
-        ahead = self.penalty_weight * length_ahead(run, last) * self.slopes / self.norms.mean_members()
-        if not self.planned:
-            ahead = ahead / (scheduled_length(run.optimizer) * self.norms.per_length(run.optimizer))
+        now = run.optimizer.param_groups[0]["lr"] / run.base_lrs[0]
+        lengths = full_steps(run, last) / (now * self.norms.per_length(run.optimizer))
+        ahead = self.penalty_weight * lengths * self.slopes / self.norms.mean_members()
         share = ahead.max().item()
         if self.config.strength is not None:
             return share, f"prune.strength={self.config.strength / share:.2g}"

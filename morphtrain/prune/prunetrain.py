@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim import SGD
-
 from morphtrain import schema
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
@@ -22,7 +20,7 @@ from morphtrain.prune.lasso import (
 from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import Reconfiguration, live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import length_ahead, relative_length, scheduled_length, step_length, warn_if_unknown
+from morphtrain.prune.step_length import reach_ahead, step_length, warn_if_unknown
 from morphtrain.prune.strength import first_penalty_weight, ratio_for
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.prune.width_probe import WidthProbe
@@ -43,13 +41,11 @@ class PruneTrain(Method):
     def __init__(self, config: schema.prune.PruneTrain) -> None:
         self.config = config
         self.ignore = config.ignore
-        self.planned = config.lasso_ratio_of == "initial_norm"  # steps are as long as scheduled
         self.outlook = Outlook(config, f"prune.lasso_ratio={config.lasso_ratio:g}")
         self.probe_seconds = 0.0  # that looking for the fastest widths has taken
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
-        self._check_optimizer(run)
         self._find_groups(run)
         if not self.lassos:
             raise UserError("prune=prunetrain: no channels of the model are made or used by trained weights")
@@ -66,15 +62,14 @@ class PruneTrain(Method):
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
             for lasso in self.lassos:
-                length = scheduled_length(run.optimizer) if self.planned else step_length(run.optimizer, lasso.weight)
-                shrink([lasso], length * self.penalty_weight)
+                shrink([lasso], step_length(run.optimizer, lasso.weight) * self.penalty_weight)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.penalty_weight is not None
         if not is_active(self.config, run.epoch):
             return {"lasso_ratio": 0.0}
-        value = self._penalty(run)
-        if run.epoch == 1 and not self.planned:
+        value = self.penalty_weight * penalty(self.lassos).item()
+        if run.epoch == 1:
             warn_if_unknown(run.optimizer)
         change = self._reconfigure(run) if is_due(self.config, run.epoch) else None
         self.outlook.after_epoch(run, bool(change), lambda last: self._reach(run, last))
@@ -104,31 +99,12 @@ class PruneTrain(Method):
         self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none of these
         self.outlook.removed = state.get("removed", True)
 
-    def _check_optimizer(self, run: Run) -> None:
-        optimizer = type(run.optimizer)
-        if self.planned and self.config.update == "subgradient" and not issubclass(optimizer, SGD):
-            raise UserError(
-                f"prune.update=subgradient: what {optimizer.__name__} makes of a gradient cannot be planned, as "
-                "prune.lasso_ratio_of=initial_norm has to; prune.update=proximal or prune.lasso_ratio_of=loss works"
-            )
-
-    def _penalty(self, run: Run) -> float:
-        """What the penalty adds to the loss: what would shrink the weights as much through the optimizer's steps."""
-        assert self.penalty_weight is not None
-        values = []
-        for lasso in self.lassos:
-            per_length = 1 / relative_length(run.optimizer, lasso.weight) if self.planned else 1.0
-            values.append(per_length * penalty([lasso]).item())
-        return self.penalty_weight * sum(values)
-
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
         """See `Outlook.after_epoch`."""
         assert self.penalty_weight is not None
-        amount, shares = self.penalty_weight * length_ahead(run, last), []
-        for lasso in self.lassos:
-            length = 1.0 if self.planned else relative_length(run.optimizer, lasso.weight)
-            shares.append(share_taken(lasso, amount * length))
-        return max(shares), f"prune.lasso_ratio={ratio_for(self.config, 1 / max(shares)):.2g}"
+        amounts = [self.penalty_weight * reach_ahead(run, lasso.weight, last) for lasso in self.lassos]
+        share = max(share_taken(lasso, amount) for lasso, amount in zip(self.lassos, amounts, strict=True))
+        return share, f"prune.lasso_ratio={ratio_for(self.config, 1 / share):.2g}"
 
     def _reconfigure(self, run: Run) -> Reconfiguration:
         rounding = self._rounding(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -40,38 +41,35 @@ def warn_if_unknown(optimizer: Optimizer) -> None:
     scaled = any(name in state for state in optimizer.state.values() for name in SECOND_MOMENTS)
     if not scaled and not isinstance(optimizer, SGD) and not hasattr(optimizer, "step_size"):
         log.warning(
-            "prune.lasso_ratio_of=loss: how far the steps of %s go is not known, and it has no method step_size; the "
-            "penalty takes them to be its learning rate times the gradient; initial_norm, which needs no step, works",
+            "optimizer=custom: how far the steps of %s go is not known, and it has no method step_size(parameter); the "
+            "penalty takes lr times the gradient, so prune.lasso_ratio may need another value",
             type(optimizer).__name__,
         )
 
 
-def scheduled_length(optimizer: Optimizer) -> float:
-    """lr / (1 - momentum) of the first parameter group, whatever the optimizer makes of a gradient."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"] / (1 - group.get("momentum", 0.0)))
-
-
-def relative_length(optimizer: Optimizer, weight: torch.Tensor) -> float:
-    """`step_length` in scheduled lengths, the harmonic mean over the weight's elements: 1 for SGD."""
-    real, scheduled = step_length(optimizer, weight), scheduled_length(optimizer)
-    if scheduled == 0:
-        return 1.0
-    return float(1 / torch.as_tensor(real).reciprocal().mean()) / scheduled
-
-
-def length_ahead(run: Run, last_epoch: int) -> float:
-    """The sum of `scheduled_length` over all steps from now to the end of `last_epoch`, as planned now.
+def full_steps(run: Run, last_epoch: int) -> float:
+    """How many steps at the full learning rate are as long as all from now to the end of `last_epoch`, as planned now.
 
     Raises:
         UserError: if the learning rate is zero in all of them.
     """
     steps, done = -(-len(run.data.train) // run.batch_size), round(run.progress)  # of an epoch; epochs
     points = min(steps, POINTS)
-    rates = [run.learning_rate(epoch + (i + 0.5) / points) for epoch in range(done, last_epoch) for i in range(points)]
-    if done < last_epoch and not any(rates):
+    times = [epoch + (i + 0.5) / points for epoch in range(done, last_epoch) for i in range(points)]
+    count = sum(run.learning_rate(time) for time in times) / run.base_lrs[0] * steps / points
+    if times and count <= 0:
         raise UserError(f"schedule={run.config.schedule.name}: the learning rate is 0 until epoch {last_epoch}")
-    return sum(rates) * steps / points / (1 - run.optimizer.param_groups[0].get("momentum", 0.0))
+    return count
+
+
+def reach_ahead(run: Run, weight: torch.Tensor, last_epoch: int) -> float:
+    """The sum of `step_length` over all steps from now to the end of `last_epoch`, as planned now.
+
+    The harmonic mean over the weight's elements; an optimizer that scales its steps is taken to go on as now.
+    """
+    now = run.optimizer.param_groups[0]["lr"] / run.base_lrs[0]
+    per_length = torch.as_tensor(step_length(run.optimizer, weight)).reciprocal().mean().item()
+    return full_steps(run, last_epoch) / (now * per_length) if now else math.inf
 
 
 def _scale(state: dict[str, Any], group: dict[str, Any]) -> Any:

@@ -1,17 +1,19 @@
 """How strong a penalty is: what `prune.lasso_ratio` means.
 
-`initial_norm`: how much of the initial norm of all groups the penalty takes off in the whole run, if no gradient is
-against it. A proximal step takes lambda times the step's length, and the lengths are known from the plan: the learning
-rates of all steps. So the ratio means the same for networks of any size, runs of any length, and any optimizer.
+`initial_norm`: how much of the initial norms of all groups the penalty would take off in the whole run by steps of
+length 1, which lr / (1 - momentum) is with the default `optimizer=sgd`. A proximal step takes off lambda times its
+length, so lambda follows from the number of steps and the schedule. It is the same for networks of any size.
 
 `loss`: the penalty's share of the loss of the first batch (Lym et al. 2019, eq. 3). The penalty is a sum over all
 groups: the fewer there are, the harder the same share pulls at each, and the more steps follow, the further.
+
+Lambda is a factor in the loss in both cases: a learning rate or an optimizer that learns faster also shrinks faster.
 """
 
 from __future__ import annotations
 
 from morphtrain.prune.lasso import penalty_weight_for_ratio, penalty_weight_for_share
-from morphtrain.prune.step_length import length_ahead
+from morphtrain.prune.step_length import full_steps
 from morphtrain.prune.when import Option, last_active
 from morphtrain.state import Run
 
@@ -26,8 +28,8 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     assert option.lasso_ratio is not None
     if option.lasso_ratio_of == "loss":
         return penalty_weight_for_ratio(option.lasso_ratio, run.loss.item(), penalty)
-    ahead = length_ahead(run, last_active(option, run.config.epochs))
-    return penalty_weight_for_share(option.lasso_ratio, norms, weights, ahead)
+    length = full_steps(run, last_active(option, run.config.epochs))
+    return penalty_weight_for_share(option.lasso_ratio, norms, weights, length)
 
 
 def ratio_for(option: Option, factor: float) -> float:
