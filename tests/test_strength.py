@@ -137,22 +137,20 @@ def test_the_step_is_the_one_that_the_optimizer_takes(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("optimizer", [("optimizer=adamw",), ("optimizer=lars", "optimizer.lr=20"), RMSPROP])
-@pytest.mark.parametrize("ratio", [("prune.lasso_ratio=0.95",), ("prune.lasso_ratio=6", PLANNED[0])])
+@pytest.mark.parametrize("optimizer", [("optimizer=adamw",), ("optimizer=lars",), RMSPROP])
+@pytest.mark.parametrize("ratio", [("prune.lasso_ratio=0.99",), ("prune.lasso_ratio=30", PLANNED[0])])
 def test_pruning_works_with_any_optimizer(optimizer: tuple[str, ...], ratio: tuple[str, ...]) -> None:
-    run = trained(*SMALL, "epochs=10", *optimizer, *ratio)
+    run = trained(*SMALL, *optimizer, *ratio)
     assert run.params < 0.9 * run.initial["params"]
-    assert 0 < run.history[-1]["lasso_ratio"] < 1
 
 
-@pytest.mark.parametrize("regulariser", ["gamma_l1", "group_lasso"])
-@pytest.mark.parametrize("optimizer", [("optimizer=adamw",), ("optimizer=lars", "optimizer.lr=20")])
-def test_morphnet_prunes_with_any_optimizer(optimizer: tuple[str, ...], regulariser: str) -> None:
-    ratio = ("prune.lasso_ratio=0.95", "prune.lasso_ratio_of=loss")
-    epochs = ("epochs=10", "prune.interval=1", "prune.start_epoch=2")
-    run = trained(*MORPHNET, *epochs, *optimizer, *ratio, f"prune.regulariser={regulariser}")
+@pytest.mark.parametrize(
+    ("optimizer", "regulariser"), [("adamw", "gamma_l1"), ("adamw", "group_lasso"), ("lars", "group_lasso")]
+)
+def test_morphnet_prunes_with_any_optimizer(optimizer: str, regulariser: str) -> None:
+    ratio = ("prune.lasso_ratio=0.99", "prune.lasso_ratio_of=loss", f"prune.regulariser={regulariser}")
+    run = trained(*MORPHNET, "prune.interval=1", "prune.start_epoch=2", f"optimizer={optimizer}", *ratio)
     assert run.params < 0.9 * run.initial["params"]
-    assert 0 < run.history[-1]["lasso_ratio"] < 1
 
 
 def test_an_optimizer_of_unknown_steps_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
