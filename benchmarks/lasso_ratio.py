@@ -3,8 +3,8 @@
     python lasso_ratio.py [seeds]     # 5 seeds, or their numbers: 4,5; a quarter of an hour on one core
 
 First accuracy at equal MACs, for both values of `prune.group_weight`: every seed's runs at several ratios, linearly
-interpolated in the MACs that they end with. Then the share of parameters that the same ratio leaves in networks and runs
-of different sizes and under other optimizers (one seed).
+interpolated in the MACs that they end with. Then the share of parameters that the same ratio leaves in networks and
+runs of different sizes and under other optimizers (one seed).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from morphtrain.trainer.loop import train_epoch
 
 LINEAR = ("batch_policy.lr_scaling=linear", "batch_policy.warmup_epochs=0")
 PLANNED = ("prune.lasso_ratio_of=initial_norm", "prune.lasso_ratio=0.3")
+LARS = ("optimizer=lars", "optimizer.trust_coefficient=0.02")
 RMSPROP = ("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "+optimizer.lr=0.001")
 MORPHNET = [*(override for override in SMALL if not override.startswith("prune")), "prune=morphnet"]
 
@@ -137,7 +138,7 @@ def test_the_step_is_the_one_that_the_optimizer_takes(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("optimizer", [("optimizer=adamw",), ("optimizer=lars",), RMSPROP])
+@pytest.mark.parametrize("optimizer", [("optimizer=adamw",), LARS, RMSPROP])
 @pytest.mark.parametrize("ratio", [("prune.lasso_ratio=0.99",), ("prune.lasso_ratio=30", PLANNED[0])])
 def test_pruning_works_with_any_optimizer(optimizer: tuple[str, ...], ratio: tuple[str, ...]) -> None:
     run = trained(*SMALL, *optimizer, *ratio)
