@@ -12,7 +12,7 @@ setup: .venv/.installed
 	touch $@
 
 # The main job: PruneTrain on a ResNet-8 of twice the usual width and the embedded digits; a minute or so on two cores.
-PRUNE ?= prune=prunetrain prune.lasso_ratio=0.7 prune.interval=2
+PRUNE ?= prune=prunetrain prune.lasso_ratio=12.5 prune.interval=2
 run: setup
 	$(BIN)/python -m morphtrain.run model.width=32 epochs=120 $(PRUNE)
 

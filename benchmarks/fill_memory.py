@@ -29,7 +29,13 @@ COMMON = (
     *("data.train_samples=8000", f"model.width={WIDTH}", f"epochs={EPOCHS}", f"batch_policy.batch_size={BATCH}"),
     "memory_format=channels_last",  # in the other format, oneDNN's copies take the same for 1 to 16 channels
 )
-PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.4", "prune.interval=1", "prune.start_epoch=2")
+PRUNE = (
+    "prune=prunetrain",
+    "prune.lasso_ratio=0.4",
+    "prune.lasso_ratio_of=loss",
+    "prune.interval=1",
+    "prune.start_epoch=2",
+)
 FILL = (*PRUNE, "batch_policy=fill_memory")
 ARMS = {
     "dense": (),

@@ -21,7 +21,13 @@ from morphtrain.evidence.records import read_records
 
 COMMON = ("data.train_samples=3000", "model.width=8", "batch_policy.batch_size=64")
 EPOCHS, MIDDLE = 12, 6
-PRUNE = ("prune=prunetrain", "prune.lasso_ratio=0.3", "prune.interval=2", "prune.start_epoch=2")
+PRUNE = (
+    "prune=prunetrain",
+    "prune.lasso_ratio=0.3",
+    "prune.lasso_ratio_of=loss",
+    "prune.interval=2",
+    "prune.start_epoch=2",
+)
 ARMS = {
     "narrow": (),
     "wider": ("grow=wider", f"grow.at_epochs=[{MIDDLE}]"),

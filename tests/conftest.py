@@ -29,6 +29,7 @@ SMALL = (
     "epochs=6",
     "prune=prunetrain",
     "prune.lasso_ratio=0.95",
+    "prune.lasso_ratio_of=loss",  # the strength that the tests were tuned with
     "prune.interval=1",
     "prune.start_epoch=2",
 )

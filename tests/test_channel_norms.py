@@ -21,8 +21,8 @@ from morphtrain.prune.bias_folding import CONSTANTS
 from morphtrain.prune.channel_norms import ChannelNorms
 
 
-def minimiser(members: np.ndarray, amount: float) -> np.ndarray:
-    """argmin |x - members|^2 / 2 + amount * max |x|, with the maximum as a bound of its own."""
+def minimiser(members: np.ndarray, amount: float, lengths: np.ndarray) -> np.ndarray:
+    """argmin sum((x - members)^2 / lengths) / 2 + amount * max |x|, with the maximum as a bound of its own."""
     start = np.append(members, np.abs(members).max())
     bounds = [
         {"type": "ineq", "fun": lambda x, i=i, sign=sign: x[-1] - sign * x[i]}
@@ -30,9 +30,9 @@ def minimiser(members: np.ndarray, amount: float) -> np.ndarray:
         for sign in (1, -1)
     ]
     found = minimize(
-        lambda x: 0.5 * np.square(x[:-1] - members).sum() + amount * x[-1],
+        lambda x: 0.5 * (np.square(x[:-1] - members) / lengths).sum() + amount * x[-1],
         start,
-        jac=lambda x: np.append(x[:-1] - members, amount),
+        jac=lambda x: np.append((x[:-1] - members) / lengths, amount),
         constraints=bounds,
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
@@ -50,8 +50,8 @@ def residual_members(model: nn.Module, regulariser: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("regulariser", ["gamma_l1", "group_lasso"])
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), amount=st.sampled_from([0.0, 0.05, 0.5, 3.0, 30.0]))
-def test_shrinking_solves_the_proximal_problem(regulariser: Any, seed: int, amount: float) -> None:
+@given(seed=st.integers(0, 10**6), amount=st.sampled_from([0.0, 0.05, 0.5, 3.0, 30.0]), alike=st.booleans())
+def test_shrinking_solves_the_proximal_problem(regulariser: Any, seed: int, amount: float, alike: bool) -> None:
     torch.manual_seed(seed)
     model = build(2, width=3, stages=1)
     members = residual_members(model, regulariser)
@@ -63,10 +63,15 @@ def test_shrinking_solves_the_proximal_problem(regulariser: Any, seed: int, amou
     graph = trace(model)
     norms = ChannelNorms(graph, regulariser)
     space = graph.space("stem.0")
-    norms.shrink(norms.per_channel({s: amount if s is space else 0.0 for s in norms.spaces}))
+    steps = {id(member): 1.0 if alike else 0.3 * (number + 1) for number, member in enumerate(members)}
+    lengths = torch.cat(
+        [torch.full((n,), steps.get(key, 1.0)) for key, n in zip(norms.weights, norms.lengths, strict=True)]
+    )
+    amounts = norms.per_channel({s: amount if s is space else 0.0 for s in norms.spaces})
+    norms.shrink(amounts, None if alike else torch.cat([lengths, torch.ones(1)]).to(amounts))
     for channel in range(3):
         sizes = np.array([b[channel].norm().item() for b in before])
-        wanted = minimiser(sizes, amount)
+        wanted = minimiser(sizes, amount, np.array(list(steps.values())))
         for old, new, was, want in zip(before, members, sizes, wanted, strict=True):
             np.testing.assert_allclose(new[channel].detach(), old[channel] * (want / was), atol=2e-5)
     for name, other in others.items():

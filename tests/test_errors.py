@@ -19,7 +19,19 @@ CASES = {
     "added top-level key": (["+epoch=3"], ["epoch:", "epochs"]),
     "mistyped option": (["prune=prunetrian"], ["prunetrian", "prunetrain"]),
     "mistyped group": (["prun=prunetrain"], ["prun"]),
-    "ratio 1.5": (["prune=prunetrain", "prune.lasso_ratio=1.5"], ["prune.lasso_ratio=1.5", "between 0 and 1"]),
+    "ratio 1.5": (
+        ["prune=prunetrain", "prune.lasso_ratio=1.5", "prune.lasso_ratio_of=loss"],
+        ["prune.lasso_ratio=1.5", "between 0 and 1", "prune.lasso_ratio_of=loss"],
+    ),
+    "no ratio": (
+        ["prune=prunetrain", "prune.lasso_ratio=0"],
+        ["prune.lasso_ratio=0.0", "above 0", "prune.lasso_ratio_of=initial_norm"],
+    ),
+    "infinite ratio": (["prune=morphnet", "prune.lasso_ratio=inf"], ["prune.lasso_ratio=inf", "above 0"]),
+    "ratio of what": (
+        ["prune=prunetrain", "prune.lasso_ratio_of=norm"],
+        ["prune.lasso_ratio_of=norm", "initial_norm"],
+    ),
     "threshold -1": (["prune=prunetrain", "prune.threshold=-1"], ["prune.threshold=-1", "above 0"]),
     "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),
     "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
@@ -30,10 +42,6 @@ CASES = {
     ),
     "rounding all down": (["prune=prunetrain", "prune.round_to=auto", "prune.round_down=1"], ["prune.round_down=1"]),
     "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
-    "rows under LARS": (
-        ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],
-        ["prune.regulariser=group_lasso", "gamma_l1"],
-    ),
     "no time to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
     "growth after the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
     "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], ["grow.factor=1", "above 1"]),
@@ -50,7 +58,7 @@ CASES = {
     "accuracies": (["grow=adaptive", "grow.high_accuracy=0.5"], ["grow.high_accuracy=0.5", "0.9"]),
     "ratio and strength": (
         ["prune=morphnet", "prune.strength=1e-8"],
-        ["prune.lasso_ratio=0.25", "prune.strength=1e-08"],
+        ["prune.lasso_ratio=4.0", "prune.strength=1e-08"],
     ),
     "neither of them": (["prune=morphnet", "prune.lasso_ratio=null"], ["prune.lasso_ratio=None", "prune.strength"]),
     "cost": (["prune=morphnet", "prune.cost=params"], ["prune.cost=params", "flops, model_size, latency"]),

@@ -16,7 +16,10 @@ from morphtrain.prune.lasso import (
     group_lassos,
     penalty,
     penalty_weight_for_ratio,
+    penalty_weight_for_share,
     shrink,
+    total_norm,
+    total_weight,
 )
 
 
@@ -115,3 +118,36 @@ def test_zero_weights_give_no_nan() -> None:
     shrink([lasso], 0.0)
     assert torch.equal(weight, torch.zeros_like(weight))
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("sqrt_size", [False, True])
+def test_lambda_takes_the_share_that_was_planned(sqrt_size: bool) -> None:
+    """Of the norms of all groups together, as long as none of them reaches zero."""
+    rows = [GroupLasso(torch.randn(size, 3, 3, 3), size**0.5 if sqrt_size else 1.0, 0.0) for size in (4, 7)]
+    lassos, lengths = [*rows, GroupLasso(1 + torch.rand(2, 5), 0.0, 1.0)], [0.1, 1.0, 0.4, 0.0]
+    before = total_norm(lassos)
+    assert before == pytest.approx(
+        sum(float(x.weight.flatten(1).norm(dim=1).sum()) for x in rows) + float(lassos[2].weight.norm(dim=0).sum())
+    )
+    weight = penalty_weight_for_share(0.2, before, total_weight(lassos), sum(lengths))
+    for length in lengths:
+        shrink(lassos, length * weight)
+    assert total_norm(lassos) == pytest.approx(0.8 * before, rel=1e-5)
+
+
+def test_a_group_loses_the_harmonic_mean_of_what_its_elements_would() -> None:
+    weight, amounts = torch.randn(4, 3, 2, 2), torch.rand(4, 3, 2, 2)
+    amounts[1, 2, 0, 0] = 1e6  # of an element without a gradient, which would move as far as it likes
+    expected = weight.clone()
+    for o in range(4):
+        expected[o] *= max(0.0, float(1 - 1 / (1 / amounts[o]).mean() / expected[o].norm()))
+    for i in range(3):
+        expected[:, i] *= max(0.0, float(1 - 1 / (1 / amounts[:, i]).mean() / expected[:, i].norm()))
+    shrink([GroupLasso(weight, 1.0, 1.0)], amounts)
+    torch.testing.assert_close(weight, expected)
+    assert weight.flatten(1).any(1).all(), "the test is about steps that leave something"
+    plain = torch.randn(4, 3)
+    alike = plain.clone()
+    shrink([GroupLasso(alike, 1.0, 0.5)], torch.full_like(alike, 0.2))
+    shrink([GroupLasso(plain, 1.0, 0.5)], 0.2)
+    torch.testing.assert_close(alike, plain)

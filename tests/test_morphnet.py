@@ -54,7 +54,7 @@ def first_loss(run: Run) -> float:
 @pytest.mark.parametrize("target", ["flops", "model_size"])
 def test_the_strength_gives_the_ratio_on_the_first_batch_and_stays(ready: Any, target: str) -> None:
     """All gammas are one at the start, so the penalty is the network's whole cost."""
-    run = ready(*WITHOUT_PRUNE, "prune.lasso_ratio=0.3", f"prune.cost={target}")
+    run = ready(*WITHOUT_PRUNE, "prune.lasso_ratio=0.3", "prune.lasso_ratio_of=loss", f"prune.cost={target}")
     weights = sum(p.numel() for p in run.model.parameters() if p.dim() > 1)
     cost = 2 * count_macs(run.model, run.data.input_shape) if target == "flops" else weights
     loss = first_loss(run)
@@ -238,6 +238,7 @@ def test_folding_leaves_modes_hooks_and_live_channels_alone() -> None:
 def digits() -> Iterator[list[dict[str, float]]]:
     """ResNet-8 on the digits: metrics, and the accuracy before and after every reconfiguration."""
     overrides = ["prune=morphnet", "prune.interval=2", "prune.start_epoch=4", "prune.lasso_ratio=0.7", "epochs=14"]
+    overrides.append("prune.lasso_ratio_of=loss")
     run = build_run(morphtrain.compose(*overrides))
     start(run)
     history = []

@@ -152,7 +152,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
 @pytest.mark.parametrize(
     "options",
     [
-        ("optimizer=adamw",),
+        ("optimizer=adamw", "prune.lasso_ratio=4", "prune.lasso_ratio_of=initial_norm"),
         ("precision=o1",),
         ("precision=o1", "precision.dtype=float16"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),

@@ -4,7 +4,7 @@
     slopes = norms.per_channel(cost.coefficients(norms.alive(1e-2)))
     ...
     optimizer.step()
-    norms.shrink(lr * penalty_weight / (1 - momentum) * slopes)
+    norms.shrink(penalty_weight * slopes, norms.step_lengths(optimizer))
 
 The penalty is the sum over the channels of slope * r, where r is the largest of the channel's members: |gamma| of each
 norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`). At a
@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from morphtrain.morph import NORMS, ChannelGraph, Slot, Space
+from morphtrain.prune.step_length import step_length
+
+SHORTEST = 1e-30  # step; one of length 0 moves nothing, and its inverse is still a number
 
 Regulariser = Literal["gamma_l1", "group_lasso"]
 
@@ -38,6 +42,12 @@ class Weight:
         if tensor.dim() == 1:
             return tensor.abs()
         return torch.linalg.vector_norm(tensor.transpose(0, self.dim).flatten(1), dim=1)
+
+    def mean_length(self, length: Any) -> torch.Tensor:
+        """(N,): the harmonic mean, over an entry, of what `step_length` returns for this parameter."""
+        per_length = torch.as_tensor(length, dtype=self.tensor.dtype, device=self.tensor.device).reciprocal()
+        rows = per_length.expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
+        return rows.mean(1).reciprocal()
 
     def scale(self, factors: torch.Tensor) -> None:
         """Multiply the entries by `factors` (N,)."""
@@ -103,7 +113,7 @@ class ChannelNorms:
         return (slopes * self._importance()).sum()
 
     @torch.no_grad()
-    def shrink(self, amounts: torch.Tensor) -> None:
+    def shrink(self, amounts: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
         """The proximal step: the minimiser of |new - old|^2 / 2 + sum over the channels of amount * max |member|.
 
         Each channel's members are clipped at the level above which `amount` of their magnitude lies in all: what the
@@ -112,14 +122,32 @@ class ChannelNorms:
 
         Args:
             amounts: (C,), of the channels of `spaces` in order.
+            lengths: (E + 1,), see `step_lengths`: a member's distance counts in units of its own step. None: all are 1.
         """
         entries = self._magnitudes()
-        levels = [_level(entries[group], t) for group, t in zip(self.groups, amounts.split(self.sizes), strict=True)]
+        per_length = torch.ones_like(entries) if lengths is None else lengths.clamp(min=SHORTEST).reciprocal()
+        levels = [
+            _level(entries[group], per_length[group], t)
+            for group, t in zip(self.groups, amounts.split(self.sizes), strict=True)
+        ]
         level = torch.cat([*levels, self.like.new_full((1,), torch.inf)])  # (C + 1,)
         limits, entries = level[self.owner], entries[:-1]  # (E,)
         factors = torch.where(entries > limits, limits / entries, 1.0)
         for weight, part in zip(self.weights.values(), factors.split(self.lengths), strict=True):
             weight.scale(part)
+
+    def step_lengths(self, optimizer: Optimizer) -> torch.Tensor:
+        """(E + 1,): how far the optimizer's step goes for every entry, and 1 at the end; see `step_length`."""
+        parts = [weight.mean_length(step_length(optimizer, weight.tensor)) for weight in self.weights.values()]
+        return torch.cat([*parts, self.like.new_ones(1)])
+
+    def per_length(self, optimizer: Optimizer) -> torch.Tensor:
+        """(C,): 1 / length of the optimizer's steps, the mean over a channel's members."""
+        return self._per_member(self.step_lengths(optimizer).clamp(min=SHORTEST).reciprocal())
+
+    def mean_members(self) -> torch.Tensor:
+        """(C,): the magnitude of a channel's members, their mean."""
+        return self._per_member(self._magnitudes())
 
     def clear(self, dead: Mapping[Space, torch.Tensor]) -> None:
         """Set all members of the channels in the masks `dead` (size,) to zero."""
@@ -133,19 +161,27 @@ class ChannelNorms:
         entries = self._magnitudes()
         return torch.cat([self.like.new_zeros(0), *(entries[group].amax(1) for group in self.groups)])
 
+    def _per_member(self, entries: torch.Tensor) -> torch.Tensor:
+        """(C,): of the channels' members, the mean of `entries` (E + 1,)."""
+        absent = len(entries) - 1
+        entries = entries.index_fill(0, torch.tensor(absent, device=entries.device), 0.0)
+        means = [entries[group].sum(1) / (group != absent).sum(1) for group in self.groups]
+        return torch.cat([self.like.new_zeros(0), *means])
+
     def _magnitudes(self) -> torch.Tensor:
         """(E + 1,): of every entry, and a zero at the end."""
         return torch.cat([*(weight.magnitudes() for weight in self.weights.values()), self.like.new_zeros(1)])
 
 
-def _level(members: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
-    """(C,): where to clip members (C, M) so that they lose `amounts` (C,) in all; zero if they have no more.
+def _level(members: torch.Tensor, per_length: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """(C,): where to clip members (C, M) so that they lose `amounts` (C,) lengths in all; zero if they have no more.
 
-    The level is (sum of the j largest - amount) / j for the number j that it clips, and less for any other.
+    With lengths of 1 the level is (sum of the j largest - amount) / j for the number j that it clips, and less for any
+    other; otherwise each counts by 1 / length, and j becomes the sum of these.
     """
-    sums = members.sort(1, descending=True).values.cumsum(1)
-    counts = torch.arange(1, members.shape[1] + 1, device=members.device)
-    return ((sums - amounts[:, None]) / counts).amax(1).clamp(min=0)
+    members, order = members.sort(1, descending=True)
+    counts = per_length.gather(1, order)
+    return (((members * counts).cumsum(1) - amounts[:, None]) / counts.cumsum(1)).amax(1).clamp(min=0)
 
 
 def _padded(members: int) -> int:

@@ -12,6 +12,7 @@ exempt: the image side of the first convolution, the class side of the classifie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -71,6 +72,30 @@ def penalty_weight_for_ratio(ratio: float, loss: float, penalty: float) -> float
     return ratio * loss / ((1 - ratio) * penalty)
 
 
+def penalty_weight_for_share(share: float, norms: float, weights: float, length: float) -> float:
+    """The lambda that takes `share` of what all groups measure off them, if no gradient is against it.
+
+    It is the same for a network of any size and for a run of any number of steps.
+
+    Args:
+        norms: the sum of the norms of all groups, see `total_norm`.
+        weights: the sum of how much they count, see `total_weight`.
+        length: of all steps together, each of them lr / (1 - momentum).
+    """
+    return share * norms / (weights * length)
+
+
+def total_norm(lassos: Iterable[GroupLasso]) -> float:
+    """The sum of the norms of all groups, each counted once."""
+    once = [GroupLasso(x.weight, float(x.row_weight > 0), float(x.column_weight > 0)) for x in lassos]
+    return penalty(once).item()
+
+
+def total_weight(lassos: Iterable[GroupLasso]) -> float:
+    """How much all groups together count."""
+    return sum(x.row_weight * x.weight.shape[0] + x.column_weight * x.weight.shape[1] for x in lassos)
+
+
 @torch.no_grad()
 def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
     """Add penalty_weight * dGL/dW to `.grad`: dGL/dW = W * (1/||W[o]|| + 1/||W[:, i]||)."""
@@ -89,12 +114,37 @@ def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
     """Soft-threshold the weights in place: every row, then every column, loses `amount` of its norm.
 
     Those whose norm is smaller become exactly zero. It is the proximal step of one side's penalty, then of the other's.
+
+    Args:
+        amount: of every weight; or a tensor of the weight's shape where its elements take steps of different lengths.
+            A group then loses their harmonic mean: elements with hardly a gradient, whose steps are longest, count
+            least.
     """
     for lasso in lassos:
         squares = _squares(lasso.weight)
-        rows = _soft_threshold(squares.sum(1), amount * lasso.row_weight)  # (O,)
-        columns = _soft_threshold(rows.square() @ squares, amount * lasso.column_weight)  # (I,)
+        of_rows, of_columns = _amounts(amount)
+        rows = _soft_threshold(squares.sum(1), of_rows * lasso.row_weight)  # (O,)
+        columns = _soft_threshold(rows.square() @ squares, of_columns * lasso.column_weight)  # (I,)
         lasso.weight.mul_(_spread(rows[:, None] * columns, lasso.weight))
+
+
+def share_taken(lasso: GroupLasso, amount: float) -> float:
+    """The share of a group's norm that `shrink` takes if it takes off `amount` in all: the mean over a weight's groups.
+
+    Its elements lose it with their row and with their column.
+    """
+    norm = torch.linalg.vector_norm(lasso.weight.detach()).item()
+    rows, columns = lasso.weight.shape[:2]
+    pull = amount * (lasso.row_weight * rows**0.5 + lasso.column_weight * columns**0.5)
+    return pull / norm if norm else math.inf
+
+
+def _amounts(amount: float | torch.Tensor) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """What each row, (O,), and each column, (I,), loses; both are `amount` if that is a number."""
+    if not isinstance(amount, torch.Tensor) or amount.dim() == 0:
+        return amount, amount
+    inverse = amount.reciprocal().flatten(2).mean(2) if amount.dim() > 2 else amount.reciprocal()  # (O, I)
+    return inverse.mean(1).reciprocal(), inverse.mean(0).reciprocal()
 
 
 def _squares(weight: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,11 @@ from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.prune.bias_folding import fold_constants
 from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
-from morphtrain.prune.lasso import penalty_weight_for_ratio
+from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import step_length
+from morphtrain.prune.step_length import full_steps, warn_if_unknown
+from morphtrain.prune.strength import first_penalty_weight, ratio_for
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
 from morphtrain.world import agree
@@ -40,6 +41,8 @@ class MorphNetPenalty(Method):
         self.cost, self.regulariser = cast(CostKind, config.cost), cast(Regulariser, config.regulariser)
         self.ignore = config.ignore
         self.penalty_weight = config.strength  # loss per unit of cost; without one fixed by the first batch
+        key, value = ("lasso_ratio", config.lasso_ratio) if config.strength is None else ("strength", config.strength)
+        self.outlook = Outlook(config, f"prune.{key}={value:g}")
         self.roofline: Roofline | None = None
         self.priced = 0  # the epoch that `norms` and `slopes` are of
 
@@ -55,34 +58,49 @@ class MorphNetPenalty(Method):
         if self.priced != run.epoch:
             self._price(run)
         if self.penalty_weight is None:
-            assert self.config.lasso_ratio is not None
+            norms, slopes = self.norms.penalty(torch.ones_like(self.slopes)).item(), self.slopes.sum().item()
             penalty = self.norms.penalty(self.slopes).item()
-            self.penalty_weight = penalty_weight_for_ratio(self.config.lasso_ratio, run.loss.item(), penalty)
+            self.penalty_weight = first_penalty_weight(self.config, run, penalty, norms, slopes)
 
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
-            self.norms.shrink(step_length(run.optimizer) * self.penalty_weight * self.slopes)
+            self.norms.shrink(self.penalty_weight * self.slopes, self.norms.step_lengths(run.optimizer))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
-        penalty = 0.0
-        if is_active(self.config, run.epoch):
-            assert self.penalty_weight is not None
-            self._price(run)
-            penalty = self.penalty_weight * self.norms.penalty(self.slopes).item()
-            if is_due(self.config, run.epoch):
-                self._reconfigure(run)
-        return {"lasso_ratio": penalty / (run.train_loss + penalty)}
+        if not is_active(self.config, run.epoch):
+            return {"lasso_ratio": 0.0}
+        assert self.penalty_weight is not None
+        self._price(run)
+        value = self.penalty_weight * self.norms.penalty(self.slopes).item()
+        if run.epoch == 1:
+            warn_if_unknown(run.optimizer)
+        removed = is_due(self.config, run.epoch) and self._reconfigure(run)
+        self.outlook.after_epoch(run, removed, lambda last: self._reach(run, last))
+        return {"lasso_ratio": value / (run.train_loss + value)}
 
     def measure(self, run: Run) -> dict[str, float]:
         return {"channel_density": self._live_channels(run.graph) / run.initial["channels"]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.penalty_weight, "roofline": list(self.roofline) if self.roofline else None}
+        roofline = list(self.roofline) if self.roofline else None
+        return {"strength": self.penalty_weight, "roofline": roofline, "removed": self.outlook.removed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.penalty_weight = state["strength"]
         self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
+        self.outlook.removed = state.get("removed", True)  # older checkpoints do not say
+
+    def _reach(self, run: Run, last: int) -> tuple[float, str]:
+        """See `Outlook.after_epoch`."""
+        assert self.penalty_weight is not None
+        now = run.optimizer.param_groups[0]["lr"] / run.base_lrs[0]
+        lengths = full_steps(run, last) / (now * self.norms.per_length(run.optimizer))
+        ahead = self.penalty_weight * lengths * self.slopes / self.norms.mean_members()
+        share = ahead.max().item()
+        if self.config.strength is not None:
+            return share, f"prune.strength={self.config.strength / share:.2g}"
+        return share, f"prune.lasso_ratio={ratio_for(self.config, 1 / share):.2g}"
 
     def _price(self, run: Run) -> None:
         """Find the channels of the present network, and what each of them costs."""
@@ -91,11 +109,12 @@ class MorphNetPenalty(Method):
         self.slopes = self.norms.per_channel(cost.coefficients(self.norms.alive(self.config.gamma_threshold)))
         self.priced = run.epoch
 
-    def _reconfigure(self, run: Run) -> None:
+    def _reconfigure(self, run: Run) -> bool:
+        """Remove what is dead; whether there was anything."""
         dead = {space: r < self.config.gamma_threshold for space, r in self.norms.importance().items()}
         dead = {space: mask for space, mask in dead.items() if mask.any()}
         if not dead:
-            return
+            return False
         images, _ = next(run.data.train_batches(run.batch_size, run.generator(run.epoch)))
         fold_constants(run.graph, images, dead)
         self.norms.clear(dead)
@@ -108,6 +127,7 @@ class MorphNetPenalty(Method):
         )
         if change:
             run.shape_changed(change.summary())
+        return bool(change)
 
     def _live_channels(self, graph: ChannelGraph) -> int:
         importance = importance_of_all(graph, self.regulariser)

@@ -6,11 +6,22 @@ from typing import Any
 
 from morphtrain import schema
 from morphtrain.cost.params import count_weights
+from morphtrain.errors import UserError
 from morphtrain.method import Method
-from morphtrain.prune.lasso import add_gradient, group_lassos, penalty, penalty_weight_for_ratio, shrink
-from morphtrain.prune.reconfigure import live_channels, reconfigure
+from morphtrain.prune.lasso import (
+    add_gradient,
+    group_lassos,
+    penalty,
+    share_taken,
+    shrink,
+    total_norm,
+    total_weight,
+)
+from morphtrain.prune.outlook import Outlook
+from morphtrain.prune.reconfigure import Reconfiguration, live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import step_length
+from morphtrain.prune.step_length import reach_ahead, step_length, warn_if_unknown
+from morphtrain.prune.strength import first_penalty_weight, ratio_for
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
@@ -22,7 +33,7 @@ PROBE_SHARE = 0.05  # of the training so far: as long as the probe has taken mor
 class PruneTrain(Method):
     """The method as hooks of the training loop; `lasso.py` and `reconfigure.py` hold its functional form.
 
-    The weight of its penalty, lambda, is fixed by the first batch.
+    The weight of its penalty, lambda, is fixed with the first batch: by the run's plan, or by the batch's loss.
     """
 
     follows_channels = True
@@ -30,16 +41,20 @@ class PruneTrain(Method):
     def __init__(self, config: schema.prune.PruneTrain) -> None:
         self.config = config
         self.ignore = config.ignore
+        self.outlook = Outlook(config, f"prune.lasso_ratio={config.lasso_ratio:g}")
         self.probe_seconds = 0.0  # that looking for the fastest widths has taken
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
         self._find_groups(run)
+        if not self.lassos:
+            raise UserError("prune=prunetrain: no channels of the model are made or used by trained weights")
 
     def after_backward(self, run: Run) -> None:
         if self.penalty_weight is None:
-            gl = penalty(self.lassos).item()
-            self.penalty_weight = penalty_weight_for_ratio(self.config.lasso_ratio, run.loss.item(), gl)
+            lassos = self.lassos
+            value, norms, weights = penalty(lassos).item(), total_norm(lassos), total_weight(lassos)
+            self.penalty_weight = first_penalty_weight(self.config, run, value, norms, weights)
         if self.config.update == "subgradient" and is_active(self.config, run.epoch):
             add_gradient(self.lassos, self.penalty_weight)
 
@@ -53,21 +68,14 @@ class PruneTrain(Method):
         assert self.penalty_weight is not None
         if not is_active(self.config, run.epoch):
             return {"lasso_ratio": 0.0}
-        gl = self.penalty_weight * penalty(self.lassos).item()
-        if is_due(self.config, run.epoch):
-            rounding = self._rounding(run)
-            change = reconfigure(
-                run.graph,
-                threshold=self.config.threshold,
-                rounding=rounding,
-                residual="gating" if self.config.residual == "gating" else "union",
-                optimizer=run.optimizer,
-            )
-            if rounding.probe is not None:
-                self.probe_seconds += rounding.probe.spent_seconds
-            if change:
-                run.shape_changed(change.summary())
-        return {"lasso_ratio": gl / (run.train_loss + gl)}
+        value = self.penalty_weight * penalty(self.lassos).item()
+        if run.epoch == 1:
+            warn_if_unknown(run.optimizer)
+        change = self._reconfigure(run) if is_due(self.config, run.epoch) else None
+        self.outlook.after_epoch(run, bool(change), lambda last: self._reach(run, last))
+        if change:
+            run.shape_changed(change.summary())
+        return {"lasso_ratio": value / (run.train_loss + value)}
 
     def after_change(self, run: Run) -> None:
         self._find_groups(run)
@@ -80,11 +88,36 @@ class PruneTrain(Method):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.penalty_weight, "probe_seconds": self.probe_seconds}
+        return {
+            "strength": self.penalty_weight,
+            "probe_seconds": self.probe_seconds,
+            "removed": self.outlook.removed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.penalty_weight = state["strength"]
-        self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none
+        self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none of these
+        self.outlook.removed = state.get("removed", True)
+
+    def _reach(self, run: Run, last: int) -> tuple[float, str]:
+        """See `Outlook.after_epoch`."""
+        assert self.penalty_weight is not None
+        amounts = [self.penalty_weight * reach_ahead(run, lasso.weight, last) for lasso in self.lassos]
+        share = max(share_taken(lasso, amount) for lasso, amount in zip(self.lassos, amounts, strict=True))
+        return share, f"prune.lasso_ratio={ratio_for(self.config, 1 / share):.2g}"
+
+    def _reconfigure(self, run: Run) -> Reconfiguration:
+        rounding = self._rounding(run)
+        change = reconfigure(
+            run.graph,
+            threshold=self.config.threshold,
+            rounding=rounding,
+            residual="gating" if self.config.residual == "gating" else "union",
+            optimizer=run.optimizer,
+        )
+        if rounding.probe is not None:
+            self.probe_seconds += rounding.probe.spent_seconds
+        return change
 
     def _rounding(self, run: Run) -> Rounding:
         least = self.config.min_channels

@@ -24,6 +24,17 @@ def is_due(option: Option, epoch: int) -> bool:
     return since >= 0 and since % option.interval == 0
 
 
+def last_active(option: Option, epochs: int) -> int:
+    """The last epoch of a run that has a penalty."""
+    return epochs if option.stop_epoch is None else min(epochs, option.stop_epoch)
+
+
+def last_reconfiguration(option: Option, epochs: int) -> int | None:
+    """The last epoch of a run that is followed by a reconfiguration; None if there is none."""
+    last = last_active(option, epochs)
+    return last - (last - option.start_epoch) % option.interval if last >= option.start_epoch else None
+
+
 def check_reach(option: Option, run: Run) -> None:
     """Warn if the network will never be reconfigured.
 

@@ -8,7 +8,6 @@ from morphtrain.errors import UserError
 from morphtrain.schema.checks import check
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.grow import MorphNetExpansion, Planned, Selective
-from morphtrain.schema.optimizer import LARS
 from morphtrain.schema.prune import MorphNetPenalty, PruneTrain
 
 if TYPE_CHECKING:
@@ -17,18 +16,8 @@ if TYPE_CHECKING:
 
 def check_compatible(config: Config) -> None:
     """Raise a `UserError` for the first options that do not go together, saying what to change."""
-    _check_penalty(config)
     _check_growth(config)
     _check_custom_policy(config)
-
-
-def _check_penalty(config: Config) -> None:
-    rows = isinstance(config.prune, MorphNetPenalty) and config.prune.regulariser == "group_lasso"
-    if rows and isinstance(config.optimizer, LARS):
-        raise UserError(
-            "prune.regulariser=group_lasso: would shrink all layers at one rate, but optimizer=lars takes steps of "
-            "different sizes in each; prune.regulariser=gamma_l1 or optimizer=sgd works"
-        )
 
 
 def _check_growth(config: Config) -> None:

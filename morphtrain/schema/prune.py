@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class PruneTrain(Prune, option="prunetrain"):
     metrics = ("lasso_ratio",)
 
     lasso_ratio: float
+    lasso_ratio_of: str
     group_weight: str
     update: str
     threshold: float
@@ -34,7 +36,7 @@ class PruneTrain(Prune, option="prunetrain"):
     ignore: list[str]
 
     def __post_init__(self) -> None:
-        check(0 < self.lasso_ratio < 1, "prune.lasso_ratio", self.lasso_ratio, "between 0 and 1, both excluded")
+        _check_ratio(self)
         check_one_of("prune.group_weight", self.group_weight, ("none", "sqrt_size"))
         check_one_of("prune.update", self.update, ("proximal", "subgradient"))
         check(self.threshold > 0, "prune.threshold", self.threshold, "above 0 (the thesis: 1e-5 to 1e-1)")
@@ -56,6 +58,7 @@ class MorphNetPenalty(Prune, option="morphnet"):
     cost: str
     regulariser: str
     lasso_ratio: float | None
+    lasso_ratio_of: str
     strength: float | None
     gamma_threshold: float
     interval: int
@@ -70,14 +73,21 @@ class MorphNetPenalty(Prune, option="morphnet"):
         check_one_of("prune.regulariser", self.regulariser, ("gamma_l1", "group_lasso"))
         ratio, strength = self.lasso_ratio, self.strength
         if strength is None:
-            wanted = "between 0 and 1, both excluded (or null, with prune.strength given)"
-            check(ratio is not None and 0 < ratio < 1, "prune.lasso_ratio", ratio, wanted)
+            _check_ratio(self, " (or null, with prune.strength given)")
         else:
             check(strength > 0, "prune.strength", strength, "above 0, or null")
             check(ratio is None, "prune.lasso_ratio", ratio, f"null when prune.strength={strength} is given")
         check(self.gamma_threshold > 0, "prune.gamma_threshold", self.gamma_threshold, "above 0 (usual: 1e-3 to 1e-2)")
         _check_common(self)
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
+
+
+def _check_ratio(option: PruneTrain | MorphNetPenalty, otherwise: str = "") -> None:
+    of, ratio = option.lasso_ratio_of, option.lasso_ratio
+    check_one_of("prune.lasso_ratio_of", of, ("initial_norm", "loss"))
+    limit, wanted = (1.0, "between 0 and 1, both excluded") if of == "loss" else (math.inf, "above 0 (usual: 2 to 16)")
+    right = ratio is not None and 0 < ratio < limit
+    check(right, "prune.lasso_ratio", ratio, f"{wanted}, with prune.lasso_ratio_of={of}{otherwise}")
 
 
 def _check_common(option: PruneTrain | MorphNetPenalty) -> None:

@@ -10,7 +10,7 @@ def everything(config: DictConfig, trial: Trial) -> None:
     """Search every group that can save time: pruning, growth, number format, batch size, norm and learning rate."""
     prune = trial.suggest_categorical("prune", ["none", "prunetrain", "morphnet"])
     if prune != "none":
-        trial.suggest_float("prune.lasso_ratio", 0.1, 0.8)
+        trial.suggest_float("prune.lasso_ratio", 1, 20, log=True)
         trial.suggest_int("prune.interval", 1, 10)
     if trial.suggest_categorical("grow", ["none", "wider", "deeper"]) != "none":
         trial.suggest_int("grow.patience", 2, 10)
