@@ -1,0 +1,85 @@
+"""What others can write - a study, a directory they sent - decides neither what runs here nor where anything goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import Command
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from morphtrain.errors import UserError
+from morphtrain.sweep.search_space import SearchSpace
+from morphtrain.sweep.workers import abandoned
+
+TINY = (
+    *("data=synthetic", "data.train_samples=64", "data.val_samples=64", "data.image_size=8"),
+    *("model.blocks=1", "model.stages=1", "epochs=1", "timing.reference=0", "tracking=none"),
+)
+SEARCHED = {"optimizer.lr": FloatDistribution(0.05, 0.1), "model.width": IntDistribution(4, 6)}
+BAD = {"model": "custom", "model._target_": "os.system", "+model.command": "touch stolen"}
+
+
+def test_a_study_decides_the_values_of_searched_keys_and_nothing_else(command: Command, tmp_path: Path) -> None:
+    fixed = [*TINY, "batch_policy.batch_size=16"]
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    study = optuna.create_study(study_name="sweep", storage=storage)
+    facts = {"directions": ["minimize"], "objective": ["train_seconds"], "overrides": fixed, "baseline": None}
+    study.set_user_attr("facts", facts)
+    within = {"optimizer.lr": 0.07, "model.width": 5}
+    study.enqueue_trial({**within, **BAD}, user_attrs={"run_dir": f"{tmp_path}/elsewhere/0", "worker_lock": "/dev/tty"})
+    bad = {key: CategoricalDistribution([value]) for key, value in BAD.items()}
+    study.add_trial(
+        create_trial(state=TrialState.WAITING, params={**within, **BAD}, distributions={**SEARCHED, **bad})
+    )
+    for lr in (0.9, "${oc.env:HOME}", "0.07 model=custom"):
+        study.enqueue_trial({**within, "optimizer.lr": lr})
+    stored = {"overrides": ["model=custom", "model._target_=os.system"]}
+    study.add_trial(create_trial(value=0.0, params=within, distributions=SEARCHED, user_attrs=stored))
+
+    sweep = ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=null", "hydra.sweeper.n_trials=6"]
+    ranges = ["optimizer.lr=interval(0.05,0.1)", "model.width=range(4,7)", "hydra.sweeper.max_failure_rate=1"]
+    result = command(*sweep, "hydra.sweep.dir=sweep", *fixed, *ranges)
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = optuna.load_study(study_name="sweep", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["FAIL"] * 3 + ["COMPLETE"]
+    for trial in trials[:2]:
+        assert trial.user_attrs["overrides"] == [*fixed, "optimizer.lr=0.07", "model.width=5"]
+        assert trial.user_attrs["run_dir"] == str(tmp_path / "sweep" / str(trial.number))
+    for trial in trials[2:5]:
+        assert "\n" not in trial.user_attrs["error"]
+        assert "not searched" in trial.user_attrs["error"] or "what this sweep searches" in trial.user_attrs["error"]
+    (again,) = (line for line in result.stdout.splitlines() if line.startswith("to run the best trial again:"))
+    assert again.endswith("optimizer.lr=0.07 model.width=5"), "which is not what the study says it ran with"
+    assert not list(tmp_path.rglob("stolen"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_ones_own_search_space_suggests_is_asked_again() -> None:
+    def extend(config: object, trial: optuna.Trial) -> None:
+        if trial.suggest_categorical("prune", ["none", "prunetrain"]) == "prunetrain":
+            trial.suggest_float("prune.lasso_ratio", 0.1, 0.8)
+
+    study = optuna.create_study()
+    space = SearchSpace(["optimizer.lr=interval(0.05,0.1)"], extend, None)  # type: ignore[arg-type]
+    study.enqueue_trial({"optimizer.lr": 0.06, "prune": "none", "prune.lasso_ratio": 0.3, **BAD})
+    assert space.suggest(study.ask()) == ["optimizer.lr=0.06", "prune=none"]
+    study.enqueue_trial({"optimizer.lr": 0.06, "prune": "prunetrain", "prune.lasso_ratio": 0.9})
+    with pytest.raises(UserError, match=r"prune\.lasso_ratio=0\.9: must be what this sweep searches"):
+        space.suggest(study.ask())
+    study.enqueue_trial({"optimizer.lr": 0.06, "prune": "custom"})
+    with pytest.raises(UserError, match="custom"):
+        space.suggest(study.ask())
+
+
+@pytest.mark.parametrize("attrs", [{"worker_lock": 3}, {"worker_lock": "/dev/tty"}, {"heartbeat": "now"}])
+def test_a_strange_worker_of_a_study_is_a_dead_one(attrs: dict[str, object]) -> None:
+    assert abandoned(attrs, heartbeat_seconds=30)
+
+
+def test_a_sampler_that_keeps_pickles_in_the_study_is_refused(command: Command) -> None:
+    result = command("-m", "hydra/sweeper=morphtrain", "hydra/sweeper/sampler=cmaes", "seed=1,2", "tracking=none")
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].startswith("hydra/sweeper/sampler=cmaes: ")
