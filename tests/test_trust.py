@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from os import system as renamed  # noqa: F401 (a `_target_`)
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from conftest import Command
+from conftest import SMALL, Command
+from test_errors import check_failure
+from torch import nn
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+import morphtrain
+from morphtrain import contracts, options, schema
+from morphtrain.data import ImageData
 from morphtrain.errors import UserError
+from morphtrain.model import ResNet
 from morphtrain.sweep.search_space import SearchSpace
 from morphtrain.sweep.workers import abandoned
+from morphtrain.trainer.build import build_run
 
 TINY = (
     *("data=synthetic", "data.train_samples=64", "data.val_samples=64", "data.image_size=8"),
@@ -83,3 +97,105 @@ def test_a_sampler_that_keeps_pickles_in_the_study_is_refused(command: Command) 
     result = command("-m", "hydra/sweeper=morphtrain", "hydra/sweeper/sampler=cmaes", "seed=1,2", "tracking=none")
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1].startswith("hydra/sweeper/sampler=cmaes: ")
+
+
+# -- what a `_target_` may be ---------------------------------------------------------------------------------------
+
+half = functools.partial(os.system, "touch stolen")
+called: list[str] = []
+
+
+class Wanting:
+    """No part of anything, though it can be made from anything, and called."""
+
+    def __init__(self, **keywords: object) -> None:
+        called.append("class")
+
+    def __call__(self) -> None: ...
+
+
+def says_wrongly(**keywords: object) -> Wanting:
+    called.append("function")
+    return Wanting()
+
+
+def says_nothing(**keywords: object) -> None:
+    called.append("procedure")
+
+
+@functools.wraps(shutil.rmtree)
+def decorated(**keywords: object) -> None:
+    called.append("decorated")
+
+
+@functools.lru_cache
+def cached(num_classes: int, in_channels: int) -> nn.Module:
+    return small(num_classes, in_channels)
+
+
+def small(num_classes: int, in_channels: int, width: int = 4) -> Any:
+    return ResNet(stages=1, blocks=1, width=width, num_classes=num_classes, in_channels=in_channels)
+
+
+def in_words(num_classes: int, in_channels: int) -> "NoName | ResNet":  # type: ignore[name-defined]  # noqa: F821, UP037
+    return small(num_classes, in_channels)
+
+
+slim = functools.partial(small, width=2)
+DENSE = [override for override in SMALL if not override.startswith(("prune", "model"))]
+NOT_CALLED = ("builtins.exit", "builtins.exec", "os.system", "subprocess.Popen", "antigravity.fly", "pathlib.Path")
+NOT_CALLED += tuple(f"test_trust.{name}" for name in ("renamed", "half", "decorated", "Wanting", "says_wrongly"))
+NOT_CALLED += ("test_trust.says_nothing", "torch._C._log_api_usage_once", "torch.Generator")
+GROUPS = ("model", "data", "prune", "optimizer", "precision", "tracking", "methods", "loss")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("target", NOT_CALLED)
+def test_what_cannot_be_a_part_is_refused_before_it_is_called(
+    group: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if group == "loss" and target in ("test_trust.Wanting", "test_trust.says_wrongly"):
+        pytest.skip("it can be called, so it may be a loss")
+    calls: list[Any] = []
+    monkeypatch.setattr("morphtrain.custom.construct", lambda *given: calls.append(given))
+    monkeypatch.delitem(sys.modules, "antigravity", raising=False)
+    called.clear()
+    key = "methods[0]" if group == "methods" else group
+    custom = schema.Custom(target, {})
+    with pytest.raises(UserError, match=rf"^{key}._target_={target}: ".replace("[", r"\[")) as refused:
+        options.build_custom(group, key, custom, model=nn.Identity())
+    assert "\n" not in str(refused.value)
+    assert not calls and not called
+    assert "antigravity" not in sys.modules, "importing it opens a browser"
+
+
+@pytest.mark.parametrize("target", ["test_trust.small", "test_trust.slim", "test_trust.cached", "test_trust.in_words"])
+def test_functions_that_may_make_a_network_are_called(target: str) -> None:
+    run = build_run(morphtrain.compose(*DENSE, "model=custom", f"model._target_={target}"))
+    assert isinstance(run.model, ResNet)
+
+
+def test_a_norm_is_no_class() -> None:
+    with pytest.raises(UserError, match=r"norm\._target_=torch\.nn\.Module: is a class"):
+        build_run(morphtrain.compose(*DENSE, "norm=custom", "norm._target_=torch.nn.Module"))
+
+
+def test_data_that_delegates_is_made() -> None:
+    assert options._may_be(contracts.Data, Delegating)
+    assert options._may_be(contracts.Data, ImageData)
+
+
+class Delegating:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(name)
+
+
+EXITS = {"script": "import sys\nsys.exit(0)\n", "maker": "def Net(**keywords):\n    exit(0)\n"}
+
+
+@pytest.mark.parametrize("kind", EXITS)
+def test_what_exits_is_no_run_that_succeeded(kind: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(EXITS[kind])
+    result = command("tracking=none", "model=custom", "model._target_=own.Net")
+    check_failure(result, ["model._target_=own.Net: ", "SystemExit"])
+    assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").rglob("*.pt"))
