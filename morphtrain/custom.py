@@ -4,8 +4,9 @@ python -m morphtrain.run model=custom model._target_=my_package.Net +model.width
 
 Every key except `_target_` is a keyword of the call. What the group is given (`num_classes` for a model, `epochs` for a
 schedule) comes from the run if the callable takes it and the config does not set it. What a *config* names is imported,
-because the user wrote it; but it is called only if it can be a part of a run (`options.check_maker`), not if it is, say,
-`os.system`. What a *checkpoint* names is not even imported, since a file must not decide what runs: see `of_checkpoint`.
+because the user wrote it; but it is called only if it can be a part of a run (`options.check_maker`), not if it is,
+say, `os.system`. What a *checkpoint* names is not even imported, since a file must not decide what runs: see
+`of_checkpoint`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from morphtrain.errors import UserError, first_line
 def find(key: str, target: str) -> Callable[..., Any]:
     """Import the callable at this dotted path; the current directory is searched too, as with `python -m`.
 
-    It has to be a class, or a function written in Python, from outside Python's standard library, which has no part of a
-    run but much that harms when it is called or merely imported.
+    It has to be a class, or a function written in Python, from outside Python's standard library, which has no part of
+    a run but much that harms when it is called or merely imported.
 
     Raises:
         UserError: naming config key `key`, if there is no such module or name, or it is something else.

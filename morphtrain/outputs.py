@@ -42,7 +42,7 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # dropout draws
             output = torch.func.functional_call(model, buffers, (x,))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         refused = f"cannot take images of {tuple(x.shape[1:])} in {mode} mode"
         raise UserError(f"{name}: {refused}: {first_line(error)}") from error
     wanted = (len(x), num_classes)

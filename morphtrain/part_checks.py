@@ -81,5 +81,5 @@ def _first(make: Callable[[], Iterator[Batch]]) -> Batch:
 def _tried(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError, StopIteration) as error:
+    except Exception as error:
         raise UserError(f"{what}: {first_line(error)}") from error

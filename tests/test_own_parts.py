@@ -504,7 +504,10 @@ WRONG = {
     "no held out": (part("data", "own_data", "val=0"), "has 16 images for training and 0 held out; 1 or more"),
     "loss of each": (part("loss", "own_loss", "kind=each"), r"returns shape \(2,\); the mean loss of the batch"),
     "loss number": (part("loss", "own_loss", "kind=number"), "returns float; the mean loss of the batch"),
-    "loss itself": (part("loss", "torch.nn.functional.cross_entropy"), "makes a Tensor, not a function; it is called to make the loss"),
+    "loss itself": (
+        part("loss", "torch.nn.functional.cross_entropy"),
+        "makes a Tensor, not a function",
+    ),
     "schedule": (part("schedule", "own_schedule", "value=null"), "gives None after 0 epochs; a factor of 0 or more"),
     "negative": (part("schedule", "own_schedule", "value=-1"), "gives -1 after 0 epochs; a factor of 0 or more"),
     "closure": (part("optimizer", "torch.optim.LBFGS"), "its step needs a closure"),

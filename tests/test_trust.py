@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import json
 import os
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from os import system as renamed  # noqa: F401 (a `_target_`)
 from pathlib import Path
@@ -14,10 +19,10 @@ from typing import Any
 import optuna
 import pytest
 from conftest import SMALL, Command
-from test_errors import check_failure
-from torch import nn
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from test_errors import check_failure
+from torch import nn
 
 import morphtrain
 from morphtrain import contracts, options, schema
@@ -26,6 +31,9 @@ from morphtrain.errors import UserError
 from morphtrain.model import ResNet
 from morphtrain.sweep.search_space import SearchSpace
 from morphtrain.sweep.workers import abandoned
+from morphtrain.tracking import __main__ as command_line
+from morphtrain.tracking import unsent
+from morphtrain.tracking.unsent import Record
 from morphtrain.trainer.build import build_run
 
 TINY = (
@@ -45,9 +53,7 @@ def test_a_study_decides_the_values_of_searched_keys_and_nothing_else(command: C
     within = {"optimizer.lr": 0.07, "model.width": 5}
     study.enqueue_trial({**within, **BAD}, user_attrs={"run_dir": f"{tmp_path}/elsewhere/0", "worker_lock": "/dev/tty"})
     bad = {key: CategoricalDistribution([value]) for key, value in BAD.items()}
-    study.add_trial(
-        create_trial(state=TrialState.WAITING, params={**within, **BAD}, distributions={**SEARCHED, **bad})
-    )
+    study.add_trial(create_trial(state=TrialState.WAITING, params={**within, **BAD}, distributions={**SEARCHED, **bad}))
     for lr in (0.9, "${oc.env:HOME}", "0.07 model=custom"):
         study.enqueue_trial({**within, "optimizer.lr": lr})
     stored = {"overrides": ["model=custom", "model._target_=os.system"]}
@@ -199,3 +205,116 @@ def test_what_exits_is_no_run_that_succeeded(kind: str, command: Command, tmp_pa
     result = command("tracking=none", "model=custom", "model._target_=own.Net")
     check_failure(result, ["model._target_=own.Net: ", "SystemExit"])
     assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").rglob("*.pt"))
+
+
+# -- what a directory that somebody sent decides ---------------------------------------------------------------------
+
+
+class Listener:
+    """A server that notes who asks, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.socket.accept()[0].close()
+                self.asked += 1
+
+
+def received(directory: Path, uri: str, files: list[str]) -> Path:
+    """A directory as somebody else may have made it."""
+    directory.mkdir(exist_ok=True)
+    record = Record(uri, "e", "n", {}, {}, 5, history=[{"epoch": 1, "timestamp": 1.0, "epoch_seconds": 1.0}])
+    facts = dataclasses.asdict(record) | {"artifacts": [[file, None] for file in files]}
+    (directory / unsent.FILE).write_text(json.dumps(facts))
+    return directory
+
+
+def test_a_directory_does_not_decide_where_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listener = Listener()
+    for uri in (listener.uri, f"sqlite:///{tmp_path}/other.db", "postgresql://127.0.0.1/x", "x\x1b[2J"):
+        assert command_line.main([str(received(tmp_path / "run", uri, []))]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "\x1b" not in line
+        assert f"--uri {uri}" in line or "damaged" in line
+    assert listener.asked == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_directory_sends_only_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret, run = tmp_path / "secret", tmp_path / "run"
+    secret.write_text("hush")
+    (run / "folder").mkdir(parents=True)
+    (run / "folder" / "link").symlink_to(secret)
+    (run / "up").symlink_to("..")
+    for file in ("../secret", str(secret), "folder/link", "up/secret", "folder", ".", "/etc/passwd"):
+        received(run, f"sqlite:///{tmp_path}/mlflow.db", [file])
+        assert command_line.main([str(run)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"names {file!r}, which is no file inside" in line
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "mlruns").exists()
+
+
+# -- passwords -------------------------------------------------------------------------------------------------------
+
+SECRET = "hush-4711"
+ADDRESS = f"http://me:{SECRET}@127.0.0.1:9"
+LITTLE = [key for key in TINY if key != "tracking=none"]
+
+
+def files_with(secret: str, directory: Path) -> list[Path]:
+    """Files in which a text stands, plainly or inside a checkpoint, which is an archive without compression."""
+    return [path for path in directory.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+MULTIRUN = ["-m", "seed=1,2", "hydra.sweep.dir=outputs/many"]
+OWN_FILE = ["--config-dir", "own", "tracking=server"]
+TOLD = {
+    "a run": [f"tracking.uri={ADDRESS}"],
+    "a quoted one": [f"tracking.uri='{ADDRESS}'"],
+    "a node": [f"tracking={{name: mlflow, uri: '{ADDRESS}'}}"],
+    "an option": [f"tracking.uri=postgresql://host/db?password={SECRET}"],
+    "the environment": ["tracking.uri=${oc.env:ADDRESS}"],
+    "a multirun": [*MULTIRUN, f"tracking.uri={ADDRESS}"],
+    "a multirun, the environment": [*MULTIRUN, "tracking.uri=${oc.env:ADDRESS}"],
+    "a file": OWN_FILE,
+    "a multirun, a file": [*MULTIRUN, *OWN_FILE],
+    "a sweep": ["-m", "hydra/sweeper=morphtrain", "model.width=4,6", f"tracking.uri={ADDRESS}"],
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_password_in_the_config_is_refused_and_stays_nowhere(case: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "own" / "tracking").mkdir(parents=True)
+    (tmp_path / "own" / "tracking" / "server.yaml").write_text(
+        f"name: mlflow\nuri: {ADDRESS}\nexperiment: e\nflush_seconds: 1\nparent_run_id: null\n"
+    )
+    result = command(*LITTLE, *TOLD[case], env={"ADDRESS": ADDRESS})
+    check_failure(result, ["tracking.uri=", "without a password", "MLFLOW_TRACKING_PASSWORD"])
+    assert SECRET not in result.stdout + result.stderr
+    assert [path.name for path in files_with(SECRET, tmp_path)] == ["server.yaml"]
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
+def test_a_password_of_the_environment_is_in_no_file(sweep: bool, command: Command, tmp_path: Path) -> None:
+    """Nothing answers there, so that all of it is kept for later as well."""
+    searched = ["-m", "hydra/sweeper=morphtrain", "model.width=4,6", "hydra.sweeper.n_trials=2"] if sweep else []
+    result = command(*LITTLE, *searched, env={"MLFLOW_TRACKING_URI": ADDRESS, "MLFLOW_TRACKING_PASSWORD": SECRET})
+    assert result.returncode == 0, result.stderr
+    assert "http://me:***@127.0.0.1:9" in result.stdout
+    assert SECRET not in result.stdout + result.stderr
+    left = list(tmp_path.rglob(unsent.FILE))
+    assert len(left) == (2 if sweep else 1)
+    assert not files_with(SECRET, tmp_path)

@@ -45,7 +45,7 @@ def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) 
     options = options | copy.deepcopy(config.options)
     try:
         network: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         reason = first_line(error)
         raise UserError(f"model.options={config.options}: {config.name} does not accept them: {reason}") from error
     return network if in_channels == 3 else adapt(network, in_channels)

@@ -168,8 +168,8 @@ class StudySweeper:
         sampler, total = self.plain.sampler, self.plain.n_trials
         if isinstance(sampler, optuna.samplers.CmaEsSampler):
             raise UserError(
-                "hydra/sweeper/sampler=cmaes: Optuna keeps this one's state in the study as a pickle, by which whoever can "
-                "write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
+                "hydra/sweeper/sampler=cmaes: Optuna keeps this one's state in the study as a pickle, by which whoever "
+                "can write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
             )
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
             return sampler, total
@@ -190,7 +190,9 @@ class StudySweeper:
                 except UserError as error:
                     study.fail(worker, trial, str(error))
                     open_trials.remove(trial)
-            returns = self.launcher.launch(list(commands.values()), initial_job_idx=trials[0].number) if commands else []
+            returns = (
+                self.launcher.launch(list(commands.values()), initial_job_idx=trials[0].number) if commands else []
+            )
             for trial, returned in zip(commands, returns, strict=True):
                 self._settle(study, worker, trial, returned)
                 open_trials.remove(trial)
@@ -218,11 +220,9 @@ class StudySweeper:
         The study may only name a directory of this trial in which there is a checkpoint already: whoever can write to
         it must not decide where files go.
         """
-        stored = trial.user_attrs.get(RUN_DIR_ATTR)
-        if isinstance(stored, str) and Path(stored).name == str(trial.number):
-            if any((Path(stored) / name).is_file() for name in ("last.pt", "previous.pt")):
-                return Path(stored)
-        return self.sweep_dir / str(trial.number)
+        stored = Path(str(trial.user_attrs.get(RUN_DIR_ATTR)))
+        begun = any((stored / name).is_file() for name in ("last.pt", "previous.pt"))
+        return stored if stored.name == str(trial.number) and begun else self.sweep_dir / str(trial.number)
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
