@@ -54,6 +54,6 @@ def _composition(error: HydraException) -> str:
     if found := UNKNOWN_GROUP.match(text):
         return f"{found['key']}: no such group"
     if found := WRONG_KIND.match(text):
-        return f"{found['override']}: must be of the kind that it replaces: one value, a list in [], or keys in {{}}"
+        return f"{found['override']}: must be of the kind that it replaces: a value, a list in [], or {{key: value}}"
     said = " ".join(text.split())
     return f"{said}: {first_line(error.__cause__)}" if isinstance(error.__cause__, OmegaConfBaseException) else said

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 
 
 def find(key: str, target: str) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def _import(key: str, target: str, module_name: str) -> ModuleType:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a script calls sys.exit, which would end the run as if it were done
-        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {_said(error)}") from error
+        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {said(error)}") from error
 
 
 def _contents_hint(key: str, module: ModuleType, name: str) -> str:
@@ -117,14 +117,7 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         name = f"{key}._target_={config._target_}"
         hint = f"; it is called to return the {_what(key)}" if isinstance(error, TypeError) else ""
-        raise UserError(f"{name}: called with ({called}): {_said(error)}{hint}") from error
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, and of what kind it is where that tells more."""
-    plain = isinstance(error, (TypeError, ValueError, ImportError))
-    said = first_line(error)
-    return said if plain or said == type(error).__name__ else f"{type(error).__name__}: {said}"
+        raise UserError(f"{name}: called with ({called}): {said(error)}{hint}") from error
 
 
 def _what(key: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 from morphtrain.morph import kept_modes
 
 SAMPLES = 2  # batch norm cannot train on one value per channel
@@ -44,7 +44,7 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
             output = torch.func.functional_call(model, buffers, (x,))
     except Exception as error:
         refused = f"cannot take images of {tuple(x.shape[1:])} in {mode} mode"
-        raise UserError(f"{name}: {refused}: {first_line(error)}") from error
+        raise UserError(f"{name}: {refused}: {said(error)}") from error
     wanted = (len(x), num_classes)
     if not isinstance(output, torch.Tensor):
         found = f"a {type(output).__name__}"

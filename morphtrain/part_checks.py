@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.contracts import Batch, Data, Loss, Schedule
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 
 
 def check_data(name: str, data: Data) -> None:
@@ -82,4 +82,4 @@ def _tried(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except Exception as error:
-        raise UserError(f"{what}: {first_line(error)}") from error
+        raise UserError(f"{what}: {said(error)}") from error

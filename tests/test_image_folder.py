@@ -348,7 +348,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("nowhere")):
         odd = root / "val" / "class_1" / "odd.jpg"
         make(odd)
-        with pytest.raises(UserError, match=r"val/class_1/odd\.jpg is a pipe or a link to nothing"):
+        with pytest.raises(UserError, match=r"val/class_1/odd\.jpg \(a pipe or a link to nothing"):
             image_folder.find_images(str(root))
         odd.unlink()
 

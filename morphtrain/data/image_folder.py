@@ -95,7 +95,10 @@ def _images(root: str, folder: Path) -> list[str]:
                     places.append(entry.path)
             elif has_file_allowed_extension(entry.name, IMG_EXTENSIONS):
                 if not entry.is_file():
-                    raise UserError(f"data.root={root}: {entry.path} is a pipe or a link to nothing; remove it")
+                    why = "a pipe or a link to nothing"
+                    raise UserError(
+                        f"data.root={root}: cannot read the image {entry.path} ({why}); replace or remove it"
+                    )
                 found.append(entry.path)
     return sorted(found, key=os.path.split)
 

@@ -42,6 +42,7 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
     train_samples: int | None
 
     def __post_init__(self) -> None:
+        check(self.root != "", "data.root", self.root, "a directory")
         _check_shift(self.shift, 28)
         check(
             self.train_samples is None or self.train_samples >= 1,
@@ -65,6 +66,7 @@ class ImageFolder(Data, option="image_folder"):
     num_workers: Any  # auto, or int
 
     def __post_init__(self) -> None:
+        check(self.root != "", "data.root", self.root, "a directory")
         check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
         self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
         check(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0 and at most 1")

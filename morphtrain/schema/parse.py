@@ -19,6 +19,7 @@ from morphtrain.schema.custom import Custom
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
 from morphtrain.schema.names import nearest, no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
+from morphtrain.schema.sweeper import Sweeper
 
 PACKAGE = Path(__file__).resolve().parents[1]
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -42,6 +43,12 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
             return parse(hydra_compose("config", overrides=[*own, *overrides]))
     finally:
         GlobalHydra.instance().hydra = around
+
+
+def check_sweeper(values: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a value of the sweeper's keys that has a wrong type or range."""
+    node = OmegaConf.create({field.name: values[field.name] for field in fields(Sweeper)})
+    _typed(Sweeper, node, "hydra.sweeper")
 
 
 def own_directories(runtime: Any) -> list[Path]:
@@ -92,7 +99,8 @@ def _option(group: str, node: Any) -> Option | Custom:
     name = option_of(node) if isinstance(node, DictConfig) else node
     if name is None:
         raise UserError(f"{group}: has neither a name nor a _target_; an option file of your own needs a _target_")
-    check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
+    at = "source" if isinstance(node, DictConfig) and "source" in set(node) else "name"
+    check_one_of(f"{group}.{at}", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
     option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
     return option
@@ -156,17 +164,20 @@ def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -
         raise UserError(f"{path}={value}: must be {wanted}") from error
     if bool in kinds:  # to OmegaConf any other number is true
         check(type(value) is not int and type(value) is not float, path, value, wanted)
+    numbers = typed if isinstance(typed, ListConfig) else [typed]
+    small = all(type(n) is not int or abs(n) < 2**63 for n in numbers)
+    check(small, path, f"{value}"[:20] + "...", "a number below 2^63")
     if float in kinds:
-        numbers = typed if isinstance(typed, ListConfig) else [typed]
         check(all(n is None or math.isfinite(n) for n in numbers), path, value, f"{wanted}, and finite")
 
 
 def _in_words(hint: Any) -> str:
     """A field's type as a user would say it."""
     parts = get_args(hint)
-    if get_origin(hint) in (list, dict):
-        shown = f"[{EXAMPLES[parts[0]]}]" if get_origin(hint) is list else "{key: value}"
-        return f"a list, as {shown}" if get_origin(hint) is list else f"keys with values, as {shown}"
+    if get_origin(hint) is list:
+        return f"a list, as [{EXAMPLES[parts[0]]}]"
+    if get_origin(hint) is dict:
+        return "keys with values, as {key: value}"
     if NoneType in parts:
         return f"{_in_words(next(part for part in parts if part is not NoneType))}, or null"
     return IN_WORDS.get(hint, str(hint))

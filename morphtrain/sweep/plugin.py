@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
+from morphtrain.schema import check_sweeper
 from morphtrain.sweep.trial import make_pruner
 
 
@@ -39,6 +40,7 @@ class MorphTrainSweeper(OptunaSweeper):
         custom_search_space: str | None,
         **plain: Any,
     ) -> None:
+        check_sweeper({**plain, "baseline": baseline, "heartbeat_seconds": heartbeat_seconds})
         super().__init__(custom_search_space=None, **plain)
         from morphtrain.sweep.sweeper import StudySweeper
 

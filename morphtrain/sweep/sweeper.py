@@ -65,9 +65,6 @@ class StudySweeper:
         min_accuracy: float | None,
         heartbeat_seconds: float,
     ) -> None:
-        schema.check(plain.n_trials >= 1, "hydra.sweeper.n_trials", plain.n_trials, "1 or more")
-        schema.check(plain.n_jobs >= 1, "hydra.sweeper.n_jobs", plain.n_jobs, "1 or more")
-        schema.check(heartbeat_seconds > 0, "hydra.sweeper.heartbeat_seconds", heartbeat_seconds, "above 0")
         in_range = min_accuracy is None or 0 <= min_accuracy <= 1
         schema.check(in_range, "hydra.sweeper.min_accuracy", min_accuracy, "from 0 to 1, or null")
         self.plain = plain
@@ -156,6 +153,8 @@ class StudySweeper:
 
     def _directions(self, objective: Sequence[str]) -> list[Any]:
         directions = self.plain._get_directions()
+        for direction in directions:
+            schema.check_one_of("hydra.sweeper.direction", direction, ("minimize", "maximize"))
         if len(directions) != len(objective):
             raise UserError(
                 f"hydra.sweeper.direction={directions}: objective={objective} has {len(objective)} metrics; give one "
