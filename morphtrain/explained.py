@@ -21,9 +21,10 @@ def config(*, _root_: DictConfig) -> str:
     name = _root_.hydra.job.config_name
     choices = _root_.hydra.runtime.choices
     parts = ["\n".join(_lines(CONF / f"{name}.yaml", _root_))]
-    for group, option in choices.items():
+    for group in (str(key) for key in _root_ if key in choices):
+        option = choices[group]
         path = CONF / group / f"{option}.yaml"
-        if group in _root_ and path.is_file():
+        if path.is_file():  # not one of the user's own
             others = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
             lines = [f"{group}={option}   (there are {others})", *(f"  {li}" for li in _lines(path, _root_[group]))]
             parts.append("\n".join(lines))
@@ -40,7 +41,8 @@ def _lines(path: Path, node: Any) -> Iterator[str]:
             seen = {found["key"] for li in base if (found := KEY.fullmatch(li))}
             yield from base[1:]
         elif found := KEY.fullmatch(line):
-            if found["key"] not in seen and found["key"] != "defaults":
+            says_no_more = found["key"] == "defaults" or (found["key"] == "name" and not found["comment"])
+            if found["key"] not in seen and not says_no_more:
                 yield _with_value(line, found, node)
         elif not line.startswith("  - "):  # of the defaults
             yield line
