@@ -231,7 +231,7 @@ def broken(root: Path, case: str) -> list[str]:
         return ["no directory", str(val), "val/<class>/"]
     if case == "no class":
         remove(*train.iterdir(), *val.iterdir())
-        return ["class folder", str(train)]
+        return ["holds no class", str(train)]
     if case == "one class":
         remove(train / "class_1", val / "class_1")
         return ["only one class, class_0"]
@@ -241,7 +241,7 @@ def broken(root: Path, case: str) -> list[str]:
     if case == "empty class":
         remove(val / "class_0")
         (val / "class_0").mkdir()
-        return ["no valid file", "class_0", ".jpg"]
+        return ["holds no image", "class_0", ".jpg"]
     raise AssertionError(case)
 
 

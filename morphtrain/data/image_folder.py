@@ -53,7 +53,7 @@ def find_images(root: str) -> ImageFiles:
         if not folder.is_dir():
             raise UserError(f"data.root={root}: there is no directory {folder}; {LAYOUT}")
     try:
-        classes = [_classes(folder) for folder in folders]
+        classes = [_classes(root, folder) for folder in folders]
         _check_classes(root, *classes)
         train, val = (_labelled(root, folder, classes[0]) for folder in folders)
     except OSError as error:  # an unreadable folder
@@ -61,9 +61,12 @@ def find_images(root: str) -> ImageFiles:
     return ImageFiles(root, len(classes[0]), train, val)
 
 
-def _classes(folder: Path) -> list[str]:
+def _classes(root: str, folder: Path) -> list[str]:
     """The names of its directories, sorted; hidden ones are not meant, as .ipynb_checkpoints."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"data.root={root}: {folder} holds no class; {LAYOUT}")
+    return names
 
 
 def _labelled(root: str, folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
@@ -112,8 +115,7 @@ def _check_classes(root: str, train: list[str], val: list[str]) -> None:
     if differences:
         raise UserError(f"data.root={root}: the classes of train and val differ ({'; '.join(differences)}); {LAYOUT}")
     if len(train) < 2:
-        there_is = f"only one class, {train[0]}" if train else "no class"
-        raise UserError(f"data.root={root}: {there_is}; two or more are needed; {LAYOUT}")
+        raise UserError(f"data.root={root}: only one class, {train[0]}; two or more are needed; {LAYOUT}")
 
 
 def worker_count(wanted: str | int) -> int:
