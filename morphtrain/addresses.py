@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 
+from morphtrain.errors import UserError
+
 # A password may hold an unescaped / or @, so it ends at the last @ of its word.
 USER_INFO = re.compile(r"(://[^/@:\s]*):[^\s'\"]*@")
 OPTION = re.compile(r"([?&;](?:ssl)?(?:password|passwd|pwd|token|secret)=)[^&;\s'\"]*", re.IGNORECASE)
+
+
+class PasswordShown(UserError):
+    """A password where the files of a run would show it."""
 
 
 def shown(text: str) -> str:

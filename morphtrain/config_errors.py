@@ -42,9 +42,10 @@ def one_line(error: Exception) -> str | None:
 
 def _no_name() -> str:
     """For `prune=null` and `prune=3`, which Hydra's error does not name."""
-    given = (argument.partition("=") for argument in sys.argv[1:])
-    group, _, value = next(part for part in given if part[0] in OPTIONS and not re.match(r"(?!null)[a-zA-Z_]", part[2]))
-    return no_such_option(group, value, list(OPTIONS[group]))
+    for group, _, value in (argument.partition("=") for argument in sys.argv[1:]):
+        if group in OPTIONS and not re.match(r"(?!null)[a-zA-Z_]", value):
+            return no_such_option(group, value, list(OPTIONS[group]))
+    return "a group: null or a number; the name of an option works"
 
 
 def _composition(error: HydraException) -> str:

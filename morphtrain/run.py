@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain import config_errors, explained, schema
+from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
@@ -95,16 +96,13 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
 
 @contextmanager
 def nothing_left_by_mistakes(settings: Any, run_dir: Path) -> Iterator[None]:
-    """After a mistake, remove the run directory if training has left nothing there, and so a multirun's of such runs.
-
-    Hydra's own files there show every override.
-    """
+    """After a mistake, remove the run directory if training has left nothing there but Hydra's files of the config."""
     try:
         yield
-    except (UserError, OSError, OmegaConfBaseException):
+    except (UserError, OSError, OmegaConfBaseException) as error:
         discard_if_only(run_dir, {".hydra", "run.log", "environment.json"})
-        if settings.mode == RunMode.MULTIRUN:
-            discard_if_only(Path(settings.sweep.dir), {"multirun.yaml"})
+        if isinstance(error, PasswordShown) and settings.mode == RunMode.MULTIRUN:
+            Path(settings.runtime.cwd, settings.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
         raise
 
 

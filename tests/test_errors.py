@@ -224,6 +224,11 @@ CASES = {
         ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=3", "model.width=4,6"],
         "hydra.sweeper.baseline=3: must be a list, as [name,other], or null",
     ),
+    "no search space": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.custom_search_space=mine.space"],
+        "hydra.sweeper.custom_search_space=mine.space: Error loading 'mine.space': ModuleNotFoundError(\"No module "
+        "named 'mine'\") Are you sure that module 'mine' is installed?",
+    ),
     "no direction": (
         ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.direction=up", "model.width=4,6"],
         "hydra.sweeper.direction=up: must be one of minimize, maximize",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from morphtrain.addresses import shown
+from morphtrain.addresses import PasswordShown, shown
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
 
@@ -31,10 +31,11 @@ class MLflow(Tracking, option="mlflow"):
 
 
 def check_address(uri: str) -> None:
-    """Raise a `UserError` for an address with a password: it would be in every file that a run leaves."""
+    """Raise `PasswordShown` for an address with a password: it would be in every file that a run leaves."""
     wanted = (
-        "an address without a password, since every file of a run would show it; MLFLOW_TRACKING_USERNAME and "
+        "must be an address without a password, since every file of a run would show it; MLFLOW_TRACKING_USERNAME and "
         "MLFLOW_TRACKING_PASSWORD in the environment give it to a server, and MLFLOW_TRACKING_URI with "
         "tracking.uri=null is used as it is and never written down"
     )
-    check(shown(uri) == uri, "tracking.uri", shown(uri), wanted)
+    if shown(uri) != uri:
+        raise PasswordShown(f"tracking.uri={shown(uri)}: {wanted}")
