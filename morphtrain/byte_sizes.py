@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from morphtrain.errors import UserError
@@ -15,9 +16,10 @@ def byte_count(key: str, value: object) -> float:
     """Bytes from 11GiB, 512MiB, 2.5GB, 8e9 or a number; raises `UserError`, naming `key`, for anything else."""
     match = SIZE.fullmatch(str(value).strip())
     try:
-        return float(match[1]) * UNITS[match[2].upper()] if match else _refuse(key, value)
+        size = float(match[1]) * UNITS[match[2].upper()] if match else _refuse(key, value)
     except (ValueError, KeyError):  # 1.2.3, 11GiG
         return _refuse(key, value)
+    return size if math.isfinite(size) else _refuse(key, value)
 
 
 def left_of(key: str, size: float, overhead: object) -> float:

@@ -4,7 +4,8 @@ python -m morphtrain.run model=custom model._target_=my_package.Net +model.width
 
 Every key except `_target_` is a keyword of the call. What the group is given (`num_classes` for a model, `epochs` for a
 schedule) comes from the run if the callable takes it and the config does not set it. What a *config* names is imported,
-because the user wrote it. What a *checkpoint* names is not, since a file must not decide what runs: see
+because the user wrote it; but it is called only if it can be a part of a run (`options.check_maker`), not if it is,
+say, `os.system`. What a *checkpoint* names is not even imported, since a file must not decide what runs: see
 `of_checkpoint`.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -24,16 +26,20 @@ import torch
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 
 
 def find(key: str, target: str) -> Callable[..., Any]:
     """Import the callable at this dotted path; the current directory is searched too, as with `python -m`.
 
+    It has to be a class, or a function written in Python, from outside Python's standard library, which has no part of
+    a run but much that harms when it is called or merely imported.
+
     Raises:
-        UserError: naming config key `key`, if there is no such module or name, or it cannot be called.
+        UserError: naming config key `key`, if there is no such module or name, or it is something else.
     """
     module_name, _, name = target.rpartition(".")
+    _refuse_pythons_own(key, target, module_name)
     module = _import(key, target, module_name)
     if not hasattr(module, name):
         raise UserError(f"{key}._target_={target}: {module_name} has no {name}; {_contents_hint(key, module, name)}")
@@ -43,7 +49,25 @@ def find(key: str, target: str) -> Callable[..., Any]:
         raise UserError(
             f"{key}._target_={target}: is an object of type {kind}; name a class, or a function that makes one"
         )
+    _refuse_pythons_own(key, target, _home(found))  # it may have been imported from there
     return found
+
+
+def _refuse_pythons_own(key: str, target: str, module_name: str) -> None:
+    top = module_name.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        wanted = f"a class or function of your own or of a package (a module of your own cannot be called {top})"
+        raise UserError(f"{key}._target_={target}: is of Python's own module {module_name}; name {wanted}")
+
+
+def _home(found: Callable[..., Any]) -> str:
+    """The module that a class or function is defined in, behind decorators and `functools.partial`."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    found = inspect.unwrap(found)
+    if inspect.isbuiltin(found):
+        return "builtins"  # compiled: nothing says what it does, whichever module it says it is from
+    return str((found if inspect.isfunction(found) or isinstance(found, type) else type(found)).__module__)
 
 
 def _import(key: str, target: str, module_name: str) -> ModuleType:
@@ -59,8 +83,8 @@ def _import(key: str, target: str, module_name: str) -> ModuleType:
         raise UserError(f"{key}._target_={target}: importing {module_name} fails: {error}") from error
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {_said(error)}") from error
+    except (Exception, SystemExit) as error:  # a script calls sys.exit, which would end the run as if it were done
+        raise UserError(f"{key}._target_={target}: importing {module_name} fails: {said(error)}") from error
 
 
 def _contents_hint(key: str, module: ModuleType, name: str) -> str:
@@ -88,19 +112,12 @@ def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: 
         return make(**offered | copy.deepcopy(config.arguments))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shown = {name: value for name, value in offered.items() if isinstance(value, (int, str))} | config.arguments
         called = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         name = f"{key}._target_={config._target_}"
         hint = f"; it is called to return the {_what(key)}" if isinstance(error, TypeError) else ""
-        raise UserError(f"{name}: called with ({called}): {_said(error)}{hint}") from error
-
-
-def _said(error: Exception) -> str:
-    """What an error says, and of what kind it is where that tells more."""
-    plain = isinstance(error, (TypeError, ValueError, ImportError))
-    said = first_line(error)
-    return said if plain or said == type(error).__name__ else f"{type(error).__name__}: {said}"
+        raise UserError(f"{name}: called with ({called}): {said(error)}{hint}") from error
 
 
 def _what(key: str) -> str:

@@ -11,20 +11,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from morphtrain import schema
-from morphtrain.run import with_messages
+from morphtrain.run import past_hydra, with_messages
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="maxbatch")
 def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
-    config = schema.parse_max_batch(composed)
-    choices = HydraConfig.get().runtime.choices
-    # torch is slow to import; --help and --cfg do without it
-    from morphtrain.trainer.max_batch_report import show_max_batch
+    settings = HydraConfig.get()
+    with past_hydra(settings.mode):
+        config = schema.parse_max_batch(composed)
+        choices = settings.runtime.choices
+        # torch is slow to import; --help and --cfg do without it
+        from morphtrain.trainer.max_batch_report import show_max_batch
 
-    return show_max_batch(
-        config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]
-    )
+        groups = ("model", "norm", "optimizer", "precision")
+        return show_max_batch(config, [f"{group}={choices[group]}" for group in groups])
 
 
 def main() -> None:

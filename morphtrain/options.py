@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -47,6 +51,7 @@ def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
     """Build a user's own part; `key` is the config key of its node, for messages."""
     make = custom.find(key, config._target_)
     name = f"{key}._target_={config._target_}"
+    check_maker(group, key, config, make)
     if group == "norm":  # applied, not made
         returned = custom.construct(key, make, config, given)
         if returned is not None and returned is not given["model"]:
@@ -59,14 +64,55 @@ def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:
     return part
 
 
+def check_maker(group: str, key: str, config: Custom, make: Callable[..., Any]) -> None:
+    """Raise a `UserError` naming `key` if it can be seen, without calling it, that `make` makes no part of `group`.
+
+    A class has to be what the contract asks for. A function has to say so too if it says what it returns; one that does
+    not is called, and `check_kind` looks at the result.
+    """
+    made = make if isinstance(make, type) else _annotated(make)
+    if group == "norm":
+        if made is make:
+            raise UserError(f"{key}._target_={config._target_}: is a class; a function of the model is needed")
+    elif made is not None and not _may_be(KINDS[group], made):
+        raise _unfit(group, key, config, made.__name__, made)
+
+
 def check_kind(group: str, key: str, config: Custom, part: Any) -> None:
     """Raise a `UserError` naming `key` unless `part` is what the group's contract asks for."""
-    kind, made = KINDS[group], type(part).__name__
-    if kind is None and not callable(part):
-        raise UserError(f"{key}._target_={config._target_}: makes a {made}, not a function (morphtrain.contracts)")
-    if kind is not None and not isinstance(part, kind):
-        wanted = "torch.nn.Module" if kind is nn.Module else f"{kind.__module__}.{kind.__name__}"
-        raise UserError(f"{key}._target_={config._target_}: makes a {made}, not a {wanted}{_lacking(kind, part)}")
+    kind = KINDS[group]
+    if not (callable(part) if kind is None else isinstance(part, kind)):
+        raise _unfit(group, key, config, type(part).__name__, part)
+
+
+def _unfit(group: str, key: str, config: Custom, made: str, part: Any) -> UserError:
+    kind = KINDS[group]
+    if kind is None:
+        wanted = f"function; it is called to make the {group} (morphtrain.contracts)"
+    else:
+        wanted = "torch.nn.Module" if kind is nn.Module else f"{kind.__module__}.{kind.__name__}{_lacking(kind, part)}"
+    return UserError(f"{key}._target_={config._target_}: makes a {made}, not a {wanted}")
+
+
+def _annotated(make: Callable[..., Any]) -> type | None:
+    """The class that a function says it returns; None if it does not say, or says it in a way not understood here."""
+    try:
+        said = inspect.signature(make, eval_str=True).return_annotation
+    except Exception:  # noqa: BLE001 (an annotation is any expression, often of names that exist for type checkers only)
+        return None
+    said = type(None) if said is None else typing.get_origin(said) or said
+    return said if isinstance(said, type) and said not in (inspect.Signature.empty, Any) else None
+
+
+def _may_be(kind: type | None, made: type) -> bool:
+    """Whether what is said to be a `made` may be what a contract asks for."""
+    if kind is None:
+        return issubclass(made, Callable) or made is object  # type: ignore[arg-type]
+    if kind in (Data, Precision):  # attributes may be set when it is made
+        methods = [name for name, member in vars(kind).items() if isinstance(member, FunctionType)]
+        own = [name for name in methods if not name.startswith("_")]
+        return made is object or hasattr(made, "__getattr__") or all(hasattr(made, name) for name in own)
+    return issubclass(made, kind) or issubclass(kind, made)
 
 
 def _lacking(kind: type, part: Any) -> str:

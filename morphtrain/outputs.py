@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
 from morphtrain.morph import kept_modes
 
@@ -43,11 +43,11 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # dropout draws
             output = torch.func.functional_call(model, buffers, (x,))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         refused = f"cannot take images of {tuple(x.shape[1:])} in {mode} mode"
-        raise UserError(f"{name}: {refused}: {first_line(error)}") from error
+        raise UserError(f"{name}: {refused}: {said(error)}") from error
     wanted = (len(x), num_classes)
     if not isinstance(output, torch.Tensor):
         found = f"a {type(output).__name__}"

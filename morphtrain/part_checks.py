@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.contracts import Batch, Data, Loss, Schedule
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 
 
 def check_data(name: str, data: Data) -> None:
@@ -81,5 +81,5 @@ def _first(make: Callable[[], Iterator[Batch]]) -> Batch:
 def _tried(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError, StopIteration) as error:
-        raise UserError(f"{what}: {first_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"{what}: {said(error)}") from error

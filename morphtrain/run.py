@@ -10,24 +10,26 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import schema
+from morphtrain import config_errors, explained, schema
+from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
+OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
@@ -41,9 +43,9 @@ def job(composed: DictConfig) -> float | list[float]:
     """Train one run, alone or as a job of a multirun, and return its objective."""
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
-    try:
-        check_shadowed(settings)
+    with past_hydra(settings.mode), nothing_left_by_mistakes(settings, run_dir):
         config = schema.parse(composed)
+        check_shadowed(settings)
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
         tags["study"] = study(settings)
         tags["name"] = run_name(settings, config)
@@ -52,9 +54,6 @@ def job(composed: DictConfig) -> float | list[float]:
         from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without it
 
         values = train(config, run_dir, tags, reporter(settings, config))
-    except (UserError, OSError):
-        discard_if_unused(run_dir)
-        raise
     return values[0] if len(values) == 1 else values
 
 
@@ -95,11 +94,47 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     return TrialReporter(settings.sweeper, config.trial, config.objective)
 
 
-def discard_if_unused(run_dir: Path) -> None:
-    """Remove a run directory in which training has left nothing."""
-    entries = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if entries <= {".hydra", "run.log", "environment.json"}:
-        shutil.rmtree(run_dir, ignore_errors=True)
+@contextmanager
+def nothing_left_by_mistakes(settings: Any, run_dir: Path) -> Iterator[None]:
+    """After a mistake, remove the run directory if training has left nothing there but Hydra's files of the config."""
+    try:
+        yield
+    except (UserError, OSError, OmegaConfBaseException) as error:
+        discard_if_only(run_dir, {".hydra", "run.log", "environment.json"})
+        if isinstance(error, PasswordShown) and settings.mode == RunMode.MULTIRUN:
+            Path(settings.runtime.cwd, settings.sweep.dir, "multirun.yaml").unlink(missing_ok=True)
+        raise
+
+
+def discard_if_only(directory: Path, names: set[str]) -> None:
+    """Remove a directory that holds nothing but entries of these names."""
+    if directory.is_dir() and {entry.name for entry in directory.iterdir()} <= names:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Mistake(BaseException):
+    """A user's mistake, its cause, on its way past Hydra."""
+
+
+@contextmanager
+def past_hydra(mode: RunMode | None) -> Iterator[None]:
+    """Let a mistake in a single run pass Hydra, which would announce it with a line of its own."""
+    try:
+        yield
+    except (UserError, OSError, OmegaConfBaseException) as error:
+        if mode == RunMode.RUN:
+            raise Mistake from error
+        raise
+
+
+@contextmanager
+def behind_hydra() -> Iterator[None]:
+    """Turn a mistake that has passed Hydra into itself again."""
+    try:
+        yield
+    except Mistake as passed:
+        assert passed.__cause__ is not None
+        raise passed.__cause__ from passed.__cause__.__cause__
 
 
 def main() -> None:
@@ -109,31 +144,39 @@ def main() -> None:
 
 def with_messages(command: Callable[[], Any]) -> None:
     """Run a Hydra command; a user's mistake ends it with a message and exit code 1, a bug with a traceback."""
-    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
-        command()
+        check_arguments(sys.argv[1:])
+        with behind_hydra():
+            command()
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a process ended by SIGINT
     except Exception as error:
-        is_users = isinstance(error, (UserError, HydraException, OmegaConfBaseException, OSError))
-        text = message(error) if is_users else launcher_errors.failed(error)
+        text = message(error)
         if wants_traceback or text is None:
             raise
         sys.exit(text)
 
 
-def message(error: Exception) -> str:
-    """The error as a line or two, without a traceback."""
-    if missing := launcher_errors.not_installed(error):
-        return missing
+def check_arguments(arguments: list[str]) -> None:
+    """Raise a `UserError` for a password in `tracking.uri`, before Hydra writes the overrides to files."""
+    for argument in arguments:
+        if argument.lstrip("+").startswith("tracking"):
+            schema.tracking.check_address(argument.partition("=")[2])
+
+
+def message(error: Exception) -> str | None:
+    """The error as a line, without a traceback; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if text := launcher_errors.not_installed(error) or config_errors.one_line(error):
+        return text
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         hint = "; make room there, or choose another place with hydra.run.dir" if error.errno in UNWRITABLE else ""
         return f"{place}{error.strerror or str(error) or type(error).__name__}{hint}"
-    cause = error.__cause__
-    detail = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
-    return f"{error}{detail}"
+    return launcher_errors.failed(error)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ WRONG_MODELS = {
     "version": (["model=mobilenet", "model.version=3"], "model.version=3: must be one of 1, 2"),
     "multiplier": (["model=mobilenet", "model.width_multiplier=0"], "model.width_multiplier=0.0: must be above 0"),
     "no name": (["model=torchvision"], "model.name: missing"),
-    "source": (["model=torchvision", "model.source=timm"], "model.name=timm: must be one of resnet, vgg"),
+    "source": (["model=torchvision", "model.source=timm"], "model.source=timm: must be one of resnet, vgg"),
     "weights": (["model=torchvision", "model.name=a", "+model.options.weights=X"], "model.options.weights=X: .* fresh"),
     "pretrained": (["model=torchvision", "model.name=a", "+model.options.pretrained=true"], "model.options.pretrained"),
     "classes": (["model=torchvision", "model.name=a", "+model.options.num_classes=3"], "model.options.num_classes=3"),

@@ -17,6 +17,8 @@ import torch
 
 from morphtrain import schema
 from morphtrain.data import ImageData, Images, digits, fashion_mnist, synthetic
+from morphtrain.data.download import load
+from morphtrain.errors import UserError
 from morphtrain.timing.clock import Clock
 from morphtrain.trainer.loop import waited_for
 
@@ -164,3 +166,20 @@ def test_waiting_for_batches_is_clocked_and_working_on_them_is_not() -> None:
         assert received is batch
         time.sleep(0.2)
     assert 0.15 <= run.clock.seconds["data_seconds"] < 0.5
+
+
+@pytest.mark.parametrize("dataset", ["CIFAR10", "FashionMNIST"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_that_fails_leaves_what_it_found(
+    dataset: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    root = tmp_path / "deep" / "data"
+    if there:
+        (root / "empty").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    config = schema.data.Downloaded("x", str(root), True, 4, True, None)
+    with pytest.raises(UserError, match="the download failed"):
+        load(dataset, config, train=True)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -2,86 +2,246 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import KILLED_RUN, SMALL, Command
+from hydra.core.global_hydra import GlobalHydra
+
+from morphtrain import run
+from morphtrain.schema import names
 
 ANY_MODEL = [override for override in SMALL if not override.startswith("model.")]  # without the keys of a ResNet
 
+# What is typed, and the whole of what is answered.
 CASES = {
-    "mistyped key": (["prune=prunetrain", "prune.laso_ratio=0.2"], ["laso_ratio", "lasso_ratio"]),
-    "added key": (["+prune.strength=1", "prune=prunetrain"], ["prune.strength", "lasso_ratio"]),
-    "added top-level key": (["+epoch=3"], ["epoch:", "epochs"]),
-    "mistyped option": (["prune=prunetrian"], ["prunetrian", "prunetrain"]),
-    "mistyped group": (["prun=prunetrain"], ["prun"]),
+    "mistyped option": (["prune=prunetrian"], "prune=prunetrian: no such option; did you mean prunetrain?"),
+    "mistyped option of Hydra's": (
+        ["hydra/sweeper=morphtrian"],
+        "hydra/sweeper=morphtrian: no such option; did you mean morphtrain?",
+    ),
+    "mistyped preset": (["+sweep=prune"], "sweep=prune: no such option; did you mean prunetrain?"),
+    "quite another option": (
+        ["prune=half"],
+        "prune=half: no such option; there are custom, morphnet, none, prunetrain",
+    ),
+    "no option": (["prune="], "prune=: no such option; there are custom, morphnet, none, prunetrain"),
+    "null as option": (
+        ["prune=null"],
+        "prune=null: no such option; there are none, prunetrain, morphnet, custom",
+    ),
+    "number as option": (["norm=3"], "norm=3: no such option; there are batch, ghost, custom"),
+    "group left out": (["~prune"], "prune: missing; give it a value"),
+    "network of torchvision": (
+        ["model=resnet18"],
+        "model=resnet18: no such option; did you mean resnet8 or resnet or resnet56; model=torchvision "
+        "model.name=resnet18 takes torchvision's networks, model=custom your own",
+    ),
+    "mistyped group": (["prun=prunetrain"], "prun=prunetrain: no such key; did you mean prune?"),
+    "mistyped key": (
+        ["prune=prunetrain", "prune.laso_ratio=0.2"],
+        "prune.laso_ratio=0.2: the chosen option of prune has no such key; did you mean prune.lasso_ratio?",
+    ),
+    "key of another option": (
+        ["prune.lasso_ratio=0.5"],
+        "prune.lasso_ratio=0.5: the chosen option of prune has no such key; add prune=prunetrain or prune=morphnet",
+    ),
+    "added key of another option": (
+        ["+prune.strength=1", "prune=prunetrain"],
+        "prune.strength=1: the chosen option of prune has no such key; add prune=morphnet",
+    ),
+    "target without custom": (
+        ["data._target_=mine.Data"],
+        "data._target_=mine.Data: the chosen option of data has no such key; add data=custom",
+    ),
+    "key of one's own part": (
+        ["model=custom", "model._target_=a.B", "model.colours=3"],
+        "model.colours=3: the chosen option of model has no such key; --help shows its keys; a keyword of a part of "
+        "your own is added by +model.colours=3",
+    ),
+    "mistyped top-level key": (["epoch=3"], "epoch=3: no such key; did you mean epochs?"),
+    "added top-level key": (["+epoch=3"], "epoch=3: no such key; did you mean epochs?"),
+    "mistyped key of Hydra's": (["hydra.foo=1"], "hydra.foo=1: no such key"),
+    "no value": (
+        ["epochs"],
+        "epochs: cannot be read (missing EQUAL at '<EOF>'); key=value works, with quotes around other characters",
+    ),
+    "open bracket": (
+        ["optimizer.lr=[1,"],
+        "optimizer.lr=[1,: cannot be read (no viable alternative at input '[1,'); key=value works, with quotes around "
+        "other characters",
+    ),
+    "interpolation": (["seed=${sed}"], "seed: interpolation key 'sed' not found"),
+    "interpolation in a group": (["optimizer.lr=${rate}"], "optimizer.lr: Interpolation key 'rate' not found"),
+    "text for a whole number": (["model.width=wide"], "model.width=wide: must be a whole number"),
+    "text for a number": (["optimizer.lr=a"], "optimizer.lr=a: must be a number"),
+    "fraction for a whole number": (["epochs=1.5"], "epochs=1.5: must be a whole number"),
+    "nothing for a number": (["optimizer.lr="], "optimizer.lr=: must be a number"),
+    "null for a number": (["seed=null"], "seed=None: must be a whole number"),
+    "number for true": (["optimizer.nesterov=2"], "optimizer.nesterov=2: must be true or false"),
+    "node for a number": (["model.width={a: 1}"], "model.width={'a': 1}: must be a whole number"),
+    "fraction in a list": (["grow=wider", "grow.at_epochs=[1.5]"], "grow.at_epochs=[1.5]: must be a list, as [1,2]"),
+    "number for a list": (["grow=wider", "grow.at_epochs=3"], "grow.at_epochs=3: must be a list, as [1,2]"),
+    "text for an optional number": (["clip_norm=long"], "clip_norm=long: must be a number, or null"),
+    "node for a list": (
+        ["methods={_target_: a.B}"],
+        "methods={_target_: a.B}: must be of the kind that it replaces: a value, a list in [], or {key: value}",
+    ),
+    "infinite": (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf: must be a number, and finite"),
+    "infinite optional": (["clip_norm=inf"], "clip_norm=inf: must be a number, or null, and finite"),
+    "infinite in a list": (
+        ["optimizer=adamw", "optimizer.betas=[0.9,nan]"],
+        "optimizer.betas=[0.9, nan]: must be a list, as [0.5,0.9], and finite",
+    ),
     "ratio 1.5": (
-        ["prune=prunetrain", "prune.lasso_ratio=1.5", "prune.lasso_ratio_of=loss"],
-        ["prune.lasso_ratio=1.5", "between 0 and 1", "prune.lasso_ratio_of=loss"],
+        ["prune=prunetrain", "prune.lasso_ratio=1.5"],
+        "prune.lasso_ratio=1.5: must be between 0 and 1, both excluded",
     ),
-    "no ratio": (
-        ["prune=prunetrain", "prune.lasso_ratio=0"],
-        ["prune.lasso_ratio=0.0", "above 0", "prune.lasso_ratio_of=initial_norm"],
+    "threshold -1": (
+        ["prune=prunetrain", "prune.threshold=-1"],
+        "prune.threshold=-1.0: must be above 0 (the thesis: 1e-5 to 1e-1)",
     ),
-    "infinite ratio": (["prune=morphnet", "prune.lasso_ratio=inf"], ["prune.lasso_ratio=inf", "above 0"]),
-    "ratio of what": (
-        ["prune=prunetrain", "prune.lasso_ratio_of=norm"],
-        ["prune.lasso_ratio_of=norm", "initial_norm"],
+    "residual": (["prune=prunetrain", "prune.residual=both"], "prune.residual=both: must be one of union, gating"),
+    "rounding": (
+        ["prune=prunetrain", "prune.round_to=best"],
+        "prune.round_to=best: must be 1 or more channels, or auto",
     ),
-    "threshold -1": (["prune=prunetrain", "prune.threshold=-1"], ["prune.threshold=-1", "above 0"]),
-    "no number": (["prune=prunetrain", "prune.interval=often"], ["prune.interval=often"]),
-    "residual": (["prune=prunetrain", "prune.residual=both"], ["prune.residual=both", "union, gating"]),
-    "rounding": (["prune=prunetrain", "prune.round_to=best"], ["prune.round_to=best", "auto"]),
     "rounding down": (
         ["prune=prunetrain", "prune.round_down=0.1"],
-        ["prune.round_down=0.1: must be 0 with prune.round_to=1; prune.round_to=auto allows it"],
+        "prune.round_down=0.1: must be 0 with prune.round_to=1; prune.round_to=auto allows it",
     ),
-    "rounding all down": (["prune=prunetrain", "prune.round_to=auto", "prune.round_down=1"], ["prune.round_down=1"]),
-    "rounding to none": (["prune=prunetrain", "prune.round_to=0"], ["prune.round_to=0", "1 or more"]),
-    "no time to grow": (["grow=wider"], ["grow.at_epochs=[]", "grow.patience"]),
-    "growth after the end": (["grow=wider", "grow.at_epochs=[60]"], ["grow.at_epochs=[60]", "epochs=60"]),
-    "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], ["grow.factor=1", "above 1"]),
-    "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], ["grow.kernel=4", "odd"]),
-    "selective without pruning": (["grow=selective", "grow.at_epochs=[2]"], ["grow=selective", "prune=prunetrain"]),
+    "rows under LARS": (
+        ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],
+        "prune.regulariser=group_lasso: would shrink all layers at one rate, but optimizer=lars takes steps of "
+        "different sizes in each; prune.regulariser=gamma_l1 or optimizer=sgd works",
+    ),
+    "no time to grow": (
+        ["grow=wider"],
+        "grow.at_epochs=[]: must be at least one epoch, unless grow.patience is a number",
+    ),
+    "growth after the end": (
+        ["grow=wider", "grow.at_epochs=[60]"],
+        "grow.at_epochs=[60]: must be before the last epoch (epochs=60)",
+    ),
+    "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], "grow.factor=1.0: must be above 1"),
+    "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], "grow.kernel=4: must be odd"),
+    "selective without pruning": (
+        ["grow=selective", "grow.at_epochs=[2]"],
+        "grow=selective: needs a method that shrinks; prune=prunetrain or prune=morphnet works",
+    ),
     "pruning after the last round": (
         ["grow=morphnet", "prune=prunetrain"],
-        ["prune.stop_epoch=None", "10 or earlier"],
+        "prune.stop_epoch=None: must be grow.rounds * grow.round_epochs = 10 or earlier, or what grew would be shrunk "
+        "again",
     ),
     "rounds after the end": (
         ["grow=morphnet", "prune=prunetrain", "grow.rounds=6", "prune.stop_epoch=60"],
-        ["grow.rounds=6", "epochs=60"],
+        "grow.rounds=6: must be fewer: the last round ends after epoch 60, which must be before epochs=60",
     ),
-    "accuracies": (["grow=adaptive", "grow.high_accuracy=0.5"], ["grow.high_accuracy=0.5", "0.9"]),
+    "accuracies": (
+        ["grow=adaptive", "grow.high_accuracy=0.5"],
+        "grow.high_accuracy=0.5: must be 0.9 (grow.low_accuracy) to 1",
+    ),
     "ratio and strength": (
         ["prune=morphnet", "prune.strength=1e-8"],
-        ["prune.lasso_ratio=4.0", "prune.strength=1e-08"],
+        "prune.lasso_ratio=0.25: must be null when prune.strength=1e-08 is given",
     ),
-    "neither of them": (["prune=morphnet", "prune.lasso_ratio=null"], ["prune.lasso_ratio=None", "prune.strength"]),
-    "cost": (["prune=morphnet", "prune.cost=params"], ["prune.cost=params", "flops, model_size, latency"]),
-    "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], ["prune.round_to=auto"]),
-    "trial of no study": (["+sweep=prunetrain", "trial=1"], ["trial=1: must be null", "hydra/sweeper=morphtrain"]),
+    "neither of them": (
+        ["prune=morphnet", "prune.lasso_ratio=null"],
+        "prune.lasso_ratio=None: must be between 0 and 1, both excluded (or null, with prune.strength given)",
+    ),
+    "cost": (["prune=morphnet", "prune.cost=params"], "prune.cost=params: must be one of flops, model_size, latency"),
+    "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], "prune.round_to=auto: must be a whole number"),
+    "trial of no study": (
+        ["+sweep=prunetrain", "trial=1"],
+        "trial=1: must be null; hydra/sweeper=morphtrain numbers its trials",
+    ),
+    "zero epochs": (["epochs=0"], "epochs=0: must be 1 or more"),
+    "zero blocks": (
+        ["model.blocks=0"],
+        "model.blocks=0: must be a whole number of 1 or more, or a list of 3 such numbers (model.stages=3)",
+    ),
+    "blocks and stages": (
+        ["model.blocks=[1,2]"],
+        "model.blocks=[1, 2]: must be a whole number of 1 or more, or a list of 3 such numbers (model.stages=3)",
+    ),
+    "shortcut": (["model.shortcut=C"], "model.shortcut=C: must be one of A, B"),
+    "bottleneck": (["model.bottleneck=true"], "model.layers=2: must be 3 or more"),
+    "learning rate": (["optimizer.lr=0"], "optimizer.lr=0.0: must be above 0"),
+    "a metric twice": (["objective=[macs,macs]"], "objective=['macs', 'macs']: must be different metrics"),
+    "milestones": (
+        ["schedule=milestones", "schedule.milestones=[60,80]"],
+        "schedule.milestones=[60.0, 80.0]: must be rising fractions of the run, between 0 and 1",
+    ),
+    "resize below the crop": (
+        ["data=image_folder", "data.image_size=64", "data.resize=32"],
+        "data.resize=32: must be auto, or 64 (data.image_size) or more pixels",
+    ),
+    "in memory perhaps": (
+        ["data=image_folder", "data.in_memory=maybe"],
+        "data.in_memory=maybe: must be auto, or true or false",
+    ),
+    "a size without a unit": (
+        ["data=image_folder", "data.memory_limit=1GX"],
+        "data.memory_limit=1GX: must be auto, a number of GiB (0 or more), or a size with its unit, as 512MiB",
+    ),
+    "unknown device": (["device=gpu"], "device=gpu: must be auto, cpu, cuda, cuda:N or mps"),
+    "password": (
+        ["tracking=mlflow", "tracking.uri=http://me:hush@host"],
+        "tracking.uri=http://me:***@host: must be an address without a password, since every file of a run would show "
+        "it; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment give it to a server, and "
+        "MLFLOW_TRACKING_URI with tracking.uri=null is used as it is and never written down",
+    ),
+    "no range to search": (
+        ["-m", "hydra/sweeper=morphtrain", "optimizer.lr=tag(log,interval(0,0.1))"],
+        "optimizer.lr=tag(log,interval(0,0.1)): cannot be searched: `low > 0` must hold for `log=True`, but got "
+        "(low=0.0, high=0.1).",
+    ),
+    "no range at all": (
+        ["-m", "hydra/sweeper=morphtrain", "model.width=range(4,4)"],
+        "model.width=range(4,4): cannot be searched: An Optuna range sweep must contain at least one value.",
+    ),
+    "text for the number of trials": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.n_trials=many", "model.width=4,6"],
+        "hydra.sweeper.n_trials=many: must be a whole number",
+    ),
+    "heartbeats for ever": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.heartbeat_seconds=inf", "model.width=4,6"],
+        "hydra.sweeper.heartbeat_seconds=inf: must be a number, and finite",
+    ),
+    "a failure rate of 2": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.max_failure_rate=2", "model.width=4,6"],
+        "hydra.sweeper.max_failure_rate=2.0: must be a share, 0 to 1",
+    ),
+    "number for a baseline": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=3", "model.width=4,6"],
+        "hydra.sweeper.baseline=3: must be a list, as [name,other], or null",
+    ),
+    "no search space": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.custom_search_space=mine.space"],
+        "hydra.sweeper.custom_search_space=mine.space: Error loading 'mine.space': ModuleNotFoundError(\"No module "
+        "named 'mine'\") Are you sure that module 'mine' is installed?",
+    ),
+    "no direction": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.direction=up", "model.width=4,6"],
+        "hydra.sweeper.direction=up: must be one of minimize, maximize",
+    ),
+}
+
+# Hydra announces a job of a multirun in lines of its own.
+MULTIRUNS = {
     "trial of a plain multirun": (
         ["-m", "hydra.sweep.dir=outputs", "trial=1"],
         ["trial=1: must be null", "hydra/sweeper=morphtrain"],
     ),
-    "zero epochs": (["epochs=0"], ["epochs=0", "1 or more"]),
-    "zero blocks": (["model.blocks=0"], ["model.blocks=0", "1 or more"]),
-    "blocks and stages": (["model.blocks=[1,2]"], ["model.blocks=[1, 2]", "list of 3"]),
-    "shortcut": (["model.shortcut=C"], ["model.shortcut=C", "A, B"]),
-    "bottleneck": (["model.bottleneck=true"], ["model.layers=2", "3 or more"]),
-    "learning rate": (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
-    "objective": (["objective=[accuracy]"], ["objective=accuracy", "val_accuracy"]),
-    "milestones": (["schedule=milestones", "schedule.milestones=[60,80]"], ["schedule.milestones", "fractions"]),
-    "resize below the crop": (
-        ["data=image_folder", "data.image_size=64", "data.resize=32"],
-        ["data.resize=32", "auto, or 64 (data.image_size) or more"],
-    ),
-    "in memory perhaps": (["data=image_folder", "data.in_memory=maybe"], ["data.in_memory=maybe", "auto, or true"]),
-    "unknown device": (["device=gpu"], ["device=gpu", "cuda"]),
+    "wrong in one job": (["-m", "epochs=0,1"], ["epochs=0: must be 1 or more"]),
 }
 
 # These need torch, and so a second or more each.
@@ -141,9 +301,16 @@ SLOWER_CASES = {
         ],
         ["MultiheadAttention", "self_attention", "prune.ignore"],
     ),
+    "a network that asserts": (
+        [*("data=synthetic", "data.image_size=32", "model=torchvision", "model.name=vit_b_16")],
+        ["model=vit_b_16: cannot take images of (3, 32, 32)", "AssertionError: Wrong image height"],
+    ),
     "missing checkpoint": (["resume=nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
     "divergence": ([*SMALL, "optimizer.lr=1e30", "prune=none", "schedule.warmup_epochs=0"], ["optimizer.lr=1e+30"]),
 }
+
+# Directories of the day, which may be another one at the end of a test.
+DATES = {f"{datetime.date.today() + datetime.timedelta(days)}" for days in (0, 1)}
 
 # Without a network a request fails at once; this keeps it so where there is one.
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
@@ -159,21 +326,57 @@ def check_failure(result: subprocess.CompletedProcess[str], parts: list[str]) ->
     assert len(lines) <= 12, said
 
 
-@pytest.mark.parametrize("case", {**CASES, **SLOWER_CASES})
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What the command answers to overrides that it refuses, asked in this process: a thirtieth of the time."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["morphtrain", *overrides])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it to 1
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as ended:
+            run.main()
+        assert isinstance(ended.value.code, str), "Python prints a text to stderr, and exits with 1"
+        return ended.value.code
+
+    yield ask
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_answered_in_one_line(
+    case: str, answer: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides, line = CASES[case]
+    assert answer("tracking=none", *overrides) == line
+    assert "\n" not in line
+    assert capfd.readouterr().err == ""
+    assert {path.name for path in tmp_path.rglob("*")} <= {"outputs", "multirun", *DATES}
+
+
+def test_the_command_prints_the_line_and_nothing_else(command: Command, tmp_path: Path) -> None:
+    result = command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "0"})
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "epochs=0: must be 1 or more\n")
+    full = command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "1"})
+    assert full.returncode == 1
+    assert "Traceback" in full.stderr and "schema/config.py" in full.stderr
+
+
+@pytest.mark.parametrize("case", {**MULTIRUNS, **SLOWER_CASES})
 def test_a_mistake_is_named(case: str, command: Command, tmp_path: Path) -> None:
-    overrides, parts = {**CASES, **SLOWER_CASES}[case]
+    overrides, parts = {**MULTIRUNS, **SLOWER_CASES}[case]
     # What an override replaces must not be given first: prune=none drops the keys of prunetrain.
     if "prune=none" in overrides:
         overrides = [o for o in overrides if not o.startswith(("prune.", "prune=prunetrain"))]
     result = command("tracking=none", *overrides, env=OFFLINE)
     check_failure(result, parts)
-    left = {path.name for path in tmp_path.rglob("*")} - {"nowhere"}
-    assert left <= {"outputs", *(p.name for p in (tmp_path / "outputs").glob("*"))}, left
-
-
-def test_a_mistake_in_a_multirun_is_named(command: Command) -> None:
-    result = command("-m", "epochs=0,1", "tracking=none")
-    check_failure(result, ["epochs=0"])
+    if case in SLOWER_CASES:
+        assert result.stderr.count("\n") == 1, result.stderr
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left <= {"outputs", "multirun", *DATES}, left
 
 
 def test_damaged_and_foreign_checkpoints_are_named(command: Command, tmp_path: Path) -> None:
@@ -241,3 +444,27 @@ def test_help_and_config_are_fast_because_they_import_little(command: Command) -
         imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
         assert "hydra" in imported
         assert not imported & {"torch", "mlflow", "optuna", "numpy", "rich"}
+
+
+HELP = """
+epochs: 60                  # passes over the training data
+prune=prunetrain   (there are custom, morphnet, none, prunetrain)
+  # PruneTrain (Lym et al. 2019, arXiv 1901.09290): group lasso while training; dead channels are removed along the way.
+  lasso_ratio: 0.5    # share of the penalty in the loss of the first batch, in (0, 1); fixes lambda for the whole run
+  interval: 5          # epochs from one reconfiguration to the next (the paper: 10 on CIFAR, 5 on ImageNet)
+model=resnet20   (there are
+  blocks: 3
+"""
+
+
+def test_help_explains_the_keys_of_the_command_line(command: Command) -> None:
+    result = command("--help", "prune=prunetrain", "prune.lasso_ratio=0.5", "model=resnet20", "grow=wider")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    for line in HELP.strip().splitlines():
+        assert any(shown.startswith(line) for shown in lines), line
+    for group in ("model", "prune", "data", "grow", "optimizer", "tracking"):
+        option = {"model": "resnet", "prune": "prunetrain", "data": "digits", "grow": "wider"}.get(group)
+        for key in names.keys(group, option) if option else ():
+            assert any(shown.startswith(f"  {key}:") for shown in lines), f"{group}.{key}"
+    assert "hydra:" not in result.stdout

@@ -19,6 +19,7 @@ from conftest import KILLED_RUN, Command
 from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from morphtrain import memory_limit, schema
 from morphtrain.data import Data, image_files, image_folder
@@ -207,7 +208,7 @@ def test_the_rule_that_keeps_data_in_memory(
         assert line == f"20 images, 2.2e-05 GiB decoded: {'in memory' if kept else 'read by 2 workers'}"
     (tmp_path / "memory.max").write_text("4096\n")
     monkeypatch.setattr(memory_limit, "CONTAINER_LIMIT", tmp_path / "memory.max")
-    assert image_folder.memory_limit("auto") == 1024 / 2**30
+    assert image_folder.memory_share() == 1024
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert [image_folder.worker_count(wanted) for wanted in ("auto", 0, 7)] == [3, 0, 7]
 
@@ -230,7 +231,7 @@ def broken(root: Path, case: str) -> list[str]:
         return ["no directory", str(val), "val/<class>/"]
     if case == "no class":
         remove(*train.iterdir(), *val.iterdir())
-        return ["class folder", str(train)]
+        return ["holds no class", str(train)]
     if case == "one class":
         remove(train / "class_1", val / "class_1")
         return ["only one class, class_0"]
@@ -240,7 +241,7 @@ def broken(root: Path, case: str) -> list[str]:
     if case == "empty class":
         remove(val / "class_0")
         (val / "class_0").mkdir()
-        return ["no valid file", "class_0", ".jpg"]
+        return ["holds no image", "class_0", ".jpg"]
     raise AssertionError(case)
 
 
@@ -289,10 +290,89 @@ def test_an_unreadable_image_is_named_by_its_path(options: dict, damage: str, tm
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch has to reach the worker")
 def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path, noise([(40, 50)] * 4))
-    monkeypatch.setattr(image_files, "pil_loader", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(image_files, "rgb", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"data\.num_workers=1: a worker died .* try fewer workers, or 0") as caught:
         epoch(image_folder.build(config(root, num_workers=1)), 2, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"),
+    [(1, 2**30), (0, 0), (0.5, 2**29), ("1GiB", 2**30), ("512 MiB", 2**29), ("8GB", 8e9), ("auto", None)],
+)
+def test_the_limit_takes_units(limit: object, size: float | None) -> None:
+    assert config(Path("x"), memory_limit=limit).limit_bytes == size
+
+
+def test_links_in_a_circle_bring_in_no_image_twice(tmp_path: Path) -> None:
+    root = write(tmp_path / "images", noise([(20, 20)] * 4))
+    elsewhere = write(tmp_path / "more", noise([(20, 20)] * 2))
+    expected = {path: str(path).count("class_1") for path in root.rglob("*.png")}
+    first = root / "train" / "class_0"
+    (first / "itself").symlink_to(first)
+    (first / "all").symlink_to(root)
+    (first / "below").mkdir()
+    (first / "below" / "up").symlink_to("..")
+    (first / "further").symlink_to(elsewhere / "train" / "class_0")
+    (first / "again").symlink_to(elsewhere / "train" / "class_0")
+    files = image_folder.find_images(str(root))
+    found = [(Path(path), label) for path, label in (*files.train, *files.val)]
+    linked = [path for path, _ in found if path not in expected]
+    assert [path.resolve() for path in linked] == list((elsewhere / "train" / "class_0").iterdir())
+    assert {path: label for path, label in found if path in expected} == expected
+    assert len(found) == len(expected) + 1
+
+
+def test_files_are_listed_as_torchvision_lists_them(tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(8, 8)] * 6))
+    for place in ("b/a", "b", "a.b", "a"):
+        (root / "train" / "class_0" / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / "train" / "class_0" / place / "x.JPEG")
+    files = image_folder.find_images(str(root))
+    assert files.train == ImageFolder(root / "train").samples
+    assert files.val == ImageFolder(root / "val").samples
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(8, 8)] * 4))
+    before = image_folder.find_images(str(root))
+    (root / "train" / "class_0" / "._000.png").write_bytes(b"\x00\x05\x16\x07")  # as macOS writes it
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "class_1" / ".thumbnails").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "train" / "class_1" / ".thumbnails" / "1.png")
+    assert image_folder.find_images(str(root)) == before
+
+
+def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(8, 8)] * 4))
+    for make in (os.mkfifo, lambda path: path.symlink_to("nowhere")):
+        odd = root / "val" / "class_1" / "odd.jpg"
+        make(odd)
+        with pytest.raises(UserError, match=r"val/class_1/odd\.jpg \(a pipe or a link to nothing"):
+            image_folder.find_images(str(root))
+        odd.unlink()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_grey_values_of_16_bits_keep_their_upper_8(suffix: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (24, 24)).astype(np.uint16)
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pgm":
+        path.write_bytes(b"P5 24 24 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    read = np.asarray(image_files.rgb(str(path)))
+    assert read.shape == (24, 24, 3)
+    assert (read == (values >> 8)[:, :, None]).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_values_of_32_bits_are_refused(kind: type, tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(8, 8)] * 4))
+    path = root / "train" / "class_0" / "deep.tiff"
+    Image.fromarray(np.full((8, 8), 70000, kind)).save(path)
+    with pytest.raises(UserError, match=r"data\.root=.*deep\.tiff.*32 bits a pixel"):
+        image_folder.build(config(root, in_memory=True))
 
 
 @pytest.mark.parametrize("value", [True, -1, 1.5, "many"])
@@ -301,7 +381,7 @@ def test_wrong_values_are_refused(value: object) -> None:
         with pytest.raises(UserError, match=rf"data\.{key}={value}: must be auto, or"):
             config(Path("x"), **{key: value})
     if value != 1.5:
-        with pytest.raises(UserError, match=r"data\.memory_limit"):
+        with pytest.raises(UserError, match=r"data\.memory_limit=.*: must be auto, a number of GiB"):
             config(Path("x"), memory_limit=value)
     if value is not True:
         with pytest.raises(UserError, match=r"data\.in_memory"):

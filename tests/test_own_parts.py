@@ -288,6 +288,13 @@ class Unfit:
     """No part of anything."""
 
 
+class Kind(nn.CrossEntropyLoss):
+    """A loss without keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 UNFIT = "{}._target_=test_own_parts.Unfit"
 
 
@@ -302,7 +309,7 @@ REFUSED = {
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
     "keyword": (
-        ["loss=custom", UNFIT.format("loss"), "+loss.a=1"],
+        ["loss=custom", "loss._target_=test_own_parts.Kind", "+loss.a=1"],
         "called with .a=1.: .*; it is called to return the loss",
     ),
     "nowhere": (["grow=custom", "grow._target_=test_own_parts.Growth"], "grow._target_=.*has no Growth; did you mean"),
@@ -497,7 +504,10 @@ WRONG = {
     "no held out": (part("data", "own_data", "val=0"), "has 16 images for training and 0 held out; 1 or more"),
     "loss of each": (part("loss", "own_loss", "kind=each"), r"returns shape \(2,\); the mean loss of the batch"),
     "loss number": (part("loss", "own_loss", "kind=number"), "returns float; the mean loss of the batch"),
-    "loss itself": (part("loss", "torch.nn.functional.cross_entropy"), "missing .*; it is called to return the loss"),
+    "loss itself": (
+        part("loss", "torch.nn.functional.cross_entropy"),
+        "makes a Tensor, not a function",
+    ),
     "schedule": (part("schedule", "own_schedule", "value=null"), "gives None after 0 epochs; a factor of 0 or more"),
     "negative": (part("schedule", "own_schedule", "value=-1"), "gives -1 after 0 epochs; a factor of 0 or more"),
     "closure": (part("optimizer", "torch.optim.LBFGS"), "its step needs a closure"),

@@ -18,6 +18,7 @@ from mlflow_server import Server
 
 import morphtrain
 from morphtrain import schema
+from morphtrain.addresses import shown
 from morphtrain.errors import UserError
 from morphtrain.tracking import __main__ as command
 from morphtrain.tracking import mlflow, store, unsent
@@ -148,11 +149,12 @@ def test_what_a_dead_server_lacks_is_sent_later_by_the_command(
 ) -> None:
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
     a_run(run_dir, server.uri, {2: server.kill}, monkeypatch)
-    assert f"python -m morphtrain.tracking {run_dir}" in caplog.text
+    assert f"python -m morphtrain.tracking {run_dir} --uri {server.uri}" in caplog.text
     left = run_dir / unsent.FILE
-    assert left.stat().st_mode & 0o077 == 0, "the URI may hold a password"
-    assert command.main([str(run_dir)]) == 1
+    assert left.stat().st_mode & 0o077 == 0
+    assert command.main([str(run_dir), "--uri", server.uri]) == 1
     assert "something is left" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     server.start()
     shutil.copy(left, tmp_path / "copy")
     assert command.main([str(run_dir), str(tmp_path / "nowhere")]) == 1  # one directory does not hinder the other
@@ -321,7 +323,7 @@ def test_files_that_a_store_refuses_do_not_hold_up_the_rest(
     assert run.data.metrics["epoch_seconds"] == 3.0
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["good.txt"]
     monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
-    assert command.main([str(here)]) == 0
+    assert command.main([str(here)]) == 0  # the store in the current directory
     assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"good.txt", "bad.txt"}
 
 
@@ -330,20 +332,30 @@ def test_passwords_are_not_printed(caplog: pytest.LogCaptureFixture, tmp_path: P
     tracker.start({}, TAGS, tmp_path, resumed=False)
     assert "me:***@127.0.0.1:9" in caplog.text
     assert "secret" not in caplog.text
-    assert store.shown("postgresql://me:secret@host/db no://x:y") == "postgresql://me:***@host/db no://x:y"
-    assert store.shown("sqlite:////a/b@c:d.db http://host:80/x") == "sqlite:////a/b@c:d.db http://host:80/x"
+
+
+@pytest.mark.parametrize("secret", ["hush", "hu/sh", "hu@sh", "hu:sh", "hu%40sh"])
+def test_passwords_are_not_shown(secret: str) -> None:
+    text = shown(f"no postgresql://me:{secret}@host/db no://x:y 'http://:{secret}@host'")
+    assert text == "no postgresql://me:***@host/db no://x:y 'http://:***@host'"
+
+
+def test_what_is_no_password_is_shown() -> None:
+    assert shown("x://host/db?user=me&password=hush&sslmode=no") == "x://host/db?user=me&password=***&sslmode=no"
+    for text in ("sqlite:////a/b@c:d.db", "http://host:80/x", "postgresql://me@host:5432/db?user=me", "a:b@c"):
+        assert shown(text) == text
 
 
 def test_a_record_is_read_as_it_was_written_and_a_broken_one_named(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "run" / "a.png", tmp_path / "b.png"
+    inside = tmp_path / "run" / "a.png"
     record = Record("http://x", "e", "n", {"a": "1"}, {"t": "é"}, 5, history=history_of(2))
-    record.artifacts = [(str(inside), "plots"), (str(outside), None)]
+    record.artifacts = [(str(inside), "plots")]
     (tmp_path / "run").mkdir()
     unsent.write(record, tmp_path / "run")
     read = unsent.read(tmp_path / "run")
     assert read == record
     assert json.loads((tmp_path / "run" / unsent.FILE).read_text())["artifacts"][0] == ["a.png", "plots"]
-    for broken in ("{", "[]", '{"uri": 1}'):
+    for broken in ("{", "[]", '{"uri": 1}', (tmp_path / "run" / unsent.FILE).read_text().replace('"http://x"', "3")):
         (tmp_path / "run" / unsent.FILE).write_text(broken)
         with pytest.raises(UserError, match=r"unsent\.json: damaged"):
             unsent.read(tmp_path / "run")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
@@ -29,9 +33,25 @@ def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = 
         if not config.download:
             raise UserError(_message(dataset, config, "data.download=false", hint)) from missing
     try:
-        return kind(config.root, train=train, download=True)
+        with _no_empty_directories(Path(config.root)):
+            return kind(config.root, train=train, download=True)
     except (OSError, RuntimeError) as error:  # no network: URLError; broken archive: RuntimeError
         raise UserError(_message(dataset, config, f"the download failed ({error})", hint)) from error
+
+
+@contextmanager
+def _no_empty_directories(root: Path) -> Iterator[None]:
+    """Remove the empty directories that torchvision has made in and above `root` before a download failed."""
+    before = {root, *root.parents} | {Path(place) for place, _, _ in os.walk(root)}
+    before = {place for place in before if place.exists()}
+    try:
+        yield
+    except BaseException:
+        after = [root, *root.parents, *(Path(place) for place, _, _ in os.walk(root))]
+        for place in sorted(set(after) - before, key=lambda place: len(place.parts), reverse=True):
+            with suppress(OSError):  # not empty
+                place.rmdir()
+        raise
 
 
 def _message(dataset: str, config: schema.data.Downloaded, why: str, hint: str) -> str:

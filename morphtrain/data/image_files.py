@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets.folder import pil_loader
 
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import Crops, Normalise
@@ -18,6 +18,8 @@ EVALUATION_BATCH = 64
 
 # What PIL raises for files that are corrupt, truncated, not images, or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16 bits PIL may give as 32
 
 Item = tuple[int, int | None]  # row of the file, and seed of its random crop; None for the centre crop
 Sample = tuple[torch.Tensor, int] | str  # an 8-bit image and its label, or an error message
@@ -56,10 +58,25 @@ class Pictures(Dataset[Sample]):
         row, seed = item
         path, label = self.samples[row]
         try:
-            image = pil_loader(path)
+            image = rgb(path)
         except UNREADABLE as error:
             return f"data.root={self.root}: cannot read the image {path} ({error}); replace or remove it"
         return (self.crops.centre(image, self.side) if seed is None else self.crops.random(image, seed)), label
+
+
+def rgb(path: str) -> Image.Image:
+    """An image file as 8-bit RGB; of 16-bit greyscale (X-rays, depth) the upper 8 bits, as PIL reads 16-bit colours.
+
+    Raises:
+        ValueError: for grey values of 32 bits, whose range no file says; and what PIL raises for files it cannot read.
+    """
+    with Image.open(path) as image:
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I)
+        if sixteen:
+            return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("it has 32 bits a pixel, whose range is not known; 8 or 16 bits work")
+        return image.convert("RGB")
 
 
 class BatchPlan(Sampler[list[Item]]):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from morphtrain import schema
 from morphtrain.data.crops import Crops
@@ -33,10 +33,12 @@ def build(config: schema.data.ImageFolder) -> ByteData | FileData:
     resize = round(config.image_size * 8 / 7) if config.resize == "auto" else config.resize
     crops = Crops(config.image_size, resize, config.min_scale, config.flip)
     workers = worker_count(config.num_workers)
-    size = len(files) * 3 * resize**2 / GIB
-    in_memory = size <= memory_limit(config.memory_limit) if config.in_memory == "auto" else config.in_memory
+    size = len(files) * 3 * resize**2
+    limit = memory_share() if config.limit_bytes is None else config.limit_bytes
+    in_memory = size <= limit if config.in_memory == "auto" else config.in_memory
     readers = f"{workers} worker{'s' if workers > 1 else ''}" if workers else "the process that trains"
-    log.info("%d images, %.2g GiB decoded: %s", len(files), size, "in memory" if in_memory else f"read by {readers}")
+    where = "in memory" if in_memory else f"read by {readers}"
+    log.info("%d images, %.2g GiB decoded: %s", len(files), size / GIB, where)
     return decode(files, crops, workers) if in_memory else FileData(files, crops, workers)
 
 
@@ -51,12 +53,57 @@ def find_images(root: str) -> ImageFiles:
         if not folder.is_dir():
             raise UserError(f"data.root={root}: there is no directory {folder}; {LAYOUT}")
     try:
-        classes = [find_classes(folder)[0] for folder in folders]
+        classes = [_classes(root, folder) for folder in folders]
         _check_classes(root, *classes)
-        train, val = (ImageFolder(folder).samples for folder in folders)
-    except OSError as error:  # no class, a class without images, or an unreadable folder
+        train, val = (_labelled(root, folder, classes[0]) for folder in folders)
+    except OSError as error:  # an unreadable folder
         raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
     return ImageFiles(root, len(classes[0]), train, val)
+
+
+def _classes(root: str, folder: Path) -> list[str]:
+    """The names of its directories, sorted; hidden ones are not meant, as .ipynb_checkpoints."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"data.root={root}: {folder} holds no class; {LAYOUT}")
+    return names
+
+
+def _labelled(root: str, folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """The paths of all images below the directories of `classes`, in torchvision's order, with the class's number."""
+    found: list[tuple[str, int]] = []
+    for number, name in enumerate(classes):
+        paths = _images(root, folder / name)
+        if not paths:
+            raise UserError(f"data.root={root}: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)}); {LAYOUT}")
+        found += [(path, number) for path in paths]
+    return found
+
+
+def _images(root: str, folder: Path) -> list[str]:
+    """The image files below a class's directory; links are followed, but no directory is entered twice.
+
+    Hidden files are not meant: on a Mac's disks, every 1.jpg has a ._1.jpg that is no image.
+    """
+    real = folder.resolve()
+    entered = {str(real), *map(str, real.parents)}  # a link upwards would bring in the other classes
+    places, found = [str(folder)], []
+    while places:
+        for entry in sorted(os.scandir(places.pop()), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if (real_path := os.path.realpath(entry.path)) not in entered:
+                    entered.add(real_path)
+                    places.append(entry.path)
+            elif has_file_allowed_extension(entry.name, IMG_EXTENSIONS):
+                if not entry.is_file():
+                    why = "a pipe or a link to nothing"
+                    raise UserError(
+                        f"data.root={root}: cannot read the image {entry.path} ({why}); replace or remove it"
+                    )
+                found.append(entry.path)
+    return sorted(found, key=os.path.split)
 
 
 def _check_classes(root: str, train: list[str], val: list[str]) -> None:
@@ -79,6 +126,6 @@ def worker_count(wanted: str | int) -> int:
     return min(MOST_WORKERS, cores - 1)
 
 
-def memory_limit(wanted: str | float) -> float:
-    """GiB that a decoded set may take; "auto": a quarter of the memory of the machine, or of its container."""
-    return machine_bytes() / 4 / GIB if wanted == "auto" else float(wanted)
+def memory_share() -> float:
+    """Bytes that a decoded set may take by default: a quarter of the memory of the machine, or of its container."""
+    return machine_bytes() / 4

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from morphtrain import schema
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import UserError, said
 
 # By default these two have three outputs in training and warn about their slow initialisation.
 INCEPTION = ("googlenet", "inception_v3")
@@ -45,8 +45,8 @@ def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) 
     options = options | copy.deepcopy(config.options)
     try:
         network: nn.Module = models.get_model(config.name, weights=None, num_classes=num_classes, **options)
-    except (TypeError, ValueError) as error:
-        reason = first_line(error)
+    except Exception as error:
+        reason = said(error)
         raise UserError(f"model.options={config.options}: {config.name} does not accept them: {reason}") from error
     return network if in_channels == 3 else adapt(network, in_channels)
 

@@ -27,7 +27,15 @@ from morphtrain.schema.config import METRICS, Config
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.max_batch import MaxBatch
 from morphtrain.schema.option import OPTIONS, Option, keywords, option_of, size_keys
-from morphtrain.schema.parse import CONF, compose, own_directories, parse, parse_max_batch, stored_option
+from morphtrain.schema.parse import (
+    CONF,
+    check_sweeper,
+    compose,
+    own_directories,
+    parse,
+    parse_max_batch,
+    stored_option,
+)
 
 for _module in pkgutil.iter_modules(__path__):  # an option may have a module of its own
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -47,6 +55,7 @@ __all__ = [
     "batch_policy",
     "check",
     "check_one_of",
+    "check_sweeper",
     "compose",
     "data",
     "grow",

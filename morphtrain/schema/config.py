@@ -67,7 +67,9 @@ class TopLevel:
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
+        check(self.architecture != "", "architecture", self.architecture, "the path of a checkpoint, or null")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
+        check(len(set(self.objective)) == len(self.objective), "objective", self.objective, "different metrics")
         check(self.trial is None or self.trial >= 0, "trial", self.trial, "null; a sweep sets it")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
 

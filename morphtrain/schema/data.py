@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from morphtrain.byte_sizes import byte_count
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
+
+WITH_UNIT = re.compile(r"\d+(\.\d*)? *([KMGT]i?)?B", re.IGNORECASE)
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
     train_samples: int | None
 
     def __post_init__(self) -> None:
+        check(self.root != "", "data.root", self.root, "a directory")
         _check_shift(self.shift, 28)
         check(
             self.train_samples is None or self.train_samples >= 1,
@@ -56,16 +62,32 @@ class ImageFolder(Data, option="image_folder"):
     min_scale: float
     flip: bool
     in_memory: Any  # auto, or bool
-    memory_limit: Any  # auto, or float
+    memory_limit: Any  # auto, float (GiB), or text with a unit
     num_workers: Any  # auto, or int
 
     def __post_init__(self) -> None:
+        check(self.root != "", "data.root", self.root, "a directory")
         check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
         self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
         check(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0 and at most 1")
         self._check_auto("in_memory", bool, False, "true or false")
-        self._check_auto("memory_limit", (int, float), 0, "0 or more GiB")
+        self._check_memory_limit()
         self._check_auto("num_workers", int, 0, "0 or more processes")
+
+    def _check_memory_limit(self) -> None:
+        value = self.memory_limit
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        with_unit = isinstance(value, str) and WITH_UNIT.fullmatch(value) is not None
+        wanted = "auto, a number of GiB (0 or more), or a size with its unit, as 512MiB"
+        check(value == "auto" or number or with_unit, "data.memory_limit", value, wanted)
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """`memory_limit` in bytes; None for auto."""
+        if self.memory_limit == "auto":
+            return None
+        unit = "" if isinstance(self.memory_limit, str) else "GiB"
+        return byte_count("data.memory_limit", f"{self.memory_limit}{unit}")
 
     def _check_auto(self, key: str, kind: Any, least: Any, wanted: str) -> None:
         value = getattr(self, key)

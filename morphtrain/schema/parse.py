@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.plain_data import mismatch
-from morphtrain.schema.checks import check_one_of
+from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
+from morphtrain.schema.names import nearest, no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
+from morphtrain.schema.sweeper import Sweeper
 
 PACKAGE = Path(__file__).resolve().parents[1]
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
+
 # An installed wheel carries `conf` inside the package, a checkout beside it.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
@@ -37,6 +44,12 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
             return parse(hydra_compose("config", overrides=[*own, *overrides]))
     finally:
         GlobalHydra.instance().hydra = around
+
+
+def check_sweeper(values: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a value of the sweeper's keys that has a wrong type or range."""
+    node = OmegaConf.create({field.name: values[field.name] for field in fields(Sweeper)})
+    _typed(Sweeper, node, "hydra.sweeper")
 
 
 def own_directories(runtime: Any) -> list[Path]:
@@ -81,7 +94,7 @@ def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
             raise UserError(f"{name}: missing; give it a value")
     for key in map(str, composed):
         if key not in names:
-            raise UserError(f"{key}: no such key; there are {', '.join(names)}")
+            raise UserError(f"{key}={composed[key]}: no such key; {nearest(key, names)}")
     values: dict[str, Any] = {name: _option(name, composed[name]) for name in names if name in OPTIONS}
     if "methods" in names:
         values["methods"] = _methods(composed["methods"])
@@ -94,7 +107,8 @@ def _option(group: str, node: Any) -> Option | Custom:
     name = option_of(node) if isinstance(node, DictConfig) else node
     if name is None:
         raise UserError(f"{group}: has neither a name nor a _target_; an option file of your own needs a _target_")
-    check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
+    at = "source" if isinstance(node, DictConfig) and "source" in set(node) else "name"
+    check_one_of(f"{group}.{at}", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
     option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
     return option
@@ -128,17 +142,50 @@ def _custom(node: DictConfig, at: str) -> Custom:
 def _typed(kind: type, node: Any, group: str) -> Any:
     """An instance of dataclass `kind`, its fields converted from `node` by OmegaConf's rules."""
     prefix = f"{group}." if group else ""
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{group}={node}: must be the name of an option")
     names = [field.name for field in fields(kind)]
     for key in map(str, node):
         if key not in names:
-            raise UserError(f"{prefix}{key}: no such key; {group} has {', '.join(names)}")
+            raise UserError(no_such_key(f"{prefix}{key}", str(node[key])))
     for name in names:
         if name not in node or OmegaConf.is_missing(node, name):
             raise UserError(f"{prefix}{name}: missing; give it a value")
+    hints = get_type_hints(kind)
+    for name in names:
+        _check_type(kind, node, name, f"{prefix}{name}", hints[name])
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))
+
+
+def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -> None:
+    """Raise a `UserError` naming `path` unless field `name` of `kind` takes the value in `node`; numbers are finite."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))
+        value = node[name]
+        if isinstance(value, (DictConfig, ListConfig)):
+            value = OmegaConf.to_container(value, resolve=True)
     except OmegaConfBaseException as error:
-        key = f"{prefix}{error.key}" if error.key is not None else group
-        value = OmegaConf.select(node, str(error.key)) if error.key is not None else node
-        wanted = first_line(error)
-        raise UserError(f"{key}={value}: {wanted[0].lower()}{wanted[1:]}") from error
+        raise UserError(f"{path}: {first_line(error)}") from error
+    wanted, kinds = _in_words(hint), get_args(hint) or (hint,)
+    try:
+        typed = OmegaConf.select(OmegaConf.merge(OmegaConf.structured(kind), {name: value}), name)
+    except (OmegaConfBaseException, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path}={value}: must be {wanted}") from error
+    if bool in kinds:  # to OmegaConf any other number is true
+        check(type(value) is not int and type(value) is not float, path, value, wanted)
+    numbers = typed if isinstance(typed, ListConfig) else [typed]
+    small = all(type(n) is not int or abs(n) < 2**63 for n in numbers)
+    check(small, path, f"{value}"[:20] + "...", "a number below 2^63")
+    if float in kinds:
+        check(all(n is None or math.isfinite(n) for n in numbers), path, value, f"{wanted}, and finite")
+
+
+def _in_words(hint: Any) -> str:
+    """A field's type as a user would say it."""
+    parts = get_args(hint)
+    if get_origin(hint) is list:
+        return f"a list, as [{EXAMPLES[parts[0]]}]"
+    if get_origin(hint) is dict:
+        return "keys with values, as {key: value}"
+    if NoneType in parts:
+        return f"{_in_words(next(part for part in parts if part is not NoneType))}, or null"
+    return IN_WORDS.get(hint, str(hint))

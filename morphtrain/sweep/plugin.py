@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
+from morphtrain.errors import UserError
+from morphtrain.schema import check_sweeper
 from morphtrain.sweep.trial import make_pruner
 
 
@@ -39,13 +42,18 @@ class MorphTrainSweeper(OptunaSweeper):
         custom_search_space: str | None,
         **plain: Any,
     ) -> None:
+        check_sweeper({**plain, "baseline": baseline, "heartbeat_seconds": heartbeat_seconds})
         super().__init__(custom_search_space=None, **plain)
         from morphtrain.sweep.sweeper import StudySweeper
 
         extend = None
         if custom_search_space is not None:
             own = {"_target_": custom_search_space, "_partial_": True}
-            extend = instantiate(own, _execution_whitelist_=(custom_search_space,))
+            try:
+                extend = instantiate(own, _execution_whitelist_=(custom_search_space,))
+            except InstantiationException as error:
+                reason = " ".join(str(error.__cause__ or error).split())
+                raise UserError(f"hydra.sweeper.custom_search_space={custom_search_space}: {reason}") from error
         self.study_sweeper = StudySweeper(
             self.sweeper,
             extend=extend,

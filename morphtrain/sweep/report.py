@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR, OVERRIDES_ATTR
+from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,18 @@ FEW = 5  # best trials in the table
 RESULTS = "optimization_results.yaml"  # the name that Hydra's own sweeper uses
 
 
-def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, config_dir: str | None = None) -> list[Path]:
+def close(
+    study: optuna.Study,
+    objective: Sequence[str],
+    sweep_dir: Path,
+    repeating: Callable[[FrozenTrial], list[str]],
+    config_dir: str | None = None,
+) -> list[Path]:
     """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
+
+    Args:
+        repeating: gives the overrides that repeat a trial. Those stored with it are not used: the line would have the
+            user run what anybody who can write to the study has put there.
 
     Raises:
         UserError: if no trial ended with a value.
@@ -41,7 +51,7 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, config
     console.print(_table(study, best, objective))
     searched = _searched(study)
     importance = _importance(searched)
-    for line in _lines(study, best, objective, importance, config_dir):
+    for line in _lines(study, best, objective, importance, repeating, config_dir):
         console.print(line, soft_wrap=True)
     pictures = _pictures(study, searched, objective, sweep_dir, bool(importance))
     paths = [*pictures, _results(best, objective, sweep_dir)]
@@ -127,6 +137,7 @@ def _lines(
     best: Sequence[FrozenTrial],
     objective: Sequence[str],
     importance: dict[str, float],
+    repeating: Callable[[FrozenTrial], list[str]],
     config_dir: str | None,
 ) -> list[str]:
     lines = []
@@ -137,7 +148,8 @@ def _lines(
         lines.append("the baseline is the best trial: what was searched does not pay off here")
     elif len(objective) == 1 and baseline is not None:
         ratio = best[0].values[0] / baseline.values[0] if baseline.values[0] else math.nan
-        accuracies = [trial.user_attrs[METRICS_ATTR]["val_accuracy"] for trial in (best[0], baseline)]
+        records = [trial.user_attrs.get(METRICS_ATTR, {}) for trial in (best[0], baseline)]
+        accuracies = [record.get("val_accuracy", math.nan) for record in records]
         lines.append(
             f"{objective[0]}: best / baseline {ratio:.3f}, val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
             f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
@@ -148,7 +160,7 @@ def _lines(
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
-        lines.append(f"to run the best trial again:  python -m morphtrain.run {rerun(best[0], config_dir)}")
+        lines.append(f"to run the best trial again:  {_rerun(best[0], repeating, config_dir)}")
     return lines
 
 
@@ -157,10 +169,13 @@ def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
     return float(of(durations)) if durations else 0.0
 
 
-def rerun(trial: FrozenTrial, config_dir: str | None = None) -> str:
-    """Arguments for `python -m morphtrain.run` that repeat a trial; `config_dir` as the sweep was given it."""
+def _rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], config_dir: str | None) -> str:
+    """The command that repeats a trial; `config_dir` as the sweep was given it."""
     own = [] if config_dir is None else ["--config-dir", config_dir]
-    return shlex.join([*own, *trial.user_attrs[OVERRIDES_ATTR]])
+    try:
+        return f"python -m morphtrain.run {shlex.join([*own, *repeating(trial)])}"
+    except UserError as error:  # it was put into the study by something else than this sweep
+        return f"trial {trial.number} cannot be repeated: {error}"
 
 
 def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:

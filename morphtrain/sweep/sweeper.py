@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 from omegaconf import DictConfig, open_dict
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain import schema
 from morphtrain.errors import UserError, first_line
@@ -65,9 +65,6 @@ class StudySweeper:
         min_accuracy: float | None,
         heartbeat_seconds: float,
     ) -> None:
-        schema.check(plain.n_trials >= 1, "hydra.sweeper.n_trials", plain.n_trials, "1 or more")
-        schema.check(plain.n_jobs >= 1, "hydra.sweeper.n_jobs", plain.n_jobs, "1 or more")
-        schema.check(heartbeat_seconds > 0, "hydra.sweeper.heartbeat_seconds", heartbeat_seconds, "above 0")
         in_range = min_accuracy is None or 0 <= min_accuracy <= 1
         schema.check(in_range, "hydra.sweeper.min_accuracy", min_accuracy, "from 0 to 1, or null")
         self.plain = plain
@@ -107,7 +104,8 @@ class StudySweeper:
             with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
                 self._work(study, worker, space, parent)
             own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
-            artifacts = report.close(study.study, first.objective, self.sweep_dir, own)
+            repeating = functools.partial(self._repeating, space=space)
+            artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -155,6 +153,8 @@ class StudySweeper:
 
     def _directions(self, objective: Sequence[str]) -> list[Any]:
         directions = self.plain._get_directions()
+        for direction in directions:
+            schema.check_one_of("hydra.sweeper.direction", direction, ("minimize", "maximize"))
         if len(directions) != len(objective):
             raise UserError(
                 f"hydra.sweeper.direction={directions}: objective={objective} has {len(objective)} metrics; give one "
@@ -165,6 +165,11 @@ class StudySweeper:
     def _sampler(self, space: SearchSpace) -> tuple[Any, int]:
         """The sampler, and the total number of trials."""
         sampler, total = self.plain.sampler, self.plain.n_trials
+        if isinstance(sampler, optuna.samplers.CmaEsSampler):
+            raise UserError(
+                "hydra/sweeper/sampler=cmaes: Optuna keeps this one's state in the study as a pickle, by which whoever "
+                "can write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
+            )
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
             return sampler, total
         grid = space.grid()
@@ -176,10 +181,18 @@ class StudySweeper:
     ) -> None:
         """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
         open_trials = list(trials)
+        commands: dict[Trial, list[str]] = {}
         try:
-            overrides = [[*self._overrides(trial, space), *child] for trial in trials]
-            returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
-            for trial, returned in zip(trials, returns, strict=True):
+            for trial in trials:
+                try:
+                    commands[trial] = [*self._overrides(trial, space), *child]
+                except UserError as error:
+                    study.fail(worker, trial, str(error))
+                    open_trials.remove(trial)
+            returns = (
+                self.launcher.launch(list(commands.values()), initial_job_idx=trials[0].number) if commands else []
+            )
+            for trial, returned in zip(commands, returns, strict=True):
                 self._settle(study, worker, trial, returned)
                 open_trials.remove(trial)
         finally:
@@ -187,15 +200,28 @@ class StudySweeper:
         self._check_failures(study)
 
     def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
-        run_dir = trial.user_attrs.get(RUN_DIR_ATTR) or str(self.sweep_dir / str(trial.number))
-        trial.set_user_attr(RUN_DIR_ATTR, run_dir)
-        baseline = Baseline(self.baseline or [], space)
-        if trial.user_attrs.get(BASELINE_ATTR) and not baseline.values():
-            overrides = baseline.overrides()
-        else:
-            overrides = space.suggest(trial)
+        run_dir = self._run_dir(trial)
+        trial.set_user_attr(RUN_DIR_ATTR, str(run_dir))
+        overrides = self._repeating(trial, space)
         trial.set_user_attr(OVERRIDES_ATTR, overrides)
         return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
+
+    def _repeating(self, trial: Trial | FrozenTrial, space: SearchSpace) -> list[str]:
+        """What a trial runs with, from this machine's config and the trial's values of the searched keys."""
+        baseline = Baseline(self.baseline or [], space)
+        if trial.user_attrs.get(BASELINE_ATTR) and not baseline.values():
+            return baseline.overrides()
+        return space.suggest(trial) if isinstance(trial, Trial) else space.overrides(trial)
+
+    def _run_dir(self, trial: Trial) -> Path:
+        """Where the trial's job goes on or begins.
+
+        The study may only name a directory of this trial in which there is a checkpoint already: whoever can write to
+        it must not decide where files go.
+        """
+        stored = Path(str(trial.user_attrs.get(RUN_DIR_ATTR)))
+        begun = any((stored / name).is_file() for name in ("last.pt", "previous.pt"))
+        return stored if stored.name == str(trial.number) and begun else self.sweep_dir / str(trial.number)
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""

@@ -21,6 +21,7 @@ from morphtrain.files import file_lock, is_locked
 log = logging.getLogger(__name__)
 
 LOCK_ATTR, BEAT_ATTR = "worker_lock", "heartbeat"
+LOCK_PREFIX = ".worker-"  # of a lock file's name
 SILENT_BEATS = 4  # a worker that has missed this many heartbeats is considered dead
 
 
@@ -35,7 +36,7 @@ class Worker:
 
     def __init__(self, storage: Any, directory: Path, heartbeat_seconds: float) -> None:
         self.storage = storage
-        self.path = directory.resolve() / f".worker-{os.uname().nodename}-{os.getpid()}.lock"
+        self.path = directory.resolve() / f"{LOCK_PREFIX}{os.uname().nodename}-{os.getpid()}.lock"
         self.heartbeat_seconds = heartbeat_seconds
         self.trial_ids: set[int] = set()
         self._lock = ExitStack()
@@ -84,7 +85,8 @@ class Worker:
 
 def abandoned(attrs: dict[str, Any], heartbeat_seconds: float) -> bool:
     """Whether the worker that a running trial's attributes name is dead."""
-    lock = attrs.get(LOCK_ATTR)
-    if lock is not None and Path(lock).exists():
-        return not is_locked(Path(lock))
-    return bool(time.time() - attrs.get(BEAT_ATTR, 0.0) > SILENT_BEATS * heartbeat_seconds)
+    lock, beat = Path(str(attrs.get(LOCK_ATTR))), attrs.get(BEAT_ATTR)
+    if lock.name.startswith(LOCK_PREFIX) and lock.is_file():  # the study may name any file, and this opens it
+        return not is_locked(lock)
+    last = beat if isinstance(beat, (int, float)) else 0.0
+    return time.time() - last > SILENT_BEATS * heartbeat_seconds

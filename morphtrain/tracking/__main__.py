@@ -1,7 +1,7 @@
 """Send what a tracking store missed while it could not be reached.
 
 python -m morphtrain.tracking outputs/2026-01-31/12-00-00-000000
-python -m morphtrain.tracking multirun/2026-01-31/12-00-00-000000/*
+python -m morphtrain.tracking multirun/2026-01-31/12-00-00-000000/* --uri http://127.0.0.1:5000
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from morphtrain.addresses import shown
 from morphtrain.errors import UserError
-from morphtrain.tracking import mlflow, unsent
+from morphtrain.tracking import mlflow, store, unsent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,18 +22,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m morphtrain.tracking",
         description="Send to MLflow what runs could not send while the server was unreachable: params, tags, metrics, "
-        "files and final status. Each goes to the store named by `uri` in its unsent.json. It is safe to repeat.",
+        "files and final status. It is safe to repeat.",
     )
     parser.add_argument("run_dir", type=Path, nargs="+", help="directory of a run, or of a sweep for its own record")
+    parser.add_argument(
+        "--uri",
+        help="the tracking store to send to; without it, MLFLOW_TRACKING_URI or mlflow.db in the current directory, "
+        "and only what was meant for that one",
+    )
     logging.basicConfig(format="%(message)s")
-    directories = parser.parse_args(arguments).run_dir
-    return 0 if all([report(directory) for directory in directories]) else 1
+    given = parser.parse_args(arguments)
+    return 0 if all([report(directory, given.uri) for directory in given.run_dir]) else 1
 
 
-def report(directory: Path) -> bool:
+def report(directory: Path, uri: str | None = None) -> bool:
     """Send what is left of one run, and print the outcome; True if nothing is left."""
     try:
-        sent = send(directory)
+        sent = send(directory, uri)
     except UserError as error:
         print(error, file=sys.stderr)
         return False
@@ -41,19 +47,26 @@ def report(directory: Path) -> bool:
     return sent is not False
 
 
-def send(directory: Path) -> bool | None:
-    """Send what is left of the run in `directory`.
+def send(directory: Path, uri: str | None = None) -> bool | None:
+    """Send what is left of the run in `directory` to `uri`.
+
+    Its file says where it was meant to go, but does not decide where it goes: the directory may be somebody else's.
 
     Returns:
         Whether the store accepted all of it; None if nothing was left.
 
     Raises:
-        UserError: if there is no such directory, or its file is damaged.
+        UserError: if there is no such directory, or its file is damaged; if it was meant for another store than the
+            configured one and no `uri` is given.
     """
     record = unsent.read(directory)
     if record is None:
         return None
-    tracker = mlflow.MLflowTracker(record.uri, record.experiment, run_id=record.run_id)
+    address = store.tracking_uri(uri)
+    if uri is None and shown(address) != record.uri:
+        here = f"the store in use here is {shown(address)} (MLFLOW_TRACKING_URI, or mlflow.db in the current directory)"
+        raise UserError(f"{directory / unsent.FILE}: meant for {record.uri}; {here}; --uri {record.uri} sends it there")
+    tracker = mlflow.MLflowTracker(address, record.experiment, run_id=record.run_id)
     tracker.begin(record, directory, resumed=True)
     # A file that the store refuses ends an attempt and moves to the end of the queue, so every file is tried once.
     return any(tracker.sync(patient=False) for _ in range(1 + len(record.artifacts)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.addresses import shown
 from morphtrain.errors import first_line
 from morphtrain.tracker import Tracker
 from morphtrain.tracking import store, unsent
@@ -111,10 +112,12 @@ class MLflowTracker(Tracker):
         self.run.status, self.run.ended = status, _now()
         # Try twice: the first attempt may fail on a connection that a restarted server has closed.
         if not (self.sync(patient=False) or self.sync(patient=False)) and self.run_dir is not None:
+            where = "" if self.uri == store.tracking_uri(None) else f" --uri {shown(self.uri)}"
             log.warning(
-                "MLflow (%s) lacks part of this run; to send it later: python -m morphtrain.tracking %s",
-                store.shown(self.uri),
+                "MLflow (%s) lacks part of this run; to send it later: python -m morphtrain.tracking %s%s",
+                shown(self.uri),
                 self.run_dir,
+                where,
             )
 
     def sync(self, patient: bool = True) -> bool:
@@ -224,16 +227,16 @@ class MLflowTracker(Tracker):
             self._failed(what, error, pace, time.monotonic() - before)
             return False
         if pace.failing:
-            log.info("MLflow (%s): missing %s sent", store.shown(self.uri), what)
+            log.info("MLflow (%s): missing %s sent", shown(self.uri), what)
         pace.succeeded()
         return True
 
     def _failed(self, what: str, error: Exception, pace: Pace, seconds: float) -> None:
         if not pace.failing:  # warn once per outage
-            reason = store.shown(first_line(error))
+            reason = shown(first_line(error))
             action = f"sending {what}" if self.run_id else "starting the run"
             goes_on = ", training goes on" if self.run.status == "RUNNING" else ""
-            log.warning("MLflow (%s): %s failed%s: %s", store.shown(self.uri), action, goes_on, reason)
+            log.warning("MLflow (%s): %s failed%s: %s", shown(self.uri), action, goes_on, reason)
         self.client = None
         pace.failed(seconds)
 

@@ -36,11 +36,6 @@ def database_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
-def shown(text: str) -> str:
-    """A text that is safe to print: passwords in its URIs are replaced by ***."""
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
-
-
 def load_mlflow() -> None:
     """Import MLflow, which takes seconds, with the settings above and without its routine log messages."""
     for key, value in ENVIRONMENT.items():

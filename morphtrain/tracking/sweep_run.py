@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.addresses import shown
 from morphtrain.errors import first_line
 from morphtrain.tracking import mlflow, store
 from morphtrain.tracking.unsent import Record
@@ -45,8 +46,8 @@ def begin_sweep(
         with store.alone(uri):
             return _parent(client, experiment_id, name, tags)
     except Exception as error:  # noqa: BLE001 (databases and servers fail in too many ways to name)
-        reason = store.shown(first_line(error))
-        log.warning("MLflow (%s): no parent run for the sweep, which goes on without one: %s", store.shown(uri), reason)
+        reason = shown(first_line(error))
+        log.warning("MLflow (%s): no parent run for the sweep, which goes on without one: %s", shown(uri), reason)
         return None
 
 

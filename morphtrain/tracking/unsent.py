@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from morphtrain.addresses import shown
 from morphtrain.errors import UserError
 from morphtrain.files import write_atomically
 
@@ -16,7 +17,7 @@ FILE = "unsent.json"
 class Record:
     """A run as its tracking store should have it, without the artifacts that it already has."""
 
-    uri: str
+    uri: str  # in the file without its password; whoever sends it says where to
     experiment: str
     name: str
     params: dict[str, str]
@@ -30,19 +31,22 @@ class Record:
 
 
 def write(record: Record, directory: Path) -> None:
-    """Write `record` to `directory` atomically, readable by its owner only: the URI may contain a password.
+    """Write `record` to `directory` atomically, readable by its owner only.
 
     Paths of files inside the directory are stored relative to it, so that it can be moved.
     """
-    facts = asdict(record) | {"artifacts": [(_from(directory, path), folder) for path, folder in record.artifacts]}
+    artifacts = [(_from(directory, path), folder) for path, folder in record.artifacts]
+    facts = asdict(record) | {"uri": shown(record.uri), "artifacts": artifacts}
     write_atomically(directory / FILE, json.dumps(facts).encode(), mode=0o600)
 
 
 def read(directory: Path) -> Record | None:
     """The record left in `directory`; None if everything of that run was sent.
 
+    The directory may have come from somebody else: it names files of its own only.
+
     Raises:
-        UserError: if there is no such directory, or its file is damaged or not MorphTrain's.
+        UserError: if there is no such directory, or its file is damaged, not MorphTrain's, or names other files.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory")
@@ -51,8 +55,12 @@ def read(directory: Path) -> Record | None:
         return None
     try:
         record = Record(**json.loads(path.read_text()))
-        record.artifacts = [(str(directory / file), folder) for file, folder in record.artifacts]
-    except (ValueError, TypeError) as error:
+        if not record.uri.isprintable():
+            raise ValueError("its address is no text")
+        record.artifacts = [(_inside(directory, file), folder) for file, folder in record.artifacts]
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, or not written by MorphTrain ({error})") from error
     return record
 
@@ -60,6 +68,14 @@ def read(directory: Path) -> Record | None:
 def remove(directory: Path) -> None:
     """Remove the record after everything was sent."""
     (directory / FILE).unlink(missing_ok=True)
+
+
+def _inside(directory: Path, file: str) -> str:
+    """The path of a file that `directory` names, links resolved; it need not be there any more."""
+    path = (directory / file).resolve()
+    if not path.is_relative_to(directory.resolve()) or path.is_dir():
+        raise UserError(f"{directory / FILE}: names {file!r}, which is no file inside {directory}; only those are sent")
+    return str(path)
 
 
 def _from(directory: Path, path: str) -> str:

@@ -1,0 +1,53 @@
+"""Names that do not exist: the nearest that do, and where a key belongs that another option of its group has."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from morphtrain.schema.custom import Custom
+from morphtrain.schema.option import OPTIONS
+
+TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not among `known`: those that are close to it, or else all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+
+
+def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
+    """The message for `group=name`, where the group has `options`."""
+    more = TORCHVISION.format(name or "...") if group == "model" else ""
+    known = f"; {nearest(name, options)}".rstrip("?" if more else "") if options else ""
+    return f"{group}={name}: no such option{known}{more}"
+
+
+def no_such_key(key: str, value: str) -> str:
+    """The message for `key=value`, where the config has no such key."""
+    from morphtrain.schema.config import Config
+
+    group, _, name = key.partition(".")
+    if group not in OPTIONS:
+        top = [*(field.name for field in fields(Config)), "hydra"]
+        known = f"; {nearest(group, top)}" if group not in top else ""
+        return f"{key}={value}: no such key{known}"
+    has = {option: keys(group, option) for option in OPTIONS[group]}
+    owners = [option for option, names in has.items() if name in names]
+    close = difflib.get_close_matches(name, sorted({n for names in has.values() for n in names}), n=3)
+    if owners:
+        hint = f"add {' or '.join(f'{group}={option}' for option in owners)}"
+    elif close:
+        hint = f"did you mean {' or '.join(f'{group}.{n}' for n in close)}?"
+    else:
+        hint = f"--help shows its keys; a keyword of a part of your own is added by +{key}={value}"
+    return f"{key}={value}: the chosen option of {group} has no such key; {hint}"
+
+
+def keys(group: str, option: str) -> list[str]:
+    """The keys of an option."""
+    kind = OPTIONS[group][option]
+    return ["_target_"] if kind is Custom else [field.name for field in fields(kind) if field.name != "name"]

@@ -1,0 +1,112 @@
+"""Every key of every option with every kind of nonsense: refused in a line that names it, or known to be meant.
+
+    pytest -m slow -s tests/test_bad_configs.py     # prints the counts
+
+`test_errors.py` asks the command itself. Here the config is composed once an option, so that all pairs can be tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from test_config import OPTION_FILES, REQUIRED, composed
+
+from morphtrain import config_errors, schema
+from morphtrain.errors import UserError
+
+NONSENSE: dict[str, Any] = {
+    "text": "much",
+    "list": [1],
+    "node": {"a": 1},
+    "true": True,
+    "negative": -1,
+    "infinite": math.inf,
+    "not a number": math.nan,
+    "huge": 10**400,
+    "empty": "",
+    "null": None,
+}
+CHOICES = [
+    f"{path.parent.name}={path.stem}"
+    for path in OPTION_FILES
+    if path.stem in schema.OPTIONS[path.parent.name] and path.stem != "custom"
+]
+
+# What is accepted, each looked at by hand. Any text may be a path or a name, and so may a number, written out.
+TEXTS = {"architecture", "data.root", "resume", "tracking.experiment", "tracking.parent_run_id", "tracking.uri"}
+ACCEPTED = {
+    **dict.fromkeys(("text", "negative", "infinite", "not a number", "huge"), TEXTS),
+    "true": TEXTS
+    | {f"data.{key}" for key in ("download", "flip", "in_memory")}
+    | {"grow.inherit", "model.batch_norm", "model.downsample", "optimizer.nesterov"},
+    "list": {"grow.at_epochs", "grow.where", "prune.ignore"},
+    "node": {"model.options"},
+    "empty": {"tracking.parent_run_id", "tracking.uri"},
+    "null": {
+        *("architecture", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
+        *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
+        *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stop_epoch", "prune.strength"),
+        *("tracking.parent_run_id", "tracking.uri"),
+    },
+}
+# Keys whose nonsense is found by what it does to another key, which the message names.
+ELSEWHERE = {("model.bottleneck", "true")}
+
+
+def keys_of(choice: str, config: DictConfig) -> list[str]:
+    group = choice.partition("=")[0]
+    top = [key for key in map(str, config) if key not in schema.OPTIONS] if choice == CHOICES[0] else []
+    return [*top, *(f"{group}.{key}" for key in map(str, config[group]) if key not in ("name", "source"))]
+
+
+def refusal(config: DictConfig, key: str, value: Any) -> str | None:
+    """What is said about a value; None if it is accepted."""
+    changed = config.copy()
+    with open_dict(changed):
+        OmegaConf.update(changed, key, value, merge=False)
+    try:
+        schema.parse(changed)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.slow
+def test_nonsense_is_refused_by_name_or_meant() -> None:
+    counts: Counter[str] = Counter()
+    wrong = []
+    for choice in CHOICES:
+        config = composed(choice, *REQUIRED.get(choice, []))
+        for key in keys_of(choice, config):
+            for kind, value in NONSENSE.items():
+                said = refusal(config, key, value)
+                counts["accepted" if said is None else "refused"] += 1
+                known = key in ACCEPTED[kind] or said is not None
+                named = said is None or (said.startswith((f"{key}=", f"{key}:")) and "\n" not in said)
+                if not (known and (named or (key, kind) in ELSEWHERE)):
+                    wrong.append((choice, key, kind, said))
+    print(dict(counts))
+    assert not wrong
+    assert counts["refused"] > 1000
+
+
+@pytest.mark.slow
+def test_misspelt_keys_are_answered_with_the_right_one() -> None:
+    asked, wrong = 0, []
+    for choice in CHOICES:
+        config = composed(choice, *REQUIRED.get(choice, []))
+        for key in keys_of(choice, config):
+            misspelt = f"{key[:-1]}{key[-1]}{key[-1]}x"
+            with pytest.raises(HydraException) as refused:
+                composed(choice, *REQUIRED.get(choice, []), f"{misspelt}=1")
+            said = config_errors.one_line(refused.value)
+            asked += 1
+            if said is None or not said.startswith(f"{misspelt}=1: ") or key not in said or "\n" in said:
+                wrong.append((choice, key, said))
+    print(f"{asked} misspelt keys")
+    assert not wrong
