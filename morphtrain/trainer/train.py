@@ -87,7 +87,7 @@ def _train(
     finally:
         tracker.finish(status, run.history)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST)
+    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view())
     return [run.history[-1][metric] for metric in config.objective]
 
 
