@@ -22,6 +22,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.baseline import Baseline
+from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import Plan, SharedStudy
@@ -122,8 +123,8 @@ class StudySweeper:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
-            if trials := study.take(worker, self.plain.n_jobs):
-                self._run(study, worker, trials, space, child)
+            if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
+                self._run(study, worker, trials, child)
             elif study.others_running():
                 time.sleep(WAIT_SECONDS)
             else:
@@ -166,18 +167,16 @@ class StudySweeper:
         """The sampler, and the total number of trials."""
         sampler, total = self.plain.sampler, self.plain.n_trials
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
-            return sampler, total
+            return SearchedTrials(sampler), total
         grid = space.grid()
         points = math.prod(map(len, grid.values())) + (self.baseline is not None)
         return sampler(grid), min(total, points)
 
-    def _run(
-        self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
-    ) -> None:
+    def _run(self, study: SharedStudy, worker: Worker, trials: list[Trial], child: list[str]) -> None:
         """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
         open_trials = list(trials)
         try:
-            overrides = [[*self._overrides(trial, space), *child] for trial in trials]
+            overrides = [[*_overrides(trial), *child] for trial in trials]
             returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
             for trial, returned in zip(trials, returns, strict=True):
                 self._settle(study, worker, trial, returned)
@@ -186,7 +185,8 @@ class StudySweeper:
             study.give_back(worker, open_trials)
         self._check_failures(study)
 
-    def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
+    def _choose(self, trial: Trial, space: SearchSpace) -> None:
+        """Store with a trial what its job runs with, and where."""
         run_dir = trial.user_attrs.get(RUN_DIR_ATTR) or str(self.sweep_dir / str(trial.number))
         trial.set_user_attr(RUN_DIR_ATTR, run_dir)
         baseline = Baseline(self.baseline or [], space)
@@ -195,7 +195,6 @@ class StudySweeper:
         else:
             overrides = space.suggest(trial)
         trial.set_user_attr(OVERRIDES_ATTR, overrides)
-        return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
@@ -228,3 +227,10 @@ class StudySweeper:
                 f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
                 f"{failed[-1].number} said: {failed[-1].user_attrs.get(ERROR_ATTR)}"
             )
+
+
+def _overrides(trial: Trial) -> list[str]:
+    """What the job of a trial is started with."""
+    run_dir = trial.user_attrs[RUN_DIR_ATTR]
+    own = trial.user_attrs[OVERRIDES_ATTR]
+    return [*own, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
