@@ -92,7 +92,7 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     schema.check(in_study, "trial", config.trial, "null; hydra/sweeper=morphtrain numbers its trials")
     from morphtrain.sweep.trial import TrialReporter
 
-    return TrialReporter(settings.sweeper, config.trial, config.objective)
+    return TrialReporter(settings.sweeper, config.trial, config.objective, config.reshapes)
 
 
 def discard_if_unused(run_dir: Path) -> None:

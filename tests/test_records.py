@@ -33,6 +33,7 @@ METRICS = {
     "batch_size",
     "learning_rate",
     "peak_memory_bytes",
+    "changed",
 }
 UNPRUNED = [*(o for o in SMALL if not o.startswith("prune")), "prune=none"]
 TAGS = {"prune", "grow", "norm", "precision", "batch_policy", "optimizer", "model", "data", "seed", "device", "study"}

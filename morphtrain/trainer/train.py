@@ -156,7 +156,7 @@ def _write_architecture(run: Run, run_dir: Path) -> None:
 
 def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
     picture = run_dir / "run.png"
-    plot_run(run.history, picture)
+    plot_run(run.history, run.initial, picture)
     tracker.artifact(picture, "plots")
     if len(run.changes) > 1:
         picture = run_dir / "widths.png"
