@@ -25,15 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
+from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
-
-# Overrides that do not change what is computed, so a run's name leaves them out.
-UNNAMED = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="config")

@@ -31,6 +31,7 @@ class Wider(Method):
         if not self._spaces(run):
             names = ", ".join(space.name for space in run.graph.spaces)
             raise UserError(f"grow.where={self.config.where}: matches no channel space of the model; there are {names}")
+        self.when.check_reach(run)
 
     def after_epoch(self, run: Run) -> None:
         reason = self.when.due(run)
