@@ -24,7 +24,7 @@ class When:
         self.grown_at: list[int] = []  # epochs after which the network grew
 
     def check_reach(self, run: Run) -> None:
-        """Warn if the run is too short for any growth: a plateau is judged from the second epoch to the last but one."""
+        """Warn if the run is too short for a plateau of `patience` epochs before its last one."""
         patience, epochs = self.config.patience, run.config.epochs
         if not self.config.at_epochs and patience is not None and patience > epochs - 3:
             log.warning(
