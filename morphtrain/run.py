@@ -1,7 +1,7 @@
 """The command: compose a config, train, return the objective.
 
 python -m morphtrain.run prune=prunetrain precision=o1
-python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
+python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3 epochs=30
 """
 
 from __future__ import annotations
