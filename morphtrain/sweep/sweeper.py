@@ -124,7 +124,7 @@ class StudySweeper:
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
             if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
-                self._run(study, worker, trials, child)
+                self._run(study, worker, trials, space, child)
             elif study.others_running():
                 time.sleep(WAIT_SECONDS)
             else:
@@ -172,11 +172,13 @@ class StudySweeper:
         points = math.prod(map(len, grid.values())) + (self.baseline is not None)
         return sampler(grid), min(total, points)
 
-    def _run(self, study: SharedStudy, worker: Worker, trials: list[Trial], child: list[str]) -> None:
+    def _run(
+        self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
+    ) -> None:
         """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
         open_trials = list(trials)
         try:
-            overrides = [[*_overrides(trial), *child] for trial in trials]
+            overrides = [[*self._overrides(trial, space), *child] for trial in trials]
             returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
             for trial, returned in zip(trials, returns, strict=True):
                 self._settle(study, worker, trial, returned)
@@ -186,7 +188,11 @@ class StudySweeper:
         self._check_failures(study)
 
     def _choose(self, trial: Trial, space: SearchSpace) -> None:
-        """Store with a trial what its job runs with, and where."""
+        """Give a trial its values of the searched keys; a baseline may have none."""
+        if not trial.user_attrs.get(BASELINE_ATTR) or Baseline(self.baseline or [], space).values():
+            space.suggest(trial)
+
+    def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
         run_dir = trial.user_attrs.get(RUN_DIR_ATTR) or str(self.sweep_dir / str(trial.number))
         trial.set_user_attr(RUN_DIR_ATTR, run_dir)
         baseline = Baseline(self.baseline or [], space)
@@ -195,6 +201,7 @@ class StudySweeper:
         else:
             overrides = space.suggest(trial)
         trial.set_user_attr(OVERRIDES_ATTR, overrides)
+        return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
@@ -227,10 +234,3 @@ class StudySweeper:
                 f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
                 f"{failed[-1].number} said: {failed[-1].user_attrs.get(ERROR_ATTR)}"
             )
-
-
-def _overrides(trial: Trial) -> list[str]:
-    """What the job of a trial is started with."""
-    run_dir = trial.user_attrs[RUN_DIR_ATTR]
-    own = trial.user_attrs[OVERRIDES_ATTR]
-    return [*own, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
