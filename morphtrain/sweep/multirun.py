@@ -64,8 +64,8 @@ class FinishedRun:
 
 def finished_runs(sweep_dir: Path) -> tuple[list[FinishedRun], int]:
     """The runs that a multirun has left in its directory, in their order, and the number of those that did not end."""
-    directories = [path.parent for path in sweep_dir.glob("*/records.jsonl")]
-    directories.sort(key=lambda path: (len(path.name), path.name))  # 2 before 10
+    directories = [path.parent for path in sweep_dir.rglob("records.jsonl")]
+    directories.sort(key=lambda path: (len(path.name), str(path)))  # 2 before 10
     ended = [path for path in directories if (path / LEFT_AT_THE_END).exists()]
     return [_read(path) for path in ended], len(directories) - len(ended)
 
