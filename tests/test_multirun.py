@@ -92,7 +92,8 @@ def test_a_multirun_over_seeds_ends_with_what_each_configuration_gave(command: C
         accuracies.append(json.loads(last)["val_accuracy"])
     for option, values in (("none", accuracies[:3]), ("prunetrain", accuracies[3:])):
         (row,) = (line for line in end.splitlines() if f"prune={option}" in line)
-        assert f"{statistics.mean(values):.4g} " in row
+        spread = stats.ttest_1samp(values, 0).confidence_interval(0.95).high - statistics.mean(values)
+        assert f"{statistics.mean(values):.4g} ± {spread:.2g}" in row
     assert "3 of the 3 runs that were meant to change their network did not" in end, "start_epoch is above epochs"
     (tmp_path / "grid" / "5" / "run.png").unlink()
     assert finished_runs(tmp_path / "grid")[1] == 1

@@ -84,7 +84,7 @@ def table(runs: Sequence[FinishedRun], objective: Sequence[str]) -> Table:
     """A row for each configuration: how many runs, their means, and the time against the first configuration's."""
     from rich.table import Table
 
-    from morphtrain.evidence.repeats import estimate, paired_ratio
+    from morphtrain.evidence.repeats import paired_ratio
 
     by_configuration: dict[tuple[str, ...], list[FinishedRun]] = {}
     for run in runs:
@@ -101,10 +101,19 @@ def table(runs: Sequence[FinishedRun], objective: Sequence[str]) -> Table:
     common = set.intersection(*map(set, by_configuration)) if len(by_configuration) > 1 else set()
     for (configuration, group), seconds in zip(by_configuration.items(), times, strict=True):
         label = " ".join(override for override in configuration if override not in common)
-        means = [str(estimate([run.end[name] for run in group])) for name in shown]
+        means = [_mean([run.end[name] for run in group]) for name in shown]
         ratio = [str(paired_ratio(seconds, times[0]) or "-")] if has_ratio else []  # "-": no seed in common
         rendered.add_row(label or "as it is", str(len(group)), *means, *ratio)
     return rendered
+
+
+def _mean(values: Sequence[float]) -> str:
+    from morphtrain.evidence.repeats import estimate
+
+    found = estimate(values)
+    if found.high is None or len(set(values)) == 1:
+        return str(found)
+    return f"{found.mean:.4g} ± {found.high - found.mean:.2g}"
 
 
 def _clock(runs: Sequence[FinishedRun]) -> str:
@@ -117,7 +126,7 @@ def _times_compare(runs: Sequence[FinishedRun]) -> bool:
 
 def notes(runs: Sequence[FinishedRun], unfinished: int) -> list[str]:
     """How to read the table, and what speaks against comparing the runs."""
-    lines = ["[...]: 95 % confidence interval of the mean, from three runs on; (... to ...): two runs"]
+    lines = ["±, [...]: 95 % confidence interval of the mean, from three runs on; (... to ...): both of two runs"]
     if _times_compare(runs):
         lines[0] += "; time / first: paired by seed, geometric mean"
     if unfinished:

@@ -39,7 +39,7 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
     sizes = ("params", "parameters"), ("macs", "MACs a sample")
     rows = [(name, str(initial[key]), f"{end[key]:.0f}", f"{end[key] / initial[key]:.3f}") for key, name in sizes]
     if len({stage[0]["batch_size"] for stage in stages}) > 1:
-        rows.append(("batch size", *(f"{stage[-1]['batch_size']:.0f}" for stage in (stages[0], stages[-1])), ""))
+        rows.append(("batch size", f"{history[0]['batch_size']:.0f}", f"{end['batch_size']:.0f}", ""))
     rows += _time_rows(first, last)
     rows += [(name, "", f"{end[key]:.4f}", "") for key, name in ACCURACIES.items() if key in end]
     if contended := sum(bool(record["contended"]) for record in history):
@@ -88,15 +88,19 @@ def _time_rows(first: Sequence[Record], last: Sequence[Record]) -> list[Row]:
     calibrated = _is_calibrated(first, last)
 
     def row(name: str, metric: Callable[[Record], float], with_ratio: bool) -> Row:
-        before, after = ([statistics.median(map(metric, stage))] if stage else [] for stage in (first, last))
-        ratio = f"{after[0] / before[0]:.3f}" if with_ratio and known else ""
-        return name, *(f"{median[0]:.3f}" if median else "-" for median in (before, after)), ratio
+        before, after = (statistics.median(map(metric, stage)) if stage else None for stage in (first, last))
+        ratio = f"{after / before:.3f}" if with_ratio and known and before and after else ""
+        return name, _seconds(before), _seconds(after), ratio
 
     rows = [row("seconds an epoch", lambda record: record["epoch_seconds"], not calibrated)]
     if calibrated:
         rows.append(row("seconds an epoch, calibrated", lambda record: record["calibrated_seconds"], True))
     rows.append(row("share of an epoch spent waiting for data", data_share, False))
     return [*rows, ("  (medians of epochs)", _span(first), _span(last), "")]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _span(records: Sequence[Record]) -> str:
