@@ -24,6 +24,7 @@ STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
 CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
 CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
 
+FLAGS = {CONTENDED_ATTR: "contended", CHANGED_ATTR: "changed"}  # metrics whose epochs are stored
 CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that never decrease
 
 
@@ -55,6 +56,7 @@ class TrialReporter:
         self.objective = objective
         attrs = self._frozen().user_attrs
         self.is_baseline = bool(attrs.get(BASELINE_ATTR))
+        self.epochs = {attr: set(attrs.get(attr, [])) for attr in FLAGS}
         if reshapes and CHANGED_ATTR not in attrs:
             self.storage.set_trial_user_attr(self.trial_id, CHANGED_ATTR, [])
 
@@ -69,10 +71,10 @@ class TrialReporter:
     def _report(self, record: Mapping[str, float]) -> bool:
         epoch = int(record["epoch"])
         self.storage.set_trial_user_attr(self.trial_id, METRICS_ATTR, dict(record))
-        for attr, metric in ((CONTENDED_ATTR, "contended"), (CHANGED_ATTR, "changed")):
+        for attr, metric in FLAGS.items():
             if record.get(metric):
-                known = self._frozen().user_attrs.get(attr, [])
-                self.storage.set_trial_user_attr(self.trial_id, attr, sorted({*known, epoch}))
+                self.epochs[attr].add(epoch)
+                self.storage.set_trial_user_attr(self.trial_id, attr, sorted(self.epochs[attr]))
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
