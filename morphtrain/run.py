@@ -1,7 +1,7 @@
 """The command: compose a config, train, return the objective.
 
 python -m morphtrain.run prune=prunetrain precision=o1
-python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
+python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3 epochs=30
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from morphtrain import config_errors, explained, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
+from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
@@ -33,9 +34,6 @@ OmegaConf.register_resolver("explained", explained.config, replace=True)  # for 
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
-
-# Overrides that do not change what is computed, so a run's name leaves them out.
-UNNAMED = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="config")
@@ -91,7 +89,7 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     schema.check(in_study, "trial", config.trial, "null; hydra/sweeper=morphtrain numbers its trials")
     from morphtrain.sweep.trial import TrialReporter
 
-    return TrialReporter(settings.sweeper, config.trial, config.objective)
+    return TrialReporter(settings.sweeper, config.trial, config.objective, config.reshapes)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Run:
     clock: Clock
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
-    initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the dense network
+    initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the first network
     epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
     progress: float = 0.0  # passes over the training data, without skipped steps; what the schedule sees
     batch_size: int = 0

@@ -46,3 +46,7 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
+
+    def view(self) -> str:
+        """The command or address that shows what has been recorded; "" if nothing has, or there is none."""
+        return ""

@@ -23,11 +23,11 @@ def main() -> None:
     study = SharedStudy(plan, optuna.samplers.RandomSampler(seed=1), optuna.pruners.NopPruner())
     with Worker(study.storage, directory, heartbeat_seconds=0.5) as worker:
         while True:
-            trials = study.take(worker, 2)
+            trials = study.take(worker, 2, lambda trial: trial.suggest_float("x", 0, 1))
             if not trials and not study.others_running():
                 break
             for trial in trials:
-                x = trial.suggest_float("x", 0, 1)
+                x = trial.params["x"]
                 print(trial.number, flush=True)
                 time.sleep(seconds * random.uniform(0.5, 1.5))
                 study.complete(worker, trial, [x])

@@ -7,12 +7,9 @@ import json
 import pytest
 import torch
 from networks import INPUT, build, step, trace
-from rich.console import Console
 
 from morphtrain.morph import describe, rebuild
-from morphtrain.trainer.console import closing_table, data_warning, epoch_line
-
-INITIAL = {"params": 1000, "macs": 5000}
+from morphtrain.trainer.console import data_warning, epoch_line
 
 
 def history(epochs: int) -> list[dict[str, float]]:
@@ -30,33 +27,6 @@ def history(epochs: int) -> list[dict[str, float]]:
         }
         for e in range(1, epochs + 1)
     ]
-
-
-def rendered(epochs: int, warmup: int = 1) -> str:
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(closing_table(history(epochs), INITIAL, warmup))
-    return capture.get()
-
-
-def test_the_table_compares_the_first_clocked_epochs_with_the_last() -> None:
-    text = rendered(20)
-    assert "after 20 epochs, 60.0 s of training" in text
-    assert "epochs 2-6, 16-20" in text  # the warm-up epoch is left out
-    assert f"{10 / 4:.3f}" in text  # the median of 10/2 .. 10/6
-    assert f"{10 / 18:.3f}" in text
-    assert "waiting for data" in text
-    assert "0.040" in text  # of epoch 4
-    assert "0.180" in text  # of epoch 18
-    assert "0.050" in text  # 50 of 1000 parameters, 250 of 5000 MACs
-    assert "0.0600" in text
-    assert "0.2000" in text
-    assert "1 of 20" in text  # contended
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_short_runs_have_a_table_too(epochs: int) -> None:
-    assert f"after {epochs} epochs" in rendered(epochs)
 
 
 def test_an_epoch_is_a_line() -> None:

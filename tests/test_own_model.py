@@ -123,7 +123,7 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     (tmp_path / "own_net.py").write_text(PACKAGE)
     once = command(*RUN, *NET, "hydra.run.dir=once")
     assert once.returncode == 0, once.stderr
-    assert "final / dense" in once.stdout
+    assert "last / first" in once.stdout
     history = read_records(tmp_path / "once")
     assert history[0]["params"] > history[-1]["params"]
     here = [*RUN, *NET, "hydra.run.dir=twice", "resume=auto"]
@@ -218,7 +218,7 @@ def test_every_model_is_pruned_in_a_sweep_and_loaded(command: Command, tmp_path:
     sweep = ["-m", "--config-dir", "options", f"model={choices}", "hydra.sweep.dir=sweep"]
     result = command(*sweep, *RUN, *prune, "data.train_samples=64", "epochs=2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("final / dense") == len(NARROW)
+    assert result.stdout.count("last / first") == len(NARROW)
     for job in range(len(NARROW)):
         path = tmp_path / "sweep" / str(job) / "last.pt"
         facts = contents(path)["facts"]

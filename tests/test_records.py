@@ -33,6 +33,7 @@ METRICS = {
     "batch_size",
     "learning_rate",
     "peak_memory_bytes",
+    "changed",
 }
 UNPRUNED = [*(o for o in SMALL if not o.startswith("prune")), "prune=none"]
 TAGS = {"prune", "grow", "norm", "precision", "batch_policy", "optimizer", "model", "data", "seed", "device", "study"}
@@ -156,6 +157,8 @@ def test_too_few_epochs_to_shrink_are_reported(command: Command) -> None:
     result = command(*SMALL, "tracking=none", "epochs=1", "prune.start_epoch=5")
     assert result.returncode == 0, result.stderr
     assert "prune.start_epoch=5 is after the last epoch (epochs=1)" in result.stdout
+    result = command(*SMALL, "tracking=none", "epochs=1", "prune.start_epoch=1")
+    assert "prune.start_epoch=1 is the last epoch: no epoch will train a smaller network" in result.stdout
 
 
 def test_a_tracking_server_that_is_gone_does_not_stop_training(command: Command) -> None:

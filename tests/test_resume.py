@@ -135,7 +135,7 @@ def test_a_finished_run_only_reports(tmp_path: Path, command: Command) -> None:
     before = (tmp_path / "run" / "last.pt").read_bytes()
     result = command(*RUN)
     assert result.returncode == 0, result.stderr
-    assert "final / dense" in result.stdout
+    assert "last / first" in result.stdout
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     check_mlflow(tmp_path)
 

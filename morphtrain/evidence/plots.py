@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot_run(history: Sequence[Mapping[str, float]], initial: Mapping[str, float], path: Path) -> None:
     """Plot the accuracy, epoch time and size of one run over its epochs, as a PNG.
 
     Args:
         history: the records of all epochs, at least one.
+        initial: `params` and `macs` of the network that the run started with.
         path: of the PNG.
     """
+    run_figure(history, initial).savefig(path, dpi=110)
+
+
+def run_figure(history: Sequence[Mapping[str, float]], initial: Mapping[str, float]) -> Any:
+    """The figure that `plot_run` writes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,14 +29,19 @@ def plot_run(history: Sequence[Mapping[str, float]], path: Path) -> None:
     accuracy, seconds, size = figure.subplots(1, 3)
     accuracy.plot(epochs, [r["val_accuracy"] for r in history])
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="accuracy")
-    seconds.plot(epochs, [r["epoch_seconds"] for r in history], ".", markersize=4)
+    for contended, style, colour in ((0.0, ".", "C0"), (1.0, "x", "C3")):
+        marked = [r for r in history if r["contended"] == contended]
+        times = [r["epoch"] for r in marked], [r["epoch_seconds"] for r in marked]
+        seconds.plot(*times, style, color=colour, markersize=4, label="contended" if contended else "undisturbed")
     seconds.set(title="Time of an epoch", xlabel="epoch", ylabel="seconds", ylim=(0, None))
+    if any(r["contended"] for r in history):
+        seconds.legend()
     for key in ("params", "macs"):
-        size.plot(epochs, [r[key] / history[0][key] for r in history], label=key)
-    size.plot(epochs, [r["channel_density"] for r in history], label="live channels")
-    size.set(title="Size, as a share of the first epoch's", xlabel="epoch", ylim=(0, None))
+        size.plot([0, *epochs], [1.0, *(r[key] / initial[key] for r in history)], label=key)
+    size.plot([0, *epochs], [1.0, *(r["channel_density"] for r in history)], label="live channels")
+    size.set(title="Size, as a share of the first network's", xlabel="after epoch", ylim=(0, None))
     size.legend()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def plot_widths(changes: Sequence[Mapping[str, Any]], epochs: int, path: Path) -> None:

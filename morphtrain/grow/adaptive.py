@@ -34,6 +34,11 @@ class Adaptive(Method):
         self.lr_lowered = False  # since then
 
     def before_training(self, run: Run) -> None:
+        patience, epochs = self.config.patience, run.config.epochs
+        if 2 * patience > epochs:
+            log.warning(
+                "grow.patience=%d: no decision falls into epochs=%d; %d would do", patience, epochs, 2 * patience
+            )
         if run.epoch == 0:
             self.regrowth.start(run)
 

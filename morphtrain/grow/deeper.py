@@ -35,6 +35,7 @@ class Deeper(Method):
             everywhere = self._all_places(run.graph)
             found = f"there are {', '.join(everywhere)}" if everywhere else "the model has none; grow=wider works"
             raise UserError(f"grow.where={self.config.where}: no place for a new {self.config.operator}; {found}")
+        self.when.check_reach(run)
 
     def after_epoch(self, run: Run) -> None:
         reason = self.when.due(run)

@@ -27,6 +27,7 @@ class Selective(Method):
         self.target = 0.0  # in the unit of config.cost
 
     def before_training(self, run: Run) -> None:
+        self.when.check_reach(run)
         if run.epoch == 0:
             self.regrowth.start(run)
             self.target = self.config.target * self.regrowth.cost(run)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from morphtrain import schema
 from morphtrain.state import Run
+
+log = logging.getLogger(__name__)
 
 
 class When:
@@ -19,6 +22,17 @@ class When:
     def __init__(self, config: schema.grow.Planned) -> None:
         self.config = config
         self.grown_at: list[int] = []  # epochs after which the network grew
+
+    def check_reach(self, run: Run) -> None:
+        """Warn if the run is too short for a plateau of `patience` epochs before its last one."""
+        patience, epochs = self.config.patience, run.config.epochs
+        if not self.config.at_epochs and patience is not None and patience > epochs - 3:
+            log.warning(
+                "grow.patience=%d: with epochs=%d the network cannot grow; %d epochs or more would let it",
+                patience,
+                epochs,
+                patience + 3,
+            )
 
     def due(self, run: Run) -> str:
         """The reason to grow after this epoch; "" if there is none."""

@@ -34,6 +34,7 @@ class Wider(Method):
         if not self._spaces(run):
             names = ", ".join(space.name for space in run.graph.spaces)
             raise UserError(f"grow.where={self.config.where}: matches no channel space of the model; there are {names}")
+        self.when.check_reach(run)
         check_memory(run.graph, self._widths(run), f"grow.factor={self.config.factor:g}")
 
     def after_epoch(self, run: Run) -> None:

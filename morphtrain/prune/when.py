@@ -36,7 +36,7 @@ def last_reconfiguration(option: Option, epochs: int) -> int | None:
 
 
 def check_reach(option: Option, run: Run) -> None:
-    """Warn if the network will never be reconfigured.
+    """Warn if the network will never be reconfigured, or only when training is over.
 
     Raises:
         UserError: if no layer is wider than `min_channels`, so that nothing could go.
@@ -47,6 +47,8 @@ def check_reach(option: Option, run: Run) -> None:
             option.start_epoch,
             run.config.epochs,
         )
+    elif option.start_epoch == run.config.epochs:
+        log.warning("prune.start_epoch=%d is the last epoch: no epoch will train a smaller network", option.start_epoch)
     if run.epoch == 0 and all(space.size <= option.min_channels for space in run.graph.spaces):
         raise UserError(
             f"prune.min_channels={option.min_channels}: no layer of the model is wider, nothing can be "

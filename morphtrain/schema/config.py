@@ -41,6 +41,7 @@ METRICS = (
     "learning_rate",
     "peak_memory_bytes",
     "contended",
+    "changed",
     *CALIBRATED,
 )
 
@@ -112,6 +113,11 @@ class Config(TopLevel):
         """Whether methods of the user's own take part, which record what they like."""
         methods = (self.prune, self.grow, self.batch_policy)
         return bool(self.methods) or any(isinstance(method, Custom) for method in methods)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the network is meant to change while it trains."""
+        return self.prune.name != "none" or self.grow.name != "none"
 
     @property
     def first_batch_size(self) -> int:

@@ -6,7 +6,6 @@ import logging
 import math
 import shlex
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
+from morphtrain.sweep import charts
+from morphtrain.sweep.comparison import CALIBRATED, Comparison, compared, completed
+from morphtrain.sweep.trial import BASELINE_ATTR, CONTENDED_ATTR, ERROR_ATTR, METRICS_ATTR
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,16 @@ def close(
     """
     if not _counts(study)[TrialState.COMPLETE]:
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
-    best = _best(study)
+    comparison = compared(study, objective)
+    best = _best(comparison.study)
     console = Console(width=max(100, Console().width), markup=False, highlight=False)
-    console.print(_table(study, best, objective))
-    searched = _searched(study)
+    console.print(_table(comparison, best))
+    searched = comparison.searched
     importance = _importance(searched)
-    for line in _lines(study, best, objective, importance, repeating, config_dir):
+    for line in _lines(comparison, best, importance, repeating, config_dir):
         console.print(line, soft_wrap=True)
-    pictures = _pictures(study, searched, objective, sweep_dir, bool(importance))
-    paths = [*pictures, _results(best, objective, sweep_dir)]
+    pictures = charts.draw(comparison.study, searched, comparison.objective, sweep_dir, bool(importance))
+    paths = [*pictures, _results([study.trials[trial.number] for trial in best], objective, sweep_dir)]
     console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
     return paths
 
@@ -63,10 +65,12 @@ def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
     """Metrics of the sweep's own MLflow run: how many trials ended in each state, and the best one's objective."""
     counts = _counts(study)
     metrics = {f"trials_{state.name.lower()}": float(number) for state, number in counts.items()}
-    best = _best(study)
+    comparison = compared(study, objective)
+    metrics["trials_contended"] = comparison.contended
+    best = _best(comparison.study)
     if best:
         metrics["best_trial"] = best[0].number
-        metrics |= {f"best_{name}": value for name, value in zip(objective, best[0].values, strict=True)}
+        metrics |= {f"best_{name}": value for name, value in zip(comparison.objective, best[0].values, strict=True)}
     return metrics
 
 
@@ -84,14 +88,6 @@ def _best(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(feasible, key=lambda trial: sign * trial.values[0])[:FEW]
 
 
-def _searched(study: optuna.Study) -> optuna.Study:
-    """The trials with a result, except for the baseline, which has no values of the searched keys."""
-    searched = optuna.create_study(directions=study.directions)
-    completed = study.get_trials(states=(TrialState.COMPLETE,))
-    searched.add_trials([trial for trial in completed if BASELINE_ATTR not in trial.user_attrs])
-    return searched
-
-
 def _baseline(study: optuna.Study) -> FrozenTrial | None:
     """Trial 0, if it ran as the baseline and has a result."""
     marked = (trial for trial in study.get_trials(deepcopy=False) if BASELINE_ATTR in trial.user_attrs)
@@ -103,21 +99,25 @@ def _failures(study: optuna.Study) -> str:
     return f"the last failed with: {reasons[-1]}" if reasons else "all were stopped early"
 
 
-def _table(study: optuna.Study, best: Sequence[FrozenTrial], objective: Sequence[str]) -> Table:
+def _table(comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
     """The baseline and the best trials, one per row."""
+    study, objective = comparison.study, comparison.objective
     counted = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
     table = Table(title=f"study {study.study_name}: {counted}")
-    for column in ("trial", *objective, *_shown(objective), "overrides"):
+    contended = ["contended epochs"] if comparison.contended else []
+    for column in ("trial", *objective, *_shown(objective), *contended, "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
     baseline = _baseline(study)
     first = [] if baseline is None else [baseline]
     for trial in (*first, *(trial for trial in best if BASELINE_ATTR not in trial.user_attrs)):
         is_baseline = BASELINE_ATTR in trial.user_attrs
         metrics = trial.user_attrs.get(METRICS_ATTR, {})
+        disturbed = f"{len(trial.user_attrs.get(CONTENDED_ATTR, []))} of {_number(metrics.get('epoch', math.nan))}"
         table.add_row(
             f"{trial.number} (baseline)" if is_baseline else str(trial.number),
             *(_number(value) for value in trial.values),
             *(_number(metrics.get(name, math.nan)) for name in _shown(objective)),
+            *[disturbed for _ in contended],
             " ".join(f"{key}={_number(value)}" for key, value in trial.params.items()),
         )
     return table
@@ -133,27 +133,18 @@ def _number(value: Any) -> str:
 
 
 def _lines(
-    study: optuna.Study,
+    comparison: Comparison,
     best: Sequence[FrozenTrial],
-    objective: Sequence[str],
     importance: dict[str, float],
     repeating: Callable[[FrozenTrial], list[str]],
     config_dir: str | None,
 ) -> list[str]:
-    lines = []
-    baseline = _baseline(study)
+    study, objective = comparison.study, comparison.objective
+    lines = [*_doubts(comparison)]
     if not best:
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
-    elif len(objective) == 1 and baseline is not None and best[0].number == baseline.number:
-        lines.append("the baseline is the best trial: what was searched does not pay off here")
-    elif len(objective) == 1 and baseline is not None:
-        ratio = best[0].values[0] / baseline.values[0] if baseline.values[0] else math.nan
-        records = [trial.user_attrs.get(METRICS_ATTR, {}) for trial in (best[0], baseline)]
-        accuracies = [record.get("val_accuracy", math.nan) for record in records]
-        lines.append(
-            f"{objective[0]}: best / baseline {ratio:.3f}, val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
-            f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
-        )
+    elif len(objective) == 1 and (verdict := _verdict(comparison, best[0])):
+        lines.append(verdict)
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
         lines.append(f"importance for {objective[0]} (fANOVA): {shares}")
@@ -162,6 +153,44 @@ def _lines(
     if best:
         lines.append(f"to run the best trial again:  {_rerun(best[0], repeating, config_dir)}")
     return lines
+
+
+def _doubts(comparison: Comparison) -> list[str]:
+    """What speaks against comparing these trials."""
+    lines = []
+    unchanged, meant = comparison.unchanged
+    if unchanged:
+        lines.append(
+            f"{'no trial' if unchanged == meant else f'{unchanged} of {meant} trials never'} changed its network: see "
+            "whether epochs reaches prune.start_epoch, grow.at_epochs or grow.patience, or raise prune.lasso_ratio"
+        )
+    if comparison.contended:
+        if not comparison.fair:
+            verdict = "their times do not compare, and nothing calibrates them (timing.reference=0.02 would)"
+        elif set(comparison.objective) & set(CALIBRATED.values()):
+            verdict = "trials are compared by calibrated times"
+        else:
+            verdict = "their train_seconds do not compare"
+        trials = len(completed(comparison.study))
+        lines.append(f"{comparison.contended} of {trials} trials had contended epochs: {verdict}")
+    return lines
+
+
+def _verdict(comparison: Comparison, best: FrozenTrial) -> str:
+    """The best trial against the baseline; "" where that would say nothing."""
+    study, baseline = comparison.study, _baseline(comparison.study)
+    unchanged, meant = comparison.unchanged
+    if baseline is None or not comparison.fair or (meant and unchanged == meant):
+        return ""
+    if best.number == baseline.number:
+        return "the baseline is the best trial: what was searched does not pay off here"
+    ratio = best.values[0] / baseline.values[0] if baseline.values[0] else math.nan
+    accuracies = [trial.user_attrs[METRICS_ATTR]["val_accuracy"] for trial in (best, baseline)]
+    return (
+        f"{comparison.objective[0]}: best / baseline {ratio:.3f}, "
+        f"val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
+        f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
+    )
 
 
 def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
@@ -178,56 +207,17 @@ def _rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], co
         return f"trial {trial.number} cannot be repeated: {error}"
 
 
-def _evaluator() -> optuna.importance.FanovaImportanceEvaluator:
-    return optuna.importance.FanovaImportanceEvaluator(seed=0)
-
-
 def _importance(searched: optuna.Study) -> dict[str, float]:
     """Each searched key's share of the first objective's variance (fANOVA); empty if there are too few trials."""
     varied = {key for trial in searched.trials for key in trial.params}
-    if len(searched.trials) < 4 or len(varied) < 2:
+    if len(completed(searched)) < 4 or len(varied) < 2:
         return {}
     target = None if len(searched.directions) == 1 else (lambda trial: trial.values[0])
     try:
-        return dict(optuna.importance.get_param_importances(searched, evaluator=_evaluator(), target=target))
+        return dict(optuna.importance.get_param_importances(searched, evaluator=charts.evaluator(), target=target))
     except (ValueError, RuntimeError) as error:  # all values equal, or no key in all trials
         log.info("no importances of the searched keys: %s", error)
         return {}
-
-
-def _pictures(
-    study: optuna.Study, searched: optuna.Study, objective: Sequence[str], sweep_dir: Path, important: bool
-) -> list[Path]:
-    """Optuna's own charts as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    from matplotlib import pyplot
-    from optuna.visualization import matplotlib as charts
-
-    several = len(objective) > 1
-    first: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": objective[0]} if several else {}
-    named = first or {"target_name": objective[0]}
-    wanted: dict[str, Callable[[], Any]] = {
-        "history": lambda: charts.plot_optimization_history(study, **named),
-        "parallel": lambda: charts.plot_parallel_coordinate(searched, **named),
-        "slices": lambda: charts.plot_slice(searched, **named),
-    }
-    if important:
-        wanted["importance"] = lambda: charts.plot_param_importances(searched, _evaluator(), **named)
-    if several:
-        wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
-    paths = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these charts are experimental; all values of an axis are equal
-        for name, draw in wanted.items():
-            draw()
-            paths.append(sweep_dir / f"{name}.png")
-            figure: Any = pyplot.gcf()
-            figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
-            pyplot.close("all")
-    return paths
 
 
 def _results(best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:

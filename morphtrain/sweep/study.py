@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,26 +49,32 @@ class SharedStudy:
                 directions=list(plan.directions),
                 load_if_exists=True,
             )
-            self._check_facts()
-            if self.study.trials:
+            if self._joined():
                 sampler.reseed_rng()  # with the same seed it would repeat an earlier worker's suggestions
-            elif plan.baseline is not None:
+            if not self.study.trials and plan.baseline is not None:
                 self.study.enqueue_trial(dict(plan.baseline), user_attrs={BASELINE_ATTR: True})
 
-    def _check_facts(self) -> None:
+    def _joined(self) -> bool:
+        """Whether it was opened before, by another worker or an earlier start; checks that it had the same facts."""
         wanted = {"directions": list(self.plan.directions), **self.plan.facts}
         stored = self.study.user_attrs.get("facts")
         if stored is None and not self.study.trials:
             self.study.set_user_attr("facts", wanted)
-        elif stored != wanted:
+            return False
+        if stored != wanted:
             key = next(key for key in wanted if (stored or {}).get(key) != wanted[key])
             raise UserError(
                 f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={(stored or {}).get(key)}, which "
                 f"cannot be compared with {wanted[key]}; use the same value, or another study_name"
             )
+        return True
 
-    def take(self, worker: Worker, most: int) -> list[Trial]:
-        """Up to `most` trials for `worker`: abandoned ones first, then new ones until the study has its total."""
+    def take(self, worker: Worker, most: int, choose: Callable[[Trial], object]) -> list[Trial]:
+        """Up to `most` trials for `worker`: abandoned ones first, then new ones until the study has its total.
+
+        `choose` gives a trial its values. No other worker takes trials meanwhile, so that each sampler knows what all
+        others are trying.
+        """
         with exclusive(self.plan.storage):
             self._release_abandoned(worker.heartbeat_seconds)
             trials = self.study.get_trials(deepcopy=False)
@@ -77,6 +83,12 @@ class SharedStudy:
             taken = [self.study.ask() for _ in range(number)]
             for trial in taken:
                 worker.take(trial._trial_id)
+            try:
+                for trial in taken:
+                    choose(trial)
+            except BaseException:
+                self.give_back(worker, taken)
+                raise
         return taken
 
     def _release_abandoned(self, heartbeat_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -22,6 +23,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.baseline import Baseline
+from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import Plan, SharedStudy
@@ -120,7 +122,7 @@ class StudySweeper:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
-            if trials := study.take(worker, self.plain.n_jobs):
+            if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
                 self._run(study, worker, trials, space, child)
             elif study.others_running():
                 time.sleep(WAIT_SECONDS)
@@ -171,7 +173,7 @@ class StudySweeper:
                 "can write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
             )
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
-            return sampler, total
+            return SearchedTrials(sampler), total
         grid = space.grid()
         points = math.prod(map(len, grid.values())) + (self.baseline is not None)
         return sampler(grid), min(total, points)
@@ -198,6 +200,12 @@ class StudySweeper:
         finally:
             study.give_back(worker, open_trials)
         self._check_failures(study)
+
+    def _choose(self, trial: Trial, space: SearchSpace) -> None:
+        """Give a trial its values of the searched keys; a baseline may have none."""
+        if not trial.user_attrs.get(BASELINE_ATTR) or Baseline(self.baseline or [], space).values():
+            with contextlib.suppress(UserError):  # for a value in the study that is not searched; `_run` says so
+                space.suggest(trial)
 
     def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
         run_dir = self._run_dir(trial)

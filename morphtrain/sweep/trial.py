@@ -21,7 +21,10 @@ RUN_DIR_ATTR = "run_dir"
 ERROR_ATTR = "error"  # why it failed
 METRICS_ATTR = "metrics"  # the record of its last epoch
 STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
+CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
+CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
 
+FLAGS = {CONTENDED_ATTR: "contended", CHANGED_ATTR: "changed"}  # metrics whose epochs are stored
 CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that never decrease
 
 
@@ -37,12 +40,13 @@ class TrialReporter:
         sweeper: the job's config node `hydra.sweeper`.
         number: of the trial in its study.
         objective: names of the metrics to optimise; with more than one, no trial is stopped early.
+        reshapes: whether the trial's network is meant to change.
 
     Raises:
         UserError: if the storage cannot be opened.
     """
 
-    def __init__(self, sweeper: DictConfig, number: int, objective: list[str]) -> None:
+    def __init__(self, sweeper: DictConfig, number: int, objective: list[str], reshapes: bool = False) -> None:
         import optuna
 
         pruner = make_pruner(sweeper.pruner)
@@ -50,7 +54,11 @@ class TrialReporter:
         self.study = optuna.load_study(study_name=sweeper.study_name, storage=self.storage, pruner=pruner)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         self.objective = objective
-        self.is_baseline = bool(self._frozen().user_attrs.get(BASELINE_ATTR))
+        attrs = self._frozen().user_attrs
+        self.is_baseline = bool(attrs.get(BASELINE_ATTR))
+        self.epochs = {attr: set(attrs.get(attr, [])) for attr in FLAGS}
+        if reshapes and CHANGED_ATTR not in attrs:
+            self.storage.set_trial_user_attr(self.trial_id, CHANGED_ATTR, [])
 
     def __call__(self, record: Mapping[str, float]) -> bool:
         """Report an epoch's record; True if the run should stop here."""
@@ -63,6 +71,10 @@ class TrialReporter:
     def _report(self, record: Mapping[str, float]) -> bool:
         epoch = int(record["epoch"])
         self.storage.set_trial_user_attr(self.trial_id, METRICS_ATTR, dict(record))
+        for attr, metric in FLAGS.items():
+            if record.get(metric):
+                self.epochs[attr].add(epoch)
+                self.storage.set_trial_user_attr(self.trial_id, attr, sorted(self.epochs[attr]))
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])

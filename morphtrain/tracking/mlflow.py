@@ -120,6 +120,10 @@ class MLflowTracker(Tracker):
                 where,
             )
 
+    def view(self) -> str:
+        """What shows the store, see `store.view`; "" if the run is not in it."""
+        return store.view(self.uri) if self.run_id else ""
+
     def sync(self, patient: bool = True) -> bool:
         """Send what the store lacks, and keep in the run directory what it does not accept; True if it has everything.
 

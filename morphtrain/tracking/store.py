@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from morphtrain.addresses import shown
 from morphtrain.files import directory_lock
 
 # By default MLflow sends telemetry and waits minutes for a server that is down. Retrying is left to the caller, who
@@ -34,6 +36,20 @@ def tracking_uri(uri: str | None) -> str:
 def database_file(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def view(uri: str) -> str:
+    """What shows the store: a server's address, or the command that starts MLflow's UI on it."""
+    if uri.startswith(("http://", "https://")):
+        return shown(uri)
+    if uri == f"{SQLITE}{Path('mlflow.db').absolute()}" and _makefile_has_ui(Path("Makefile")):
+        return "make ui"
+    return f"python -m mlflow ui --backend-store-uri {shlex.quote(shown(uri))}"
+
+
+def _makefile_has_ui(path: Path) -> bool:
+    readable = path.is_file() and os.access(path, os.R_OK)
+    return readable and re.search(rb"^ui:.*\n\t.*mlflow ui", path.read_bytes(), re.MULTILINE) is not None
 
 
 def load_mlflow() -> None:

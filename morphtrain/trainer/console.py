@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from morphtrain.schema import Custom
 from morphtrain.state import Run
+from morphtrain.trainer.closing import closing_table, data_share
 
-WINDOW = 5  # epochs a median is taken over
 SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
 
 Record = dict[str, float]
@@ -32,11 +30,6 @@ def progress_bar(epoch: int, epochs: int, samples: int) -> Iterator[Callable[[in
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
         task = bar.add_task(f"{epoch}/{epochs}", total=samples)
         yield lambda images: bar.update(task, advance=images)
-
-
-def data_share(record: Record) -> float:
-    """The share of an epoch (0 to 1) in which the training process waited for its next batch."""
-    return record["data_seconds"] / record["epoch_seconds"]
 
 
 def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> str | None:
@@ -59,44 +52,19 @@ def epoch_line(record: Record, epochs: int, change: str) -> str:
     return f"{line}  [{change}]" if change else line
 
 
-def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_epochs: int) -> Table:
-    """The dense network the run started with against the one it ended with, each clocked over a few epochs."""
-    clocked = history[warmup_epochs:] or history
-    window = max(1, min(WINDOW, len(clocked) // 2))
-    first, last = clocked[:window], clocked[-window:]
-    table = Table(title=f"after {len(history)} epochs, {history[-1]['train_seconds']:.1f} s of training")
-    table.add_column("")
-    for name in ("dense", "final", "final / dense"):
-        table.add_column(name, justify="right")
-    for key, name in (("params", "parameters"), ("macs", "MACs a sample")):
-        end = last[-1][key]
-        table.add_row(name, str(initial[key]), f"{end:.0f}", f"{end / initial[key]:.3f}")
-    dense, final = (statistics.median(r["epoch_seconds"] for r in records) for records in (first, last))
-    name = f"seconds an epoch (median of epochs {_span(first)}, {_span(last)})"
-    table.add_row(name, f"{dense:.3f}", f"{final:.3f}", f"{final / dense:.3f}")
-    dense, final = (statistics.median(map(data_share, records)) for records in (first, last))
-    table.add_row("waiting for data, share of an epoch", f"{dense:.3f}", f"{final:.3f}", "")
-    early, late = first[-1], last[-1]
-    name = f"validation accuracy (after epoch {early['epoch']:.0f}, {late['epoch']:.0f})"
-    table.add_row(name, f"{early['val_accuracy']:.4f}", f"{late['val_accuracy']:.4f}", "")
-    if contended := sum(bool(record["contended"]) for record in history):
-        table.add_row("contended epochs (times not comparable)", "", f"{contended} of {len(history)}", "")
-    return table
-
-
-def _span(records: Sequence[Record]) -> str:
-    first, last = records[0]["epoch"], records[-1]["epoch"]
-    return f"{first:.0f}" if first == last else f"{first:.0f}-{last:.0f}"
-
-
-def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
-    """Print the closing table, where the results are, and what to type next."""
+def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
+    """Print the closing table, where the results are, and what to type next; `view` shows the tracker's records."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
-    other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
     print(f"run directory: {_short(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
-    print(f"next:          the same command with prune={other}; then `make ui` to compare")
+    print(f"next:          the same command with {_counterpart(run)}{f'; to compare: {view}' if view else ''}")
+
+
+def _counterpart(run: Run) -> str:
+    """The override that makes the run to compare this one with."""
+    chosen = [group for group in ("prune", "grow") if getattr(run.config, group).name != "none"]
+    return f"{' '.join(f'{group}=none' for group in chosen)}, the baseline" if chosen else "prune=prunetrain"
 
 
 def _how_to_load(run: Run, checkpoint: Path) -> str:

@@ -132,5 +132,6 @@ def _record(run: Run) -> Record:
         "weight_density": count_weights(run.model) / run.initial["weights"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "peak_memory_bytes": peak_memory(run.device),
+        "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
     }

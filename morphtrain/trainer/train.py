@@ -94,7 +94,7 @@ def _train(
     finally:
         tracker.finish(status, run.history)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST)
+    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view())
     return [run.history[-1][metric] for metric in config.objective]
 
 
@@ -163,7 +163,7 @@ def _write_architecture(run: Run, run_dir: Path) -> None:
 
 def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
     picture = run_dir / "run.png"
-    plot_run(run.history, picture)
+    plot_run(run.history, run.initial, picture)
     tracker.artifact(picture, "plots")
     if len(run.changes) > 1:
         picture = run_dir / "widths.png"

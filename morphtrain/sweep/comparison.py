@@ -1,0 +1,86 @@
+"""A study as its report compares it: by calibrated times where other processes have disturbed some of the trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from morphtrain.sweep.trial import BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR
+
+CALIBRATED = {"train_seconds": "calibrated_train_seconds", "epoch_seconds": "calibrated_seconds"}
+RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second", "time_to_accuracy"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trials whose values can be compared, if they can.
+
+    Args:
+        study: a copy in memory, with the same numbers, whose completed trials have values of `objective`.
+        objective: the study's metrics, or their calibrated counterparts.
+        contended: number of completed trials that others have disturbed in at least one epoch.
+        fair: False if these trials' values are times that cannot be compared with those of others.
+    """
+
+    study: optuna.Study
+    objective: list[str]
+    contended: int
+    fair: bool
+
+    @property
+    def unchanged(self) -> tuple[int, int]:
+        """How many completed trials never changed their network, of how many that were meant to."""
+        meant = [trial.user_attrs[CHANGED_ATTR] for trial in completed(self.study) if CHANGED_ATTR in trial.user_attrs]
+        return sum(not epochs for epochs in meant), len(meant)
+
+    @property
+    def searched(self) -> optuna.Study:
+        """The study without the results of the baseline, which has no values of the searched keys."""
+        trials = self.study.get_trials()
+        return _copy(self.study, [_without_result() if BASELINE_ATTR in t.user_attrs else t for t in trials])
+
+
+def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:
+    """How the trials of a study whose trials have all ended are to be compared."""
+    ended = completed(study)
+    contended = sum(bool(trial.user_attrs.get(CONTENDED_ATTR)) for trial in ended)
+    names = [CALIBRATED.get(name, name) for name in objective] if contended else list(objective)
+    if not all(name in _metrics(trial) for trial in ended for name in names):
+        names = list(objective)
+    trials = [trial if trial.state.is_finished() else _without_result() for trial in study.get_trials()]
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE and names != list(objective):
+            trial.values = [_metrics(trial)[name] for name in names]
+    fair = not contended or not any(map(_is_raw, names, [ended] * len(names)))
+    return Comparison(_copy(study, trials), names, contended, fair)
+
+
+def completed(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials with a result."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _metrics(trial: FrozenTrial) -> Mapping[str, float]:
+    """The record of a trial's last epoch."""
+    return trial.user_attrs.get(METRICS_ATTR, {})
+
+
+def _is_raw(name: str, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether a metric is a time that nothing has calibrated."""
+    if name == "median_epoch_seconds":
+        return any("calibrated_seconds" not in _metrics(trial) for trial in trials)
+    return name in RAW_TIMES
+
+
+def _copy(study: optuna.Study, trials: Sequence[FrozenTrial]) -> optuna.Study:
+    copy = optuna.create_study(study_name=study.study_name, directions=study.directions)
+    copy.add_trials(trials)  # numbered in their order, so none may be left out
+    return copy
+
+
+def _without_result() -> FrozenTrial:
+    """What stands in a copy for a trial that is not to be shown."""
+    return optuna.trial.create_trial(state=TrialState.FAIL)

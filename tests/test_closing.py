@@ -1,0 +1,180 @@
+"""The closing table: each network is timed while it was trained, and no ratio is shown that is known to be false."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, Command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from morphtrain.tracking import store
+from morphtrain.trainer.closing import closing_table
+
+INITIAL = {"params": 1000, "macs": 5000}
+
+
+def record(epoch: int, size: int, seconds: float, **more: float) -> dict[str, float]:
+    """An epoch of `seconds`, after which the network has `size` parameters."""
+    return {
+        "epoch": epoch,
+        "epoch_seconds": seconds,
+        "data_seconds": 0.1,
+        "train_seconds": 60.0,
+        "params": size,
+        "macs": 5 * size,
+        "batch_size": 32,
+        "val_accuracy": epoch / 100,
+        "contended": 0.0,
+        **more,
+    }
+
+
+def rows(history: list[dict[str, float]], warmup: int = 1) -> tuple[dict[str, list[str]], str]:
+    """The cells by the row's name, and everything that is printed."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(closing_table(history, INITIAL, warmup))
+    text = capture.get()
+    cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
+    return {name: values for name, *values in cells}, text
+
+
+def pruned(**more: float) -> list[dict[str, float]]:
+    """Ten epochs of 4 s, the first of them slower; the network is pruned after epoch 4, and again after epoch 7."""
+    seconds = [9.0, 4.0, 4.2, 4.4, 3.0, 3.0, 3.0, 2.0, 2.2, 2.4]
+    sizes = [1000, 1000, 1000, 600, 600, 600, 300, 300, 300, 300]
+    return [record(e, n, s, **more) for e, (n, s) in enumerate(zip(sizes, seconds, strict=True), 1)]
+
+
+def test_each_network_is_timed_while_it_was_trained() -> None:
+    table, text = rows(pruned())
+    assert "first network" in text
+    assert "dense" not in text
+    assert table["seconds an epoch"] == ["4.200", "2.200", f"{2.2 / 4.2:.3f}"]
+    assert table["(medians of epochs)"] == ["2-4", "8-10", ""]
+    assert table["parameters"] == ["1000", "300", "0.300"]
+    assert table["validation accuracy at the end"] == ["", "0.1000", ""], "an early accuracy is no baseline"
+    assert "test accuracy at the end" not in table
+    assert rows(pruned(test_accuracy=0.5))[0]["test accuracy at the end"] == ["", "0.5000", ""]
+
+
+def test_a_network_that_grew_began_as_the_first_not_as_the_dense_one() -> None:
+    table, text = rows([record(e, 1000 if e < 4 else 3000, 1.0 if e < 5 else 3.0) for e in range(1, 9)])
+    assert table["seconds an epoch"] == ["1.000", "3.000", "3.000"]
+    assert table["(medians of epochs)"] == ["2-4", "5-8", ""]
+    assert "dense" not in text
+
+
+def test_a_network_that_never_changed_is_compared_with_nothing() -> None:
+    table, text = rows([record(e, 1000, 10.0 / e) for e in range(1, 6)])
+    assert table["parameters"] == ["1000"]
+    assert table["seconds an epoch"] == [f"{(10 / 3 + 10 / 4) / 2:.3f}"]
+    assert "first" not in text
+
+
+def test_other_batch_sizes_are_another_stage() -> None:
+    history = [record(e, 1000, 4.0 if e < 4 else 1.0, batch_size=32 if e < 4 else 64) for e in range(1, 8)]
+    table, _ = rows(history)
+    assert table["batch size"] == ["32", "64", ""]
+    assert table["seconds an epoch"] == ["4.000", "1.000", "0.250"]
+
+
+def test_a_network_that_changed_before_a_clean_epoch_has_no_time() -> None:
+    table, text = rows([record(e, 500, 2.0) for e in range(1, 6)])
+    assert table["seconds an epoch"] == ["-", "2.000", ""]
+    assert "no epoch after the warm-up trained the first network" in text
+
+
+def test_a_change_after_the_last_epoch_is_said() -> None:
+    history = [*pruned(), record(11, 200, 2.6)]
+    table, text = rows(history)
+    assert table["parameters"][1] == "200"
+    assert table["seconds an epoch"][1] == "2.300"
+    assert "before the change after epoch 11" in text
+    table, text = rows([*[record(e, 1000, 4.0) for e in range(1, 5)], record(5, 400, 4.0)])
+    assert table["seconds an epoch"] == ["4.000", "-", ""]
+    assert "no epoch after the warm-up trained the last network" in text
+
+
+def contended(calibrated: bool) -> list[dict[str, float]]:
+    """The issue's case: epochs of one calibrated second throughout, while others hold the cores at first."""
+    history = []
+    for e in range(1, 9):
+        busy = e < 5
+        more = {"calibrated_seconds": 1.0 + e / 100} if calibrated else {}
+        history.append(record(e, 1000 if e < 4 else 900, 6.0 if busy else 1.0, contended=float(busy), **more))
+    return history
+
+
+def test_no_ratio_is_shown_that_is_known_to_be_false() -> None:
+    table, text = rows(contended(calibrated=False))
+    assert table["seconds an epoch"] == ["6.000", "1.000", ""]
+    assert "epochs were contended, and timing.reference=0" in text
+    assert table["contended epochs"] == ["", "4 of 8", ""]
+
+
+def test_the_calibrated_ratio_is_shown_in_its_place() -> None:
+    table, text = rows(contended(calibrated=True))
+    assert table["seconds an epoch"] == ["6.000", "1.000", ""], "0.167 is false"
+    assert table["seconds an epoch, calibrated"] == ["1.030", "1.065", f"{1.065 / 1.03:.3f}"]
+    assert "No ratio" not in text
+
+
+EPOCHS = st.lists(
+    st.tuples(st.sampled_from([1000, 1000, 700, 400]), st.booleans(), st.floats(0.5, 9.0)), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(epochs=EPOCHS, warmup=st.integers(0, 2))
+def test_the_ratio_is_that_of_the_epochs_that_trained_the_two_networks(
+    epochs: list[tuple[int, bool, float]], warmup: int
+) -> None:
+    """Against an account that walks from each end of the run to the first change."""
+    history = [record(e, n, s, contended=float(c)) for e, (n, c, s) in enumerate(epochs, 1)]
+    trained = [1000, *(size for size, _, _ in epochs[:-1])]  # by each epoch
+    ahead = next((i for i, size in enumerate(trained) if size != trained[0]), len(trained))
+    back = next((i for i in range(len(trained), 0, -1) if trained[i - 1] != trained[-1]), 0)
+    sides = [[r for r in side if r["epoch"] > warmup] for side in (history[:ahead], history[back:])]
+    clean = [[r for r in side if not r["contended"]] for side in sides]
+    table, text = rows(history, warmup)
+    if len(set(trained)) == 1:
+        assert "/" not in table["seconds an epoch"][-1]
+        assert ("last / first" in text) == (epochs[-1][0] != 1000)
+        return
+    ratio = table["seconds an epoch"][2]
+    if all(clean):
+        first, last = (statistics.median(r["epoch_seconds"] for r in side) for side in clean)
+        assert ratio == f"{last / first:.3f}"
+    else:
+        assert ratio == ""
+        assert "No ratio of times" in text
+
+
+@pytest.mark.parametrize("tracking", ["none", "mlflow"])
+def test_the_last_line_names_what_shows_the_records(tracking: str, command: Command, tmp_path: Path) -> None:
+    result = command(*SMALL, "epochs=1", "prune.start_epoch=1", f"tracking={tracking}")
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("next:"))
+    shows = f"; to compare: python -m mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
+    assert line == f"next:          the same command with prune=none, the baseline{shows if tracking != 'none' else ''}"
+
+
+def test_make_ui_is_named_only_where_it_would_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.view(here).startswith("python -m mlflow ui")
+    (tmp_path / "Makefile").write_bytes(b"# \xff\nui:\n\tmy-own-server\n")
+    assert store.view(here).startswith("python -m mlflow ui"), "somebody else's target"
+    (tmp_path / "Makefile").write_text((Path(__file__).parents[1] / "Makefile").read_text())
+    assert store.view(here) == "make ui"
+    assert store.view("sqlite:////elsewhere/mlflow.db").endswith("sqlite:////elsewhere/mlflow.db")
+
+
+def test_a_server_is_named_without_its_password() -> None:
+    assert store.view("http://me:secret@there:5000") == "http://me:***@there:5000"
+    assert "secret" not in store.view("postgresql://me:secret@there/mlflow")

@@ -1,0 +1,152 @@
+"""A sweep's report under contention, and when nothing that was tried changed a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from omegaconf import OmegaConf
+from optuna.distributions import FloatDistribution
+
+from morphtrain.grow.when import When
+from morphtrain.sweep import report
+from morphtrain.sweep.comparison import compared
+from morphtrain.sweep.storage import open_storage
+from morphtrain.sweep.trial import (
+    BASELINE_ATTR,
+    CHANGED_ATTR,
+    CONTENDED_ATTR,
+    METRICS_ATTR,
+    OVERRIDES_ATTR,
+    TrialReporter,
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+def study(*trials: dict[str, Any], objective: tuple[str, ...] = ("train_seconds",)) -> optuna.Study:
+    """Trials given by `raw` seconds, perhaps `calibrated` ones, and the number of `contended` and `changed` epochs."""
+    made = optuna.create_study(study_name="s", directions=["minimize"] * len(objective))
+    for number, given in enumerate(trials):
+        metrics = {"train_seconds": given["raw"], "val_accuracy": 0.9, "params": 10.0, "epoch": 5.0}
+        if "calibrated" in given:
+            metrics["calibrated_train_seconds"] = given["calibrated"]
+        attrs: dict[str, Any] = {METRICS_ATTR: metrics, OVERRIDES_ATTR: [f"lr={number}"]}
+        if "contended" in given:
+            attrs[CONTENDED_ATTR] = list(range(given["contended"]))
+        if "changed" in given:
+            attrs[CHANGED_ATTR] = list(range(given["changed"]))
+        params = {} if number == 0 else {"lr": float(number)}
+        attrs |= {BASELINE_ATTR: True} if number == 0 else {}
+        space = {key: FloatDistribution(0, 100) for key in params}
+        values = [metrics[name] for name in objective]
+        made.add_trial(optuna.trial.create_trial(values=values, params=params, distributions=space, user_attrs=attrs))
+    return made
+
+
+def closing(made: optuna.Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(report.charts, "draw", lambda *_: [])
+    monkeypatch.setattr(report, "_results", lambda *_: Path("results"))
+    report.close(made, ["train_seconds"], Path())
+    return capsys.readouterr().out
+
+
+def test_calibrated_times_decide_where_a_trial_was_disturbed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The issue's case: beside others the baseline takes six times as long, so that trial 1 seems to win."""
+    made = study({"raw": 60.0, "calibrated": 10.0, "contended": 5}, {"raw": 9.8, "calibrated": 10.4})
+    text = closing(made, capsys, monkeypatch)
+    assert "the baseline is the best trial" in text
+    assert "1 of 2 trials had contended epochs: trials are compared by calibrated times" in text
+    assert "0.163" not in text
+    assert "5 of 5" in text, "the row says which"
+    metrics = report.summary(made, ["train_seconds"])
+    assert metrics["best_calibrated_train_seconds"] == 10.0
+    assert (metrics["best_trial"], metrics["trials_contended"]) == (0, 1)
+
+
+def test_undisturbed_trials_are_compared_by_what_was_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study({"raw": 10.0, "calibrated": 10.0}, {"raw": 9.0, "calibrated": 11.0})
+    text = closing(made, capsys, monkeypatch)
+    assert "train_seconds: best / baseline 0.900" in text
+    assert "contended" not in text
+
+
+def test_times_that_nothing_calibrates_are_not_compared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study({"raw": 60.0, "contended": 5}, {"raw": 9.8}, {"raw": 9.9})
+    text = closing(made, capsys, monkeypatch)
+    assert "1 of 3 trials had contended epochs: their times do not compare" in text
+    assert "best / baseline" not in text
+    assert "does not pay off" not in closing(study({"raw": 9.0}, {"raw": 9.8, "contended": 1}), capsys, monkeypatch)
+
+
+def test_a_search_that_changed_no_network_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = closing(study({"raw": 10.0}, {"raw": 9.0, "changed": 0}, {"raw": 9.5, "changed": 0}), capsys, monkeypatch)
+    assert "no trial changed its network" in text
+    assert "prune.start_epoch" in text
+    assert "best / baseline" not in text, "it is the same network twice"
+    text = closing(study({"raw": 10.0}, {"raw": 9.0, "changed": 2}, {"raw": 9.5, "changed": 0}), capsys, monkeypatch)
+    assert "1 of 2 trials never changed its network" in text
+    assert "best / baseline 0.900" in text
+    assert "changed" not in closing(study({"raw": 10.0}, {"raw": 9.0}), capsys, monkeypatch), "none was meant to"
+
+
+def test_the_front_of_two_objectives_is_that_of_calibrated_times() -> None:
+    two = ("train_seconds", "params")
+    made = study({"raw": 60.0, "calibrated": 10.0, "contended": 5}, {"raw": 9.8, "calibrated": 10.4}, objective=two)
+    comparison = compared(made, two)
+    assert comparison.objective == ["calibrated_train_seconds", "params"]
+    assert [trial.number for trial in comparison.study.best_trials] == [0]
+    assert [trial.number for trial in made.best_trials] == [1], "the study itself is left as it was"
+
+
+def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    made = optuna.create_study(study_name="s", storage=open_storage(storage))
+    number = made.ask().number
+    pruner = {"_target_": "optuna.pruners.NopPruner"}
+    sweeper = OmegaConf.create({"study_name": "s", "storage": storage, "pruner": pruner})
+
+    def report_epochs(*epochs: int) -> None:
+        reporter = TrialReporter(sweeper, number, ["train_seconds"], reshapes=True)
+        assert reporter.trial_id is not None
+        for epoch in epochs:
+            flags = {"contended": float(epoch in (2, 4)), "changed": float(epoch == 3)}
+            reporter({"epoch": float(epoch), "train_seconds": 1.0, **flags})
+
+    report_epochs()
+    assert made.trials[number].user_attrs[CHANGED_ATTR] == []
+    report_epochs(1, 2, 3)
+    report_epochs(3, 4, 5)  # its third epoch had not reached a checkpoint
+    attrs = made.trials[number].user_attrs
+    assert (attrs[CONTENDED_ATTR], attrs[CHANGED_ATTR]) == ([2, 4], [3])
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+@pytest.mark.parametrize("epochs", range(2, 9))
+def test_a_run_too_short_to_grow_says_so(patience: int, epochs: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning against the rule itself, in a run whose accuracy never rises."""
+    when = When(SimpleNamespace(at_epochs=[], patience=patience, smoothing=0.0, max_times=1))  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(config=SimpleNamespace(epochs=epochs), epoch=0, history=[])
+    when.check_reach(run)
+    grows = False
+    for run.epoch in range(1, epochs + 1):
+        grows |= bool(when.due(run))
+        run.history.append({"val_accuracy": 0.1})
+    assert ("cannot grow" in caplog.text) == (not grows)
