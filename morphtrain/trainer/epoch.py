@@ -20,7 +20,7 @@ import torch
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
-from morphtrain.trainer.devices import peak_memory
+from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
 
@@ -33,8 +33,9 @@ Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  
 
 def start(run: Run) -> None:
     """Let the methods look at a run that has just been built or restored."""
-    for hook in run.hooks("before_training"):
-        hook(run)
+    with run.clock.timed("setup_seconds"):
+        for hook in run.hooks("before_training"):
+            hook(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
@@ -51,14 +52,13 @@ def begin_epoch(run: Run) -> None:
     run.epoch += 1
     run.change = ""
     torch.manual_seed(derived_seed(run.config.seed, run.epoch))
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
+    reset_peak_memory(run.device)
     for hook in run.hooks("before_epoch"):
         hook(run)
 
 
 def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
-    """Finish a trained epoch: methods change the network, it is evaluated, and everything is recorded.
+    """Finish a trained epoch: methods change the network, it is settled and evaluated, and everything is recorded.
 
     Args:
         judged: returns the record with what it adds; it is given the record and those before it.
@@ -72,16 +72,20 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     if not agree(math.isfinite(run.train_loss)):
         lr = run.base_lrs[0]
         raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller value may work")
+    peak = peak_memory(run.device)  # of training: evaluation has a batch size of its own
     batch_size = run.batch_size  # of this epoch: a policy may change it for the next
     with run.clock.timed("morph_seconds"):
         added = _of_methods(run, "after_epoch")
     if run.change:
-        _settle_change(run)
+        _after_change(run)
     elif count_params(run.model) != run.params:
         raise UserError("a method has changed the network without saying so; run.shape_changed(...) does")
+    with run.clock.timed("settle_seconds"):
+        run.settle()
     with run.clock.timed("eval_seconds"):
         val_loss, val_accuracy = evaluate(run)
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    record |= {} if peak is None else {"peak_memory_bytes": peak}
     for metrics in (added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
@@ -105,7 +109,7 @@ def _of_methods(run: Run, hook: str) -> Record:
     return found
 
 
-def _settle_change(run: Run) -> None:
+def _after_change(run: Run) -> None:
     run.note(run.change)
     run.count()
     for hook in run.hooks("after_change"):
@@ -123,13 +127,12 @@ def _record(run: Run) -> Record:
         "train_loss": run.train_loss,
         "train_accuracy": run.train_accuracy,
         **seconds,  # data_seconds are a part of epoch_seconds
-        "train_seconds": before + seconds["epoch_seconds"] + seconds["morph_seconds"],
+        "train_seconds": before + seconds["setup_seconds"] + seconds["epoch_seconds"] + seconds["morph_seconds"],
         "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
         "params": run.params,
         "macs": run.macs,
         "channel_density": channels / run.initial["channels"] if channels else 1.0,
         "weight_density": count_weights(run.model) / run.initial["weights"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "peak_memory_bytes": peak_memory(run.device),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
     }
