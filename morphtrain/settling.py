@@ -2,8 +2,8 @@
 
 Running statistics are a moving average over the last steps, so they lag behind weights that move fast: under a penalty
 that shrinks them, at a constant learning rate, after a change of structure. What is evaluated with them is not what was
-trained. Settled statistics are the mean over a few batches at fixed weights (Wu and Johnson 2021, "Rethinking 'Batch' in
-BatchNorm", arXiv 2105.07576, section 3, "precise" batch norm).
+trained. Settled statistics are the mean over a few batches at fixed weights: "PreciseBN" in Wu and Johnson 2021 (arXiv
+2105.07576).
 """
 
 from __future__ import annotations
