@@ -20,6 +20,7 @@ import torch
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
+from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
@@ -90,8 +91,23 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
+    if _is_last(run) and getattr(run.data, "test", None):
+        record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
     run.history.append(judged(record, run.history) if judged is not None else record)
+    run.history[-1].update(_summaries(run))
+    run.clock.seconds["setup_seconds"] = 0.0  # is counted now
     return run.history[-1]
+
+
+def _is_last(run: Run) -> bool:
+    return run.stopped or run.epoch == run.config.epochs
+
+
+def _summaries(run: Run) -> Record:
+    """Metrics of all epochs so far."""
+    found = {"median_epoch_seconds": median_epoch_seconds(run.history)}
+    target = run.config.timing.target_accuracy
+    return found if target is None else found | {"time_to_accuracy": time_to_accuracy(run.history, target)}
 
 
 def _of_methods(run: Run, hook: str) -> Record:
