@@ -142,6 +142,9 @@ def _lines(
             f"{objective[0]}: best / baseline {ratio:.3f}, val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
             f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
         )
+    tested = best[0].user_attrs.get(METRICS_ATTR, {}).get("test_accuracy") if best and len(objective) == 1 else None
+    if tested is not None:
+        lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
         lines.append(f"importance for {objective[0]} (fANOVA): {shares}")
