@@ -98,7 +98,9 @@ def test_dropout_is_off_and_frozen_and_unused_norms_keep_their_statistics() -> N
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("prune=morphnet", "prune.lasso_ratio=0.25"), ("norm=ghost",)], ids=["lasso", "morphnet", "ghost"]
+    "options",
+    [(), ("prune=morphnet", "prune.lasso_ratio=0.25"), ("norm=ghost", "norm.ghost_batch_size=8")],
+    ids=["lasso", "morphnet", "ghost"],
 )
 def test_what_is_recorded_is_the_accuracy_of_the_weights(options: tuple[str, ...]) -> None:
     """Statistics over the whole training set tell what the weights can do; a moving average is off by half of it."""

@@ -21,8 +21,10 @@ from morphtrain.evidence.records import read_records
 from morphtrain.method import Method
 from morphtrain.state import Run
 from morphtrain.sweep.floor import Floor, parse_floor
+from morphtrain.sweep.study import Plan, SharedStudy
 from morphtrain.sweep.sweeper import StudySweeper
 from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
+from morphtrain.sweep.workers import Worker
 from morphtrain.timing.summaries import NEVER, median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer import train
 
@@ -194,6 +196,17 @@ def test_a_sweep_is_constrained_by_what_its_baseline_reached(command: Command, t
     others = study.trials[1:]
     assert all(trial.datetime_start >= study.trials[0].datetime_complete for trial in others)
     assert "on images that no decision has seen" in result.stdout
+
+
+def test_no_worker_starts_a_trial_before_the_baseline_has_ended(tmp_path: Path) -> None:
+    plan = Plan("study", f"sqlite:///{tmp_path}/optuna.db", ["minimize"], {}, 5, {}, baseline_first=True)
+    study = SharedStudy(plan, optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner())
+    with Worker(study.storage, tmp_path / "one", 30) as one, Worker(study.storage, tmp_path / "other", 30) as other:
+        (baseline,) = study.take(one, 3)
+        assert study.take(other, 3) == []
+        assert study.others_running() == 1, "so the other waits"
+        study.complete(one, baseline, [1.0])
+        assert [trial.number for trial in study.take(other, 3)] == [1, 2, 3]
 
 
 def test_without_a_baseline_nothing_is_relative_to_it() -> None:
