@@ -39,7 +39,11 @@ Schedule = Callable[[float], float]
 
 @runtime_checkable
 class Data(Protocol):
-    """A training and a held-out set of labelled images; labels are 0 .. num_classes - 1."""
+    """A training and a held-out set of labelled images; labels are 0 .. num_classes - 1.
+
+    The held-out set is what decisions are based on: when to grow, which trial is best. A data set may also have `test`
+    and `test_batches`, of the same kinds: images that no decision sees, evaluated once at the end of a run.
+    """
 
     num_classes: int
 

@@ -13,7 +13,7 @@
             after_step(run)                         # not if an overflow skipped the step
         metrics = after_epoch(run)                  # clocked as morph_seconds; change the network here
         after_change(run)                           # if a method has called run.shape_changed
-        evaluation
+        run.settle(), evaluation                    # batch norm's running statistics, for the weights as they are now
         metrics = measure(run)                      # not clocked
         record, checkpoint (state_dict)
     after_training(run)

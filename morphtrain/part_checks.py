@@ -21,13 +21,18 @@ from morphtrain.errors import UserError, said
 
 
 def check_data(name: str, data: Data) -> None:
-    """Look at a batch of the training set and at one of the held-out set."""
+    """Look at a batch of each set: training, validation, test if there is one."""
     if not isinstance(data, Data):
         raise UserError(f"{name}: its `to` returns a {type(data).__name__}; the data on the device are needed")
     if min(len(data.train), len(data.val)) < 1:
         raise UserError(f"{name}: has {len(data.train)} images for training and {len(data.val)} held out; 1 or more")
-    makers = {"train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0))}
-    for method, make in {**makers, "val_batches": data.val_batches}.items():
+    makers: dict[str, Callable[[], Iterator[Batch]]] = {
+        "train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0)),
+        "val_batches": data.val_batches,
+    }
+    if getattr(data, "test", None):
+        makers["test_batches"] = lambda: data.test_batches()  # type: ignore[attr-defined]  # a missing one is reported
+    for method, make in makers.items():
         images, labels = _tried(f"{name}: {method}", _first, make)
         count = len(images)
         _check_tensor(f"{name}: {method} gives images", images, torch.float32, (count, *data.input_shape))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +13,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import schema
+from morphtrain import schema, world
 from morphtrain.contracts import Data, Loss, Precision, Schedule
 from morphtrain.cost import count_macs, count_params
 from morphtrain.errors import UserError
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph, MorphError
+from morphtrain.morph import ChannelGraph, MorphError, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.ramp import Ramp
+from morphtrain.settling import settle, trained_norms
 from morphtrain.timing.clock import Clock
+
+# After 56 epochs of four kinds of training on digits, 8 batches of 32 images gave the accuracy that statistics over all
+# training images give to 0.5 points (4 batches: 0.8, 16: 0.3, the moving average: 30), in 6 % of an epoch of 44 steps.
+SETTLING_BATCHES = 8
 
 
 @dataclass
@@ -95,6 +101,34 @@ class Run:
         """The images of the first batches of this epoch, as training sees them."""
         loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
         return [images for images, _ in itertools.islice(loader, batches)]
+
+    def settle(self) -> None:
+        """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
+
+        A method calls this before it uses them; an epoch does before it is evaluated. Random numbers, modes and data
+        are as before. A network without batch norm is not run.
+        """
+        with kept_modes(self.model):
+            if not self.model.training:  # otherwise its modes are those of training, which a method may have set
+                self.model.train()
+            norms = trained_norms(self.model)
+            if not norms:
+                return
+            data = copy.deepcopy(self.data.state_dict()) if hasattr(self.data, "state_dict") else None
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                settle(self.model, norms, self._settling_passes(), self.precision.autocast)
+            if data is not None:
+                self.data.load_state_dict(data)  # type: ignore[attr-defined]  # of the user's own, see `contracts`
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(world.mean(statistic))  # type: ignore[union-attr,arg-type]  # `trained_norms` have both
+
+    def _settling_passes(self) -> Iterator[torch.Tensor]:
+        """Images as they go through the network in training; whole batches only, as all count the same."""
+        number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
+        batches = self.data.train_batches(self.batch_size, self.generator(self.epoch))
+        for images, _ in itertools.islice(batches, number):
+            yield from images.tensor_split(passes(len(images), self.micro_batch))
 
     def reset_weights(self) -> None:
         """Give the network new random weights in its present structure, and clear the optimizer's state."""

@@ -18,6 +18,7 @@ import torch
 from morphtrain import schema
 from morphtrain.data import ImageData, Images, digits, fashion_mnist, synthetic
 from morphtrain.data.download import load
+from morphtrain.data.images import published
 from morphtrain.errors import UserError
 from morphtrain.timing.clock import Clock
 from morphtrain.trainer.loop import waited_for
@@ -75,11 +76,19 @@ def moved(image: torch.Tensor, dy: int, dx: int, mirrored: bool) -> torch.Tensor
     return result.flip(2) if mirrored else result
 
 
+def rows_of(pixels: torch.Tensor) -> list[list[float]]:
+    """The images in an order of their own."""
+    return sorted(pixels.flatten(1).tolist())
+
+
 def test_digits_hold_out_the_same_stratified_images() -> None:
-    data = digits.build(schema.data.Digits("digits", 16, 1))
+    whole, data = (digits.build(schema.data.Digits("digits", 16, 1, share)) for share in (0, 0.5))
     assert data.input_shape == (1, 16, 16)
-    assert (len(data.train), len(data.val)) == (1437, 360)
-    assert torch.bincount(data.val.labels).min() >= 34
+    assert (len(whole.train), len(whole.val), whole.test) == (1437, 360, None)
+    assert (len(data.train), len(data.val), len(data.test)) == (1437, 180, 180)
+    assert torch.equal(data.train.pixels, whole.train.pixels)
+    assert torch.bincount(data.val.labels).min() >= 17 <= torch.bincount(data.test.labels).min()
+    assert rows_of(torch.cat([data.val.pixels, data.test.pixels])) == rows_of(whole.val.pixels)
     assert abs(data.train.pixels.mean()) < 1e-4
     assert abs(data.train.pixels.std() - 1) < 1e-4
     known = {tuple(image.flatten().tolist()) for image in data.train.pixels}
@@ -103,7 +112,7 @@ def test_fashion_mnist_reads_debians_files(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
         (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path)
-    config = schema.data.Downloaded("fashion_mnist", str(tmp_path / "none"), False, 0, False, 20)
+    config = schema.data.Downloaded("fashion_mnist", str(tmp_path / "none"), False, 0, False, 20, 0.0)
     data = fashion_mnist.build(config)
     assert data.input_shape == (1, 28, 28)
     assert (len(data.train), len(data.val)) == (20, 10)
@@ -114,9 +123,9 @@ def test_fashion_mnist_reads_debians_files(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not fashion_mnist.DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist() -> None:
-    data = fashion_mnist.build(schema.data.Downloaded("fashion_mnist", "nowhere", False, 2, True, None))
-    assert (len(data.train), len(data.val)) == (60000, 10000)
-    assert torch.bincount(data.train.labels).tolist() == [6000] * 10
+    data = fashion_mnist.build(schema.data.Downloaded("fashion_mnist", "nowhere", False, 2, True, None, 0.1))
+    assert (len(data.train), len(data.val), len(data.test)) == (54000, 6000, 10000)
+    assert (torch.bincount(data.train.labels) + torch.bincount(data.val.labels)).tolist() == [6000] * 10
 
 
 CIFARS = {
@@ -142,7 +151,7 @@ def test_cifar_is_read_as_published(name: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / folder / meta).write_bytes(pickle.dumps(names))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     build = import_module(f"morphtrain.data.{name}").build
-    data = build(schema.data.Downloaded(name, str(tmp_path), False, 4, True, None))
+    data = build(schema.data.Downloaded(name, str(tmp_path), False, 4, True, None, 0.0))
     assert (data.num_classes, data.input_shape, data.shift, data.flip) == (num_classes, (3, 32, 32), 4, True)
     assert (len(data.train), len(data.val)) == (8 * len(train_files), 8)
     assert data.val.labels.tolist() == stored[test_file][1]
@@ -183,3 +192,26 @@ def test_a_download_that_fails_leaves_what_it_found(
     with pytest.raises(UserError, match="the download failed"):
         load(dataset, config, train=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_published_set_keeps_its_test_images_for_the_end() -> None:
+    def images(count: int, first: int) -> Images:
+        numbers = torch.arange(first, first + count, dtype=torch.uint8)
+        return Images(numbers.view(-1, 1, 1, 1).expand(-1, 1, 2, 2), numbers)
+
+    def built(share: float, train_samples: int | None = None) -> ImageData:
+        config = schema.data.Downloaded("cifar10", "nowhere", False, 0, False, train_samples, share)
+        return published(images(200, 0), images(30, 210), 256, config)
+
+    data = built(0.1)
+    train, val, test = (part.labels.tolist() for part in (data.train, data.val, data.test))
+    assert (len(train), len(val), test) == (180, 20, list(range(210, 240)))
+    assert sorted(train + val) == list(range(200))
+    assert sorted(train) == train and sorted(val) == val and not set(val) <= set(range(100))
+    assert built(0.1).val.labels.tolist() == val, "the same for every run"
+    assert data.train.pixels.mean().abs() < 1e-5, "normalised by what is trained on"
+    assert built(0.1, 50).train.labels.tolist() == train[:50]
+    old = built(0.0)
+    assert (len(old.train), old.val.labels.tolist(), old.test) == (200, test, None)
+    batches = list(data.to(torch.device("cpu")).test_batches())
+    assert torch.equal(torch.cat([labels for _, labels in batches]), data.test.labels)

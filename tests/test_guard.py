@@ -292,7 +292,7 @@ def test_calibrated_times_add_up_over_a_kill(tmp_path: Path, command: Command) -
     raw = calibrated = 0.0
     for record in records:
         rate = NOMINAL_SECONDS / record["reference_seconds"]
-        seconds = record["epoch_seconds"] + record["morph_seconds"]
+        seconds = record["setup_seconds"] + record["epoch_seconds"] + record["morph_seconds"]
         raw, calibrated = raw + seconds, calibrated + seconds * rate
         assert record["train_seconds"] == pytest.approx(raw), "nothing is subtracted"
         assert record["calibrated_seconds"] == pytest.approx(record["epoch_seconds"] * rate)
@@ -332,10 +332,10 @@ def test_wrong_keys_are_named(override: str, message: str) -> None:
 def judge(reference_share: float, before: list[dict[str, float]], **slot: Any) -> Guard:
     place = SimpleNamespace(device=CPU, cpus=frozenset(), claim=SimpleNamespace(others=lambda: []))
     vars(place).update(slot)
-    return Guard(place, schema.timing.Timing("default", "edges", 1, None, "mark", reference_share), before)  # type: ignore[arg-type]
+    return Guard(place, schema.timing.Timing("default", "edges", 1, None, "mark", reference_share, None), before)  # type: ignore[arg-type]
 
 
-EPOCH = {"epoch": 1.0, "epoch_seconds": 1.0, "morph_seconds": 0.0}
+EPOCH = {"epoch": 1.0, "setup_seconds": 0.0, "epoch_seconds": 1.0, "morph_seconds": 0.0}
 
 
 def test_every_signal_marks_and_the_first_one_warns(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_an_epoch_is_every_image_once_whatever_the_batch_size(in_memory: bool, t
     for again, same in ((epoch(data, 5, seed=1), True), (epoch(data, 8, seed=2), False)):
         assert torch.equal(again[0], images) == same
     assert torch.equal(torch.get_rng_state(), state), "the run's other randomness must not depend on its loader"
+
+
+@KINDS
+def test_test_images_are_a_third_folder_if_there_is_one(in_memory: bool, tmp_path: Path) -> None:
+    root = write(tmp_path, noise(ODD_SIZES))
+    assert not image_folder.build(config(root, in_memory=in_memory)).test
+    shutil.copytree(root / "val", root / "test")
+    (root / "test" / "class_0" / "000.png").unlink()
+    data = image_folder.build(config(root, in_memory=in_memory)).to(torch.device("cpu"))
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 8, 7)
+    found = torch.cat([images for images, _ in data.test_batches()])
+    assert torch.equal(found, held_out(data)[1:])
+    shutil.rmtree(root / "test" / "class_1")
+    with pytest.raises(UserError, match=r"the classes of train and test differ \(class_1 only in train\)"):
+        image_folder.build(config(root))
 
 
 @KINDS

@@ -82,7 +82,7 @@ def pictures(root: Path) -> Path:
 @pytest.mark.parametrize("kind", ["digits", "colours", "files", "bytes"])
 def test_batches_are_in_the_format_and_otherwise_the_same(kind: str, tmp_path: Path) -> None:
     if kind == "digits":
-        data = digits.build(schema.data.Digits("digits", 8, 1))
+        data = digits.build(schema.data.Digits("digits", 8, 1, 0.5))
     elif kind == "colours":
         data = synthetic.build(schema.data.Synthetic("synthetic", 20, 8, 8, 3, 4, 1.0))
         data.shift, data.flip = 1, True

@@ -46,7 +46,7 @@ def timing(**keys: object) -> schema.timing.Timing:
     return schema.timing.Timing(
         **{
             **dict(name="default", sync="edges", warmup_epochs=1, cores=None),
-            **dict(when_busy="mark", reference=0.0),
+            **dict(when_busy="mark", reference=0.0, target_accuracy=None),
             **keys,
         }
     )  # type: ignore[arg-type]

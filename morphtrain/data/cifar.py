@@ -6,7 +6,7 @@ import torch
 
 from morphtrain import schema
 from morphtrain.data.download import load
-from morphtrain.data.images import ImageData, from_bytes
+from morphtrain.data.images import ImageData, Images, published
 
 
 def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) -> ImageData:
@@ -18,5 +18,5 @@ def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) 
     sets = []
     for train in (True, False):
         stored = load(dataset, config, train)
-        sets.append((torch.from_numpy(stored.data).permute(0, 3, 1, 2), torch.tensor(stored.targets)))
-    return from_bytes(sets[0], sets[1], num_classes, config.train_samples, config.shift, config.flip)
+        sets.append(Images(torch.from_numpy(stored.data).permute(0, 3, 1, 2), torch.tensor(stored.targets)))
+    return published(sets[0], sets[1], num_classes, config)

@@ -12,7 +12,10 @@ HELD_OUT = 360  # of 1797; the same images for every seed
 
 
 def build(config: schema.data.Digits) -> ImageData:
-    """1437 training and 360 held-out images (stratified), upsampled from 8x8 to `image_size`."""
+    """1437 training and 360 held-out images (stratified), upsampled from 8x8 to `image_size`.
+
+    `test_share` of those held out are for the test, the others validate.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -20,13 +23,20 @@ def build(config: schema.data.Digits) -> ImageData:
     pixels = torch.from_numpy(digits.images).float()[:, None]  # (N, 1, 8, 8)
     pixels = F.interpolate(pixels, size=config.image_size, mode="bilinear", align_corners=False)
     labels = torch.from_numpy(digits.target).long()
-    rows = train_test_split(range(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
-    train, val = (torch.tensor(part) for part in rows)
-    mean, std = pixels[train].mean(), pixels[train].std()
-    pixels = normalised(pixels, mean, std)
+
+    def parted(rows: list[int], held_out: float) -> list[list[int]]:
+        parts: list[list[int]] = train_test_split(rows, test_size=held_out, stratify=labels[rows], random_state=0)
+        return parts
+
+    test = None
+    train, val = parted(list(range(len(labels))), HELD_OUT)
+    if config.test_share:
+        val, test = parted(val, config.test_share)
+    images = Images(normalised(pixels, pixels[train].mean(), pixels[train].std()), labels)
     return ImageData(
-        train=Images(pixels[train], labels[train]),
-        val=Images(pixels[val], labels[val]),
+        train=images[train],
+        val=images[val],
         num_classes=10,
         shift=config.shift,
+        test=None if test is None else images[test],
     )

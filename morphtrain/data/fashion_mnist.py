@@ -9,7 +9,7 @@ import torch
 
 from morphtrain import schema
 from morphtrain.data.download import load
-from morphtrain.data.images import ImageData, from_bytes
+from morphtrain.data.images import ImageData, Images, published
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
@@ -26,13 +26,13 @@ def build(config: schema.data.Downloaded) -> ImageData:
             sets.append(_read_debian("train" if train else "t10k"))
         else:
             stored = load("FashionMNIST", config, train, hint="or install Debian's package dataset-fashion-mnist")
-            sets.append((stored.data[:, None], stored.targets))
-    return from_bytes(sets[0], sets[1], 10, config.train_samples, config.shift, config.flip)
+            sets.append(Images(stored.data[:, None], stored.targets))
+    return published(sets[0], sets[1], 10, config)
 
 
-def _read_debian(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_debian(part: str) -> Images:
     pixels = _read_idx(DEBIAN / f"{part}-images-idx3-ubyte.gz", header=16).view(-1, 1, 28, 28)
-    return pixels, _read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", header=8)
+    return Images(pixels, _read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", header=8))
 
 
 def _read_idx(path: Path, header: int) -> torch.Tensor:

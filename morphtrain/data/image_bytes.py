@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,9 +20,9 @@ def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
         UserError: if a file cannot be read, or a worker dies.
     """
     loader = PictureLoader(Pictures(files, crops, crops.resize), num_workers, pin_memory=False)
-    count = len(files.train)
-    train, val = (_read(loader, rows, crops.resize) for rows in (range(count), range(count, len(files))))
-    return ByteData(train, val, files.num_classes, crops)
+    edges = itertools.accumulate((0, len(files.train), len(files.val), len(files.test)))
+    train, val, test = (_read(loader, range(*ends), crops.resize) for ends in itertools.pairwise(edges))
+    return ByteData(train, val, test, files.num_classes, crops)
 
 
 def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
@@ -42,9 +43,15 @@ class ByteData:
     """
 
     def __init__(
-        self, train: Images, val: Images, num_classes: int, crops: Crops, normalise: Normalise | None = None
+        self,
+        train: Images,
+        val: Images,
+        test: Images,  # may be empty
+        num_classes: int,
+        crops: Crops,
+        normalise: Normalise | None = None,
     ) -> None:
-        self.train, self.val, self.num_classes, self.crops = train, val, num_classes, crops
+        self.train, self.val, self.test, self.num_classes, self.crops = train, val, test, num_classes, crops
         self._normalise = normalise or Normalise()
 
     @property
@@ -59,7 +66,8 @@ class ByteData:
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ByteData:
         """The same images, with batches cropped on `device`."""
-        return ByteData(self.train, self.val, self.num_classes, self.crops, Normalise(device, memory_format))
+        normalise = Normalise(device, memory_format)
+        return ByteData(self.train, self.val, self.test, self.num_classes, self.crops, normalise)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order; see `Data`."""
@@ -75,12 +83,19 @@ class ByteData:
             yield self._normalise(pixels), self._gathered(self.train.labels, rows)
 
     def val_batches(self) -> Iterator[Batch]:
-        """The centres of the held-out images, in order."""
+        """The centres of the validation images, in order."""
+        return self._centres(self.val)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Those of the test images."""
+        return self._centres(self.test)
+
+    def _centres(self, images: Images) -> Iterator[Batch]:
         size, start = self.crops.image_size, round((self.crops.resize - self.crops.image_size) / 2)
-        for rows in torch.arange(len(self.val)).split(EVALUATION_BATCH):
-            pixels = self._gathered(self.val.pixels, rows)
+        for rows in torch.arange(len(images)).split(EVALUATION_BATCH):
+            pixels = self._gathered(images.pixels, rows)
             centre = pixels[:, :, start : start + size, start : start + size]
-            yield self._normalise(centre), self._gathered(self.val.labels, rows)
+            yield self._normalise(centre), self._gathered(images.labels, rows)
 
     def _gathered(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`values[rows]` on the device; on CUDA via pinned memory, so that the host does not wait for the copy."""

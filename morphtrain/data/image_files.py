@@ -33,13 +33,14 @@ class ImageFiles:
     num_classes: int
     train: Sequence[tuple[str, int]]
     val: Sequence[tuple[str, int]]
+    test: Sequence[tuple[str, int]] = ()
 
     def __len__(self) -> int:
-        return len(self.train) + len(self.val)
+        return len(self.train) + len(self.val) + len(self.test)
 
 
 class Pictures(Dataset[Sample]):
-    """All images, the training set first, as 8-bit tensors.
+    """All images as 8-bit tensors: the training set, the validation set, the test set.
 
     A random crop is (3, image_size, image_size), a central square (3, side, side). An unreadable file gives an error
     message instead: an error raised in a worker would come with a traceback.
@@ -47,7 +48,7 @@ class Pictures(Dataset[Sample]):
 
     def __init__(self, files: ImageFiles, crops: Crops, side: int) -> None:
         self.root = files.root
-        self.samples = [*files.train, *files.val]
+        self.samples = [*files.train, *files.val, *files.test]
         self.crops = crops
         self.side = side
 
@@ -162,7 +163,7 @@ class FileData:
     """
 
     def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, normalise: Normalise | None = None) -> None:
-        self.train, self.val, self.num_classes = files.train, files.val, files.num_classes
+        self.train, self.val, self.test, self.num_classes = files.train, files.val, files.test, files.num_classes
         self.crops = crops
         self._files = files
         self._normalise = normalise or Normalise()
@@ -193,9 +194,15 @@ class FileData:
         yield from self._batches(order.tolist(), seeds.tolist(), batch_size)
 
     def val_batches(self) -> Iterator[Batch]:
-        """The centres of the held-out images, in order."""
-        rows = range(len(self.train), len(self.train) + len(self.val))
-        yield from self._batches(rows, [None] * len(rows), EVALUATION_BATCH)
+        """The centres of the validation images, in order."""
+        return self._centres(len(self.train), len(self.val))
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Those of the test images."""
+        return self._centres(len(self.train) + len(self.val), len(self.test))
+
+    def _centres(self, first: int, number: int) -> Iterator[Batch]:
+        return self._batches(range(first, first + number), [None] * number, EVALUATION_BATCH)
 
     def _batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
         for pixels, labels in self._loader.batches(rows, seeds, batch_size):

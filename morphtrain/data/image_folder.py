@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 MOST_WORKERS = 16  # enough to feed one device; each keeps two batches ready
-LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in each"
+LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in each; test/<class>/ may be there, too"
 
 
 def build(config: schema.data.ImageFolder) -> ByteData | FileData:
@@ -43,22 +43,26 @@ def build(config: schema.data.ImageFolder) -> ByteData | FileData:
 
 
 def find_images(root: str) -> ImageFiles:
-    """The files below train/<class>/ and val/<class>/ in `root`; classes are numbered in the order of their names.
+    """The files below train/<class>/, val/<class>/ and, if there, test/<class>/ in `root`.
+
+    Classes are numbered in the order of their names.
 
     Raises:
         UserError: if `root` has another layout, a class without images, or fewer than two classes.
     """
-    folders = [Path(root).expanduser() / part for part in ("train", "val")]
-    for folder in folders:
+    folders = {part: Path(root).expanduser() / part for part in ("train", "val", "test")}
+    if not folders["test"].is_dir():
+        del folders["test"]
+    for folder in folders.values():
         if not folder.is_dir():
             raise UserError(f"data.root={root}: there is no directory {folder}; {LAYOUT}")
     try:
-        classes = [_classes(root, folder) for folder in folders]
-        _check_classes(root, *classes)
-        train, val = (_labelled(root, folder, classes[0]) for folder in folders)
+        classes = {part: _classes(root, folder) for part, folder in folders.items()}
+        _check_classes(root, classes)
+        samples = [_labelled(root, folder, classes["train"]) for folder in folders.values()]
     except OSError as error:  # an unreadable folder
         raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
-    return ImageFiles(root, len(classes[0]), train, val)
+    return ImageFiles(root, len(classes["train"]), *samples)
 
 
 def _classes(root: str, folder: Path) -> list[str]:
@@ -106,14 +110,17 @@ def _images(root: str, folder: Path) -> list[str]:
     return sorted(found, key=os.path.split)
 
 
-def _check_classes(root: str, train: list[str], val: list[str]) -> None:
-    differences = []
-    for here, there, name in ((train, val, "train"), (val, train, "val")):
-        only = sorted(set(here) - set(there))
-        if only:
-            differences.append(f"{', '.join(only[:3])}{', ...' if len(only) > 3 else ''} only in {name}")
-    if differences:
-        raise UserError(f"data.root={root}: the classes of train and val differ ({'; '.join(differences)}); {LAYOUT}")
+def _check_classes(root: str, classes: dict[str, list[str]]) -> None:
+    train = classes["train"]
+    for part, names in classes.items():
+        differences = []
+        for here, there, name in ((train, names, "train"), (names, train, part)):
+            only = sorted(set(here) - set(there))
+            if only:
+                differences.append(f"{', '.join(only[:3])}{', ...' if len(only) > 3 else ''} only in {name}")
+        if differences:
+            found = "; ".join(differences)
+            raise UserError(f"data.root={root}: the classes of train and {part} differ ({found}); {LAYOUT}")
     if len(train) < 2:
         raise UserError(f"data.root={root}: only one class, {train[0]}; two or more are needed; {LAYOUT}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from morphtrain import schema
 from morphtrain.contracts import Batch
 
 EVALUATION_BATCH = 512
@@ -27,13 +28,20 @@ class Images:
         """The same images on `device`, with pixels in `memory_format`."""
         return Images(self.pixels.to(device, memory_format=memory_format), self.labels.to(device))
 
+    def batches(self) -> Iterator[Batch]:
+        """All images in order, in batches for evaluation."""
+        yield from zip(self.pixels.split(EVALUATION_BATCH), self.labels.split(EVALUATION_BATCH), strict=True)
+
+    def __getitem__(self, rows: torch.Tensor | list[int] | slice) -> Images:
+        return Images(self.pixels[rows], self.labels[rows])
+
 
 @dataclass
 class ImageData:
-    """A training and a held-out set; each training sample is augmented afresh in every epoch.
+    """A training, a validation and perhaps a test set; each training sample is augmented afresh in every epoch.
 
     Args:
-        train, val: the two sets.
+        train, val, test: the sets.
         num_classes: labels are 0 .. num_classes - 1.
         shift: random translation by at most this many pixels in each direction, padded with zeros (the mean).
         flip: random horizontal mirroring.
@@ -44,6 +52,7 @@ class ImageData:
     num_classes: int
     shift: int = 0
     flip: bool = False
+    test: Images | None = None
     _padded: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -60,7 +69,8 @@ class ImageData:
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ImageData:
         """The same data on `device`, where augmentation then runs too; batches have the set's memory format."""
         train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
-        return ImageData(train, val, self.num_classes, self.shift, self.flip)
+        test = self.test.to(device, memory_format) if self.test is not None else None
+        return ImageData(train, val, self.num_classes, self.shift, self.flip, test)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented: images (B, C, H, W) and labels (B,); the last batch may be smaller.
@@ -80,8 +90,13 @@ class ImageData:
             yield images, self.train.labels[order[batch]]
 
     def val_batches(self) -> Iterator[Batch]:
-        """The held-out set once, in order, without augmentation."""
-        yield from zip(self.val.pixels.split(EVALUATION_BATCH), self.val.labels.split(EVALUATION_BATCH), strict=True)
+        """The validation set once, in order, without augmentation."""
+        return self.val.batches()
+
+    def test_batches(self) -> Iterator[Batch]:
+        """The test set, likewise."""
+        assert self.test is not None
+        return self.test.batches()
 
     def _shifted(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Windows of the zero-padded images: one gather out of a strided view of all of them."""
@@ -99,28 +114,37 @@ def normalised(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
     return (pixels - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
-def from_bytes(
-    train: tuple[torch.Tensor, torch.Tensor],
-    val: tuple[torch.Tensor, torch.Tensor],
-    num_classes: int,
-    train_samples: int | None,
-    shift: int,
-    flip: bool,
-) -> ImageData:
-    """Data from 8-bit pixels (N, C, H, W) and labels (N,), normalised by the training set's statistics.
+def divided(images: Images, share: float) -> tuple[Images, Images]:
+    """The images without a random share of them, and that share; both in their order, the same for every seed."""
+    number = len(images)
+    drawn = torch.zeros(number, dtype=torch.bool)
+    drawn[torch.randperm(number, generator=torch.Generator().manual_seed(0))[: max(1, round(share * number))]] = True
+    return images[~drawn], images[drawn]
 
-    Args:
-        train, val: pixels and labels.
-        num_classes: labels are 0 .. num_classes - 1.
-        train_samples: use only this many training images, the first ones; None for all.
-        shift, flip: see `ImageData`.
+
+def published(train: Images, test: Images, num_classes: int, config: schema.data.Downloaded) -> ImageData:
+    """Data from the 8-bit pixels of a published set, normalised by the training images' statistics.
+
+    `data.val_share` of its training images validate, and its test images are for the test. Without such a share, its
+    test images validate, and there is no test.
     """
-    pixels, labels = train[0][:train_samples].float(), train[1][:train_samples]
+    test_images: Images | None = test
+    if config.val_share:
+        train, val = divided(train, config.val_share)
+    else:
+        val, test_images = test, None
+    train = train[: config.train_samples]
+    pixels = train.pixels.float()
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+
+    def prepared(images: Images) -> Images:
+        return Images(normalised(images.pixels.float(), mean, std), images.labels.long())
+
     return ImageData(
-        train=Images(normalised(pixels, mean, std), labels.long()),
-        val=Images(normalised(val[0].float(), mean, std), val[1].long()),
+        train=prepared(train),
+        val=prepared(val),
         num_classes=num_classes,
-        shift=shift,
-        flip=flip,
+        shift=config.shift,
+        flip=config.flip,
+        test=None if test_images is None else prepared(test_images),
     )

@@ -22,4 +22,5 @@ def build(config: schema.data.Synthetic) -> ImageData:
         noise = torch.randn(count, config.in_channels, size, size, generator=generator)
         return Images(patterns[labels] + config.noise * noise, labels)
 
-    return ImageData(draw(config.train_samples), draw(config.val_samples), config.num_classes)
+    train, val, test = (draw(count) for count in (config.train_samples, config.val_samples, config.val_samples))
+    return ImageData(train, val, config.num_classes, test=test)

@@ -116,6 +116,7 @@ class MorphNetPenalty(Method):
         if not dead:
             return False
         images, _ = next(run.data.train_batches(run.batch_size, run.generator(run.epoch)))
+        run.settle()  # the constants are those of the evaluated network
         fold_constants(run.graph, images, dead)
         self.norms.clear(dead)
         change = reconfigure(

@@ -23,6 +23,7 @@ from morphtrain.schema.timing import Timing
 from morphtrain.schema.tracking import Tracking
 
 CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds")  # absent with timing.reference=0
+TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -42,6 +43,8 @@ METRICS = (
     "peak_memory_bytes",
     "contended",
     "changed",
+    "median_epoch_seconds",
+    "time_to_accuracy",
     *CALIBRATED,
 )
 
@@ -97,10 +100,13 @@ class Config(TopLevel):
         super().__post_init__()
         check_compatible(self)
         for metric in self.objective:
+            check(metric not in TESTED, "objective", metric, "another metric: no decision may see the test images")
             if not self.records_more:
                 check_one_of("objective", metric, self.recorded)
             measured = self.timing.reference > 0 or metric not in CALIBRATED
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
+            aimed = self.timing.target_accuracy is not None or metric != "time_to_accuracy"
+            check(aimed, "timing.target_accuracy", None, f"a val_accuracy, 0 to 1, for objective={metric}")
 
     @property
     def recorded(self) -> tuple[str, ...]:

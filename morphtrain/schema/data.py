@@ -25,9 +25,11 @@ class Digits(Data, option="digits"):
 
     image_size: int
     shift: int
+    test_share: float
 
     def __post_init__(self) -> None:
         check(self.image_size >= 8, "data.image_size", self.image_size, "8 or more pixels")
+        check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
         _check_shift(self.shift, self.image_size)
 
 
@@ -40,10 +42,12 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
     shift: int
     flip: bool
     train_samples: int | None
+    val_share: float
 
     def __post_init__(self) -> None:
         check(self.root != "", "data.root", self.root, "a directory")
         _check_shift(self.shift, 28)
+        check(0 <= self.val_share <= 0.9, "data.val_share", self.val_share, "0 to 0.9")
         check(
             self.train_samples is None or self.train_samples >= 1,
             "data.train_samples",

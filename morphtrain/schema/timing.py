@@ -17,10 +17,13 @@ class Timing(Option, group="timing", plain=("default",)):
     cores: int | None
     when_busy: str
     reference: float
+    target_accuracy: float | None
 
     def __post_init__(self) -> None:
         check_one_of("timing.sync", self.sync, ("edges", "each", "none"))
         check(self.warmup_epochs >= 0, "timing.warmup_epochs", self.warmup_epochs, "0 or more epochs")
         check(self.cores is None or self.cores >= 1, "timing.cores", self.cores, "1 or more, or null")
         check_one_of("timing.when_busy", self.when_busy, ("mark", "wait", "refuse"))
+        in_range = self.target_accuracy is None or 0 < self.target_accuracy <= 1
+        check(in_range, "timing.target_accuracy", self.target_accuracy, "a val_accuracy above 0 and at most 1, or null")
         check(0 <= self.reference <= 1, "timing.reference", self.reference, "a share of the training time, 0 to 1")

@@ -22,7 +22,8 @@ class MorphTrainSweeper(OptunaSweeper):
         pruner: config node of an Optuna pruner (group `hydra/sweeper/pruner`).
         baseline: overrides that trial 0 runs with instead of the searched ones; empty for the config's own values, None
             for no such trial.
-        min_accuracy: lowest final `val_accuracy` (0..1) of a feasible trial; None if all are feasible.
+        min_accuracy: lowest final `val_accuracy` (0..1) of a feasible trial; "baseline-0.01": 0.01 below trial 0's;
+            None if all are feasible.
         heartbeat_seconds: how often a worker reports that it is alive. A worker on another machine that has been silent
             for four times as long is considered dead; if its lock file is visible here, that file decides at once.
         custom_search_space: dotted path of a function of the config and an Optuna trial that suggests more values.
@@ -37,7 +38,7 @@ class MorphTrainSweeper(OptunaSweeper):
         *,
         pruner: Any,
         baseline: Any,
-        min_accuracy: float | None,
+        min_accuracy: float | str | None,
         heartbeat_seconds: float,
         custom_search_space: str | None,
         **plain: Any,

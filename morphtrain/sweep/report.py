@@ -145,6 +145,9 @@ def _lines(
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
     elif len(objective) == 1 and (verdict := _verdict(comparison, best[0])):
         lines.append(verdict)
+    tested = best[0].user_attrs.get(METRICS_ATTR, {}).get("test_accuracy") if best and len(objective) == 1 else None
+    if tested is not None:
+        lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
         lines.append(f"importance for {objective[0]} (fANOVA): {shares}")

@@ -28,6 +28,7 @@ class Plan:
     facts: Mapping[str, Any]  # stored with the study: what its values depend on
     total: int  # number of trials, failed ones included
     baseline: Mapping[str, Any] | None  # trial 0's values of the searched keys; None for no such trial
+    baseline_first: bool = False  # no other trial starts before it has ended
 
 
 class SharedStudy:
@@ -72,14 +73,16 @@ class SharedStudy:
     def take(self, worker: Worker, most: int, choose: Callable[[Trial], object]) -> list[Trial]:
         """Up to `most` trials for `worker`: abandoned ones first, then new ones until the study has its total.
 
-        `choose` gives a trial its values. No other worker takes trials meanwhile, so that each sampler knows what all
-        others are trying.
+        None while the baseline runs, if it has to come first. `choose` gives a trial its values. No other worker takes
+        trials meanwhile, so that each sampler knows what all others are trying.
         """
         with exclusive(self.plan.storage):
             self._release_abandoned(worker.heartbeat_seconds)
             trials = self.study.get_trials(deepcopy=False)
             waiting = sum(trial.state == TrialState.WAITING for trial in trials)
             number = min(most, waiting + max(0, self.plan.total - len(trials)))
+            if self.plan.baseline_first and not trials[0].state.is_finished():
+                number = 0 if trials[0].state == TrialState.RUNNING else min(number, 1)
             taken = [self.study.ask() for _ in range(number)]
             for trial in taken:
                 worker.take(trial._trial_id)

@@ -23,6 +23,7 @@ from morphtrain import schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.baseline import Baseline
+from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
@@ -64,16 +65,16 @@ class StudySweeper:
         extend: Callable[[DictConfig, Trial], None] | None,
         pruner: Any,
         baseline: list[str] | None,
-        min_accuracy: float | None,
+        min_accuracy: float | str | None,
         heartbeat_seconds: float,
     ) -> None:
-        in_range = min_accuracy is None or 0 <= min_accuracy <= 1
-        schema.check(in_range, "hydra.sweeper.min_accuracy", min_accuracy, "from 0 to 1, or null")
         self.plain = plain
         self.extend = extend
         self.pruner = pruner
         self.baseline = baseline
-        self.min_accuracy = min_accuracy
+        self.floor = parse_floor(min_accuracy)
+        if self.floor is not None and self.floor.relative and baseline is None:
+            raise UserError(f"hydra.sweeper.min_accuracy={min_accuracy}: hydra.sweeper.baseline=null makes no baseline")
         self.heartbeat_seconds = heartbeat_seconds
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -97,6 +98,7 @@ class StudySweeper:
             facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
             total=total,
             baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
+            baseline_first=self.floor is not None and self.floor.relative,
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
@@ -122,6 +124,8 @@ class StudySweeper:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
+            if self.floor is not None:
+                self.floor.check_baseline(study.trials)
             if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
                 self._run(study, worker, trials, space, child)
             elif study.others_running():
@@ -244,8 +248,8 @@ class StudySweeper:
         if METRICS_ATTR not in attrs:  # the job could not reach the storage; its log says why
             study.fail(worker, trial, "its job could not report any epoch to the study")
             return
-        if self.min_accuracy is not None:
-            trial.set_constraint("val_accuracy", self.min_accuracy - attrs[METRICS_ATTR]["val_accuracy"])
+        if self.floor is not None:
+            trial.set_constraint("val_accuracy", self.floor.excess(attrs[METRICS_ATTR]["val_accuracy"], study.trials))
         if STOPPED_ATTR in attrs:
             study.prune(worker, trial)
         elif all(map(math.isfinite, values)):

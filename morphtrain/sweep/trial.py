@@ -25,7 +25,8 @@ CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; abs
 CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
 
 FLAGS = {CONTENDED_ATTR: "contended", CHANGED_ATTR: "changed"}  # metrics whose epochs are stored
-CLOCKS = ("train_seconds", "calibrated_train_seconds")  # metrics that never decrease
+# Metrics of the whole run so far, of which only the latest value counts; the clocks never decrease.
+LATEST = ("train_seconds", "calibrated_train_seconds", "median_epoch_seconds", "time_to_accuracy")
 
 
 def make_pruner(node: Any) -> Any:
@@ -88,12 +89,12 @@ class TrialReporter:
         """The trial as its pruner should see it.
 
         Optuna's percentile pruners go by the best value that a trial has reported. For accumulated time that is always
-        the first epoch's; it should be the last one's, so this replaces all values by that.
+        the first epoch's; it should be the last one's, so for such metrics this replaces all values by that.
         """
         import optuna
 
         trial = self._frozen()
-        if self.objective[0] in CLOCKS and isinstance(self.study.pruner, optuna.pruners.PercentilePruner):
+        if self.objective[0] in LATEST and isinstance(self.study.pruner, optuna.pruners.PercentilePruner):
             values = trial.intermediate_values
             trial.intermediate_values = dict.fromkeys(values, values[trial.last_step])
         return trial

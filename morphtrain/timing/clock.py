@@ -23,7 +23,7 @@ class Clock:
     def __init__(self, device: torch.device, sync: str = "edges") -> None:
         self.device = device
         self.sync = sync
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"setup_seconds": 0.0}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Guard:
         return metrics
 
     def _calibrated(self, calibration: Calibration, record: Record, history: Sequence[Record]) -> dict[str, float]:
-        seconds = record["epoch_seconds"] + record["morph_seconds"]
+        seconds = record["setup_seconds"] + record["epoch_seconds"] + record["morph_seconds"]
         calibration.trained(seconds)
         before = history[-1]["calibrated_train_seconds"] if history else 0.0
         return {

@@ -45,7 +45,13 @@ FREE_KEYS = (
     "data.num_workers",
 )
 # Keys added later, with the values that hold for older checkpoints.
-ADDED_KEYS = {"loss.name": "cross_entropy", "methods": [], "prune.lasso_ratio_of": "loss"}
+ADDED_KEYS = {
+    "loss.name": "cross_entropy",
+    "methods": [],
+    "prune.lasso_ratio_of": "loss",
+    "data.test_share": 0,
+    "data.val_share": 0,
+}
 # Parts of a run that may have state if they are the user's own.
 PARTS = ("data", "criterion", "schedule")
 # Fields of a run that a checkpoint holds as plain data.
@@ -305,9 +311,8 @@ class Checkpoint:
         return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
-        stored = self.facts["config"]
-        then, now = flat(stored), flat(asdict(config))
-        then = {key: value for key, value in ADDED_KEYS.items() if key in now} | then
+        stored, now = flat(self.facts["config"]), flat(asdict(config))
+        then = {key: value for key, value in ADDED_KEYS.items() if key in now} | stored
         for key in sorted({*then, *now}):
             free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
             if not free and then.get(key) != now.get(key):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import functools
+import re
+from pathlib import Path
 
 import torch
 
 from morphtrain.errors import UserError
+
+# See proc(5): writing 5 resets the peak of the resident set size, VmHWM.
+CLEAR, RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), "5", Path("/proc/self/status")
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -28,9 +32,32 @@ def possible_devices(wanted: str) -> list[torch.device]:
     return [torch.device(wanted)]
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the epoch's tensors on a CUDA device; elsewhere of the process's resident memory so far."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to look for the peak that `peak_memory` returns."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _peak_can_be_reset():
+        CLEAR.write_text(RESET_PEAK)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes since `reset_peak_memory`: of tensors on a CUDA device, of the process's resident memory on a CPU.
+
+    None where the system keeps only the peak of the whole life of a process, which may have trained other networks.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type != "cpu" or not _peak_can_be_reset():
+        return None
+    (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    return int(peak) * 1024
+
+
+@functools.cache
+def _peak_can_be_reset() -> bool:
+    """Whether this is a Linux that lets a process do so; some sandboxes do not."""
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return "VmHWM" in STATUS.read_text()

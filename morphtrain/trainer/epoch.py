@@ -20,7 +20,8 @@ import torch
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
-from morphtrain.trainer.devices import peak_memory
+from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
+from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
 
@@ -33,8 +34,9 @@ Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  
 
 def start(run: Run) -> None:
     """Let the methods look at a run that has just been built or restored."""
-    for hook in run.hooks("before_training"):
-        hook(run)
+    with run.clock.timed("setup_seconds"):
+        for hook in run.hooks("before_training"):
+            hook(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
@@ -51,14 +53,13 @@ def begin_epoch(run: Run) -> None:
     run.epoch += 1
     run.change = ""
     torch.manual_seed(derived_seed(run.config.seed, run.epoch))
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
+    reset_peak_memory(run.device)
     for hook in run.hooks("before_epoch"):
         hook(run)
 
 
 def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
-    """Finish a trained epoch: methods change the network, it is evaluated, and everything is recorded.
+    """Finish a trained epoch: methods change the network, it is settled and evaluated, and everything is recorded.
 
     Args:
         judged: returns the record with what it adds; it is given the record and those before it.
@@ -72,22 +73,41 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     if not agree(math.isfinite(run.train_loss)):
         lr = run.base_lrs[0]
         raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller value may work")
+    peak = peak_memory(run.device)  # of training: evaluation has a batch size of its own
     batch_size = run.batch_size  # of this epoch: a policy may change it for the next
     with run.clock.timed("morph_seconds"):
         added = _of_methods(run, "after_epoch")
     if run.change:
-        _settle_change(run)
+        _after_change(run)
     elif count_params(run.model) != run.params:
         raise UserError("a method has changed the network without saying so; run.shape_changed(...) does")
+    with run.clock.timed("settle_seconds"):
+        run.settle()
     with run.clock.timed("eval_seconds"):
         val_loss, val_accuracy = evaluate(run)
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    record |= {} if peak is None else {"peak_memory_bytes": peak}
     for metrics in (added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
+    if _is_last(run) and getattr(run.data, "test", None):
+        record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
     run.history.append(judged(record, run.history) if judged is not None else record)
+    run.history[-1].update(_summaries(run))
+    run.clock.seconds["setup_seconds"] = 0.0  # is counted now
     return run.history[-1]
+
+
+def _is_last(run: Run) -> bool:
+    return run.stopped or run.epoch == run.config.epochs
+
+
+def _summaries(run: Run) -> Record:
+    """Metrics of all epochs so far."""
+    found = {"median_epoch_seconds": median_epoch_seconds(run.history)}
+    target = run.config.timing.target_accuracy
+    return found if target is None else found | {"time_to_accuracy": time_to_accuracy(run.history, target)}
 
 
 def _of_methods(run: Run, hook: str) -> Record:
@@ -105,7 +125,7 @@ def _of_methods(run: Run, hook: str) -> Record:
     return found
 
 
-def _settle_change(run: Run) -> None:
+def _after_change(run: Run) -> None:
     run.follow_change()
     run.note(run.change)
     run.count()
@@ -124,14 +144,13 @@ def _record(run: Run) -> Record:
         "train_loss": run.train_loss,
         "train_accuracy": run.train_accuracy,
         **seconds,  # data_seconds are a part of epoch_seconds
-        "train_seconds": before + seconds["epoch_seconds"] + seconds["morph_seconds"],
+        "train_seconds": before + seconds["setup_seconds"] + seconds["epoch_seconds"] + seconds["morph_seconds"],
         "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
         "params": run.params,
         "macs": run.macs,
         "channel_density": channels / run.initial["channels"] if channels else 1.0,
         "weight_density": count_weights(run.model) / run.initial["weights"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "peak_memory_bytes": peak_memory(run.device),
         "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -134,15 +135,15 @@ def set_learning_rates(run: Run, epochs_done: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) on the held-out set."""
+def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, float]:
+    """Mean loss and accuracy (0..1) on a part of the held-out images."""
     set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    for images, labels in run.data.val_batches():
+    for images, labels in getattr(run.data, f"{part}_batches")():
         with run.precision.autocast():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()
-    samples = len(run.data.val)
+    samples = len(getattr(run.data, part))
     return loss.item() / samples, correct.item() / samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -18,6 +19,7 @@ def prepare_process() -> None:
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         keep_freed_memory()
+        return_freed_memory()
 
 
 def keep_freed_memory() -> None:
@@ -29,3 +31,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, ONE_GIB)
         mallopt(M_TRIM_THRESHOLD, ONE_GIB)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what an earlier run of this process has freed: it would count in this run's peak."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
