@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.run import with_messages
 
 
@@ -19,12 +19,13 @@ def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
     config = schema.parse_max_batch(composed)
     choices = HydraConfig.get().runtime.choices
-    # torch is slow to import; --help and --cfg do without it
-    from morphtrain.trainer.max_batch_report import show_max_batch
+    with interrupts.at_once():
+        # torch is slow to import; --help and --cfg do without it
+        from morphtrain.trainer.max_batch_report import show_max_batch
 
-    return show_max_batch(
-        config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]
-    )
+        return show_max_batch(
+            config, [f"{group}={choices[group]}" for group in ("model", "norm", "optimizer", "precision")]
+        )
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
@@ -40,6 +41,21 @@ UNNAMED = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=",
 def job(composed: DictConfig) -> float | list[float]:
     """Train one run, alone or as a job of a multirun, and return its objective."""
     settings = HydraConfig.get()
+    if is_worker():
+        interrupts.become_worker()
+        try:
+            return trained(composed, settings)
+        except interrupts.Interrupted as interrupt:
+            raise interrupts.JobInterrupted(interrupt.number) from None
+    if settings.mode == RunMode.MULTIRUN:
+        interrupts.check()
+        return trained(composed, settings)
+    with interrupts.at_once():  # until training begins, a single run has nothing to lose
+        return trained(composed, settings)
+
+
+def trained(composed: DictConfig, settings: Any) -> float | list[float]:
+    """Train one run."""
     run_dir = Path(settings.runtime.output_dir)
     try:
         check_shadowed(settings)
@@ -56,6 +72,11 @@ def job(composed: DictConfig) -> float | list[float]:
         discard_if_unused(run_dir)
         raise
     return values[0] if len(values) == 1 else values
+
+
+def is_worker() -> bool:
+    """Whether this is a process that a launcher has started for jobs."""
+    return multiprocessing.current_process().name != "MainProcess"
 
 
 def check_shadowed(settings: Any) -> None:
@@ -112,7 +133,10 @@ def with_messages(command: Callable[[], Any]) -> None:
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
-        command()
+        with interrupts.command():
+            command()
+    except (interrupts.Interrupted, interrupts.JobInterrupted) as interrupt:
+        interrupts.leave(interrupt.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a process ended by SIGINT
     except Exception as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
+
+
+KEY = "tracking.uri"
 
 
 @dataclass
@@ -23,5 +27,15 @@ class MLflow(Tracking, option="mlflow"):
     parent_run_id: str | None
 
     def __post_init__(self) -> None:
+        key, uri = (
+            ("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")) if self.uri is None else (KEY, self.uri)
+        )
+        check(not _in_memory(uri or ""), key, uri, "a place that stays, such as sqlite:///mlflow.db")
         check(self.experiment != "", "tracking.experiment", self.experiment, "a name")
         check(self.flush_seconds >= 0, "tracking.flush_seconds", self.flush_seconds, "0 or more seconds")
+
+
+def _in_memory(uri: str) -> bool:
+    """Whether this is a SQLite database that ends with the process."""
+    kind, _, path = uri.partition("://")
+    return kind.partition("+")[0] == "sqlite" and (path.strip("/") in ("", ":memory:") or "mode=memory" in path)

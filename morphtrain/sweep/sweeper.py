@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 from omegaconf import DictConfig, open_dict
 from optuna.trial import Trial, TrialState
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.baseline import Baseline
@@ -34,7 +33,7 @@ from morphtrain.sweep.trial import (
     STOPPED_ATTR,
 )
 from morphtrain.sweep.workers import Worker
-from morphtrain.tracking import begin_sweep, end_sweep
+from morphtrain.tracking import begin_sweep, end_sweep, prepare
 
 log = logging.getLogger(__name__)
 
@@ -87,20 +86,24 @@ class StudySweeper:
 
     def sweep(self, arguments: list[str]) -> None:
         """Search until the study has its total of trials, those of other workers included; then report."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
-        first = self._check(space)
-        sampler, total = self._sampler(space)
-        plan = Plan(
-            name=str(self.plain.study_name),
-            storage=str(self.plain.storage),
-            directions=self._directions(first.objective),
-            facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
-            total=total,
-            baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
-        )
-        study = SharedStudy(plan, sampler, self.pruner)
-        log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
+        with interrupts.at_once():  # there is nothing to end in order yet
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
+            first = self._check(space)
+            sampler, total = self._sampler(space)
+            plan = Plan(
+                name=str(self.plain.study_name),
+                storage=str(self.plain.storage),
+                directions=self._directions(first.objective),
+                facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
+                total=total,
+                baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
+            )
+            study = SharedStudy(plan, sampler, self.pruner)
+            log.info(
+                "study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total
+            )
+            prepare(first.tracking)
         parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
         status, artifacts = "FAILED", []
         try:
@@ -108,6 +111,7 @@ class StudySweeper:
                 self._work(study, worker, space, parent)
             own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
             artifacts = report.close(study.study, first.objective, self.sweep_dir, own)
+            interrupts.check()
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -122,10 +126,11 @@ class StudySweeper:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
+            interrupts.check()
             if trials := study.take(worker, self.plain.n_jobs):
                 self._run(study, worker, trials, space, child)
             elif study.others_running():
-                time.sleep(WAIT_SECONDS)
+                interrupts.wait(WAIT_SECONDS)
             else:
                 break
 
@@ -203,7 +208,10 @@ class StudySweeper:
         try:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
+        except interrupts.JobInterrupted as interrupt:
+            raise interrupts.Interrupted(interrupt.number) from interrupt
         except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
+            interrupts.check()  # a signal that went to the job's helpers, too, is no fault of the trial
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             study.fail(worker, trial, kind + first_line(error))
             return
