@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
 
-
-KEY = "tracking.uri"
+VARIABLE = "MLFLOW_TRACKING_URI"  # takes the place of the key where that is null
 
 
 @dataclass
@@ -27,10 +26,9 @@ class MLflow(Tracking, option="mlflow"):
     parent_run_id: str | None
 
     def __post_init__(self) -> None:
-        key, uri = (
-            ("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")) if self.uri is None else (KEY, self.uri)
-        )
-        check(not _in_memory(uri or ""), key, uri, "a place that stays, such as sqlite:///mlflow.db")
+        places = {"tracking.uri": self.uri} if self.uri else {VARIABLE: os.environ.get(VARIABLE)}
+        for key, uri in places.items():
+            check(not _in_memory(uri or ""), key, uri, "a place that stays, such as sqlite:///mlflow.db")
         check(self.experiment != "", "tracking.experiment", self.experiment, "a name")
         check(self.flush_seconds >= 0, "tracking.flush_seconds", self.flush_seconds, "0 or more seconds")
 

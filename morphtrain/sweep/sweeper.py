@@ -86,24 +86,8 @@ class StudySweeper:
 
     def sweep(self, arguments: list[str]) -> None:
         """Search until the study has its total of trials, those of other workers included; then report."""
-        with interrupts.at_once():  # there is nothing to end in order yet
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
-            first = self._check(space)
-            sampler, total = self._sampler(space)
-            plan = Plan(
-                name=str(self.plain.study_name),
-                storage=str(self.plain.storage),
-                directions=self._directions(first.objective),
-                facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
-                total=total,
-                baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
-            )
-            study = SharedStudy(plan, sampler, self.pruner)
-            log.info(
-                "study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total
-            )
-            prepare(first.tracking)
+        with interrupts.at_once():  # there is nothing yet to end in order
+            space, first, plan, study = self._prepared(arguments)
         parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
         status, artifacts = "FAILED", []
         try:
@@ -121,6 +105,25 @@ class StudySweeper:
                 # MLflow params cannot change later: the study's facts never do, but the best trial's params would.
                 metrics = report.summary(study.study, first.objective)
                 end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
+
+    def _prepared(self, arguments: list[str]) -> tuple[SearchSpace, schema.Config, Plan, SharedStudy]:
+        """What is searched, the config at its low end, what all workers agree on, and the study."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
+        first = self._check(space)
+        sampler, total = self._sampler(space)
+        plan = Plan(
+            name=str(self.plain.study_name),
+            storage=str(self.plain.storage),
+            directions=self._directions(first.objective),
+            facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
+            total=total,
+            baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
+        )
+        study = SharedStudy(plan, sampler, self.pruner)
+        log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
+        prepare(first.tracking)
+        return space, first, plan, study
 
     def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
         """Take and run trials until all of the study's have ended."""

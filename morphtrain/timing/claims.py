@@ -19,7 +19,6 @@ from pathlib import Path
 from morphtrain.errors import UserError, first_line
 from morphtrain.files import file_lock, give_back_lock, is_locked, take_lock
 
-
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +39,8 @@ class Claim:
 
     def others(self) -> list[int]:
         """The ids of other processes that have claimed any of the same resources."""
-        self.claims.renew(self)
+        if not self.path.exists():
+            self.claims.renew(self)
         mine = set(self.resources)
         return [use.pid for use in self.claims.uses(but=self) if mine & set(use.resources)]
 
@@ -67,11 +67,10 @@ class Claims:
             return Claim(self, *self._written(resources), resources)
 
     def renew(self, claim: Claim) -> None:
-        """Write the claim again if its file is gone: what cleans up temporary files knows no locks."""
+        """Write a claim again whose file is gone: what cleans up temporary files knows no locks."""
         with self.alone():
-            if not claim.path.exists():
-                give_back_lock(claim.lock)
-                claim.path, claim.lock = self._written(claim.resources)
+            give_back_lock(claim.lock)
+            claim.path, claim.lock = self._written(claim.resources)
 
     def _written(self, resources: tuple[str, ...]) -> tuple[Path, int]:
         """The file of a new claim, and its lock."""
