@@ -298,10 +298,16 @@ def test_a_wait_ends_with_the_signal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("event_and_signal", "mode"), [("sql:70:TERM", "run"), ("step:40:INT", "run"), ("sql:120:INT", "sweep")]
+    ("event_and_signal", "mode"), [("sql:70:TERM", "run"), ("step:40:INT", "run"), ("sql:350:INT", "sweep")]
 )
 def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str, tmp_path: Path) -> None:
-    sweep = ("-m", "hydra/sweeper=morphtrain", "hydra.sweep.dir=sweep", "optimizer.lr=0.05,0.1", "hydra.sweeper.n_trials=9")
+    sweep = (
+        "-m",
+        "hydra/sweeper=morphtrain",
+        "hydra.sweep.dir=sweep",
+        "optimizer.lr=0.05,0.1",
+        "hydra.sweeper.n_trials=9",
+    )
     options = sweep if mode == "sweep" else ("hydra.run.dir=run",)
     arguments = (*SMALL, "epochs=50", f"tracking.uri={database}", "tracking.flush_seconds=0", *options)
     began = tmp_path / "signalled"
