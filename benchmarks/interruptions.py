@@ -64,7 +64,8 @@ def main() -> int:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        make_database(place / "mlflow.db")
+        make_database(place / "empty.db")
+        shutil.copy(place / "empty.db", place / "mlflow.db")
         to_commands = round(options.commands * options.signals)
         failures = in_this_process(place, options.signals - to_commands, draw)
         for kind, share in SHARES.items():
@@ -188,7 +189,7 @@ def to_command(place: Path, kind: str, number: int, draw: random.Random) -> int:
     for trial in range(number):
         here = place / f"{kind} {trial}"
         here.mkdir()
-        shutil.copy(place / "mlflow.db", here)
+        shutil.copy(place / "empty.db", here / "mlflow.db")
         which = draw.choice((signal.SIGINT, signal.SIGTERM))
         aimed = kind != "sweep in two workers" and draw.random() < 0.5
         seconds, code, said = (aimed_at if aimed else at_random)(here, kind, which, draw)

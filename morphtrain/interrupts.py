@@ -6,7 +6,7 @@ callback of a library that swallows it. So whoever can stop asks: between steps,
 
 from __future__ import annotations
 
-import logging
+import atexit
 import multiprocessing
 import os
 import signal
@@ -137,13 +137,11 @@ def wait(seconds: float) -> None:
 
 
 def leave(exit_code: int) -> None:
-    """End a command that was interrupted, without the seconds that Python takes to unload torch and MLflow.
-
-    While a launcher's workers live, Python ends in its own way, which ends them, too.
-    """
-    if any(not child.daemon for child in multiprocessing.active_children()):
-        sys.exit(exit_code)
-    logging.shutdown()
+    """End a command that was interrupted, without the seconds that Python takes to unload torch and MLflow."""
+    for child in multiprocessing.active_children():
+        if not child.daemon:  # a launcher's worker, whose job has ended
+            child.kill()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 from omegaconf import DictConfig, open_dict
@@ -208,13 +208,14 @@ class StudySweeper:
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
         attrs = study.storage.get_trial(trial._trial_id).user_attrs
+        if returned.status == JobStatus.FAILED:
+            interrupts.check()  # a job that fails after a signal fails for it
         try:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
         except interrupts.JobInterrupted as interrupt:
             raise interrupts.Interrupted(interrupt.number) from interrupt
         except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
-            interrupts.check()  # a signal that went to the job's helpers, too, is no fault of the trial
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             study.fail(worker, trial, kind + first_line(error))
             return
