@@ -19,7 +19,6 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from morphtrain import interrupts
 from morphtrain.errors import UserError
 from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR, OVERRIDES_ATTR
 
@@ -41,11 +40,9 @@ def close(study: optuna.Study, objective: Sequence[str], sweep_dir: Path, config
     console = Console(width=max(100, Console().width), markup=False, highlight=False)
     console.print(_table(study, best, objective))
     searched = _searched(study)
-    interrupts.check()
     importance = _importance(searched)
     for line in _lines(study, best, objective, importance, config_dir):
         console.print(line, soft_wrap=True)
-    interrupts.check()
     pictures = _pictures(study, searched, objective, sweep_dir, bool(importance))
     paths = [*pictures, _results(best, objective, sweep_dir)]
     console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
@@ -210,7 +207,6 @@ def _pictures(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these charts are experimental; all values of an axis are equal
         for name, draw in wanted.items():
-            interrupts.check()
             draw()
             paths.append(sweep_dir / f"{name}.png")
             figure: Any = pyplot.gcf()
