@@ -101,11 +101,12 @@ def in_this_process(place: Path, number: int, draw: random.Random) -> int:
     from morphtrain.trainer import train
 
     wrong: Counter[str] = Counter()
-    slowest, done = 0.0, 0
+    slowest, done, started = 0.0, 0, 0
     database = place / "mlflow.db"
     config = morphtrain.compose(*SMALL, "epochs=12", f"tracking.uri=sqlite:///{database}", "tracking.flush_seconds=0")
     while done < number:
-        run_dir = place / f"library {done}"
+        started += 1
+        run_dir = place / f"library {started}"
         run_dir.mkdir()
         signalled: list[float] = []
         disarm = aim(draw, signalled)
@@ -213,7 +214,7 @@ def to_command(place: Path, kind: str, number: int, draw: random.Random) -> int:
     return shown(f"a {kind}", number, +wrong, slowest)
 
 
-def started(arguments: list[str], here: Path, **environment: str) -> subprocess.Popen[str]:
+def begun(arguments: list[str], here: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=here,
@@ -233,7 +234,7 @@ def aimed_at(here: Path, kind: str, which: signal.Signals, draw: random.Random) 
     name = which.name.removeprefix("SIG")
     moment = f"{event}:{draw.randint(*most[event])}:{name}"
     arguments = [str(TESTS / "killed_run.py"), moment, *REPORTING, *COMMANDS[kind]]
-    process = started(arguments, here, SIGNALLED_AT=str(here / "at"))
+    process = begun(arguments, here, SIGNALLED_AT=str(here / "at"))
     said, _ = process.communicate(timeout=300)
     ended = time.monotonic()
     return ended - float((here / "at").read_text()), process.returncode, said
@@ -241,7 +242,7 @@ def aimed_at(here: Path, kind: str, which: signal.Signals, draw: random.Random) 
 
 def at_random(here: Path, kind: str, which: signal.Signals, draw: random.Random) -> tuple[float, int, str]:
     """Some time after the first epoch."""
-    process = started(["-m", "morphtrain.run", *REPORTING, *COMMANDS[kind]], here)
+    process = begun(["-m", "morphtrain.run", *REPORTING, *COMMANDS[kind]], here)
     while not list(here.glob("*/**/last.pt")) and process.poll() is None:
         time.sleep(0.02)
     time.sleep(draw.uniform(0, 3))

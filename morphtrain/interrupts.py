@@ -139,8 +139,8 @@ def wait(seconds: float) -> None:
 def leave(exit_code: int) -> None:
     """End a command that was interrupted, without the seconds that Python takes to unload torch and MLflow."""
     for child in multiprocessing.active_children():
-        if not child.daemon:  # a launcher's worker, whose job has ended
-            child.kill()
+        if not child.daemon and child.pid is not None:  # a launcher's worker, whose job has ended
+            os.kill(child.pid, signal.SIGKILL)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

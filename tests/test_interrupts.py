@@ -335,3 +335,48 @@ def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str
         with closing(sqlite3.connect(tmp_path / "optuna.db", timeout=0)) as study:
             study.execute("BEGIN IMMEDIATE")
             assert study.execute("SELECT state FROM trials").fetchall() == [("WAITING",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["the command", "all of its processes"])
+def test_a_sweep_in_several_processes_ends_in_order(to: str, database: str, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = (
+        "-m",
+        "hydra/sweeper=morphtrain",
+        "hydra.sweep.dir=sweep",
+        "optimizer.lr=0.05,0.1",
+        "hydra.sweeper.n_jobs=2",
+    )
+    launcher = ("+launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.uri={database}", "epochs=500")
+    with closing(sqlite3.connect(database.removeprefix(store.SQLITE))) as before:
+        (already,) = before.execute("SELECT COUNT(*) FROM runs").fetchone()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "morphtrain.run", *SMALL, *sweep, *launcher],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not all((tmp_path / f"sweep/{number}/last.pt").exists() for number in (0, 1)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    (os.kill if to == "the command" else os.killpg)(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert "Error executing job" not in said
+    with closing(sqlite3.connect(database.removeprefix(store.SQLITE), timeout=0)) as after:
+        after.execute("BEGIN IMMEDIATE")
+        assert [state for (state,) in after.execute("SELECT status FROM runs")][already:] == ["KILLED"] * 3
+    with closing(sqlite3.connect(tmp_path / "optuna.db", timeout=0)) as study:
+        assert study.execute("SELECT state FROM trials").fetchall() == [("WAITING",)] * 2
+
+
+@pytest.mark.slow
+def test_signals_and_kills_at_random_moments(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "interruptions.py"
+    counts = ["--signals", "60", "--kills", "8", "--seed", str(time.time_ns() % 1000)]
+    result = subprocess.run([sys.executable, script, *counts], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
