@@ -130,10 +130,10 @@ def check() -> None:
 def wait(seconds: float) -> None:
     """Sleep; raises `Interrupted` soon after a signal."""
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        check()
-        time.sleep(min(left, POLL_SECONDS))
     check()
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, POLL_SECONDS))
+        check()
 
 
 def leave(exit_code: int) -> None:
@@ -184,7 +184,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     """The handler that sets the flag."""
     if _state.number is None:
         _state.number, _state.since = number, time.monotonic()
-        _pass_on()
+        if _state.owned:
+            _pass_on()
     elif _state.parent is None and time.monotonic() - _state.since > SAME_SECONDS:
         _end(number, frame)
 

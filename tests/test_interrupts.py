@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -267,6 +268,17 @@ def test_while_there_is_nothing_to_lose_the_first_one_does(number: signal.Signal
         time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(2) == 128 + number
+
+
+def test_a_library_leaves_the_users_own_processes_alone() -> None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+        send()
+    time.sleep(0.1)
+    assert child.is_alive()
+    child.kill()
+    child.join()
 
 
 WORKER = """
