@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+LEFT_OVER = re.compile(r"\.\d+\.tmp(-\w+)?$")  # a process's own name for a file; SQLite adds -journal and the like
 
 
 def write_atomically(
@@ -17,7 +20,8 @@ def write_atomically(
 
     Args:
         mode: its permissions, less what the umask takes away.
-        previous: where the file goes that is there already; None: it is replaced.
+        previous: where the file goes that is there already; None: it is replaced. At every moment there is a whole
+            file at `path`, except on file systems without hard links.
 
     Raises:
         OSError: naming `path`, for a disk that is full or read-only; then all files are as they were.
@@ -29,12 +33,32 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            _keep(path, previous)
         os.replace(fresh, path)
     except OSError as error:  # the system names no file when a write fails
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file at `path` the name `previous` as well, in place of the file that has it."""
+    second = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:  # the file system has no hard links
+        os.replace(path, previous)
+        return
+    os.replace(second, previous)
+    second.unlink(missing_ok=True)  # still there if both were names of one file already
+
+
+def remove_left_over(directory: Path, name: str = "") -> None:
+    """Remove what killed processes have left half-written of the files `name`..., which nobody may be writing now."""
+    for path in directory.iterdir():
+        if path.name.startswith(name) and LEFT_OVER.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -65,8 +89,46 @@ def take_lock(path: Path) -> int:
     return _locked(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
 
 
+@contextmanager
+def named_lock(path: Path, holder: str) -> Iterator[None]:
+    """Hold the lock on a file that says who holds it, and remove the file at the end.
+
+    Raises:
+        BlockingIOError: if another process holds it; nobody waits.
+        OSError: as `take_lock`.
+    """
+    descriptor = _taken(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        give_back_lock(descriptor)
+
+
+def _taken(path: Path) -> int:
+    while True:
+        descriptor = _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            return descriptor
+        give_back_lock(descriptor)  # of a file that its last holder has removed meanwhile
+
+
+def remove_unlocked(path: Path) -> bool:
+    """Remove the file of a `named_lock` whose holder was killed; False if somebody holds it."""
+    try:
+        descriptor = _taken(path)
+    except BlockingIOError:
+        return False
+    path.unlink(missing_ok=True)
+    give_back_lock(descriptor)
+    return True
+
+
 def give_back_lock(descriptor: int) -> None:
     """Give back a lock that `take_lock` took."""
+    _held.discard(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked children hold the same lock
     finally:
@@ -91,10 +153,22 @@ def _given_back(descriptor: int) -> Iterator[None]:
         give_back_lock(descriptor)
 
 
-def _locked(descriptor: int) -> int:
+def _locked(descriptor: int, operation: int = fcntl.LOCK_EX) -> int:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, operation)
     except OSError:
         os.close(descriptor)
         raise
+    _held.add(descriptor)
     return descriptor
+
+
+def _close_in_child() -> None:
+    """A forked child, such as a loader's worker, must not hold the locks of a parent that was killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+_held: set[int] = set()  # descriptors of the locks of this process
+os.register_at_fork(after_in_child=_close_in_child)

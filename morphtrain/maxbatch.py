@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.run import past_hydra, with_messages
 
 
@@ -18,7 +18,7 @@ from morphtrain.run import past_hydra, with_messages
 def job(composed: DictConfig) -> int:
     """Print the answer, and return it to a sweeper."""
     settings = HydraConfig.get()
-    with past_hydra(settings.mode):
+    with past_hydra(settings.mode), interrupts.at_once():
         config = schema.parse_max_batch(composed)
         choices = settings.runtime.choices
         # torch is slow to import; --help and --cfg do without it

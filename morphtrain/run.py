@@ -7,6 +7,7 @@ python -m morphtrain.run -m prune=none,prunetrain seed=1,2,3 epochs=30
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import config_errors, explained, schema
+from morphtrain import config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
@@ -40,6 +41,21 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBI
 def job(composed: DictConfig) -> float | list[float]:
     """Train one run, alone or as a job of a multirun, and return its objective."""
     settings = HydraConfig.get()
+    if is_worker():
+        interrupts.become_worker()
+        try:
+            return trained(composed, settings)
+        except interrupts.Interrupted as interrupt:
+            raise interrupts.JobInterrupted(interrupt.number) from None
+    if settings.mode == RunMode.MULTIRUN:
+        interrupts.check()
+        return trained(composed, settings)
+    with interrupts.at_once():  # until training begins, a single run has nothing to lose
+        return trained(composed, settings)
+
+
+def trained(composed: DictConfig, settings: Any) -> float | list[float]:
+    """Train one run."""
     run_dir = Path(settings.runtime.output_dir)
     with past_hydra(settings.mode), nothing_left_by_mistakes(settings, run_dir):
         config = schema.parse(composed)
@@ -53,6 +69,11 @@ def job(composed: DictConfig) -> float | list[float]:
 
         values = train(config, run_dir, tags, reporter(settings, config))
     return values[0] if len(values) == 1 else values
+
+
+def is_worker() -> bool:
+    """Whether this is a process that a launcher has started for jobs."""
+    return multiprocessing.current_process().name != "MainProcess"
 
 
 def check_shadowed(settings: Any) -> None:
@@ -146,8 +167,10 @@ def with_messages(command: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
         check_arguments(sys.argv[1:])
-        with behind_hydra():
+        with interrupts.command(), behind_hydra():
             command()
+    except (interrupts.Interrupted, interrupts.JobInterrupted) as interrupt:
+        interrupts.leave(interrupt.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a process ended by SIGINT
     except Exception as error:

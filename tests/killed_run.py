@@ -1,4 +1,6 @@
-"""`python killed_run.py EVENT:N ...overrides`: the command, which kills itself with SIGKILL at the N-th EVENT.
+"""`python killed_run.py EVENT:N[:SIGNAL] ...overrides`: the command, which signals itself at the N-th EVENT.
+
+The signal is SIGKILL, or the one named, such as INT. If SIGNALLED_AT is set, a file of that name then says when it was.
 
 write    halfway through writing the file of a checkpoint
 rename   between writing a checkpoint and giving it its name
@@ -7,6 +9,7 @@ morph    inside a reconfiguration or a widening, some tensors replaced, some not
 adopt    inside an insertion, some blocks inserted, some not
 report   after MLflow has an epoch, before the run knows
 step     after an optimizer step
+sql      inside a callback of SQLAlchemy, after a statement of MLflow or Optuna
 """
 
 from __future__ import annotations
@@ -14,16 +17,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine
+from sqlalchemy.event import listens_for
 from torch.optim import SGD
 
 from morphtrain import run
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.tracking.mlflow import MLflowTracker
 
-event, number = sys.argv.pop(1).split(":")
+event, number, *name = sys.argv.pop(1).split(":")
+kind = signal.Signals[f"SIG{name[0]}"] if name else signal.SIGKILL
 count = 0
 
 
@@ -34,7 +42,9 @@ def now() -> bool:
 
 
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    if place := os.environ.get("SIGNALLED_AT"):
+        Path(place).write_text(str(time.monotonic()))
+    os.kill(os.getpid(), kind)
 
 
 def around(
@@ -59,7 +69,8 @@ def around(
 
 
 def truncate_and_die(descriptor: int) -> None:
-    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    if kind == signal.SIGKILL:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
     die()
 
 
@@ -82,6 +93,8 @@ elif event == "report":
     around(MLflowTracker, "_send", after=die)
 elif event == "step":
     around(SGD, "step", after=die)
+elif event == "sql":
+    listens_for(Engine, "after_cursor_execute")(lambda *_: die() if now() else None)
 else:
     sys.exit(f"no event '{event}'")
 

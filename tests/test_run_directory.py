@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +20,12 @@ import torch
 from conftest import KILLED_RUN, SMALL, Command
 
 import morphtrain
+from morphtrain import files
+from morphtrain.errors import UserError
 from morphtrain.evidence.records import FILE, read_records
 from morphtrain.run import run_name
 from morphtrain.tracker import Tracker
-from morphtrain.trainer import environment, train
+from morphtrain.trainer import directory, environment, train
 
 QUICK = [*SMALL, "device=cpu", "epochs=3"]
 
@@ -117,3 +124,112 @@ def test_a_damaged_environment_is_written_again(content: bytes, tmp_path: Path, 
     environment.write(tmp_path, {"host": "b"})
     assert json.loads((tmp_path / environment.FILE).read_text()) == {"host": "b"}
     assert "damaged" in caplog.text
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from morphtrain.trainer.directory import occupied
+with occupied(Path(sys.argv[1])):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_one_ends(command: Command, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    holder = [sys.executable, "-c", HOLDER, str(run_dir)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "has it\n"
+        here = [*QUICK, "tracking=none", "hydra.run.dir=run", "resume=auto"]
+        second = command(*here)
+        assert second.returncode == 1
+        assert f"hydra.run.dir={run_dir}: process {first.pid} on {platform.node()}" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert {path.name for path in run_dir.iterdir()} == {".run.lock", ".hydra", "run.log"}, "Hydra writes those"
+        first.kill()
+    half = run_dir / "last.pt.99999999.tmp"
+    half.write_text("of a process that was killed while it wrote")
+    assert command(*here).returncode == 0, "the lock went with its process"
+    assert not half.exists()
+    assert not (run_dir / ".run.lock").exists()
+    assert [record["epoch"] for record in read_records(run_dir)] == [1, 2, 3]
+
+
+FORKING = """
+import os, sys, time
+from pathlib import Path
+from morphtrain.trainer.directory import occupied
+with occupied(Path(sys.argv[1])):
+    if child := os.fork():
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_forked_helper_does_not_keep_the_directory_of_a_killed_run(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKING, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        helper = int(first.stdout.readline())
+        first.kill()
+        first.wait()
+        with directory.occupied(tmp_path):
+            assert (tmp_path / ".run.lock").read_text().startswith(f"process {os.getpid()} ")
+        os.kill(helper, signal.SIGKILL)
+
+
+def test_where_there_are_no_locks_a_run_is_warned(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with directory.occupied(tmp_path):
+        assert "has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
+def test_a_run_does_not_start_over_a_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("of an earlier run")
+    with pytest.raises(UserError, match="resume=auto goes on from it"):
+        train(morphtrain.compose(*QUICK, "tracking=none"), tmp_path, {})
+    assert (tmp_path / name).read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_what_is_saved_is_there_at_every_moment(links: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """Killed between any two of its calls of the system, and started again: `last` is whole, `previous` older."""
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    calls = {name: getattr(os, name) for name in ("replace", "link")}
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no")))
+
+    class Killed(BaseException):
+        pass
+
+    def dying(name: str, countdown: list[int]) -> Any:
+        def call(*paths: Any) -> None:
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise Killed
+            calls[name](*paths)
+
+        return call
+
+    for moment in range(1, 5):
+        for content in (b"1", b"2"):
+            files.write_atomically(last, content, previous=previous)
+        with monkeypatch.context() as patch:
+            countdown = [moment]
+            for name in ("replace", "link") if links else ("replace",):
+                patch.setattr(os, name, dying(name, countdown))
+            with contextlib.suppress(Killed):
+                files.write_atomically(last, b"3", previous=previous)
+        if links:
+            assert last.read_bytes() in (b"2", b"3")
+        assert (last if last.exists() else previous).read_bytes() in (b"2", b"3")
+        files.write_atomically(last, b"4", previous=previous)
+        assert last.read_bytes() == b"4"
+        files.remove_left_over(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}

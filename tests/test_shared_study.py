@@ -12,6 +12,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from morphtrain.files import named_lock
 from morphtrain.sweep import workers
 from morphtrain.sweep.storage import open_storage
 
@@ -88,3 +89,16 @@ def test_the_heartbeat_lasts_until_a_trial_is_dropped(tmp_path: Path) -> None:
         study.tell(trial, 1.0)
         time.sleep(0.1)  # a beat of a finished trial would raise in the thread, and be logged
     assert storage.get_trial(trial._trial_id).state == TrialState.COMPLETE
+
+
+def test_lock_files_of_dead_workers_are_removed(tmp_path: Path) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    dead = tmp_path / ".worker-here-1.lock"
+    dead.write_text("1")
+    with (
+        workers.Worker(storage, tmp_path, heartbeat_seconds=1000) as worker,
+        named_lock(tmp_path / ".worker-here-2.lock", "2"),
+    ):
+        worker.remove_dead()
+        assert {path.name for path in tmp_path.iterdir()} == {worker.path.name, ".worker-here-2.lock"}
+    assert list(tmp_path.iterdir()) == []

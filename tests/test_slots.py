@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,6 +350,32 @@ def test_a_run_waits_for_another(tmp_path: Path) -> None:
     out, _ = run.communicate(timeout=120)
     assert run.returncode == 0
     assert "epoch    2/2" in out
+
+
+def test_what_cleans_up_temporary_files_ends_no_run(tmp_path: Path) -> None:
+    """It removes the claims in the middle of a run, which writes its own again."""
+    claims = Claims(tmp_path / "claims")
+    claim = claims.claim(lambda uses: ("core 0",))
+    shutil.rmtree(tmp_path / "claims")
+    assert claim.others() == []
+    process = holder(tmp_path / "claims", "core 0")
+    assert claim.others() == [process.pid]
+    assert {use.pid for use in claims.uses()} == {process.pid, os.getpid()}
+    shutil.rmtree(tmp_path / "claims")
+    claim.release()
+    assert claims.uses() == []
+    process.communicate()
+
+
+@pytest.mark.parametrize("junk", ["", "{", "[]", '{"pid": "x", "resources": []}', '{"pid": 1}', "\0\0"])
+def test_junk_in_a_claim_is_left_out_with_one_warning(junk: str, tmp_path: Path, caplog: Any) -> None:
+    claims = Claims(tmp_path)
+    claim = claims.claim(lambda uses: ("core 0",))
+    claim.path.write_text(junk)
+    for _ in range(3):
+        assert claims.uses() == []
+    assert caplog.text.count("no claim of a run") == 1
+    claim.release()
 
 
 def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

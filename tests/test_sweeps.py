@@ -49,7 +49,7 @@ def runs_in(directory: Path) -> dict[int, Run]:
     return numbered
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "interrupted"])
 def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, tmp_path: Path) -> None:
     sweep = ("+sweep=prunetrain", *SMALL, "epochs=8", "hydra.sweeper.n_trials=5", "hydra.sweeper.min_accuracy=null")
     command = [sys.executable, "-m", "morphtrain.run", "-m", *(key for key in sweep if key != "epochs=6")]
@@ -60,7 +60,7 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(ended_by)
-    first.wait(60)
+    assert first.wait(60) == (-signal.SIGKILL if ended_by == signal.SIGKILL else 128 + ended_by)
     before = trials_in(tmp_path, "prunetrain")
     assert [trial.number for trial in before] == [0, 1, 2]
     assert before[2].state == (TrialState.RUNNING if ended_by == signal.SIGKILL else TrialState.WAITING)
@@ -70,6 +70,7 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
     trials = trials_in(tmp_path, "prunetrain")
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert states(trials) == {"COMPLETE": 5}
+    assert not list((tmp_path / "multirun/prunetrain").glob(".worker-*")), "nor what the killed one left"
     assert trials[2].params == before[2].params, "it is the same trial that goes on"
     assert "going on after epoch" in second.stdout
     # of calibrated times if others have disturbed a trial

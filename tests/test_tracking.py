@@ -7,11 +7,12 @@ import logging
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, Command
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow_server import Server
@@ -20,7 +21,7 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.addresses import shown
 from morphtrain.errors import UserError
-from morphtrain.tracking import __main__ as command
+from morphtrain.tracking import __main__ as sending
 from morphtrain.tracking import mlflow, store, unsent
 from morphtrain.tracking.mlflow import MLflowTracker
 from morphtrain.tracking.pace import Pace
@@ -152,12 +153,12 @@ def test_what_a_dead_server_lacks_is_sent_later_by_the_command(
     assert f"python -m morphtrain.tracking {run_dir} --uri {server.uri}" in caplog.text
     left = run_dir / unsent.FILE
     assert left.stat().st_mode & 0o077 == 0
-    assert command.main([str(run_dir), "--uri", server.uri]) == 1
+    assert sending.main([str(run_dir), "--uri", server.uri]) == 1
     assert "something is left" in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     server.start()
     shutil.copy(left, tmp_path / "copy")
-    assert command.main([str(run_dir), str(tmp_path / "nowhere")]) == 1  # one directory does not hinder the other
+    assert sending.main([str(run_dir), str(tmp_path / "nowhere")]) == 1  # one directory does not hinder the other
     assert "nowhere: no such run directory" in capsys.readouterr().err
     check_all_is_there(server, run_dir)
     (ended,) = server.query("SELECT end_time - start_time FROM runs WHERE run_uuid = ?", only_run(server, run_dir)[0])
@@ -166,10 +167,10 @@ def test_what_a_dead_server_lacks_is_sent_later_by_the_command(
     shutil.copytree(run_dir, moved)
     shutil.copy(tmp_path / "copy", moved / unsent.FILE)
     shutil.rmtree(run_dir / "architecture")
-    assert command.main([str(moved)]) == 0, "a moved directory finds its files"
+    assert sending.main([str(moved)]) == 0, "a moved directory finds its files"
     shutil.copytree(moved / "architecture", run_dir / "architecture")
     check_all_is_there(server, run_dir)
-    assert command.main([str(run_dir)]) == 0
+    assert sending.main([str(run_dir)]) == 0
     assert "nothing to send" in capsys.readouterr().out
 
 
@@ -323,7 +324,7 @@ def test_files_that_a_store_refuses_do_not_hold_up_the_rest(
     assert run.data.metrics["epoch_seconds"] == 3.0
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["good.txt"]
     monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
-    assert command.main([str(here)]) == 0  # the store in the current directory
+    assert sending.main([str(here)]) == 0  # the store in the current directory
     assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"good.txt", "bad.txt"}
 
 
@@ -359,3 +360,78 @@ def test_a_record_is_read_as_it_was_written_and_a_broken_one_named(tmp_path: Pat
         (tmp_path / "run" / unsent.FILE).write_text(broken)
         with pytest.raises(UserError, match=r"unsent\.json: damaged"):
             unsent.read(tmp_path / "run")
+
+
+def test_a_database_that_never_answers_takes_no_longer_than_a_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("psycopg")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        tracker = MLflowTracker(f"postgresql+psycopg://me:secret@127.0.0.1:{port}/db", "e")
+        before = time.monotonic()
+        tracker.start({}, TAGS, tmp_path, resumed=False)
+    assert time.monotonic() - before < 2 * store.PROBE_SECONDS
+    assert caplog.text.count("training goes on") == 1
+    assert "secret" not in caplog.text
+    left = unsent.read(tmp_path)
+    assert left is not None
+    assert left.status == "RUNNING"
+
+
+@pytest.mark.parametrize("place", ["gone", "a directory", "no database", "an unwritable directory"])
+def test_a_database_that_is_none_is_said_at_once(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    if place == "gone":
+        uri = "postgresql+psycopg://127.0.0.1:9/db"
+    elif place == "a directory":
+        path.mkdir()
+    elif place == "no database":
+        path.write_text("something else entirely" * 99)
+    else:
+        uri = "sqlite:////proc/mlflow.db"
+    tracker = MLflowTracker(uri, "e")
+    before = time.monotonic()
+    tracker.start({}, TAGS, tmp_path, resumed=False)
+    assert time.monotonic() - before < 1.5
+    assert caplog.text.count("training goes on") == 1
+    tracker.finish("KILLED", history_of(1))
+    assert time.monotonic() - before < 1.5, "nobody who stops a run waits for a store that is away"
+    assert "retried" not in capfd.readouterr().err
+    left = unsent.read(tmp_path)
+    assert left is not None
+    assert left.status == "KILLED"
+
+
+def test_a_database_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in (
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite+pysqlite://",
+        "sqlite:///file:x?mode=memory&uri=true",
+    ):
+        with pytest.raises(UserError, match=r"tracking\.uri=sqlite.*: must be a place that stays"):
+            schema.tracking.MLflow("mlflow", uri, "e", 1.0, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=sqlite://: must be"):
+        schema.tracking.MLflow("mlflow", None, "e", 1.0, None)
+    schema.tracking.MLflow("mlflow", "sqlite:///mlflow.db", "e", 1.0, None)
+
+
+def test_what_a_killed_process_left_of_a_database_is_removed(tmp_path: Path) -> None:
+    for name in ("mlflow.db.12345.tmp", "mlflow.db.12345.tmp-journal", "mlflow.db.tmp", "other.db.1.tmp"):
+        (tmp_path / name).touch()
+    store.connect(f"sqlite:///{tmp_path}/mlflow.db", "e")
+    assert {path.name for path in tmp_path.iterdir()} - {"mlruns"} == {"mlflow.db", "mlflow.db.tmp", "other.db.1.tmp"}
+
+
+def test_all_runs_share_the_database_of_the_directory_they_were_started_from(command: Command, tmp_path: Path) -> None:
+    """With hydra.job.chdir=true, every run has a current directory of its own."""
+    result = command("-m", *SMALL, "epochs=1", "seed=1,2", "hydra.job.chdir=true", "hydra.sweep.dir=runs")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("mlflow.db")) == [Path("mlflow.db")]
+    assert len(list((tmp_path / "mlruns").rglob("last.pt"))) == 2

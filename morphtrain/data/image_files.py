@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from morphtrain import interrupts
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import Crops, Normalise
 from morphtrain.errors import UserError, first_line
@@ -113,6 +114,7 @@ class PictureLoader:
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # the loader draws from it in every pass, not from the run's random state
         )
 
@@ -126,11 +128,13 @@ class PictureLoader:
         failure = ""
         try:
             for batch in self.loader:
+                interrupts.check()
                 if isinstance(batch, str):
                     failure = batch
                     break
                 yield batch
         except RuntimeError as error:
+            interrupts.check()  # workers may have got the signal, too
             if "DataLoader worker" not in str(error):
                 raise
             failure = (
@@ -141,6 +145,10 @@ class PictureLoader:
             # Replacing the loader ends its workers now: the garbage collector would later wait for each in vain.
             self.loader = self._new_loader()
             raise UserError(failure)
+
+
+def _begin_worker(number: int) -> None:
+    interrupts.leave_group()
 
 
 def collate(samples: list[Sample]) -> Batch | str:

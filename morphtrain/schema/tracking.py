@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from morphtrain.addresses import PasswordShown, shown
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
+
+VARIABLE = "MLFLOW_TRACKING_URI"  # takes the place of the key where that is null
 
 
 @dataclass
@@ -26,6 +29,9 @@ class MLflow(Tracking, option="mlflow"):
     def __post_init__(self) -> None:
         if self.uri is not None:
             check_address(self.uri)
+        places = {"tracking.uri": self.uri} if self.uri else {VARIABLE: os.environ.get(VARIABLE)}
+        for key, uri in places.items():
+            check(not _in_memory(uri or ""), key, shown(uri or ""), "a place that stays, such as sqlite:///mlflow.db")
         check(self.experiment != "", "tracking.experiment", self.experiment, "a name")
         check(self.flush_seconds >= 0, "tracking.flush_seconds", self.flush_seconds, "0 or more seconds")
 
@@ -39,3 +45,9 @@ def check_address(uri: str) -> None:
     )
     if shown(uri) != uri:
         raise PasswordShown(f"tracking.uri={shown(uri)}: {wanted}")
+
+
+def _in_memory(uri: str) -> bool:
+    """Whether this is a SQLite database that ends with the process."""
+    kind, _, path = uri.partition("://")
+    return kind.partition("+")[0] == "sqlite" and (path.strip("/") in ("", ":memory:") or "mode=memory" in path)

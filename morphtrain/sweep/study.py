@@ -78,6 +78,7 @@ class SharedStudy:
         """
         with exclusive(self.plan.storage):
             self._release_abandoned(worker.heartbeat_seconds)
+            worker.remove_dead()
             trials = self.study.get_trials(deepcopy=False)
             waiting = sum(trial.state == TrialState.WAITING for trial in trials)
             number = min(most, waiting + max(0, self.plan.total - len(trials)))

@@ -6,20 +6,19 @@ import contextlib
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 from omegaconf import DictConfig, open_dict
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
 from morphtrain.sweep.baseline import Baseline
@@ -37,7 +36,7 @@ from morphtrain.sweep.trial import (
     STOPPED_ATTR,
 )
 from morphtrain.sweep.workers import Worker
-from morphtrain.tracking import begin_sweep, end_sweep
+from morphtrain.tracking import begin_sweep, end_sweep, prepare
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +86,29 @@ class StudySweeper:
 
     def sweep(self, arguments: list[str]) -> None:
         """Search until the study has its total of trials, those of other workers included; then report."""
+        with interrupts.at_once():  # there is nothing yet to end in order
+            space, first, plan, study = self._prepared(arguments)
+        parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
+        status, artifacts = "FAILED", []
+        try:
+            with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
+                self._work(study, worker, space, parent)
+            own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
+            repeating = functools.partial(self._repeating, space=space)
+            artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own)
+            interrupts.check()
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if parent is not None and isinstance(first.tracking, schema.tracking.MLflow):
+                # MLflow params cannot change later: the study's facts never do, but the best trial's params would.
+                metrics = report.summary(study.study, first.objective)
+                end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
+
+    def _prepared(self, arguments: list[str]) -> tuple[SearchSpace, schema.Config, Plan, SharedStudy]:
+        """What is searched, the config at its low end, what all workers agree on, and the study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
         first = self._check(space)
@@ -102,34 +124,20 @@ class StudySweeper:
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
-        parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
-        status, artifacts = "FAILED", []
-        try:
-            with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
-                self._work(study, worker, space, parent)
-            own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
-            repeating = functools.partial(self._repeating, space=space)
-            artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            if parent is not None and isinstance(first.tracking, schema.tracking.MLflow):
-                # MLflow params cannot change later: the study's facts never do, but the best trial's params would.
-                metrics = report.summary(study.study, first.objective)
-                end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
+        prepare(first.tracking)
+        return space, first, plan, study
 
     def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
+            interrupts.check()
             if self.floor is not None:
                 self.floor.check_baseline(study.trials)
             if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
                 self._run(study, worker, trials, space, child)
             elif study.others_running():
-                time.sleep(WAIT_SECONDS)
+                interrupts.wait(WAIT_SECONDS)
             else:
                 break
 
@@ -238,9 +246,13 @@ class StudySweeper:
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
         attrs = study.storage.get_trial(trial._trial_id).user_attrs
+        if returned.status == JobStatus.FAILED:
+            interrupts.check()  # a job that fails after a signal fails for it
         try:
             values = returned.return_value
             values = [float(value) for value in (values if isinstance(values, list) else [values])]
+        except interrupts.JobInterrupted as interrupt:
+            raise interrupts.Interrupted(interrupt.number) from interrupt
         except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             study.fail(worker, trial, kind + first_line(error))

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from morphtrain.errors import first_line
-from morphtrain.files import file_lock, is_locked
+from morphtrain.files import is_locked, named_lock, remove_unlocked
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock.enter_context(file_lock(self.path))
+        self._lock.enter_context(named_lock(self.path, str(os.getpid())))
         self._thread.start()
         return self
 
@@ -55,8 +55,13 @@ class Worker:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
         self._lock.close()
+
+    def remove_dead(self) -> None:
+        """Remove the lock files of dead workers beside this one's. Queue their trials again first."""
+        for path in self.path.parent.glob(".worker-*.lock"):
+            if path != self.path:
+                remove_unlocked(path)
 
     def take(self, trial_id: int) -> None:
         """Record in the storage that the trial is this worker's."""

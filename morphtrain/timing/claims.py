@@ -7,6 +7,7 @@ of a user on a host see each other's claims, however they were started, if they 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 import tempfile
@@ -15,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from morphtrain.errors import UserError
+from morphtrain.errors import UserError, first_line
 from morphtrain.files import file_lock, give_back_lock, is_locked, take_lock
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,20 @@ class Claim:
 
     def __init__(self, claims: Claims, path: Path, lock: int, resources: tuple[str, ...]) -> None:
         self.claims, self.path, self.resources = claims, path, resources
-        self._lock = lock
+        self.lock = lock
 
     def others(self) -> list[int]:
         """The ids of other processes that have claimed any of the same resources."""
+        if not self.path.exists():
+            self.claims.renew(self)
         mine = set(self.resources)
         return [use.pid for use in self.claims.uses(but=self) if mine & set(use.resources)]
 
     def release(self) -> None:
         """Give up all claimed resources."""
         with self.claims.alone():
-            self.path.unlink()
-            give_back_lock(self._lock)
+            self.path.unlink(missing_ok=True)
+            give_back_lock(self.lock)
 
 
 class Claims:
@@ -59,12 +64,22 @@ class Claims:
         """
         with self.alone():
             resources = choose(self._living(None))
-            descriptor, name = tempfile.mkstemp(suffix=".claim", dir=self.directory)
-            os.close(descriptor)
-            path = Path(name)
-            lock = take_lock(path)
-            path.write_text(json.dumps({"pid": os.getpid(), "resources": resources}))
-        return Claim(self, path, lock, resources)
+            return Claim(self, *self._written(resources), resources)
+
+    def renew(self, claim: Claim) -> None:
+        """Write a claim again whose file is gone: what cleans up temporary files knows no locks."""
+        with self.alone():
+            give_back_lock(claim.lock)
+            claim.path, claim.lock = self._written(claim.resources)
+
+    def _written(self, resources: tuple[str, ...]) -> tuple[Path, int]:
+        """The file of a new claim, and its lock."""
+        descriptor, name = tempfile.mkstemp(suffix=".claim", dir=self.directory)
+        os.close(descriptor)
+        path = Path(name)
+        lock = take_lock(path)
+        path.write_text(json.dumps({"pid": os.getpid(), "resources": resources}))
+        return path, lock
 
     def uses(self, but: Claim | None = None) -> list[Use]:
         """The claims of all living processes, except the claim `but`."""
@@ -74,6 +89,7 @@ class Claims:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep all others from reading or changing claims during the block. Do not nest it."""
+        _make_private(self.directory)
         with file_lock(self.directory / "lock"):
             yield
 
@@ -83,11 +99,10 @@ class Claims:
         for path in sorted(self.directory.glob("*.claim")):
             if but is not None and path == but.path:
                 continue
-            if is_locked(path):
-                content = json.loads(path.read_text())
-                living.append(Use(content["pid"], tuple(content["resources"])))
-            else:
+            if not is_locked(path):
                 path.unlink()
+            elif (use := _read(path)) is not None:
+                living.append(use)
         return living
 
 
@@ -98,8 +113,27 @@ def shared_claims() -> Claims:
         UserError: if the directory for claims belongs to another user.
     """
     directory = Path(tempfile.gettempdir()) / f"morphtrain-{os.getuid()}"
+    _make_private(directory)
+    return Claims(directory)
+
+
+def _make_private(directory: Path) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise UserError(f"TMPDIR={directory.parent}: {directory} belongs to another user; choose another TMPDIR")
-    return Claims(directory)
+
+
+def _read(path: Path) -> Use | None:
+    """The claim in a file; None, with a warning once, if that is none."""
+    try:
+        content = json.loads(path.read_text())
+        return Use(int(content["pid"]), tuple(map(str, content["resources"])))
+    except (ValueError, TypeError, KeyError) as error:
+        if path not in _unreadable:
+            log.warning("%s: no claim of a run, and left out: %s", path, first_line(error))
+        _unreadable.add(path)
+    return None
+
+
+_unreadable: set[Path] = set()

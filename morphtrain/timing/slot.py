@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from morphtrain import schema
+from morphtrain import interrupts, schema
 from morphtrain.errors import UserError
 from morphtrain.timing.claims import Claim, Claims, Use, shared_claims
 from morphtrain.timing.cores import allowed_cores, pinned
@@ -111,7 +110,7 @@ def _claimed(claims: Claims, choose: Callable[[Sequence[Use]], tuple[str, ...]],
             if not waiting:
                 log.info("waiting for a free slot (timing.when_busy=wait): %s", busy)
             waiting = True
-            time.sleep(POLL_SECONDS)
+            interrupts.wait(POLL_SECONDS)
 
 
 @contextmanager

@@ -5,6 +5,6 @@ each call passes the whole history, and the tracker sends what it has not sent y
 `begin_sweep` and `end_sweep` keep a sweep's own run, the parent of its trials' runs.
 """
 
-from morphtrain.tracking.sweep_run import begin_sweep, end_sweep
+from morphtrain.tracking.sweep_run import begin_sweep, end_sweep, prepare
 
-__all__ = ["begin_sweep", "end_sweep"]
+__all__ = ["begin_sweep", "end_sweep", "prepare"]

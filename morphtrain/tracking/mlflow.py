@@ -59,6 +59,7 @@ class MLflowTracker(Tracker):
         self.last_flush = time.monotonic()
         self.client: Any = None  # None: not connected yet, or no longer
         self.paces = {"values": Pace(SHARE), "files": Pace(SHARE)}
+        store.load_mlflow()  # now, so that the seconds it takes do not count as part of an attempt
 
     def start(
         self,
@@ -90,7 +91,6 @@ class MLflowTracker(Tracker):
     def begin(self, record: Record, run_dir: Path | None, resumed: bool) -> None:
         """Set what the store should have; whatever cannot be sent is written to `run_dir` (None: nowhere)."""
         self.run, self.run_dir, self.resumed = record, run_dir, resumed
-        store.load_mlflow()  # now, so that the seconds it takes do not count as part of an attempt
 
     def update(self, history: Sequence[Mapping[str, float]]) -> None:
         """Send the epochs that MLflow does not have, unless the last attempt was less than `flush_seconds` ago."""
@@ -110,8 +110,12 @@ class MLflowTracker(Tracker):
         """Send what is left and end the run as FINISHED, FAILED or KILLED; warn if the store does not have it all."""
         self.run.history = [dict(record) for record in history]
         self.run.status, self.run.ended = status, _now()
-        # Try twice: the first attempt may fail on a connection that a restarted server has closed.
-        if not (self.sync(patient=False) or self.sync(patient=False)) and self.run_dir is not None:
+        if status == "KILLED" and self.paces["values"].failing:
+            sent = self.sync()  # nobody who has stopped a run waits for a server that is away
+        else:
+            # Try twice: the first attempt may fail on a connection that a restarted server has closed.
+            sent = self.sync(patient=False) or self.sync(patient=False)
+        if not sent and self.run_dir is not None:
             where = "" if self.uri == store.tracking_uri(None) else f" --uri {shown(self.uri)}"
             log.warning(
                 "MLflow (%s) lacks part of this run; to send it later: python -m morphtrain.tracking %s%s",
@@ -142,6 +146,8 @@ class MLflowTracker(Tracker):
         """Send everything except files, which may go to another server and fail for other reasons."""
         if self.client is None:
             self._connect()
+        elif store.database_file(self.uri) is None:
+            store.probe(self.uri)  # a server may have gone since
         if self.run.history:
             self._send(self.run.history)
         if self.run.status != "RUNNING":

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
+from morphtrain import interrupts
 from morphtrain.addresses import shown
-from morphtrain.files import directory_lock
+from morphtrain.files import directory_lock, remove_left_over
 
 # By default MLflow sends telemetry and waits minutes for a server that is down. Retrying is left to the caller, who
 # knows what it may cost; MLflow would also repeat the request that creates a run. The user's own settings win.
@@ -23,14 +26,32 @@ ENVIRONMENT = {
 }
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 PROBE_SECONDS = 2  # for a server's first answer, so that one that hangs is detected before anything is sent
+DATABASES = ("postgresql", "mysql", "mssql", "sqlite")  # what MLflow takes
+# What limits the time for a database's first answer, by driver.
+CONNECT_LIMITS = {
+    "psycopg": ("connect_timeout",),
+    "psycopg2": ("connect_timeout",),
+    "pg8000": ("timeout",),
+    "pymysql": ("connect_timeout", "read_timeout"),
+    "mysqldb": ("connect_timeout",),
+    "mysqlconnector": ("connection_timeout",),
+    "pyodbc": ("timeout",),
+    "pymssql": ("login_timeout",),
+    "pysqlite": ("timeout",),
+}
 SQLITE = "sqlite:///"
 
 
 def tracking_uri(uri: str | None) -> str:
-    """`uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current directory; file paths made absolute."""
+    """`uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db; file paths are made absolute, from `home`."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     path = database_file(uri)
-    return uri if path is None else f"{SQLITE}{path.absolute()}"
+    return uri if path is None else f"{SQLITE}{home() / path}"
+
+
+def home() -> Path:
+    """The directory that the user started from, which is not the current one with hydra.job.chdir=true."""
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
 
 
 def database_file(uri: str) -> Path | None:
@@ -42,7 +63,7 @@ def view(uri: str) -> str:
     """What shows the store: a server's address, or the command that starts MLflow's UI on it."""
     if uri.startswith(("http://", "https://")):
         return shown(uri)
-    if uri == f"{SQLITE}{Path('mlflow.db').absolute()}" and _makefile_has_ui(Path("Makefile")):
+    if uri == f"{SQLITE}{home() / 'mlflow.db'}" and _makefile_has_ui(home() / "Makefile"):
         return "make ui"
     return f"python -m mlflow ui --backend-store-uri {shlex.quote(shown(uri))}"
 
@@ -72,11 +93,31 @@ def connect(uri: str, experiment: str) -> tuple[Any, str]:
     load_mlflow()
     from mlflow.tracking import MlflowClient
 
-    _make_database(uri)
-    client = MlflowClient(tracking_uri=uri)
-    with _answer_within(PROBE_SECONDS):
-        found = client.get_experiment_by_name(experiment)
-    return client, found.experiment_id if found else _make_experiment(client, experiment)
+    with _at_home():  # MLflow puts the files of runs below the current directory
+        _make_database(uri)
+        probe(uri)
+        client = MlflowClient(tracking_uri=uri)
+        with _answer_within(PROBE_SECONDS):
+            found = client.get_experiment_by_name(experiment)
+        return client, found.experiment_id if found else _make_experiment(client, experiment)
+
+
+def probe(uri: str) -> None:
+    """Let a database that is away or no database say so: MLflow would ask ten times, for minutes.
+
+    Raises:
+        Exception: whatever its driver raises, after `PROBE_SECONDS` if it hangs.
+    """
+    if uri.partition("://")[0].partition("+")[0] not in DATABASES:
+        return
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    engine = create_engine(uri, poolclass=NullPool)
+    limits = set(CONNECT_LIMITS.get(engine.driver, ())) - set(engine.url.query)
+    engine = create_engine(uri, poolclass=NullPool, connect_args=dict.fromkeys(limits, PROBE_SECONDS))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA schema_version" if uri.startswith(SQLITE) else "SELECT 1")
 
 
 @contextlib.contextmanager
@@ -107,6 +148,16 @@ def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[A
 
 
 @contextlib.contextmanager
+def _at_home() -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(home())
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
 def _answer_within(seconds: int) -> Iterator[None]:
     """Limit how long MLflow waits for an answer, unless the user has set a limit."""
     before = os.environ[TIMEOUT]
@@ -125,11 +176,13 @@ def _make_database(uri: str) -> None:
     path = database_file(uri)
     if path is None or path.exists():
         return
-    with alone(uri):
+    with interrupts.at_once(), alone(uri):  # nothing is recorded yet, and MLflow takes seconds
         if path.exists():  # another process was faster
             return
+        remove_left_over(path.parent, f"{path.name}.")
         fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
+            fresh.touch()  # where nothing can be made MLflow would try for minutes
             MlflowClient(tracking_uri=f"{SQLITE}{fresh}").search_experiments()
             with contextlib.suppress(FileExistsError):  # made by a process that ignores the lock (`mlflow ui`)
                 os.link(fresh, path)

@@ -19,6 +19,12 @@ SWEEP_DIR_TAG = "sweep_dir"  # only parent runs have it, no run of a trial
 log = logging.getLogger(__name__)
 
 
+def prepare(config: schema.tracking.Tracking | schema.Custom) -> None:
+    """Do what takes seconds before a sweep begins: import MLflow."""
+    if isinstance(config, schema.tracking.MLflow):
+        store.load_mlflow()
+
+
 def begin_sweep(
     config: schema.tracking.Tracking | schema.Custom, name: str, tags: Mapping[str, str], sweep_dir: Path
 ) -> str | None:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from morphtrain import interrupts
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.state import Run, passes
+from morphtrain.trainer.interruptible import Steps, interruptible
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
@@ -32,14 +34,17 @@ def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     set_mode(run, training=True)
     batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
+    steps = Steps()
     for images, labels in waited_for(batches, run):
         given += len(labels)
         passed = len(labels) / samples
         set_learning_rates(run, run.progress + passed / 2)
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
-        loss, right = gradients(run, images, labels)
-        if take_step(run, images, labels):
+        with steps.next():
+            loss, right = gradients(run, images, labels)
+            taken = take_step(run, images, labels)
+        if taken:
             run.progress += passed
             for hook in after_step:
                 hook(run)
@@ -141,7 +146,8 @@ def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, flo
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     for images, labels in getattr(run.data, f"{part}_batches")():
-        with run.precision.autocast():
+        interrupts.check()
+        with run.precision.autocast(), interruptible():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()

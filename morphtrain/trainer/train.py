@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from morphtrain import morph, options, schema
+from morphtrain import interrupts, morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.memory_limit import named_if_out_of_memory, within_machine
@@ -24,6 +24,7 @@ from morphtrain.trainer import checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
+from morphtrain.trainer.directory import occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
@@ -49,10 +50,12 @@ def train(
     Raises:
         UserError: for a mistake that the user can fix.
         OSError: if `run_dir` cannot be written.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, which wait for the end of the step, and only in the main thread.
     """
     prepare_process()
     sizes = " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
     with (
+        occupied(run_dir),
         take_slot(possible_devices(config.device), config.timing) as slot,
         within_machine() if slot.device.type == "cpu" else nullcontext(),  # drivers map more than the machine has
         named_if_out_of_memory(sizes),
@@ -76,16 +79,34 @@ def _train(
     run_id = stored.facts["tracking_id"] if stored else None
     tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
     tags = {**tags, "seed": str(config.seed), "device": str(run.device), **machine}
-    tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
+    with interrupts.deferred():
+        tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
+        _train_on(run, run_dir, tracker, guard, on_epoch)
+    _check_objective(run)
+    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view())
+    return [run.history[-1][metric] for metric in config.objective]
+
+
+def _train_on(
+    run: Run,
+    run_dir: Path,
+    tracker: Tracker,
+    guard: Guard,
+    on_epoch: Callable[[Mapping[str, float]], bool] | None,
+) -> None:
+    """Train the epochs that are left, and tell the tracker how it ended."""
     status = "FAILED"
     try:
         unwanted = False
-        while run.epoch < config.epochs and not run.stopped and not unwanted:
+        while run.epoch < run.config.epochs and not run.stopped and not unwanted:
+            interrupts.check()
             _advance(run, run_dir, tracker, guard)
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
+        interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
         _leave_artifacts(run, run_dir, tracker)
+        interrupts.check()
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -93,14 +114,11 @@ def _train(
         raise
     finally:
         tracker.finish(status, run.history)
-    _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view())
-    return [run.history[-1][metric] for metric in config.objective]
 
 
 def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tuple[Run, checkpoint.Checkpoint | None]:
     if config.resume == "never":
-        if (run_dir / checkpoint.LAST).exists():
+        if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
             raise UserError(
                 f"hydra.run.dir={run_dir}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
