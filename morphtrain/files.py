@@ -37,6 +37,24 @@ def write_atomically(
         fresh.unlink(missing_ok=True)
 
 
+def link_atomically(source: Path, path: Path) -> None:
+    """Give a file a second name, which may have stood for another one; a copy where the file system has no links.
+
+    Raises:
+        OSError: if neither can be made; `path` is as it was then.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        os.link(source, fresh)
+    except OSError:  # FAT, some network and container mounts; a full disk fails again below
+        write_atomically(path, source.read_bytes())
+        return
+    try:
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)  # still there if both names stood for the same file
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Hold the lock on a file; works on NFS and its kin as well. See `take_lock`."""

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.data.images import ImageData, Images, normalised
+from morphtrain.preprocessing import Preprocessing
 
 HELD_OUT = 360  # of 1797; the same images for every seed
 
@@ -24,9 +25,11 @@ def build(config: schema.data.Digits) -> ImageData:
     train, val = (torch.tensor(part) for part in rows)
     mean, std = pixels[train].mean(), pixels[train].std()
     pixels = normalised(pixels, mean, std)
+    names = [str(digit) for digit in digits.target_names]
     return ImageData(
         train=Images(pixels[train], labels[train]),
         val=Images(pixels[val], labels[val]),
         num_classes=10,
         shift=config.shift,
+        preprocessing=Preprocessing([mean.item()], [std.item()], max_pixel=16, resize=config.image_size, classes=names),
     )

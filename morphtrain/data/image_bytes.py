@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from morphtrain.contracts import Batch
-from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, random_boxes, resized_crops
+from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, preprocessing, random_boxes, resized_crops
 from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
 from morphtrain.data.images import Images
+from morphtrain.preprocessing import Preprocessing
 
 
 def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
@@ -21,7 +22,7 @@ def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
     loader = PictureLoader(Pictures(files, crops, crops.resize), num_workers, pin_memory=False)
     count = len(files.train)
     train, val = (_read(loader, rows, crops.resize) for rows in (range(count), range(count, len(files))))
-    return ByteData(train, val, files.num_classes, crops)
+    return ByteData(train, val, files.classes, crops)
 
 
 def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
@@ -42,9 +43,10 @@ class ByteData:
     """
 
     def __init__(
-        self, train: Images, val: Images, num_classes: int, crops: Crops, normalise: Normalise | None = None
+        self, train: Images, val: Images, classes: Sequence[str], crops: Crops, normalise: Normalise | None = None
     ) -> None:
-        self.train, self.val, self.num_classes, self.crops = train, val, num_classes, crops
+        self.train, self.val, self.classes, self.crops = train, val, classes, crops
+        self.num_classes = len(classes)
         self._normalise = normalise or Normalise()
 
     @property
@@ -53,13 +55,18 @@ class ByteData:
         return 3, self.crops.image_size, self.crops.image_size
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image is resized, cropped and normalised."""
+        return preprocessing(self.crops, self.classes)
+
+    @property
     def advice(self) -> str:
         """See `Data`."""
         return "data.in_memory=false has data.num_workers processes crop the images while the network trains"
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ByteData:
         """The same images, with batches cropped on `device`."""
-        return ByteData(self.train, self.val, self.num_classes, self.crops, Normalise(device, memory_format))
+        return ByteData(self.train, self.val, self.classes, self.crops, Normalise(device, memory_format))
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order; see `Data`."""

@@ -56,7 +56,7 @@ def find_images(root: str) -> ImageFiles:
         train, val = (ImageFolder(folder).samples for folder in folders)
     except OSError as error:  # no class, a class without images, or an unreadable folder
         raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
-    return ImageFiles(root, len(classes[0]), train, val)
+    return ImageFiles(root, classes[0], train, val)
 
 
 def _check_classes(root: str, train: list[str], val: list[str]) -> None:

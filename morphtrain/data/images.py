@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
 
 from morphtrain.contracts import Batch
+from morphtrain.preprocessing import Preprocessing
 
 EVALUATION_BATCH = 512
 
@@ -37,6 +38,7 @@ class ImageData:
         num_classes: labels are 0 .. num_classes - 1.
         shift: random translation by at most this many pixels in each direction, padded with zeros (the mean).
         flip: random horizontal mirroring.
+        preprocessing: how the images were normalised; None if that is not known.
     """
 
     train: Images
@@ -44,6 +46,7 @@ class ImageData:
     num_classes: int
     shift: int = 0
     flip: bool = False
+    preprocessing: Preprocessing | None = None
     _padded: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -60,7 +63,7 @@ class ImageData:
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ImageData:
         """The same data on `device`, where augmentation then runs too; batches have the set's memory format."""
         train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
-        return ImageData(train, val, self.num_classes, self.shift, self.flip)
+        return ImageData(train, val, self.num_classes, self.shift, self.flip, self.preprocessing)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented: images (B, C, H, W) and labels (B,); the last batch may be smaller.
@@ -102,7 +105,7 @@ def normalised(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
 def from_bytes(
     train: tuple[torch.Tensor, torch.Tensor],
     val: tuple[torch.Tensor, torch.Tensor],
-    num_classes: int,
+    classes: Sequence[str],
     train_samples: int | None,
     shift: int,
     flip: bool,
@@ -111,7 +114,7 @@ def from_bytes(
 
     Args:
         train, val: pixels and labels.
-        num_classes: labels are 0 .. num_classes - 1.
+        classes: their names, in the order of the labels.
         train_samples: use only this many training images, the first ones; None for all.
         shift, flip: see `ImageData`.
     """
@@ -120,7 +123,8 @@ def from_bytes(
     return ImageData(
         train=Images(normalised(pixels, mean, std), labels.long()),
         val=Images(normalised(val[0].float(), mean, std), val[1].long()),
-        num_classes=num_classes,
+        num_classes=len(classes),
         shift=shift,
         flip=flip,
+        preprocessing=Preprocessing(mean.tolist(), std.tolist(), max_pixel=255, classes=classes),
     )

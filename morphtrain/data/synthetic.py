@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.data.images import ImageData, Images
+from morphtrain.preprocessing import Preprocessing
 
 
 def build(config: schema.data.Synthetic) -> ImageData:
@@ -22,4 +23,5 @@ def build(config: schema.data.Synthetic) -> ImageData:
         noise = torch.randn(count, config.in_channels, size, size, generator=generator)
         return Images(patterns[labels] + config.noise * noise, labels)
 
-    return ImageData(draw(config.train_samples), draw(config.val_samples), config.num_classes)
+    as_drawn = Preprocessing([0.0] * config.in_channels, [1.0] * config.in_channels, max_pixel=1)
+    return ImageData(draw(config.train_samples), draw(config.val_samples), config.num_classes, preprocessing=as_drawn)

@@ -14,7 +14,7 @@ import logging
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -27,6 +27,7 @@ from morphtrain import custom, morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.files import write_atomically
 from morphtrain.initialise import fresh_weights
+from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
@@ -67,9 +68,21 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
     Raises:
         OSError: if the disk is full or read-only; both files are unchanged then.
     """
+    write(_state(run, tracking_id), directory / LAST, previous=directory / PREVIOUS)
+
+
+def write(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write `content`, whole or not at all; the file that is there already becomes `previous`, if given.
+
+    Raises:
+        UserError: for a state that no file gives back.
+        OSError: if the disk is full or read-only; the files are unchanged then.
+    """
+    for name, state in content.items():
+        _check_plain(name, state)
     buffer = io.BytesIO()
-    torch.save(_state(run, tracking_id), buffer)
-    write_atomically(directory / LAST, buffer.getbuffer(), previous=directory / PREVIOUS)
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer(), previous=previous)
 
 
 def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
@@ -78,6 +91,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "architecture": morph.describe(run.model),
         "num_classes": run.data.num_classes,
         "in_channels": run.data.input_shape[0],
+        "preprocessing": asdict(of_data(run.data)),
         **{key: getattr(run, key) for key in RUN_STATE},
         **{key: asdict(getattr(run, key)) for key in RAMPS},
         "tracking_id": tracking_id,
@@ -89,8 +103,6 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "methods": {name: method.state_dict() for name, method in run.methods.items()},
         "parts": {name: part.state_dict() for name, part in _stateful(run).items()},
     }
-    for name, state in states.items():
-        _check_plain(name, state)
     return {"format": FORMAT, "facts": json.dumps(facts), **states}
 
 
@@ -122,10 +134,10 @@ def _check_plain(name: str, state: Any) -> None:
 class Checkpoint:
     """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods."""
 
-    def __init__(self, path: Path) -> None:
-        """Read and verify a file; raises `UserError` that says what is wrong with it."""
+    def __init__(self, path: Path, formats: Sequence[str] = (FORMAT,)) -> None:
+        """Read and verify a file of one of these formats; raises `UserError` that says what is wrong with it."""
         self.path = path
-        self.content = _read(path)
+        self.content = _read(path, formats)
         self.facts: dict[str, Any] = json.loads(self.content["facts"])
 
     def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
@@ -134,7 +146,7 @@ class Checkpoint:
         `device` is as in `build_run`.
         """
         self._check_config(config)
-        run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
+        run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         run.optimizer.load_state_dict(self.content["optimizer"])
         run.precision.load_state_dict(self.content["precision"])
@@ -149,8 +161,16 @@ class Checkpoint:
             setattr(run, key, Ramp(**self.facts[key]))
         return run
 
-    def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-        """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`."""
+    def preprocessing(self) -> Preprocessing:
+        """What the file says about inputs and outputs of its network; older files know little."""
+        said = self.facts.get("preprocessing", {"num_classes": self.facts.get("num_classes")})
+        try:
+            return of_json(said)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    def model(self, make: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
+        """The network alone, on the CPU; `make` is or makes the user's own network. See `morphtrain.load`."""
         facts = self.facts
         try:
             config = schema.stored_option("model", facts["config"]["model"])
@@ -161,7 +181,7 @@ class Checkpoint:
         build = self._builder(config, norm, make, given)
         with torch.random.fork_rng(devices=[]):
             model = build_model(build, norm if isinstance(norm, schema.norm.Norm) else None, facts["config"]["seed"])
-        return in_format(self._rebuild(model), facts["config"]["memory_format"])
+        return in_format(self.rebuild(model), facts["config"]["memory_format"])
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """A function that gives a network of `config` the structure that this one ended with, and new random weights.
@@ -180,7 +200,7 @@ class Checkpoint:
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model = self._rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
             for name, parameter in model.named_parameters():
                 if name in new and new[name].shape == parameter.shape:
                     parameter.data.copy_(new[name])
@@ -190,7 +210,7 @@ class Checkpoint:
         return restructure
 
     def _builder(
-        self, config: Any, norm: Any, make: Callable[..., nn.Module] | None, given: dict[str, Any]
+        self, config: Any, norm: Any, make: nn.Module | Callable[..., nn.Module] | None, given: dict[str, Any]
     ) -> Callable[[], nn.Module]:
         """A function that makes the network again; it calls nothing merely because this file names it."""
         own = isinstance(config, Custom)
@@ -198,9 +218,13 @@ class Checkpoint:
             hint = "pass model=, a function that makes the network and applies it"
             raise UserError(f"{self.path}: its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
-            raise UserError(f"model={make}: {self.path} holds the model {config.name}, which needs no model=")
+            raise UserError(
+                f"model={getattr(make, '__name__', type(make).__name__)}: {self.path} holds the model {config.name}, which needs no model="
+            )
         if not own and make is None:
             return functools.partial(options.build, "model", config, **given)
+        if isinstance(make, nn.Module):
+            return lambda: make
         wanted = config if own else Custom(config.name, schema.keywords(config))
         maker = make if make is not None else custom.of_checkpoint(config._target_)
 
@@ -211,8 +235,8 @@ class Checkpoint:
 
         return build
 
-    def _rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
-        """Restore structure and values; later traces read the indices of gates from these."""
+    def rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
+        """Restore structure and values in a dense `model`; later traces read the indices of gates from these."""
         try:
             model = morph.rebuild(model, self.facts["architecture"])
         except (AttributeError, RuntimeError) as error:  # a path that the network does not have
@@ -228,7 +252,7 @@ class Checkpoint:
             raise self._unlike(error) from error
 
     def _unlike(self, error: Exception) -> UserError:
-        name = self.facts["config"]["model"].get("_target_", "the model")
+        name = self.facts["config"]["model"].get("_target_", "the model") if "config" in self.facts else "the model"
         reason = " ".join(str(error).split())
         if any("parametrizations." in key for key in self.content["model"]):
             reason = "a method had its weights computed, and only a run with that method goes on from there"
@@ -263,12 +287,7 @@ def find(directory: Path) -> Checkpoint | None:
     return None
 
 
-def load_model(path: Path, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """See `morphtrain.load`."""
-    return Checkpoint(path).model(make).eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, formats: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -282,7 +301,7 @@ def _read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if found not in formats:
         raise UserError(f"{path}: not a checkpoint of MorphTrain in the present format ('{FORMAT}', not {found!r})")
     return content
 

@@ -46,13 +46,16 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a freshly built `model` the structure that `describe` recorded, and return it.
+    """Give `model`, freshly built or changed less, the structure that `describe` recorded, and return it.
 
     The values of tensors are left to `load_state_dict`. A model in channels_last stays in channels_last.
     """
     channels_last = format_of_model(model) is torch.channels_last
     for path in sorted(description["layers"], key=lambda p: p.count(".")):
         facts = dict(description["layers"][path])
+        present = dict(model.named_modules()).get(path)
+        if present is not None and _own_layer(present) == facts:
+            continue
         layer = facts.pop("layer")
         if layer in INSERTED:
             model.set_submodule(path, INSERTED[layer](model, facts).to(next(model.parameters()).dtype))
