@@ -42,6 +42,9 @@ class Preprocessing:
     classes: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        for field in ("mean", "std", "input_shape", "classes"):  # tuples, so that equal ones are equal
+            if isinstance(value := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(value))
         self._check("input_shape", _are(_is_count, self.input_shape, 3), "(channels, height, width)")
         channels = None if self.input_shape is None else self.input_shape[0]
         self._check("mean", _are(_is_number, self.mean, channels), "a number for each channel")
@@ -96,8 +99,7 @@ def of_json(found: Any) -> Preprocessing:
     known = {f.name for f in fields(Preprocessing)}
     if not isinstance(found, Mapping) or not known >= found.keys():
         raise UserError(f"preprocessing={found!r}: must be a dict with {', '.join(sorted(known))}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    return Preprocessing(**values)
+    return Preprocessing(**found)
 
 
 def _are(is_one: Any, values: Any, count: int | None) -> bool:

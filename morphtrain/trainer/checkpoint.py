@@ -218,9 +218,8 @@ class Checkpoint:
             hint = "pass model=, a function that makes the network and applies it"
             raise UserError(f"{self.path}: its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
-            raise UserError(
-                f"model={getattr(make, '__name__', type(make).__name__)}: {self.path} holds the model {config.name}, which needs no model="
-            )
+            passed = getattr(make, "__name__", type(make).__name__)
+            raise UserError(f"model={passed}: {self.path} holds the model {config.name}, which needs no model=")
         if not own and make is None:
             return functools.partial(options.build, "model", config, **given)
         if isinstance(make, nn.Module):
