@@ -86,7 +86,7 @@ def of_data(data: Data) -> Preprocessing:
     said = getattr(data, "preprocessing", None) or Preprocessing()
     if not isinstance(said, Preprocessing):
         wanted = "a morphtrain.preprocessing.Preprocessing"
-        raise UserError(f"data: its preprocessing is a {type(said).__name__}; {wanted} is needed, or none")
+        raise UserError(f"its preprocessing is a {type(said).__name__}; {wanted} is needed, or none")
     return replace(said, input_shape=tuple(data.input_shape), num_classes=data.num_classes)
 
 

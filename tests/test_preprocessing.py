@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def test_what_a_data_set_does_not_say_is_unknown(tmp_path: Path, monkeypatch: An
     assert said.unknown == ["mean", "std", "max_pixel", "classes"]
     with pytest.raises(UserError, match="mean and std are not known"):
         said(torch.zeros(1, 3, 8, 8))
+    with (tmp_path / "quiet.py").open("a") as file:
+        file.write("def wrong():\n    wrong = data()\n    wrong.preprocessing = {'mean': 0}\n    return wrong\n")
+    del sys.modules["quiet"]
+    with pytest.raises(UserError, match=r"data=quiet\.wrong: its preprocessing is a dict"):
+        build_run(morphtrain.compose("data=custom", "data._target_=quiet.wrong", "model.width=4"))
 
 
 def test_a_checkpoint_of_before_knows_the_number_of_classes(tmp_path: Path) -> None:

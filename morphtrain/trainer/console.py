@@ -14,6 +14,7 @@ from rich.table import Table
 
 from morphtrain.schema import Custom
 from morphtrain.state import Run
+from morphtrain.trainer import best
 
 WINDOW = 5  # epochs a median is taken over
 SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
@@ -96,6 +97,10 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path) -> None:
     other = "none, the baseline" if run.config.prune.name != "none" else "prunetrain"
     print(f"run directory: {_short(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
+    if best.is_another(run, run_dir):
+        record = best.best(run.history)
+        what = f"epoch {record['epoch']:.0f}, val_accuracy {record['val_accuracy']:.4f}"
+        print(f"the best:      {_short(run_dir / best.BEST)} ({what})")
     print(f"next:          the same command with prune={other}; then `make ui` to compare")
 
 
