@@ -39,7 +39,11 @@ Schedule = Callable[[float], float]
 
 @runtime_checkable
 class Data(Protocol):
-    """A training and a held-out set of labelled images; labels are 0 .. num_classes - 1."""
+    """A training and a held-out set of labelled images; labels are 0 .. num_classes - 1.
+
+    One that also has `preprocessing`, a `morphtrain.preprocessing.Preprocessing`, lets checkpoints and exports say how
+    its images were normalised and what its classes are called.
+    """
 
     num_classes: int
 

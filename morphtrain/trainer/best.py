@@ -50,7 +50,7 @@ def carry_on(run: Run, source: Path, directory: Path) -> None:
 
 
 def _holds_best(path: Path, history: Sequence[Record]) -> bool:
-    """Whether the run in this file, of which `history` is the continuation, ends with the best epoch."""
+    """Whether a file is the checkpoint of the best epoch: its record has the time, so another run's is not equal."""
     if not path.exists():
         return False
     try:
@@ -58,4 +58,4 @@ def _holds_best(path: Path, history: Sequence[Record]) -> bool:
     except UserError as error:
         log.warning("%s", error)
         return False
-    return bool(found) and found == list(history[: len(found)]) and found[-1] == best(history)
+    return bool(found) and found[-1] == best(history)
