@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from morphtrain.errors import UserError, first_line
+from morphtrain.memory_limit import is_out_of_memory
 from morphtrain.morph import kept_modes
 
 SAMPLES = 2  # batch norm cannot train on one value per channel
@@ -43,6 +44,8 @@ def _check(name: str, model: nn.Module, x: torch.Tensor, num_classes: int) -> No
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # dropout draws
             output = torch.func.functional_call(model, buffers, (x,))
     except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         refused = f"cannot take images of {tuple(x.shape[1:])} in {mode} mode"
         raise UserError(f"{name}: {refused}: {first_line(error)}") from error
     wanted = (len(x), num_classes)

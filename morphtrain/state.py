@@ -18,7 +18,7 @@ from morphtrain.cost import count_macs, count_params
 from morphtrain.errors import UserError
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph import ChannelGraph, MorphError
 from morphtrain.outputs import check_outputs
 from morphtrain.ramp import Ramp
 from morphtrain.timing.clock import Clock
@@ -51,6 +51,7 @@ class Run:
     train_accuracy: float = 0.0  # 0..1, in the same forward passes
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics per epoch
     change: str = ""  # what the structural change of this epoch did; "" if there was none
+    renamed: dict[str, str] = field(default_factory=dict)  # new names of the spaces there were before it, see `retrace`
     changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces after it
     lr_factor: float = 1.0  # factor on the schedule's learning rate, set by methods that lower it
     rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after growth
@@ -65,6 +66,16 @@ class Run:
     def shape_changed(self, summary: str) -> None:
         """Record a structural change; a method calls this after each one, `summary` being for the log."""
         self.change = f"{self.change}; {summary}" if self.change else summary
+
+    def follow_change(self) -> None:
+        """Trace the changed network anew, so that all goes on from here as it would in a run resumed after this epoch.
+
+        Sets `renamed`. Raises a `UserError` if the network can no longer be followed.
+        """
+        try:
+            self.renamed = self.graph.retrace()
+        except MorphError as error:
+            raise UserError(f"{self.change}: the changed network cannot be followed: {error}") from error
 
     def note(self, event: str) -> None:
         """Remember what a method did after this epoch, and the widths that the network has now."""

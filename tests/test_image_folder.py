@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
-from morphtrain import schema
+from morphtrain import memory_limit, schema
 from morphtrain.data import Data, image_files, image_folder
 from morphtrain.data.crops import DRAWS, MEAN, STD, mirrored, random_boxes, resized_crops
 from morphtrain.data.image_bytes import ByteData
@@ -206,7 +206,7 @@ def test_the_rule_that_keeps_data_in_memory(
         (line,) = caplog.messages
         assert line == f"20 images, 2.2e-05 GiB decoded: {'in memory' if kept else 'read by 2 workers'}"
     (tmp_path / "memory.max").write_text("4096\n")
-    monkeypatch.setattr(image_folder, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(memory_limit, "CONTAINER_LIMIT", tmp_path / "memory.max")
     assert image_folder.memory_limit("auto") == 1024 / 2**30
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert [image_folder.worker_count(wanted) for wanted in ("auto", 0, 7)] == [3, 0, 7]

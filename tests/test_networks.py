@@ -19,7 +19,7 @@ from morphtrain.model import MobileNet, ResNet
 from morphtrain.morph import ChannelGraph, Gate
 from morphtrain.norm.ghost import to_ghost
 from morphtrain.preprocessing import Preprocessing
-from morphtrain.trainer import checkpoint
+from morphtrain.trainer import checkpoint, checkpoint_file
 from morphtrain.trainer.build import build_run
 
 EXAMPLE = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -177,11 +177,11 @@ def test_a_file_decides_nothing(tmp_path: Path) -> None:
     facts = json.loads(content["facts"])
     evil = ({"network": "os.system"}, {"memory_format": "os.system"}, {"network": ["x"]}, {"architecture": None})
     for change in evil:
-        torch.save({**content, "facts": json.dumps(facts | change)}, path)
+        checkpoint_file.write(path, {**content, "facts": json.dumps(facts | change)})
         with pytest.raises(UserError):
             morphtrain.load(path)
     before = os.listdir(tmp_path)
-    torch.save({**content, "facts": json.dumps(facts | {"preprocessing": {"mean": "x"}})}, path)
+    checkpoint_file.write(path, {**content, "facts": json.dumps(facts | {"preprocessing": {"mean": "x"}})})
     with pytest.raises(UserError, match="mean"):
         morphtrain.load_preprocessing(path)
     assert os.listdir(tmp_path) == before

@@ -14,12 +14,12 @@ from morphtrain.data.crops import Crops
 from morphtrain.data.image_bytes import ByteData, decode
 from morphtrain.data.image_files import FileData, ImageFiles
 from morphtrain.errors import UserError
+from morphtrain.memory_limit import machine_bytes
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 MOST_WORKERS = 16  # enough to feed one device; each keeps two batches ready
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in each"
 
 
@@ -81,8 +81,4 @@ def worker_count(wanted: str | int) -> int:
 
 def memory_limit(wanted: str | float) -> float:
     """GiB that a decoded set may take; "auto": a quarter of the memory of the machine, or of its container."""
-    if wanted != "auto":
-        return float(wanted)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
-    return min(memory, memory if text == "max" else int(text)) / 4 / GIB
+    return machine_bytes() / 4 / GIB if wanted == "auto" else float(wanted)

@@ -87,6 +87,9 @@ class Adaptive(Method):
         before, method.penalty_weight = method.penalty_weight, method.penalty_weight * self.config.lasso_factor
         return f"penalty weight {before:.4g} -> {method.penalty_weight:.4g}"
 
+    def after_change(self, run: Run) -> None:
+        self.regrowth.follow(run)
+
     def state_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in STATE}
         return {**own, "regrowth": self.regrowth.state_dict()}

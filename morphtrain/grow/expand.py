@@ -5,17 +5,15 @@ expand_to(graph, WidthCost(graph, "flops"), target=2 * 40e6, optimizer=optimizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.grow.net2net import widen
+from morphtrain.grow.size import Cost, Widths
 from morphtrain.morph import ChannelGraph, MorphError, Space
 
-Widths = Mapping[Space, int]
-Cost = Callable[[Widths], float]  # of the network with these widths; spaces not named keep theirs
 LARGEST_MULTIPLIER = 2**20
 
 
@@ -81,22 +79,3 @@ def _filled(
         if cost(wider) <= target:
             widths = wider
     return widths
-
-
-def params_at(graph: ChannelGraph) -> Cost:
-    """The number of parameters as a cost: what `morphtrain.cost.count_params` would count at these widths."""
-    shapes = {id(p): list(p.shape) for p in graph.model.parameters()}
-    sides = [
-        (id(tensor), dim, axis)
-        for axis in graph.axes
-        for name, dim in axis.tensors
-        if isinstance(tensor := getattr(axis.module, name), nn.Parameter)
-    ]
-
-    def cost(widths: Widths) -> float:
-        resized = {key: list(shape) for key, shape in shapes.items()}
-        for key, dim, axis in sides:
-            resized[key][dim] = axis.length_at(widths)
-        return float(sum(torch.Size(shape).numel() for shape in resized.values()))
-
-    return cost

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
-from morphtrain.grow.expand import Cost, expand_to
+from morphtrain.grow.expand import expand_to
 from morphtrain.grow.net2deeper import insert_block_like, stage_blocks
+from morphtrain.grow.size import Cost
 from morphtrain.morph import ChannelGraph, Space, Start
 
 Operator = Literal["wider", "deeper", "auto"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from morphtrain.cost import WidthCost
-from morphtrain.grow.expand import Cost, params_at
+from morphtrain.grow.size import Cost, params_at
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.state import Run
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
+from morphtrain.grow.size import check_memory
 from morphtrain.morph import ChannelGraph, MorphError, Slot, Space
 
 
@@ -43,8 +44,8 @@ def widen(
         widths (before, after) by the names of the spaces that became wider.
 
     Raises:
-        MorphError: for an unknown space, a smaller width, or both or neither of factor and target; nothing is changed
-            then.
+        MorphError: for an unknown space, a smaller width, or both or neither of factor and target.
+        UserError: for widths that this machine has no memory for. In either case nothing is changed.
     """
     if (factor is None) == (target is None):
         raise MorphError("widen needs either a factor or a target")
@@ -59,6 +60,7 @@ def widen(
     for space, width in wanted.items():
         if width < space.size:
             raise MorphError(f"'{space.name}' already has {space.size} channels, {width} would not be wider")
+    check_memory(graph, wanted)
     before = {space: space.size for space in wanted}
     copies = {s: _copies(s.size, width, generator) for s, width in wanted.items() if width > s.size}
     graph.reindex_spaces(copies, optimizer)

@@ -6,12 +6,14 @@ from typing import Any
 
 from morphtrain import schema
 from morphtrain.cost import measure_roofline
-from morphtrain.grow.expand import Cost
 from morphtrain.grow.kept import Growth, grow_where_kept
 from morphtrain.grow.limits import cost_of, share_of_limits
+from morphtrain.grow.size import Cost
 from morphtrain.morph import ChannelGraph
 from morphtrain.state import Run
 from morphtrain.world import agree
+
+GONE = ""  # in place of the names of spaces that have gone: no space is called that
 
 
 class Regrowth:
@@ -27,6 +29,14 @@ class Regrowth:
         if self.config.cost == "latency":
             self.roofline = agree(measure_roofline(run.device))
         self.reference = {space.name: space.size for space in run.graph.spaces}
+
+    def follow(self, run: Run) -> None:
+        """Call spaces what they are called after the change that has just been made."""
+        reference: dict[str, int] = {}
+        for name, width in self.reference.items():
+            now = run.renamed.get(name, GONE)
+            reference[now] = reference.get(now, 0) + width  # several spaces may have become one
+        self.reference = reference
 
     def cost(self, run: Run) -> float:
         """What the network costs now."""

@@ -47,6 +47,9 @@ class Selective(Method):
             run.shape_changed(f"{what} ({reason}; {share})")
             run.rewarm(self.config.rewarm_epochs)
 
+    def after_change(self, run: Run) -> None:
+        self.regrowth.follow(run)
+
     def state_dict(self) -> dict[str, Any]:
         return {"grown_at": self.when.grown_at, "target": self.target, "regrowth": self.regrowth.state_dict()}
 

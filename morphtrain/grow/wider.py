@@ -10,6 +10,7 @@ from morphtrain.errors import UserError
 from morphtrain.grow.expand import widest
 from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.net2net import widen
+from morphtrain.grow.size import Cost, check_memory
 from morphtrain.grow.when import When
 from morphtrain.method import Method
 from morphtrain.morph import Space, matches
@@ -28,23 +29,23 @@ class Wider(Method):
         self.when = When(config)
 
     def before_training(self, run: Run) -> None:
+        if run.epoch > 0:  # pruning may have taken what there was
+            return
         if not self._spaces(run):
             names = ", ".join(space.name for space in run.graph.spaces)
             raise UserError(f"grow.where={self.config.where}: matches no channel space of the model; there are {names}")
+        check_memory(run.graph, self._widths(run), f"grow.factor={self.config.factor:g}")
 
     def after_epoch(self, run: Run) -> None:
         reason = self.when.due(run)
         if not reason:
             return
-        limits = share_of_limits(run, run.graph, self.config.max_params, self.config.max_macs)
-        spaces = self._spaces(run)
-        if limits({}) > 1:
+        if self._limits(run)({}) > 1:
             log.info("grow=wider: %s, but the network is as large as grow.max_params and max_macs allow", reason)
             return
-        widths = widest(limits, spaces, target=1.0, most=self.config.factor)
         grown = widen(
             run.graph,
-            target={space.name: width for space, width in widths.items()},
+            target={space.name: width for space, width in self._widths(run).items()},
             noise=self.config.noise,
             generator=run.generator(run.epoch),
             optimizer=run.optimizer,
@@ -60,6 +61,13 @@ class Wider(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.when.grown_at = list(state["grown_at"])
+
+    def _limits(self, run: Run) -> Cost:
+        return share_of_limits(run, run.graph, self.config.max_params, self.config.max_macs)
+
+    def _widths(self, run: Run) -> dict[Space, int]:
+        """The widths that a growth would give the spaces now."""
+        return widest(self._limits(run), self._spaces(run), target=1.0, most=self.config.factor)
 
     def _spaces(self, run: Run) -> list[Space]:
         return [s for s in run.graph.spaces if not s.is_ambiguous and matches(s.name, self.config.where)]

@@ -53,15 +53,15 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        per_stage = [blocks] * stages if isinstance(blocks, int) else list(blocks)
-        if len(per_stage) != stages:
-            raise ValueError(f"blocks={per_stage}: must have one number per stage, with stages={stages}")
+        if not isinstance(blocks, int) and len(blocks) != stages:
+            raise ValueError(f"blocks={blocks}: must have one number per stage, with stages={stages}")
         if bottleneck and layers < 3:
             raise ValueError(f"layers={layers}: must be 3 or more with bottleneck=True")
         self.stem = _stem(in_channels, width, stem)
         self.stages = nn.Sequential()
         channels = width
-        for stage, count in enumerate(per_stage):
+        for stage in range(stages):
+            count = blocks if isinstance(blocks, int) else blocks[stage]
             inner = width * 2**stage
             blocks_of_stage = nn.Sequential()
             self.stages.append(blocks_of_stage)
@@ -84,16 +84,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, inner: int, layers: int, bottleneck: bool, stride: int, shortcut: str) -> None:
         super().__init__()
         out = inner * (EXPANSION if bottleneck else 1)
-        widths = [channels, *[inner] * (layers - 1), out]
-        kernels = [1, *[3] * (layers - 2), 1] if bottleneck else [3] * layers
-        strides = [1] * layers
-        strides[1 if bottleneck else 0] = stride
+        ends, strided = (0, layers - 1) if bottleneck else (), 1 if bottleneck else 0
         self.branch = nn.Sequential()
         for layer in range(layers):
             if layer:
                 self.branch.append(nn.ReLU())
-            self.branch.append(_conv(widths[layer], widths[layer + 1], kernels[layer], strides[layer]))
-            self.branch.append(nn.BatchNorm2d(widths[layer + 1]))
+            before, after = (channels if layer == 0 else inner), (out if layer == layers - 1 else inner)
+            self.branch.append(_conv(before, after, 1 if layer in ends else 3, stride if layer == strided else 1))
+            self.branch.append(nn.BatchNorm2d(after))
         self.shortcut = _shortcut(channels, out, stride, shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from morphtrain.morph.layers import PadChannels, ZeroBranch
 from morphtrain.morph.modes import kept_modes
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
-from morphtrain.morph.surgery.architecture import describe, rebuild
+from morphtrain.morph.surgery.architecture import DESCRIPTION, describe, rebuild
 from morphtrain.morph.surgery.gates import Gate
 from morphtrain.morph.surgery.insert import Start
 from morphtrain.morph.trace.blocks import Block
@@ -27,6 +27,7 @@ from morphtrain.morph.trace.points import Point
 from morphtrain.morph.trace.traced import SAMPLES
 
 __all__ = [
+    "DESCRIPTION",
     "MIXING",
     "NORMS",
     "SAMPLES",

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import ZeroBranch
 from morphtrain.morph.paths import is_within
-from morphtrain.morph.spaces import Axis, ChannelGather, Space
+from morphtrain.morph.spaces import Axis, ChannelGather, Space, new_names
 from morphtrain.morph.surgery.gates import Gate, check_gates, insert_gate
 from morphtrain.morph.surgery.indexing import Index, check_emptied, checked_index, emptied_axes, reindex_tensors
 from morphtrain.morph.surgery.insert import Start, insert_block, insert_layers
@@ -84,6 +84,27 @@ class ChannelGraph:
     def untraced(cls, model: nn.Module) -> ChannelGraph:
         """A graph without spaces, for a `model` in which nothing is to be changed."""
         return cls(model)
+
+    def retrace(self) -> dict[str, str]:
+        """Find everything again, as `trace` finds it in the network that this one has become.
+
+        `reindex` and `remove_block` keep the spaces, with their names and order, for those who hold them. A trace of
+        the changed network may find them differently: what is numbered among its neighbours, or named after a layer
+        that has gone, gets another name; neighbours that nothing keeps apart are one space; and what has a single
+        channel may no longer be told from what it is mixed with. Spaces and blocks found earlier are no longer part of
+        this graph.
+
+        Returns:
+            the new name of each space that is still there, by its name before.
+
+        Raises:
+            MorphError: as `trace`.
+        """
+        before = self.spaces
+        if self.example_input is None:
+            return {}
+        self._retrace()
+        return new_names(before, self.axes)
 
     def _retrace(self) -> None:
         trace = trace_channels(self.model, self.example_input, self.ignore)

@@ -6,7 +6,7 @@ tensors; an axis is divided into segments, each the channels of one space or ent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,6 +83,10 @@ class Axis:
         """max |w| of each entry, over the weight's other dimensions: (length,)."""
         assert self.weight is not None, f"{self.path} has no weights"
         return self.weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
+
+    def at(self, entry: int) -> Space | None:
+        """The space that the entry at this position belongs to; None if it cannot change."""
+        return next(s.space for start, s in self.placed() if start <= entry < start + s.length)
 
     def placed(self) -> Iterator[tuple[int, Segment]]:
         """(position of its first entry, segment) of every segment."""
@@ -162,3 +166,25 @@ class ChannelGather:
         rows = [torch.arange(g.length) + starts[id(s)] for g, s in self.segments if g in self.gathered.segments]
         index = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
         self.module.index = index.to(self.module.index.device)  # type: ignore[arg-type]
+
+
+def new_names(before: Sequence[Space], axes: Sequence[Axis]) -> dict[str, str]:
+    """The names that spaces found `before` have on the `axes` of a later trace of the same network.
+
+    They have the same places in the same tensors; one that cannot change any more has no new name.
+    """
+    found = {_dimension(axis): axis for axis in axes}
+    names = {}
+    for space in before:
+        for slot in space.slots:
+            axis = found.get(_dimension(slot.axis))
+            now = axis.at(slot.start) if axis is not None else None
+            if now is not None:
+                names[space.name] = now.name
+                break
+    return names
+
+
+def _dimension(axis: Axis) -> tuple[int, Tensors, str | None]:
+    """Which dimension of which module an axis is, whatever its path and role."""
+    return id(axis.module), axis.tensors, axis.counter

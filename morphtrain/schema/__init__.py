@@ -26,7 +26,7 @@ from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import METRICS, Config
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.max_batch import MaxBatch
-from morphtrain.schema.option import OPTIONS, Option, keywords, option_of
+from morphtrain.schema.option import OPTIONS, Option, keywords, option_of, size_keys
 from morphtrain.schema.parse import CONF, compose, own_directories, parse, parse_max_batch, stored_option
 
 for _module in pkgutil.iter_modules(__path__):  # an option may have a module of its own
@@ -62,6 +62,7 @@ __all__ = [
     "precision",
     "prune",
     "schedule",
+    "size_keys",
     "stored_option",
     "timing",
     "tracking",

@@ -65,3 +65,15 @@ def option_of(node: Mapping[Any, Any]) -> Any:
     if "_target_" in keys:
         return "custom"
     return node.get("source" if "source" in keys else "name")
+
+
+def size_keys(group: str, option: Option | Custom) -> str:
+    """The keys of a group that may say how large something is, with their values: `model.blocks=3 model.width=16`.
+
+    Without any, the option.
+    """
+    given = option.arguments if isinstance(option, Custom) else vars(option)
+    sizes = {
+        key: value for key, value in given.items() if type(value) in (int, list) or (type(value) is float and value > 1)
+    }
+    return " ".join(f"{group}.{key}={value}" for key, value in sizes.items()) or f"{group}={option.name}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.errors import UserError, first_line
+from morphtrain.plain_data import mismatch
 from morphtrain.schema.checks import check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
@@ -56,10 +57,16 @@ def parse_max_batch(composed: DictConfig) -> MaxBatch:
 
 
 def stored_option(group: str, stored: Mapping[str, Any]) -> Option | Custom:
-    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for an unknown one."""
+    """The dataclass of a group's option from a checkpoint's plain data; raises `UserError` for what is none."""
     name = option_of(stored)
     check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
-    option = OPTIONS[group][name](**stored)
+    kind = OPTIONS[group][name]
+    types = get_type_hints(kind)
+    if found := mismatch(stored, {field.name: types[field.name] for field in fields(kind)}, group):
+        raise UserError(found)
+    if unknown := stored.keys() - types.keys():
+        raise UserError(f"{group}.{min(unknown)}: no such key")
+    option: Option | Custom = kind(**stored)
     if isinstance(option, Custom):
         option.check(group)
     return option

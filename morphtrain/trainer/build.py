@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from morphtrain import options, part_checks, schema
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
+from morphtrain.memory_limit import AllocationLimit, machine_bytes, named_if_out_of_memory
 from morphtrain.method import ORDER, Method
 from morphtrain.morph import ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
@@ -39,9 +41,10 @@ def build_run(
             channels that a method needs and that cannot be followed.
     """
     device = device or pick_device(config.device)
-    data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
+    with named_if_out_of_memory(schema.size_keys("data", config.data)):
+        data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
     given = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
-    model = build_model(lambda: options.build("model", config.model, **given), config.norm, config.seed)
+    model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
         model = morph(model)
     model = in_format(model.to(device), config.memory_format)
@@ -109,18 +112,46 @@ def build_methods(config: schema.Config) -> dict[str, Method]:
     return {name: method for name, method in methods.items() if method is not None}
 
 
-def build_model(build: Callable[[], nn.Module], norm: schema.norm.Norm | schema.Custom | None, seed: int) -> nn.Module:
-    """The network that `build` makes, with the norms of config group `norm` (None: its own), on the CPU.
+def build_model(
+    config: schema.Option | Custom,
+    build: Callable[[], nn.Module],
+    norm: schema.norm.Norm | Custom | None,
+    seed: int,
+    device: str = "cpu",
+) -> nn.Module:
+    """The network that `build` makes, with the norms of config group `norm` (None: its own).
 
     It is initialised from the run's seed. Structure and values of a checkpoint come later: they do not say which norms.
+
+    Args:
+        config: of the network.
+        device: "meta" for a network without values; only of those that `needs_no_values` knows.
+
+    Raises:
+        UserError: for a network that needs more memory than the machine has, before it takes it.
     """
+    if device != "meta" and needs_no_values(config):
+        with _limited(config), torch.device("meta"):  # takes no time, whatever its size
+            build()
     # torch.manual_seed would seed the GPUs' generators, too, which `morphtrain.load` has to leave alone.
     torch.default_generator.manual_seed(derived_seed(seed, 0))
-    with torch.device("cpu"):
+    with _limited(config), torch.device(device), named_if_out_of_memory(schema.size_keys("model", config)):
         model = build()
     if norm is not None:
         options.build("norm", norm, model=model)
     return model
+
+
+def needs_no_values(config: schema.Option | Custom) -> bool:
+    """Whether a network can be made of tensors without values; others may compute with values while they are made."""
+    return not isinstance(config, (Custom, schema.model.Torchvision))
+
+
+def _limited(config: schema.Option | Custom) -> AllocationLimit:
+    def refuse(needed: str) -> NoReturn:
+        raise UserError(f"{schema.size_keys('model', config)}: the network takes {needed}; choose a smaller one")
+
+    return AllocationLimit(machine_bytes(), refuse)
 
 
 def in_format(model: nn.Module, memory_format: str) -> nn.Module:

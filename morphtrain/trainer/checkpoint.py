@@ -1,40 +1,37 @@
-"""Checkpoints: atomic, plain tensors and JSON, and enough of them to survive a broken one.
+"""Checkpoints: what they hold of a run, and the run or network that comes out of one.
 
-`last.pt` is the newest; `previous.pt` the one before it. A file is written under another name and
-then renamed, so neither name ever stands for a half-written file; every record in it carries a CRC-32, which is checked
-before it is used.
+`last.pt` is the newest; `previous.pt` the one before it, for when the newest is damaged. `checkpoint_file.py` says how
+they are written and read.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import json
 import logging
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from morphtrain import custom, morph, options, schema
-from morphtrain.errors import UserError
-from morphtrain.files import write_atomically
+from morphtrain.errors import UserError, first_line
 from morphtrain.initialise import fresh_weights
+from morphtrain.memory_limit import AllocationLimit
+from morphtrain.plain_data import mismatch
 from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
-from morphtrain.trainer.build import build_model, build_run, in_format
+from morphtrain.trainer import checkpoint_file
+from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-FORMAT = "morphtrain checkpoint 5"
+FORMAT = "morphtrain checkpoint 6"
+WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they do not change what is computed.
 FREE_KEYS = (
@@ -56,8 +53,36 @@ PARTS = ("data", "criterion", "schedule")
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
 
-PLAIN = (str, int, float, bool, NoneType)
-CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+# The types of what a checkpoint holds (`plain_data.mismatch`): for its network, and for the run.
+NETWORK_FACTS: dict[str, Any] = {
+    "config": {"seed": int, "memory_format": str, "model": dict[str, Any], "norm": dict[str, Any]},
+    "architecture": morph.DESCRIPTION,
+    "num_classes": int,
+    "in_channels": int,
+}
+NETWORK = {"facts": str, "model": dict[str, Any]}
+RAMP = {"start": float, "end": float, "since": float, "epochs": float}
+RUN_FACTS: dict[str, Any] = {
+    "epoch": int,
+    "progress": float,
+    "batch_size": int,
+    "micro_batch": int | None,
+    "initial": dict[str, int],
+    "history": list[dict[str, float]],
+    "changes": list[dict[str, Any]],
+    "lr_factor": float,
+    "stopped": bool,
+    **dict.fromkeys(RAMPS, RAMP),
+    "tracking_id": str | None,
+}
+CHANGE = {"epoch": int, "event": str, "widths": dict[str, int]}
+RUN = dict.fromkeys(("optimizer", "precision", "methods", "parts"), dict[str, Any])
+
+# The types of the facts in each format that this version reads for a run.
+FORMATS_OF_RUNS: dict[str, Any] = {FORMAT: NETWORK_FACTS, WITHOUT_DIGEST: NETWORK_FACTS}
+
+# What rebuilding a network may allocate: each of its tensors at most twice, and norms that are made to be resized.
+OWN_SHARE, SPARE_BYTES = 2, 2**26
 
 log = logging.getLogger(__name__)
 
@@ -68,21 +93,7 @@ def save(run: Run, directory: Path, tracking_id: str | None) -> None:
     Raises:
         OSError: if the disk is full or read-only; both files are unchanged then.
     """
-    write(_state(run, tracking_id), directory / LAST, previous=directory / PREVIOUS)
-
-
-def write(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
-    """Write `content`, whole or not at all; the file that is there already becomes `previous`, if given.
-
-    Raises:
-        UserError: for a state that no file gives back.
-        OSError: if the disk is full or read-only; the files are unchanged then.
-    """
-    for name, state in content.items():
-        _check_plain(name, state)
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer(), previous=previous)
+    checkpoint_file.write(directory / LAST, _state(run, tracking_id), previous=directory / PREVIOUS)
 
 
 def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
@@ -112,54 +123,85 @@ def _stateful(run: Run) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
-def _check_plain(name: str, state: Any) -> None:
-    """Raise a `UserError` for a state that no file gives back: of types that `weights_only` does not load.
-
-    Types count exactly: numpy's float64 is a float, a defaultdict a dict, and neither is loaded again.
-    """
-    if isinstance(state, torch.Tensor) or type(state) in PLAIN:
-        return
-    if type(state) not in CONTAINERS:
-        kind = type(state).__name__
-        raise UserError(f"{name}: its state_dict() holds a {kind}; tensors, numbers, text, lists and dicts work")
-    if isinstance(state, dict):
-        for key, value in state.items():
-            _check_plain(f"{name}, a key", key)
-            _check_plain(f"{name}.{key}" if name in ("methods", "parts") else name, value)
-    else:
-        for value in state:
-            _check_plain(name, value)
-
-
 class Checkpoint:
-    """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods."""
+    """A checkpoint in memory: `facts` (plain data) and the tensors of model, optimizer and methods.
 
-    def __init__(self, path: Path, formats: Sequence[str] = (FORMAT,)) -> None:
-        """Read and verify a file of one of these formats; raises `UserError` that says what is wrong with it."""
-        self.path = path
-        self.content = _read(path, formats)
-        self.facts: dict[str, Any] = json.loads(self.content["facts"])
+    Args:
+        path: of the file.
+        name: what messages call it, such as `resume=last.pt`; the path by default.
+        formats: those that it may have, and the types of the facts in each.
+
+    Raises:
+        UserError: saying what is wrong with the file.
+    """
+
+    def __init__(self, path: Path, name: str = "", formats: Mapping[str, Any] = FORMATS_OF_RUNS) -> None:
+        self.path, self.name = path, name or str(path)
+        self.content, digested = checkpoint_file.read(path, self.name)
+        self.bytes = path.stat().st_size
+        self._check_format(digested, formats)
+        self.facts: dict[str, Any] = self._parsed_facts(formats)
+
+    def _check_format(self, digested: bool, formats: Mapping[str, Any]) -> None:
+        found = self.content.get("format")
+        if found in list(formats) and found != WITHOUT_DIGEST and not digested:
+            raise UserError(f"{self.name}: damaged checkpoint (its digest is gone)")
+        if found not in list(formats):
+            wanted = f"'{FORMAT}', not {found!r}"
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain in the present format ({wanted})")
+
+    def _parsed_facts(self, formats: Mapping[str, Any]) -> Any:
+        self._check(mismatch(self.content, NETWORK, "the file"))
+        try:
+            facts = json.loads(self.content["facts"])
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.name}: not a checkpoint of MorphTrain ({first_line(error)} in its facts)"
+            ) from error
+        self._check(mismatch(facts, formats[self.content["format"]], "facts"))
+        return facts
+
+    def check_run(self) -> None:
+        """Raise a `UserError` if this is not the checkpoint of a run, or of one that is not of the types it must be."""
+        self._check(mismatch(self.content, RUN, "the file"))
+        self._check(mismatch(self.facts, RUN_FACTS, "facts"))
+        for change in self.facts["changes"]:
+            self._check(mismatch(change, CHANGE, "a change"))
+
+    def _check(self, wrong: str) -> None:
+        if wrong:
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})")
 
     def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
         """The run as it was after its last full epoch; raises `UserError` if `config` describes another run.
 
         `device` is as in `build_run`.
         """
+        self.check_run()
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
-        run.optimizer.load_state_dict(self.content["optimizer"])
-        run.precision.load_state_dict(self.content["precision"])
+        self._load_state("optimizer", run.optimizer, self.content["optimizer"])
+        self._load_state("precision", run.precision, self.content["precision"])
         for name, method in run.methods.items():
             if name in self.content["methods"]:
-                method.load_state_dict(self.content["methods"][name])
+                self._load_state(name, method, self.content["methods"][name])
         for name, part in _stateful(run).items():
-            part.load_state_dict(self.content["parts"][name])
+            self._load_state(name, part, self.content["parts"].get(name))
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         for key in RAMPS:
-            setattr(run, key, Ramp(**self.facts[key]))
+            setattr(run, key, Ramp(*(self.facts[key][name] for name in RAMP)))
         return run
+
+    def _load_state(self, name: str, part: Any, state: Any) -> None:
+        try:
+            part.load_state_dict(state)
+        except Exception as error:  # each part says in its own way that it cannot take a state
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"{self.name}: its state of {name} is not one of {type(part).__name__} ({reason})"
+            ) from error
 
     def preprocessing(self) -> Preprocessing:
         """What the file says about inputs and outputs of its network; older files know little."""
@@ -167,21 +209,30 @@ class Checkpoint:
         try:
             return of_json(said)
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise UserError(f"{self.name}: {error}") from error
 
     def model(self, make: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
-        """The network alone, on the CPU; `make` is or makes the user's own network. See `morphtrain.load`."""
+        """The network alone, on the CPU; `make` is or makes the user's own network. See `morphtrain.load`.
+
+        Where that is possible it is made without values, so that nothing is taken but the tensors of this checkpoint.
+        """
         facts = self.facts
+        given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
+        memory_format = facts["config"]["memory_format"]
         try:
+            for key, value in given.items():
+                schema.check(value >= 1, key, value, "1 or more")
+            schema.check_one_of("memory_format", memory_format, tuple(FORMATS))
             config = schema.stored_option("model", facts["config"]["model"])
             norm = schema.stored_option("norm", facts["config"]["norm"])
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}: not a model of this version of MorphTrain ({error})") from error
-        given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
-        build = self._builder(config, norm, make, given)
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(build, norm if isinstance(norm, schema.norm.Norm) else None, facts["config"]["seed"])
-        return in_format(self.rebuild(model), facts["config"]["memory_format"])
+            build = self._builder(config, norm, make, given)
+            known_norm = norm if isinstance(norm, schema.norm.Norm) else None
+            device = "meta" if make is None and needs_no_values(config) else "cpu"
+            with torch.random.fork_rng(devices=[]):
+                model = build_model(config, build, known_norm, facts["config"]["seed"], device)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return in_format(self.rebuild(model), memory_format)
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """A function that gives a network of `config` the structure that this one ended with, and new random weights.
@@ -195,7 +246,7 @@ class Checkpoint:
         then, now = flat(self.facts["config"]["model"]), flat(asdict(config)["model"])
         if then != now:
             key = next(key for key in (*then, *now) if then.get(key) != now.get(key))
-            wanted = f"{self.path} was written with model.{key}={then.get(key)}; take the same model"
+            wanted = f"{self.name} was written with model.{key}={then.get(key)}; take the same model"
             raise UserError(f"model.{key}={now.get(key)}: {wanted}, or architecture=null")
 
         def restructure(model: nn.Module) -> nn.Module:
@@ -216,10 +267,10 @@ class Checkpoint:
         own = isinstance(config, Custom)
         if isinstance(norm, Custom) and make is None:
             hint = "pass model=, a function that makes the network and applies it"
-            raise UserError(f"{self.path}: its norm is {norm.name}; a file does not decide what is called; {hint}")
+            raise UserError(f"its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
             passed = getattr(make, "__name__", type(make).__name__)
-            raise UserError(f"model={passed}: {self.path} holds the model {config.name}, which needs no model=")
+            raise UserError(f"model={passed}: the file holds the model {config.name}, which needs no model=")
         if not own and make is None:
             return functools.partial(options.build, "model", config, **given)
         if isinstance(make, nn.Module):
@@ -236,9 +287,15 @@ class Checkpoint:
 
     def rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
         """Restore structure and values in a dense `model`; later traces read the indices of gates from these."""
+
+        def refuse(needed: str) -> NoReturn:
+            raise UserError(f"{self.name}: damaged, or not a checkpoint (it describes tensors that it does not hold)")
+
+        device = next(model.parameters()).device
         try:
-            model = morph.rebuild(model, self.facts["architecture"])
-        except (AttributeError, RuntimeError) as error:  # a path that the network does not have
+            with AllocationLimit(OWN_SHARE * self.bytes + SPARE_BYTES, refuse), torch.device(device):
+                model = morph.rebuild(model, self.facts["architecture"])
+        except morph.MorphError as error:
             raise self._unlike(error) from error
         self._load_values(model, strict)
         return model
@@ -246,7 +303,7 @@ class Checkpoint:
     def _load_values(self, model: nn.Module, strict: bool) -> None:
         """Load parameters and buffers; if not `strict`, those with names that the model has."""
         try:
-            model.load_state_dict(self.content["model"], strict)
+            model.load_state_dict(self.content["model"], strict, assign=next(model.parameters()).is_meta)
         except RuntimeError as error:  # other names or shapes
             raise self._unlike(error) from error
 
@@ -255,7 +312,7 @@ class Checkpoint:
         reason = " ".join(str(error).split())
         if any("parametrizations." in key for key in self.content["model"]):
             reason = "a method had its weights computed, and only a run with that method goes on from there"
-        return UserError(f"{self.path}: {name} is not the network it was written with ({reason})")
+        return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
         stored = self.facts["config"]
@@ -265,7 +322,7 @@ class Checkpoint:
             free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
             if not free and then.get(key) != now.get(key):
                 raise UserError(
-                    f"{key}={now.get(key)}: {self.path} was written with {key}={then.get(key)}; "
+                    f"{key}={now.get(key)}: {self.name} was written with {key}={then.get(key)}; "
                     "resume with the same value, or start again in another hydra.run.dir with resume=never"
                 )
 
@@ -278,31 +335,14 @@ def find(directory: Path) -> Checkpoint | None:
     present = [directory / name for name in (LAST, PREVIOUS) if (directory / name).exists()]
     for path in present:
         try:
-            return Checkpoint(path)
+            found = Checkpoint(path, f"resume=auto: {path}")
+            found.check_run()
+            return found
         except UserError as error:
             if path == present[-1]:
                 raise
             log.warning("%s; going on from %s", error, present[-1].name)
     return None
-
-
-def _read(path: Path, formats: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path}: damaged checkpoint ({damaged} fails its checksum)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain (it holds more than tensors and text)") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found not in formats:
-        raise UserError(f"{path}: not a checkpoint of MorphTrain in the present format ('{FORMAT}', not {found!r})")
-    return content
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

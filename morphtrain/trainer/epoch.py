@@ -106,6 +106,7 @@ def _of_methods(run: Run, hook: str) -> Record:
 
 
 def _settle_change(run: Run) -> None:
+    run.follow_change()
     run.note(run.change)
     run.count()
     for hook in run.hooks("after_change"):

@@ -63,7 +63,8 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
     """The config's network, on `device`, the shape of its images and the number of its classes."""
     input_shape, num_classes = images_of(config)
     given = {"num_classes": num_classes, "in_channels": input_shape[0]}
-    model = build_model(lambda: options.build("model", config.model, **given), config.norm, seed=0).to(device)
+    model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, seed=0)
+    model = model.to(device)
     in_format(model, config.memory_format)
     check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
     return model, input_shape, num_classes

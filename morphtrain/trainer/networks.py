@@ -9,18 +9,20 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from morphtrain import custom, morph
+from morphtrain import custom, morph, schema
 from morphtrain.errors import UserError
 from morphtrain.preprocessing import Preprocessing
 from morphtrain.schema.custom import Custom
-from morphtrain.trainer import checkpoint
+from morphtrain.trainer import checkpoint, checkpoint_file
 from morphtrain.trainer.build import FORMATS, in_format
 
 FORMAT = "morphtrain network 1"
+FACTS = {"network": str, "architecture": morph.DESCRIPTION, "memory_format": str, "preprocessing": dict[str, Any]}
 
 
 def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = None) -> None:
@@ -34,25 +36,20 @@ def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = Non
         "memory_format": memory_format,
         "preprocessing": asdict(preprocessing or Preprocessing()),
     }
-    checkpoint.write({"format": FORMAT, "facts": json.dumps(facts), "model": model.state_dict()}, path)
+    checkpoint_file.write(path, {"format": FORMAT, "facts": json.dumps(facts), "model": model.state_dict()})
 
 
 def read(path: Path) -> checkpoint.Checkpoint:
     """The checkpoint of a run, or a file of `save`."""
-    stored = checkpoint.Checkpoint(path, (checkpoint.FORMAT, FORMAT))
-    facts = stored.facts
-    if stored.content["format"] == FORMAT and not (
-        isinstance(facts.get("network"), str)
-        and isinstance(facts.get("architecture"), dict)
-        and facts.get("memory_format") in list(FORMATS)
-    ):
-        raise UserError(f"{path}: not written by morphtrain.save")
+    stored = checkpoint.Checkpoint(path, formats={**checkpoint.FORMATS_OF_RUNS, FORMAT: FACTS})
+    if stored.content["format"] == FORMAT:
+        schema.check_one_of(f"{path}: memory_format", stored.facts["memory_format"], tuple(FORMATS))
     return stored
 
 
 def load(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
     """See `morphtrain.load`."""
-    if stored.content["format"] == checkpoint.FORMAT:
+    if stored.content["format"] != FORMAT:
         return stored.model(model).eval()
     dense = _with_types(_dense(stored, model), stored.content["model"])
     return in_format(stored.rebuild(dense), stored.facts["memory_format"]).eval()

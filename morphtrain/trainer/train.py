@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from morphtrain import morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
+from morphtrain.memory_limit import named_if_out_of_memory, within_machine
 from morphtrain.schema import Config
 from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
@@ -49,7 +51,12 @@ def train(
         OSError: if `run_dir` cannot be written.
     """
     prepare_process()
-    with take_slot(possible_devices(config.device), config.timing) as slot:
+    sizes = " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
+    with (
+        take_slot(possible_devices(config.device), config.timing) as slot,
+        within_machine() if slot.device.type == "cpu" else nullcontext(),  # drivers map more than the machine has
+        named_if_out_of_memory(sizes),
+    ):
         return _train(config, run_dir, tags, on_epoch, slot)
 
 
@@ -101,7 +108,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     auto = config.resume == "auto"
     if not auto and not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
-    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume))
+    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
     if stored is None:
         log.info("no checkpoint in %s: starting from epoch 1", run_dir)
         return _start(config, device), None
@@ -114,7 +121,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
 def _start(config: Config, device: torch.device) -> Run:
     if config.architecture is None:
         return build_run(config, device=device)
-    stored = checkpoint.Checkpoint(Path(config.architecture))
+    stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
     return build_run(config, morph=stored.architecture(config), device=device)
 
 
