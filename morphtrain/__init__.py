@@ -9,32 +9,68 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from morphtrain.preprocessing import Preprocessing
     from morphtrain.schema import Config
 
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, model: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """Rebuild the (morphed) network of a checkpoint from that file alone, on the CPU and in evaluation mode.
+def load(path: str | Path, model: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
+    """Rebuild the (morphed) network of a run's checkpoint or of a file of `save`, on the CPU and in evaluation mode.
 
     A file never decides what is imported or which function is called. So a network of your own
-    (`model._target_=my_package.Net`) has to be known already: import its package first, or pass what makes it. Either
-    way it is called with the keywords in the file; with a file you do not trust, pass `model`.
+    (`model._target_=my_package.Net`) has to be known already: import its package first, or pass it, or what makes it.
+    With a file you do not trust, pass it.
 
     Args:
-        path: a checkpoint, such as `last.pt` in a run directory.
-        model: for a network of your own: its class, or a function that makes it, called with the keywords of the run
-            (plus `num_classes` and `in_channels` if it takes them). None: the class that the checkpoint names, if its
-            module has been imported; a function has to be passed.
+        path: a checkpoint, such as `last.pt` or `best.pt` in a run directory, or a file of `save`.
+        model: for a network of your own: its class or a function that makes it, called with the keywords of the run
+            (plus `num_classes` and `in_channels` if it takes them); or the network as it was before it was pruned,
+            which is changed in place. None: the class that the checkpoint names, if its module has been imported.
+            A file of `save` names none and has no keywords.
 
     Raises:
         UserError: if the file is damaged or not a checkpoint of MorphTrain; if it holds a network of your own that is
             neither imported nor passed, or is not the one it was written with; if `model` is given for one of
             MorphTrain's networks.
     """
-    from morphtrain.trainer.checkpoint import load_model
+    from morphtrain.trainer import networks
 
-    return load_model(Path(path), model)
+    return networks.load(networks.read(Path(path)), model)
+
+
+def load_preprocessing(path: str | Path) -> Preprocessing:
+    """How images become inputs of the network that `load(path)` gives, and what its outputs stand for.
+
+    What the data set did not say is None.
+
+    Raises:
+        UserError: if the file is damaged or not a checkpoint of MorphTrain.
+    """
+    from morphtrain.trainer import networks
+
+    return networks.read(Path(path)).preprocessing()
+
+
+def save(model: nn.Module, path: str | Path, preprocessing: Preprocessing | None = None) -> None:
+    """Write a network that was pruned or grown in a loop of your own, for `load(path, model=...)`.
+
+        morphtrain.save(model, "pruned.pt")
+        model = morphtrain.load("pruned.pt", model=Net(width=32))   # as it was before it was pruned
+
+    Structure, values, number and memory formats are kept; code is not, as in a run's checkpoint. The file is written
+    whole or not at all.
+
+    Args:
+        preprocessing: what `load_preprocessing` is to give; `morphtrain.export` needs its `input_shape`.
+
+    Raises:
+        UserError: if the network's `state_dict` holds what no file gives back.
+        OSError: if `path` cannot be written.
+    """
+    from morphtrain.trainer import networks
+
+    networks.save(model, Path(path), preprocessing)
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:

@@ -43,6 +43,9 @@ class Data(Protocol):
 
     The held-out set is what decisions are based on: when to grow, which trial is best. A data set may also have `test`
     and `test_batches`, of the same kinds: images that no decision sees, evaluated once at the end of a run.
+
+    One that also has `preprocessing`, a `morphtrain.preprocessing.Preprocessing`, lets checkpoints and exports say how
+    its images were normalised and what its classes are called.
     """
 
     num_classes: int

@@ -20,8 +20,8 @@ def write_atomically(
 
     Args:
         mode: its permissions, less what the umask takes away.
-        previous: where the file goes that is there already; None: it is replaced. At every moment there is a whole
-            file at `path`, except on file systems without hard links.
+        previous: the name that the file there already gets; None: none. At every moment there is a whole file at
+            `path`.
 
     Raises:
         OSError: naming `path`, for a disk that is full or read-only; then all files are as they were.
@@ -33,7 +33,7 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            _keep(path, previous)
+            link_atomically(path, previous)
         os.replace(fresh, path)
     except OSError as error:  # the system names no file when a write fails
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -41,24 +41,30 @@ def write_atomically(
         fresh.unlink(missing_ok=True)
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file at `path` the name `previous` as well, in place of the file that has it."""
-    second = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
-    second.unlink(missing_ok=True)
-    try:
-        os.link(path, second)
-    except OSError:  # the file system has no hard links
-        os.replace(path, previous)
-        return
-    os.replace(second, previous)
-    second.unlink(missing_ok=True)  # still there if both were names of one file already
-
-
 def remove_left_over(directory: Path, name: str = "") -> None:
     """Remove what killed processes have left half-written of the files `name`..., which nobody may be writing now."""
     for path in directory.iterdir():
         if path.name.startswith(name) and LEFT_OVER.search(path.name):
             path.unlink(missing_ok=True)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Give a file a second name, which may have stood for another one; a copy where the file system has no links.
+
+    Raises:
+        OSError: if neither can be made; `path` is as it was then.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    fresh.unlink(missing_ok=True)
+    try:
+        os.link(source, fresh)
+    except OSError:  # FAT, some network and container mounts; a full disk fails again below
+        write_atomically(path, source.read_bytes())
+        return
+    try:
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)  # still there if both names stood for the same file
 
 
 @contextmanager

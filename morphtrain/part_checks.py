@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from morphtrain.contracts import Batch, Data, Loss, Schedule
 from morphtrain.errors import UserError, said
+from morphtrain.preprocessing import of_data
 
 
 def check_data(name: str, data: Data) -> None:
@@ -26,6 +27,10 @@ def check_data(name: str, data: Data) -> None:
         raise UserError(f"{name}: its `to` returns a {type(data).__name__}; the data on the device are needed")
     if min(len(data.train), len(data.val)) < 1:
         raise UserError(f"{name}: has {len(data.train)} images for training and {len(data.val)} held out; 1 or more")
+    try:
+        of_data(data)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     makers: dict[str, Callable[[], Iterator[Batch]]] = {
         "train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0)),
         "val_batches": data.val_batches,

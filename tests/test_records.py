@@ -121,6 +121,17 @@ def test_the_checkpoint_alone_rebuilds_the_network(sweep: Path) -> None:
         assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
+def test_the_best_epoch_is_kept_beside_the_last(sweep: Path) -> None:
+    for run in runs(sweep):
+        records = [json.loads(line) for line in (Path(run.data.tags["run_dir"]) / "records.jsonl").open()]
+        found = min(records, key=lambda r: (-r["val_accuracy"], r["macs"], r["epoch"]))
+        model = morphtrain.load(Path(run.data.tags["run_dir"]) / "best.pt")
+        assert count_params(model) == found["params"]
+        uploaded = {artifact.path for artifact in client(sweep).list_artifacts(run.info.run_id)}
+        assert "last.pt" in uploaded
+        assert ("best.pt" in uploaded) == (found["epoch"] < len(records))
+
+
 def test_the_loaded_network_is_as_accurate_as_recorded(sweep: Path) -> None:
     from morphtrain.data.synthetic import build
 

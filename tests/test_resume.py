@@ -45,6 +45,11 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     return {**stored, "facts": facts}
 
 
+def ends(run_dir: Path) -> dict[str, Any]:
+    """What a run leaves: the newest network and the best."""
+    return {name: contents(run_dir / f"{name}.pt") for name in ("last", "best")}
+
+
 def assert_same(a: Any, b: Any, path: str = "") -> None:
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
@@ -65,8 +70,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("uninterrupted")
     command = [sys.executable, "-m", "morphtrain.run", *RUN]
     subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    stored = contents(directory / "run" / "last.pt")
-    history = stored["facts"]["history"]
+    stored = ends(directory / "run")
+    history = stored["last"]["facts"]["history"]
     assert history[0]["params"] > history[EPOCHS // 2]["params"] > history[-1]["params"]
     return stored
 
@@ -78,7 +83,7 @@ def test_killed_and_resumed_it_ends_the_same(
     kill(moment, tmp_path)
     result = command(*RUN)
     assert result.returncode == 0, result.stderr
-    assert_same(contents(tmp_path / "run" / "last.pt"), uninterrupted)
+    assert_same(ends(tmp_path / "run"), uninterrupted)
     check_mlflow(tmp_path)
 
 
@@ -126,7 +131,7 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_used(
     assert result.returncode == 0, result.stderr
     assert "last.pt: damaged" in result.stdout
     assert "previous.pt" in result.stdout
-    assert_same(contents(last), uninterrupted)
+    assert_same(ends(last.parent), uninterrupted)
     check_mlflow(tmp_path)
 
 
@@ -145,7 +150,7 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
     elsewhere = [o for o in RUN if not o.startswith(("hydra.run.dir", "resume"))]
     result = command(*elsewhere, "hydra.run.dir=elsewhere", "resume=run/last.pt")
     assert result.returncode == 0, result.stderr
-    assert_same(contents(tmp_path / "elsewhere" / "last.pt"), uninterrupted)
+    assert_same(ends(tmp_path / "elsewhere"), uninterrupted)
     check_mlflow(tmp_path)
 
 
@@ -178,7 +183,7 @@ def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path
     killed = subprocess.run([sys.executable, KILLED_RUN, "rename:4", *there], cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert command(*there).returncode == 0
-    once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
+    once, twice = (ends(tmp_path / name) for name in ("once", "twice"))
     assert_same(once, twice)
 
 
@@ -199,6 +204,6 @@ def test_killed_inside_a_growth_or_right_after_it(
     killed = subprocess.run([sys.executable, KILLED_RUN, moment, *there], cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert command(*there).returncode == 0
-    once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
+    once, twice = (ends(tmp_path / name) for name in ("once", "twice"))
     assert_same(once, twice)
-    assert once["facts"]["changes"][1]["epoch"] == 2
+    assert once["last"]["facts"]["changes"][1]["epoch"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from morphtrain.data import ImageData, Images
+from morphtrain.preprocessing import Preprocessing
 
 
 def shapes(images: int, image_size: int, noise: float = 0.3) -> ImageData:
@@ -14,6 +15,7 @@ def shapes(images: int, image_size: int, noise: float = 0.3) -> ImageData:
         train=draw(images, image_size, noise, generator),
         val=draw(images // 4, image_size, noise, generator),
         num_classes=3,
+        preprocessing=Preprocessing([0.0], [1.0], max_pixel=1, classes=["square", "disc", "cross"]),
     )
 
 

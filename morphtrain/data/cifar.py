@@ -9,7 +9,7 @@ from morphtrain.data.download import load
 from morphtrain.data.images import ImageData, Images, published
 
 
-def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) -> ImageData:
+def build_cifar(dataset: str, config: schema.data.Downloaded) -> ImageData:
     """torchvision's `dataset`: 50000 training and 10000 test images of 32x32 RGB pixels.
 
     Raises:
@@ -19,4 +19,4 @@ def build_cifar(dataset: str, num_classes: int, config: schema.data.Downloaded) 
     for train in (True, False):
         stored = load(dataset, config, train)
         sets.append(Images(torch.from_numpy(stored.data).permute(0, 3, 1, 2), torch.tensor(stored.targets)))
-    return published(sets[0], sets[1], num_classes, config)
+    return published(sets[0], sets[1], stored.classes, config)

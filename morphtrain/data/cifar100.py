@@ -9,4 +9,4 @@ from morphtrain.data.images import ImageData
 
 def build(config: schema.data.Downloaded) -> ImageData:
     """50000 training and 10000 test images of 32x32 RGB pixels in 100 classes; raises like `build_cifar`."""
-    return build_cifar("CIFAR100", 100, config)
+    return build_cifar("CIFAR100", config)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
+
+from morphtrain.preprocessing import Preprocessing
 
 LOG_RATIO = 0.28768207245178085  # ln(4/3): aspect ratios are between 3:4 and 4:3
 TRIES = 10  # boxes drawn per image, of which the first that fits is used
@@ -111,6 +114,11 @@ class Crops:
         top, left = (round((length - self.image_size) / 2) - margin for length in (image.height, image.width))
         pixels: torch.Tensor = TF.pil_to_tensor(TF.crop(image, top, left, side, side))
         return pixels
+
+
+def preprocessing(crops: Crops, classes: Sequence[str]) -> Preprocessing:
+    """What an image goes through at evaluation; `classes` are their names."""
+    return Preprocessing(MEAN, STD, max_pixel=255, resize=crops.resize, classes=classes)
 
 
 class Normalise:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.data.images import ImageData, Images, normalised
+from morphtrain.preprocessing import Preprocessing
 
 HELD_OUT = 360  # of 1797; the same images for every seed
 
@@ -32,11 +33,14 @@ def build(config: schema.data.Digits) -> ImageData:
     train, val = parted(list(range(len(labels))), HELD_OUT)
     if config.test_share:
         val, test = parted(val, config.test_share)
-    images = Images(normalised(pixels, pixels[train].mean(), pixels[train].std()), labels)
+    mean, std = pixels[train].mean(), pixels[train].std()
+    images = Images(normalised(pixels, mean, std), labels)
+    names = [str(digit) for digit in digits.target_names]
     return ImageData(
         train=images[train],
         val=images[val],
         num_classes=10,
         shift=config.shift,
         test=None if test is None else images[test],
+        preprocessing=Preprocessing([mean.item()], [std.item()], max_pixel=16, resize=config.image_size, classes=names),
     )

@@ -12,6 +12,7 @@ from morphtrain.data.download import load
 from morphtrain.data.images import ImageData, Images, published
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def build(config: schema.data.Downloaded) -> ImageData:
@@ -27,7 +28,7 @@ def build(config: schema.data.Downloaded) -> ImageData:
         else:
             stored = load("FashionMNIST", config, train, hint="or install Debian's package dataset-fashion-mnist")
             sets.append(Images(stored.data[:, None], stored.targets))
-    return published(sets[0], sets[1], 10, config)
+    return published(sets[0], sets[1], CLASSES, config)
 
 
 def _read_debian(part: str) -> Images:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from morphtrain.contracts import Batch
-from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, random_boxes, resized_crops
+from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, preprocessing, random_boxes, resized_crops
 from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
 from morphtrain.data.images import Images
+from morphtrain.preprocessing import Preprocessing
 
 
 def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
@@ -22,7 +23,7 @@ def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
     loader = PictureLoader(Pictures(files, crops, crops.resize), num_workers, pin_memory=False)
     edges = itertools.accumulate((0, len(files.train), len(files.val), len(files.test)))
     train, val, test = (_read(loader, range(*ends), crops.resize) for ends in itertools.pairwise(edges))
-    return ByteData(train, val, test, files.num_classes, crops)
+    return ByteData(train, val, test, files.classes, crops)
 
 
 def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
@@ -47,17 +48,23 @@ class ByteData:
         train: Images,
         val: Images,
         test: Images,  # may be empty
-        num_classes: int,
+        classes: Sequence[str],
         crops: Crops,
         normalise: Normalise | None = None,
     ) -> None:
-        self.train, self.val, self.test, self.num_classes, self.crops = train, val, test, num_classes, crops
+        self.train, self.val, self.test, self.classes, self.crops = train, val, test, classes, crops
+        self.num_classes = len(classes)
         self._normalise = normalise or Normalise()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
         return 3, self.crops.image_size, self.crops.image_size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image is resized, cropped and normalised."""
+        return preprocessing(self.crops, self.classes)
 
     @property
     def advice(self) -> str:
@@ -67,7 +74,7 @@ class ByteData:
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> ByteData:
         """The same images, with batches cropped on `device`."""
         normalise = Normalise(device, memory_format)
-        return ByteData(self.train, self.val, self.test, self.num_classes, self.crops, normalise)
+        return ByteData(self.train, self.val, self.test, self.classes, self.crops, normalise)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order; see `Data`."""

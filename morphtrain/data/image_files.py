@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from morphtrain import interrupts
 from morphtrain.contracts import Batch
-from morphtrain.data.crops import Crops, Normalise
+from morphtrain.data.crops import Crops, Normalise, preprocessing
 from morphtrain.errors import UserError, first_line
+from morphtrain.preprocessing import Preprocessing
 
 EVALUATION_BATCH = 64
 
@@ -28,10 +29,10 @@ Sample = tuple[torch.Tensor, int] | str  # an 8-bit image and its label, or an e
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Paths and labels of the images in `data.root`, as listed by `find_images`."""
+    """Names of the classes, and paths and labels of the images in `data.root`, as listed by `find_images`."""
 
     root: str
-    num_classes: int
+    classes: Sequence[str]
     train: Sequence[tuple[str, int]]
     val: Sequence[tuple[str, int]]
     test: Sequence[tuple[str, int]] = ()
@@ -171,7 +172,7 @@ class FileData:
     """
 
     def __init__(self, files: ImageFiles, crops: Crops, num_workers: int, normalise: Normalise | None = None) -> None:
-        self.train, self.val, self.test, self.num_classes = files.train, files.val, files.test, files.num_classes
+        self.train, self.val, self.test, self.num_classes = files.train, files.val, files.test, len(files.classes)
         self.crops = crops
         self._files = files
         self._normalise = normalise or Normalise()
@@ -182,6 +183,11 @@ class FileData:
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
         return 3, self.crops.image_size, self.crops.image_size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image is resized, cropped and normalised."""
+        return preprocessing(self.crops, self._files.classes)
 
     @property
     def advice(self) -> str:

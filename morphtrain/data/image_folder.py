@@ -62,7 +62,7 @@ def find_images(root: str) -> ImageFiles:
         samples = [_labelled(root, folder, classes["train"]) for folder in folders.values()]
     except OSError as error:  # an unreadable folder
         raise UserError(f"data.root={root}: {error}; {LAYOUT}") from error
-    return ImageFiles(root, len(classes["train"]), *samples)
+    return ImageFiles(root, classes["train"], *samples)
 
 
 def _classes(root: str, folder: Path) -> list[str]:

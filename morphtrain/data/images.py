@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.contracts import Batch
+from morphtrain.preprocessing import Preprocessing
 
 EVALUATION_BATCH = 512
 
@@ -45,6 +46,7 @@ class ImageData:
         num_classes: labels are 0 .. num_classes - 1.
         shift: random translation by at most this many pixels in each direction, padded with zeros (the mean).
         flip: random horizontal mirroring.
+        preprocessing: how the images were normalised; None if that is not known.
     """
 
     train: Images
@@ -53,6 +55,7 @@ class ImageData:
     shift: int = 0
     flip: bool = False
     test: Images | None = None
+    preprocessing: Preprocessing | None = None
     _padded: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -70,7 +73,7 @@ class ImageData:
         """The same data on `device`, where augmentation then runs too; batches have the set's memory format."""
         train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
         test = self.test.to(device, memory_format) if self.test is not None else None
-        return ImageData(train, val, self.num_classes, self.shift, self.flip, test)
+        return ImageData(train, val, self.num_classes, self.shift, self.flip, test, self.preprocessing)
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented: images (B, C, H, W) and labels (B,); the last batch may be smaller.
@@ -122,11 +125,14 @@ def divided(images: Images, share: float) -> tuple[Images, Images]:
     return images[~drawn], images[drawn]
 
 
-def published(train: Images, test: Images, num_classes: int, config: schema.data.Downloaded) -> ImageData:
+def published(train: Images, test: Images, classes: Sequence[str], config: schema.data.Downloaded) -> ImageData:
     """Data from the 8-bit pixels of a published set, normalised by the training images' statistics.
 
     `data.val_share` of its training images validate, and its test images are for the test. Without such a share, its
     test images validate, and there is no test.
+
+    Args:
+        classes: their names, in the order of the labels.
     """
     test_images: Images | None = test
     if config.val_share:
@@ -143,8 +149,9 @@ def published(train: Images, test: Images, num_classes: int, config: schema.data
     return ImageData(
         train=prepared(train),
         val=prepared(val),
-        num_classes=num_classes,
+        num_classes=len(classes),
         shift=config.shift,
         flip=config.flip,
         test=None if test_images is None else prepared(test_images),
+        preprocessing=Preprocessing(mean.tolist(), std.tolist(), max_pixel=255, classes=classes),
     )

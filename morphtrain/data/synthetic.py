@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from morphtrain import schema
 from morphtrain.data.images import ImageData, Images
+from morphtrain.preprocessing import Preprocessing
 
 
 def build(config: schema.data.Synthetic) -> ImageData:
@@ -23,4 +24,5 @@ def build(config: schema.data.Synthetic) -> ImageData:
         return Images(patterns[labels] + config.noise * noise, labels)
 
     train, val, test = (draw(count) for count in (config.train_samples, config.val_samples, config.val_samples))
-    return ImageData(train, val, config.num_classes, test=test)
+    as_drawn = Preprocessing([0.0] * config.in_channels, [1.0] * config.in_channels, max_pixel=1)
+    return ImageData(train, val, config.num_classes, test=test, preprocessing=as_drawn)

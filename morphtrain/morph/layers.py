@@ -104,7 +104,7 @@ class ZeroBranch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two positions, because batch norm refuses to train on one value per channel; all samples, because a norm may
         # depend on their number.
-        out = x.new_zeros(len(x), self.channels, 2, 1)
+        out = x.new_zeros(x.shape[0], self.channels, 2, 1)  # len(x) would fix the batch of an export
         if self.bias is not None:
             out = out + self.bias.view(1, -1, 1, 1)
         if self.norm is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from morphtrain.errors import UserError, first_line
 from morphtrain.initialise import fresh_weights
 from morphtrain.memory_limit import AllocationLimit
 from morphtrain.plain_data import mismatch
+from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
@@ -83,6 +84,9 @@ RUN_FACTS: dict[str, Any] = {
 CHANGE = {"epoch": int, "event": str, "widths": dict[str, int]}
 RUN = dict.fromkeys(("optimizer", "precision", "methods", "parts"), dict[str, Any])
 
+# The types of the facts in each format that this version reads for a run.
+FORMATS_OF_RUNS: dict[str, Any] = {FORMAT: NETWORK_FACTS, WITHOUT_DIGEST: NETWORK_FACTS}
+
 # What rebuilding a network may allocate: each of its tensors at most twice, and norms that are made to be resized.
 OWN_SHARE, SPARE_BYTES = 2, 2**26
 
@@ -104,6 +108,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "architecture": morph.describe(run.model),
         "num_classes": run.data.num_classes,
         "in_channels": run.data.input_shape[0],
+        "preprocessing": asdict(of_data(run.data)),
         **{key: getattr(run, key) for key in RUN_STATE},
         **{key: asdict(getattr(run, key)) for key in RAMPS},
         "tracking_id": tracking_id,
@@ -130,34 +135,35 @@ class Checkpoint:
     Args:
         path: of the file.
         name: what messages call it, such as `resume=last.pt`; the path by default.
+        formats: those that it may have, and the types of the facts in each.
 
     Raises:
         UserError: saying what is wrong with the file.
     """
 
-    def __init__(self, path: Path, name: str = "") -> None:
+    def __init__(self, path: Path, name: str = "", formats: Mapping[str, Any] = FORMATS_OF_RUNS) -> None:
         self.path, self.name = path, name or str(path)
         self.content, digested = checkpoint_file.read(path, self.name)
         self.bytes = path.stat().st_size
-        self._check_format(digested)
-        self.facts: dict[str, Any] = self._parsed_facts()
+        self._check_format(digested, formats)
+        self.facts: dict[str, Any] = self._parsed_facts(formats)
 
-    def _check_format(self, digested: bool) -> None:
+    def _check_format(self, digested: bool, formats: Mapping[str, Any]) -> None:
         found = self.content.get("format")
-        if found == FORMAT and not digested:
+        if found in list(formats) and found != WITHOUT_DIGEST and not digested:
             raise UserError(f"{self.name}: damaged checkpoint (its digest is gone)")
-        if found not in (FORMAT, WITHOUT_DIGEST):
+        if found not in list(formats):
             wanted = f"'{FORMAT}', not {found!r}"
             raise UserError(f"{self.name}: not a checkpoint of MorphTrain in the present format ({wanted})")
 
-    def _parsed_facts(self) -> Any:
+    def _parsed_facts(self, formats: Mapping[str, Any]) -> Any:
         self._check(mismatch(self.content, NETWORK, "the file"))
         try:
             facts = json.loads(self.content["facts"])
         except (ValueError, RecursionError) as error:
             wrong = f"its facts are no JSON: {first_line(error)}"
             raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})") from error
-        self._check(mismatch(facts, NETWORK_FACTS, "facts"))
+        self._check(mismatch(facts, formats[self.content["format"]], "facts"))
         return facts
 
     def check_run(self) -> None:
@@ -178,7 +184,7 @@ class Checkpoint:
         """
         self.check_run()
         self._check_config(config)
-        run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
+        run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
         self._check_moments(run)
@@ -210,8 +216,16 @@ class Checkpoint:
                     shapes = f"{tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
                     raise UserError(f"{self.name}: its state of optimizer has {key} {shapes}")
 
-    def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-        """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`.
+    def preprocessing(self) -> Preprocessing:
+        """What the file says about inputs and outputs of its network; older files know little."""
+        said = self.facts.get("preprocessing", {"num_classes": self.facts.get("num_classes")})
+        try:
+            return of_json(said)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+    def model(self, make: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
+        """The network alone, on the CPU; `make` is or makes the user's own network. See `morphtrain.load`.
 
         Where that is possible it is made without values, so that nothing is taken but the tensors of this checkpoint.
         """
@@ -231,7 +245,7 @@ class Checkpoint:
                 model = build_model(config, build, known_norm, facts["config"]["seed"], device)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return in_format(self._rebuild(model), memory_format)
+        return in_format(self.rebuild(model), memory_format)
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """A function that gives a network of `config` the structure that this one ended with, and new random weights.
@@ -250,7 +264,7 @@ class Checkpoint:
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model = self._rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
             for name, parameter in model.named_parameters():
                 if name in new and new[name].shape == parameter.shape:
                     parameter.data.copy_(new[name])
@@ -260,7 +274,7 @@ class Checkpoint:
         return restructure
 
     def _builder(
-        self, config: Any, norm: Any, make: Callable[..., nn.Module] | None, given: dict[str, Any]
+        self, config: Any, norm: Any, make: nn.Module | Callable[..., nn.Module] | None, given: dict[str, Any]
     ) -> Callable[[], nn.Module]:
         """A function that makes the network again; it calls nothing merely because this file names it."""
         own = isinstance(config, Custom)
@@ -268,9 +282,12 @@ class Checkpoint:
             hint = "pass model=, a function that makes the network and applies it"
             raise UserError(f"its norm is {norm.name}; a file does not decide what is called; {hint}")
         if make is not None and not own and not isinstance(norm, Custom):
-            raise UserError(f"model={make}: the file holds the model {config.name}, which needs no model=")
+            passed = getattr(make, "__name__", type(make).__name__)
+            raise UserError(f"model={passed}: the file holds the model {config.name}, which needs no model=")
         if not own and make is None:
             return functools.partial(options.build, "model", config, **given)
+        if isinstance(make, nn.Module):
+            return lambda: make
         wanted = config if own else Custom(config.name, schema.keywords(config))
         maker = make if make is not None else custom.of_checkpoint(config._target_)
 
@@ -281,8 +298,8 @@ class Checkpoint:
 
         return build
 
-    def _rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
-        """Restore structure and values; later traces read the indices of gates from these."""
+    def rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
+        """Restore structure and values in a dense `model`; later traces read the indices of gates from these."""
 
         def refuse(needed: str) -> NoReturn:
             raise UserError(f"{self.name}: damaged, or not a checkpoint (it describes tensors that it does not hold)")
@@ -304,7 +321,7 @@ class Checkpoint:
             raise self._unlike(error) from error
 
     def _unlike(self, error: Exception) -> UserError:
-        name = self.facts["config"]["model"].get("_target_", "the model")
+        name = self.facts["config"]["model"].get("_target_", "the model") if "config" in self.facts else "the model"
         reason = " ".join(str(error).split())
         if any("parametrizations." in key for key in self.content["model"]):
             reason = "a method had its weights computed, and only a run with that method goes on from there"
@@ -342,11 +359,6 @@ def find(directory: Path) -> Checkpoint | None:
                 raise
             log.warning("%s; going on from %s", error, present[-1].name)
     return None
-
-
-def load_model(path: Path, make: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """See `morphtrain.load`."""
-    return Checkpoint(path).model(make).eval()
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from morphtrain.schema import Custom
 from morphtrain.state import Run
+from morphtrain.trainer import best
 from morphtrain.trainer.closing import closing_table, data_share
 
 SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
@@ -60,6 +61,10 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
         print(f"test accuracy: {run.history[-1]['test_accuracy']:.4f}, on images that no decision has seen")
     print(f"run directory: {_short(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
+    if best.is_another(run, run_dir):
+        record = best.best(run.history)
+        what = f"epoch {record['epoch']:.0f}, val_accuracy {record['val_accuracy']:.4f}"
+        print(f"the best:      {_short(run_dir / best.BEST)} ({what})")
     print(f"next:          the same command with {_counterpart(run)}{f'; to compare: {view}' if view else ''}")
 
 

@@ -20,7 +20,7 @@ from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
-from morphtrain.trainer import checkpoint, environment, records
+from morphtrain.trainer import best, checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
@@ -131,6 +131,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
         log.info("no checkpoint in %s: starting from epoch 1", run_dir)
         return _start(config, device), None
     run = stored.restore(config, device)
+    best.carry_on(run, stored.path, run_dir)
     log.info("going on after epoch %d of %s", run.epoch, stored.path)
     return run, stored
 
@@ -152,6 +153,7 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     if run.change:
         _write_architecture(run, run_dir)
     checkpoint.save(run, run_dir, tracker.run_id)
+    best.keep(run, run_dir)
     records.append(run_dir, record)
     _check_objective(run)
     log.info(epoch_line(record, run.config.epochs, run.change))
@@ -188,6 +190,8 @@ def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
         plot_widths(run.changes, run.epoch, picture)
         tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)
+    if best.is_another(run, run_dir):
+        tracker.artifact(run_dir / best.BEST)
     for path in sorted((run_dir / "architecture").glob("*.json")):
         tracker.artifact(path, "architecture")
     resolved = run_dir / ".hydra" / "config.yaml"

@@ -53,7 +53,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a freshly built `model` the structure that `describe` recorded, and return it.
+    """Give `model`, freshly built or changed less, the structure that `describe` recorded, and return it.
 
     The values of tensors are left to `load_state_dict`. A model in channels_last stays in channels_last. A description
     may come from anywhere: nothing but layers, widths and shapes is set.
@@ -86,6 +86,9 @@ def _put_layer(model: nn.Module, path: str, facts: Mapping[str, Any]) -> None:
         raise MorphError(f"'{path}' cannot be a layer of kind {kind}")
     if wrong := mismatch(facts, LAYERS[kind], path):
         raise MorphError(wrong)
+    present = dict(model.named_modules()).get(path)
+    if present is not None and _own_layer(present) == facts:
+        return
     settings = {name: facts[name] for name in LAYERS[kind]}
     if kind in INSERTED:
         parent_path, _, name = path.rpartition(".")

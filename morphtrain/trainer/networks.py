@@ -1,0 +1,80 @@
+"""A network alone: from a run's checkpoint, or to a file and back from a loop of one's own.
+
+A file of `save` holds no constructor: whoever loads it passes the network as it was before it was pruned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from morphtrain import custom, morph, schema
+from morphtrain.errors import UserError
+from morphtrain.preprocessing import Preprocessing
+from morphtrain.schema.custom import Custom
+from morphtrain.trainer import checkpoint, checkpoint_file
+from morphtrain.trainer.build import FORMATS, in_format
+
+FORMAT = "morphtrain network 1"
+FACTS = {"network": str, "architecture": morph.DESCRIPTION, "memory_format": str, "preprocessing": dict[str, Any]}
+
+
+def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = None) -> None:
+    """See `morphtrain.save`."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}; a torch.nn.Module can be saved")
+    memory_format = next(name for name, kind in FORMATS.items() if kind is morph.format_of_model(model))
+    facts = {
+        "network": f"{type(model).__module__}.{type(model).__qualname__}",
+        "architecture": morph.describe(model),
+        "memory_format": memory_format,
+        "preprocessing": asdict(preprocessing or Preprocessing()),
+    }
+    checkpoint_file.write(path, {"format": FORMAT, "facts": json.dumps(facts), "model": model.state_dict()})
+
+
+def read(path: Path) -> checkpoint.Checkpoint:
+    """The checkpoint of a run, or a file of `save`."""
+    stored = checkpoint.Checkpoint(path, formats={**checkpoint.FORMATS_OF_RUNS, FORMAT: FACTS})
+    if stored.content["format"] == FORMAT:
+        schema.check_one_of(f"{path}: memory_format", stored.facts["memory_format"], tuple(FORMATS))
+    return stored
+
+
+def load(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
+    """See `morphtrain.load`."""
+    if stored.content["format"] != FORMAT:
+        return stored.model(model).eval()
+    dense = _with_types(_dense(stored, model), stored.content["model"])
+    return in_format(stored.rebuild(dense), stored.facts["memory_format"]).eval()
+
+
+def _dense(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
+    name = stored.facts["network"]
+    if model is None:
+        raise UserError(f"{stored.path}: holds a {name} without what makes it; pass model=, as it was before pruning")
+    if isinstance(model, nn.Module):
+        return model
+    said = stored.preprocessing()
+    shape = said.input_shape
+    given = {"num_classes": said.num_classes, "in_channels": None if shape is None else shape[0]}
+    wanted = Custom(name, {})
+    made = custom.construct("model", model, wanted, {key: value for key, value in given.items() if value is not None})
+    if not isinstance(made, nn.Module):
+        raise UserError(f"model={name}: makes a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _with_types(model: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
+    """The model with its tensors in the number formats of `values`, which loading would convert otherwise."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        kept = values.get(name)
+        if isinstance(kept, torch.Tensor) and kept.is_floating_point() and tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept.dtype)
+    return model
