@@ -19,7 +19,7 @@ from morphtrain.byte_sizes import readable
 from morphtrain.errors import UserError
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-MOST_TENSORS = 50_000  # of a network; the deepest published ones have some ten thousand
+MOST_TENSORS = 30_000  # of a network; the deepest published ones have some ten thousand
 
 # How the allocators of torch on CPUs and on accelerators, and torch's arithmetic of sizes, say that it is too much.
 TOO_MUCH = re.compile(
@@ -104,7 +104,7 @@ class AllocationLimit(TorchDispatchMode):
     """
 
     def __init__(self, most_bytes: float, refuse: Callable[[str], NoReturn], most_tensors: int = MOST_TENSORS) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most_bytes, self.most_tensors, self.refuse = most_bytes, most_tensors, refuse
         self.bytes, self.tensors = 0, 0
 

@@ -41,8 +41,8 @@ def _fields(value: Any, kinds: dict[str, Any], name: str) -> str:
 def _parts(value: Any, container: type, wanted: Any, name: str) -> str:
     if not isinstance(value, container):
         return _is_a(value, container, name)
-    parts = value if isinstance(value, dict) else dict(enumerate(value))
-    if isinstance(value, dict) and not all(type(key) is str for key in value):
+    parts: dict[Any, Any] = value if container is dict else dict(enumerate(value))
+    if container is dict and not all(type(key) is str for key in parts):
         return f"{name} has a key that is no text"
     return next(filter(None, (mismatch(part, wanted, f"{name}.{key}") for key, part in parts.items())), "")
 

@@ -8,8 +8,9 @@ from networks import INPUT, PRESETS, SHAPES, build, random_keep, trace
 from test_growth import OWN, assert_kept, evaluated
 
 from morphtrain.cost import WidthCost, count_params
-from morphtrain.grow.expand import expand_to, params_at
+from morphtrain.grow.expand import expand_to
 from morphtrain.grow.kept import grow_where_kept, kept_spaces
+from morphtrain.grow.size import params_at
 from morphtrain.morph import ChannelGraph
 
 ROOFLINE = (5e10, 1e10)

@@ -44,9 +44,9 @@ def test_memory_that_ran_out_is_recognised_and_measured(source: str) -> None:
     error, wanted = MESSAGES[source]
     assert is_out_of_memory(error)
     assert wanted in wanted_memory(error)
-    with pytest.raises(UserError, match=r"^model.width=9: out of memory, .*; lower some of these$"):
-        with named_if_out_of_memory("model.width=9"):
-            raise error
+    said = r"^model.width=9: out of memory, .*; lower some of these$"
+    with pytest.raises(UserError, match=said), named_if_out_of_memory("model.width=9"):
+        raise error
 
 
 def test_other_errors_stay_what_they_are() -> None:
@@ -85,7 +85,7 @@ def test_a_limit_counts_what_a_network_takes(device: str) -> None:
     counted = AllocationLimit(1e9, refused)
     with counted, torch.device(device):
         model = ResNet(blocks=1)
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(tensor.nbytes for tensor in model.state_dict().values() if tensor.dim())  # counters are made of a number
     assert held <= counted.bytes <= 1.1 * held
     with pytest.raises(UserError, match="more than"), AllocationLimit(held / 2, refused), torch.device(device):
         ResNet(blocks=1)
@@ -116,7 +116,7 @@ ABSURD = {
     "images beyond all sizes": (("data.image_size=4000000000",), "data.image_size=4000000000"),
     "many images": (("data.train_samples=100000000000",), "data.train_samples=100000000000"),
     "a network of one's own": (
-        ("model=custom", "model._target_=torchvision.models.vgg11", "+model.num_classes=1000000000"),
+        ("model=custom", "model._target_=torchvision.models.AlexNet", "+model.num_classes=1000000000"),
         "model.num_classes=1000000000",
     ),
     "a growth": (("grow=wider", "grow.at_epochs=[1]", "grow.factor=1e9"), "grow.factor=1e+09"),

@@ -116,7 +116,7 @@ def check_names(network: str, changes: list[str], seed: int) -> None:
 
 
 def test_a_width_to_compare_with_follows_its_space(small_run: Any) -> None:
-    run = small_run("grow=selective", "grow.at_epochs=[9]", "model.shortcut=A", "prune.start_epoch=9")
+    run = small_run("grow=selective", "grow.at_epochs=[5]", "model.shortcut=A", "prune.start_epoch=9")
     left, right = (space for space in run.graph.spaces if space.name.startswith("stages.1.0.branch.3:"))
     assert (left.name[-1], right.name[-1]) == ("0", "2")
     regrowth: Regrowth = run.methods["grow"].regrowth
@@ -158,16 +158,9 @@ class Cut(Method):
 def test_a_resumed_run_calls_spaces_the_same(command: Command, tmp_path: Path) -> None:
     """A space goes, and its neighbour is then called what a growth looks for; without the cut nothing is called so."""
     (tmp_path / "own_cut.py").write_text(CUT)
-    growth = ("grow=wider", "grow.at_epochs=[4]", "grow.where=[stages.1.0.branch.3:1,stages.2.1.branch.0]")
-    here = [
-        *SMALL,
-        "tracking=none",
-        "epochs=4",
-        "prune.start_epoch=9",
-        "model.width=4",
-        "methods=[{_target_: own_cut.Cut}]",
-    ]
-    here += growth
+    growth = ("grow=wider", "grow.at_epochs=[4]", "grow.where=['stages.1.0.branch.3:1','stages.2.1.*']")
+    cut = ("model.width=4", "prune.start_epoch=9", "methods=[{_target_: own_cut.Cut}]")
+    here = [*SMALL, "tracking=none", "epochs=5", *cut, *growth]
     assert command(*here, "hydra.run.dir=once").returncode == 0
     there = [*here, "hydra.run.dir=twice", "resume=auto"]
     path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}

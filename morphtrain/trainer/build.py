@@ -113,7 +113,7 @@ def build_methods(config: schema.Config) -> dict[str, Method]:
 
 
 def build_model(
-    config: schema.model.Model | Custom,
+    config: schema.Option | Custom,
     build: Callable[[], nn.Module],
     norm: schema.norm.Norm | Custom | None,
     seed: int,
@@ -142,12 +142,12 @@ def build_model(
     return model
 
 
-def needs_no_values(config: schema.model.Model | Custom) -> bool:
+def needs_no_values(config: schema.Option | Custom) -> bool:
     """Whether a network can be made of tensors without values; others may compute with values while they are made."""
     return not isinstance(config, (Custom, schema.model.Torchvision))
 
 
-def _limited(config: schema.model.Model | Custom) -> AllocationLimit:
+def _limited(config: schema.Option | Custom) -> AllocationLimit:
     def refuse(needed: str) -> NoReturn:
         raise UserError(f"{schema.size_keys('model', config)}: the network takes {needed}; choose a smaller one")
 

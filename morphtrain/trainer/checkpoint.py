@@ -52,13 +52,16 @@ PARTS = ("data", "criterion", "schedule")
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
 
-# The types of what a checkpoint holds (`plain_data.mismatch`).
-RAMP = {"start": float, "end": float, "since": float, "epochs": float}
-FACTS: dict[str, Any] = {
+# The types of what a checkpoint holds (`plain_data.mismatch`): for its network, and for the run.
+NETWORK_FACTS: dict[str, Any] = {
     "config": {"seed": int, "memory_format": str, "model": dict[str, Any], "norm": dict[str, Any]},
     "architecture": morph.DESCRIPTION,
     "num_classes": int,
     "in_channels": int,
+}
+NETWORK = {"facts": str, "model": dict[str, Any]}
+RAMP = {"start": float, "end": float, "since": float, "epochs": float}
+RUN_FACTS: dict[str, Any] = {
     "epoch": int,
     "progress": float,
     "batch_size": int,
@@ -71,7 +74,8 @@ FACTS: dict[str, Any] = {
     **dict.fromkeys(RAMPS, RAMP),
     "tracking_id": str | None,
 }
-STATES: dict[str, Any] = dict.fromkeys(("model", "optimizer", "precision", "methods", "parts"), dict[str, Any])
+CHANGE = {"epoch": int, "event": str, "widths": dict[str, int]}
+RUN = dict.fromkeys(("optimizer", "precision", "methods", "parts"), dict[str, Any])
 
 # What rebuilding a network may allocate: each of its tensors at most twice, and norms that are made to be resized.
 OWN_SHARE, SPARE_BYTES = 2, 2**26
@@ -141,23 +145,33 @@ class Checkpoint:
             raise UserError(f"{self.name}: not a checkpoint of MorphTrain in the present format ({wanted})")
 
     def _parsed_facts(self) -> Any:
-        """The facts; raises a `UserError` for any that is missing or of another type than `save` writes."""
-        found, facts = mismatch(self.content, {"facts": str, **STATES}, "the file"), None
-        if not found:
-            try:
-                facts = json.loads(self.content["facts"])
-            except (ValueError, RecursionError) as error:
-                found = f"its facts are no JSON: {first_line(error)}"
-        found = found or mismatch(facts, FACTS, "its facts") or _changes_mismatch(facts["changes"])
-        if found:
-            raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({found})")
+        self._check(mismatch(self.content, NETWORK, "the file"))
+        try:
+            facts = json.loads(self.content["facts"])
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.name}: not a checkpoint of MorphTrain ({first_line(error)} in its facts)"
+            ) from error
+        self._check(mismatch(facts, NETWORK_FACTS, "facts"))
         return facts
+
+    def check_run(self) -> None:
+        """Raise a `UserError` if this is not the checkpoint of a run, or of one that is not of the types it must be."""
+        self._check(mismatch(self.content, RUN, "the file"))
+        self._check(mismatch(self.facts, RUN_FACTS, "facts"))
+        for change in self.facts["changes"]:
+            self._check(mismatch(change, CHANGE, "a change"))
+
+    def _check(self, wrong: str) -> None:
+        if wrong:
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})")
 
     def restore(self, config: schema.Config, device: torch.device | None = None) -> Run:
         """The run as it was after its last full epoch; raises `UserError` if `config` describes another run.
 
         `device` is as in `build_run`.
         """
+        self.check_run()
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
@@ -296,11 +310,6 @@ class Checkpoint:
                 )
 
 
-def _changes_mismatch(changes: list[Any]) -> str:
-    kinds = {"epoch": int, "event": str, "widths": dict[str, int]}
-    return next(filter(None, (mismatch(change, kinds, "one of its changes") for change in changes)), "")
-
-
 def find(directory: Path) -> Checkpoint | None:
     """The newest sound checkpoint in `directory`, None if there is none at all.
 
@@ -309,7 +318,9 @@ def find(directory: Path) -> Checkpoint | None:
     present = [directory / name for name in (LAST, PREVIOUS) if (directory / name).exists()]
     for path in present:
         try:
-            return Checkpoint(path, f"resume=auto: {path}")
+            found = Checkpoint(path, f"resume=auto: {path}")
+            found.check_run()
+            return found
         except UserError as error:
             if path == present[-1]:
                 raise

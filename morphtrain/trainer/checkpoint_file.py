@@ -23,6 +23,7 @@ import torch
 from morphtrain.errors import UserError, first_line
 from morphtrain.files import write_atomically
 
+ARCHIVE = b"PK\x03\x04"  # what a zip archive begins with
 MARK = b"MorphTrain SHA-256 "  # the archive's comment: this, and the digest in hexadecimal
 DIGITS = hashlib.sha256().digest_size * 2
 
@@ -74,7 +75,9 @@ def read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
     if not path.is_file():
         raise UserError(f"{name}: no such checkpoint")
     try:
-        stored = path.read_bytes()
+        with path.open("rb") as file:
+            begins = file.read(len(ARCHIVE))
+            stored = begins + file.read() if begins == ARCHIVE else begins  # whatever else it is, it may be huge
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     digested = stored[:-DIGITS].endswith(MARK)
@@ -97,7 +100,7 @@ def read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
 
 def _check_archive(name: str, stored: bytes, check_crc: bool) -> None:
     """Raise for an archive that `torch.save` does not write: compressed, larger than the file, or with other names."""
-    if not stored.startswith(b"PK\x03\x04"):
+    if not stored.startswith(ARCHIVE):
         raise UserError(f"{name}: damaged, or not a checkpoint (not a zip archive)")
     with zipfile.ZipFile(io.BytesIO(stored)) as archive:
         members = archive.infolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def train(
     sizes = " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
     with (
         take_slot(possible_devices(config.device), config.timing) as slot,
-        within_machine(),
+        within_machine() if slot.device.type == "cpu" else nullcontext(),  # drivers map more than the machine has
         named_if_out_of_memory(sizes),
     ):
         return _train(config, run_dir, tags, on_epoch, slot)
