@@ -291,6 +291,8 @@ CHANGES: dict[str, Change] = {
     "an empty state dict": lambda c, f: c["model"].clear(),
     "an optimizer of nothing": lambda c, f: c.update(optimizer={}),
     "an optimizer of another network": lambda c, f: c["optimizer"]["param_groups"].pop(),
+    "a momentum of another shape": lambda c, f: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3, 3)),
+    "a network of one's own without keywords": set_at("config/model", {"_target_": "own.Net", "arguments": ["x"]}),
     "a method's state of another kind": lambda c, f: c["methods"].update(prune={"a": 1}),
     "a method's state that is text": lambda c, f: c["methods"].update(prune="x"),
     "a precision of another kind": lambda c, f: c.update(precision=[1]),

@@ -149,9 +149,8 @@ class Checkpoint:
         try:
             facts = json.loads(self.content["facts"])
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.name}: not a checkpoint of MorphTrain ({first_line(error)} in its facts)"
-            ) from error
+            wrong = f"its facts are no JSON: {first_line(error)}"
+            raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})") from error
         self._check(mismatch(facts, NETWORK_FACTS, "facts"))
         return facts
 
@@ -176,6 +175,7 @@ class Checkpoint:
         run = build_run(config, morph=functools.partial(self._rebuild, strict=False), device=device)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
+        self._check_moments(run)
         self._load_state("precision", run.precision, self.content["precision"])
         for name, method in run.methods.items():
             if name in self.content["methods"]:
@@ -192,10 +192,17 @@ class Checkpoint:
         try:
             part.load_state_dict(state)
         except Exception as error:  # each part says in its own way that it cannot take a state
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(
-                f"{self.name}: its state of {name} is not one of {type(part).__name__} ({reason})"
-            ) from error
+            wanted = f"{type(part).__name__} ({type(error).__name__}: {first_line(error)})"
+            raise UserError(f"{self.name}: its state of {name} is not one of {wanted}") from error
+
+    def _check_moments(self, run: Run) -> None:
+        """Raise a `UserError` if one of our optimizers would find a momentum of another shape in its next step."""
+        for parameter, state in run.optimizer.state.items():
+            for key, value in state.items():
+                moment = isinstance(value, torch.Tensor) and value.dim() > 0
+                if moment and value.shape != parameter.shape and not isinstance(run.config.optimizer, Custom):
+                    shapes = f"{tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+                    raise UserError(f"{self.name}: its state of optimizer has {key} {shapes}")
 
     def model(self, make: Callable[..., nn.Module] | None = None) -> nn.Module:
         """The network alone, on the CPU; `make` makes the user's own network. See `morphtrain.load`.
@@ -274,7 +281,7 @@ class Checkpoint:
         def refuse(needed: str) -> NoReturn:
             raise UserError(f"{self.name}: damaged, or not a checkpoint (it describes tensors that it does not hold)")
 
-        device = next(model.parameters()).device
+        device = "meta" if _without_values(model) else "cpu"
         try:
             with AllocationLimit(OWN_SHARE * self.bytes + SPARE_BYTES, refuse), torch.device(device):
                 model = morph.rebuild(model, self.facts["architecture"])
@@ -286,7 +293,7 @@ class Checkpoint:
     def _load_values(self, model: nn.Module, strict: bool) -> None:
         """Load parameters and buffers; if not `strict`, those with names that the model has."""
         try:
-            model.load_state_dict(self.content["model"], strict, assign=next(model.parameters()).is_meta)
+            model.load_state_dict(self.content["model"], strict, assign=_without_values(model))
         except RuntimeError as error:  # other names or shapes
             raise self._unlike(error) from error
 
@@ -308,6 +315,10 @@ class Checkpoint:
                     f"{key}={now.get(key)}: {self.name} was written with {key}={then.get(key)}; "
                     "resume with the same value, or start again in another hydra.run.dir with resume=never"
                 )
+
+
+def _without_values(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def find(directory: Path) -> Checkpoint | None:
@@ -337,7 +348,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config as one level of dotted keys."""
     result: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "arguments" and "_target_" in config:
+        if key == "arguments" and "_target_" in config and isinstance(value, dict):
             result.update(flat(value, prefix))  # of the user's own part: keys of its group, as the user typed them
         elif isinstance(value, dict):
             result.update(flat(value, f"{prefix}{key}."))
