@@ -38,13 +38,13 @@ def _fields(value: Any, kinds: dict[str, Any], name: str) -> str:
     return next(filter(None, (mismatch(value[key], kind, f"{name}.{key}") for key, kind in kinds.items())), "")
 
 
-def _parts(value: Any, container: type, wanted: Any, name: str) -> str:
+def _parts(value: Any, container: Any, wanted: Any, name: str) -> str:
     if not isinstance(value, container):
         return _is_a(value, container, name)
-    parts: dict[Any, Any] = value if container is dict else dict(enumerate(value))
-    if container is dict and not all(type(key) is str for key in parts):
+    if container is dict and not all(type(key) is str for key in value):
         return f"{name} has a key that is no text"
-    return next(filter(None, (mismatch(part, wanted, f"{name}.{key}") for key, part in parts.items())), "")
+    parts: Any = value.items() if container is dict else enumerate(value)
+    return next(filter(None, (mismatch(part, wanted, f"{name}.{key}") for key, part in parts)), "")
 
 
 def _is_a(value: Any, kind: Any, name: str) -> str:

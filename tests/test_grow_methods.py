@@ -304,4 +304,4 @@ def test_a_structure_that_was_found_can_be_trained_from_scratch(tmp_path: Path, 
         assert a.numel() < 4 or not torch.allclose(a, b), name
     other = command(*scratch, "model.blocks=1", "hydra.run.dir=other")
     assert other.returncode == 1
-    assert "model.blocks=1: found/last.pt was written with model.blocks=2" in other.stderr
+    assert "model.blocks=1: architecture=found/last.pt was written with model.blocks=2" in other.stderr
