@@ -306,6 +306,7 @@ CHANGES: dict[str, Change] = {
     "a width in words": set_at("config/model/width", "wide"),
     "a width that is no whole number": set_at("config/model/width", 4.5),
     "a model without a width": lambda c, f: f["config"]["model"].pop("width"),
+    "a key that no model has": set_at("config/model/metrics", []),
     "no such norm": set_at("config/norm", {"name": "none such"}),
     "no such memory format": set_at("config/memory_format", "random"),
     "classes in words": set_at("num_classes", "ten"),

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Command
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 import morphtrain
-from morphtrain import memory_limit
+from morphtrain import memory_limit, schema
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import (
     AllocationLimit,
@@ -24,6 +25,7 @@ from morphtrain.memory_limit import (
 )
 from morphtrain.model import ResNet
 from morphtrain.trainer import train
+from morphtrain.trainer.max_batch_report import show_max_batch
 
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 MESSAGES: dict[str, tuple[Exception, str]] = {
@@ -137,6 +139,14 @@ def test_keys_too_large_are_refused_by_what_they_would_cost(case: str, tmp_path:
     assert key in said
     assert "\n" not in said
     assert any(unit in said for unit in ("GiB", "TiB", "PiB", "tensors", "sizes=", "B could"))
+
+
+def test_a_largest_batch_is_not_looked_for_of_images_that_do_not_fit() -> None:
+    model, shape = ["model.width=4", "model.blocks=1"], "input_shape=[3, 200000, 200000]"
+    with initialize_config_dir(str(schema.CONF)):
+        config = schema.parse_max_batch(compose("maxbatch", overrides=[*model, shape, "num_classes=2", "budget=1GiB"]))
+    with pytest.raises(UserError, match=r"model.width=4 .*200000.*: out of memory, .* could not be had"):
+        show_max_batch(config, [])
 
 
 def test_a_growth_is_refused_before_it_happens(small_run: Any, monkeypatch: Any) -> None:

@@ -61,8 +61,9 @@ def stored_option(group: str, stored: Mapping[str, Any]) -> Option | Custom:
     name = option_of(stored)
     check_one_of(f"{group}.name", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
-    types = get_type_hints(kind)
-    if found := mismatch(stored, {field.name: types[field.name] for field in fields(kind)}, group):
+    hints = get_type_hints(kind)
+    types = {field.name: hints[field.name] for field in fields(kind)}
+    if found := mismatch(stored, types, group):
         raise UserError(found)
     if unknown := stored.keys() - types.keys():
         raise UserError(f"{group}.{min(unknown)}: no such key")

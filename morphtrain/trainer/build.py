@@ -47,8 +47,10 @@ def build_run(
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
         model = morph(model)
-    model = in_format(model.to(device), config.memory_format)
-    check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
+    sizes = f"{schema.size_keys('model', config.model)} {schema.size_keys('data', config.data)}"
+    with named_if_out_of_memory(sizes):
+        model = in_format(model.to(device), config.memory_format)
+        check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
     methods = build_methods(config)
     run = Run(
         config=config,

@@ -17,6 +17,7 @@ from morphtrain.cost.simulate import SimulatedStep
 from morphtrain.cost.throughput import knee, throughput
 from morphtrain.cost.verify import Verified, verify_batch
 from morphtrain.errors import UserError
+from morphtrain.memory_limit import named_if_out_of_memory
 from morphtrain.outputs import check_outputs
 from morphtrain.trainer.build import build_model, in_format
 from morphtrain.trainer.devices import pick_device
@@ -64,9 +65,9 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
     input_shape, num_classes = images_of(config)
     given = {"num_classes": num_classes, "in_channels": input_shape[0]}
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, seed=0)
-    model = model.to(device)
-    in_format(model, config.memory_format)
-    check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
+    with named_if_out_of_memory(f"{schema.size_keys('model', config.model)} input_shape={list(input_shape)}"):
+        model = in_format(model.to(device), config.memory_format)
+        check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
     return model, input_shape, num_classes
 
 
