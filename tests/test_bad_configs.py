@@ -87,7 +87,7 @@ def test_nonsense_is_refused_by_name_or_meant() -> None:
                 said = refusal(config, key, value)
                 counts["accepted" if said is None else "refused"] += 1
                 known = key in ACCEPTED[kind] or said is not None
-                named = said is None or (said.startswith((f"{key}=", f"{key}:")) and "\n" not in said)
+                named = said is None or (said.startswith((f"{key}=", f"{key}:", f"{key}[")) and "\n" not in said)
                 if not (known and (named or (key, kind) in ELSEWHERE)):
                     wrong.append((choice, key, kind, said))
     print(dict(counts))

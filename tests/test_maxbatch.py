@@ -132,7 +132,7 @@ WRONG = {
     "classes": (["budget=1", "num_classes=1"], "num_classes=1: must be 2 or more"),
     "seconds": (["budget=1", "throughput_seconds=-1"], "throughput_seconds=-1.0: must be 0 or more"),
     "device": (["budget=1", "device=tpu"], "device=tpu: must be auto, cpu"),
-    "key": (["budget=1", "+epochs=3"], "epochs: no such key; there are budget, overhead"),
+    "key": (["budget=1", "+epochs=3"], "epochs=3: no such key; there are budget, overhead"),
     "model's key": (["budget=1", "model.width=0"], "model.width=0: must be 1 or more"),
 }
 
