@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from morphtrain import interrupts
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -27,8 +29,7 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra in the process that was started, also if a job has failed or the user has interrupted it."""
-        ended_by = sys.exc_info()[1]
-        if ended_by is not None and not isinstance(ended_by, Exception):
+        if isinstance(sys.exc_info()[1], (KeyboardInterrupt, interrupts.JobInterrupted)):
             return  # an interrupted command should end at once
         runs, unfinished = finished_runs(Path(config.hydra.sweep.dir))
         grid = config.hydra.runtime.choices["hydra/sweeper"] == "basic"
@@ -135,7 +136,7 @@ def notes(runs: Sequence[FinishedRun], unfinished: int) -> list[str]:
         verdict = "calibrated times compare" if _times_compare(runs) else "times do not compare (timing.reference=0)"
         lines.append(f"{contended} of {len(runs)} runs had contended epochs: {verdict}")
     meant = [run for run in runs if run.reshapes]
-    if unchanged := sum(not any(record["changed"] for record in run.history) for run in meant):
+    if unchanged := sum(not any(record.get("changed") for record in run.history) for run in meant):
         lines.append(
             f"{unchanged} of the {len(meant)} runs that were meant to change their network did not: see whether epochs "
             "reaches prune.start_epoch, grow.at_epochs or grow.patience, or raise prune.lasso_ratio"

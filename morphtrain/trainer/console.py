@@ -57,8 +57,6 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
     """Print the closing table, where the results are, and what to type next; `view` shows the tracker's records."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
-    if "test_accuracy" in run.history[-1]:
-        print(f"test accuracy: {run.history[-1]['test_accuracy']:.4f}, on images that no decision has seen")
     print(f"run directory: {_short(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
     if best.is_another(run, run_dir):
