@@ -360,7 +360,8 @@ def test_a_sweep_in_several_processes_ends_in_order(to: str, database: str, tmp_
         "optimizer.lr=0.05,0.1",
         "hydra.sweeper.n_jobs=2",
     )
-    launcher = ("+launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.uri={database}", "epochs=500")
+    study = f"hydra.sweeper.study_name={tmp_path.name}"  # MLflow keeps one run a study
+    launcher = (study, "+launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.uri={database}", "epochs=500")
     with closing(sqlite3.connect(database.removeprefix(store.SQLITE))) as before:
         (already,) = before.execute("SELECT COUNT(*) FROM runs").fetchone()
     process = subprocess.Popen(
