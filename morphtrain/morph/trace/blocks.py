@@ -39,12 +39,15 @@ class Block:
 
 
 def find_blocks(trace: Trace, modules: Mapping[str, nn.Module], spaces: list[Space]) -> list[Block]:
-    """The branches that have spaces of their own and share no tensor with the rest of the network."""
+    """The branches that have spaces of their own and share no tensor with the rest of the network, in both modes."""
     by_layer: dict[str, list[Space]] = {}
     for space in spaces:
         for slot in space.slots:
             by_layer.setdefault(slot.axis.path, []).append(space)
-    branches = find_branches(trace.nodes, modules)
+    branches = list(find_branches(trace.nodes, modules))
+    if trace.evaluation != trace.nodes:
+        evaluation = list(find_branches(trace.evaluation, modules))
+        branches = [branch for branch in branches if branch in evaluation]
     blocks = [_block(branch, by_layer) for branch in branches if not _shares(branch, modules, trace.shared)]
     return [block for block in blocks if _is_removable(block)]
 
