@@ -23,19 +23,18 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Put the values of all buffers back when the block ends."""
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Remove the attributes that `model` gets until the block ends: torch.fx stores tensors that the code makes on it."""
+    """Remove the attributes that `model` gets until the block ends: torch.fx stores tensors of the code on it."""
     attributes = set(vars(model))
     try:
         yield

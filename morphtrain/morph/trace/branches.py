@@ -18,7 +18,7 @@ from morphtrain.morph.trace.writes import writes_outside
 Kind = Literal["sum", "cat"]
 CONCATENATIONS = ("cat", "concat", "concatenate")
 # Functions that may be part of a branch: they accept an input without channels.
-HARMLESS = frozenset(("mul", "cat", "dropout", "stochastic_depth")) | frozenset(
+HARMLESS = frozenset(("mul", "imul", "cat", "dropout", "stochastic_depth")) | frozenset(
     ("relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "tanh", "sigmoid", "hardsigmoid", "hardswish")
 )
 # What may follow the last norm of a branch that is added to another.
@@ -112,6 +112,8 @@ class _Finder:
         layers = [str(m.target) for m in called if self.calls[str(m.target)] == 1]
         # A layer that is called elsewhere too, as activations often are, stays: it has no parameters.
         stays = [str(m.target) for m in called if self.calls[str(m.target)] > 1]
+        if norm and self._mixes_constants(norm, last):
+            return None
         path = "" if tail else self._module_of(members)
         if stride is None or not (path or self._is_harmless(members, stays)) or writes_outside(members, self.modules):
             return None
@@ -125,6 +127,11 @@ class _Finder:
             in_full=bool(tail) or (kind == "sum" and self._needs_full_shape(n, operand)),
             stride=stride,
         )
+
+    def _mixes_constants(self, norm: str, last: fx.Node) -> bool:
+        """Whether a norm over several channels follows a bias, so that it does not give for zeros what it gave."""
+        convolution: Any = self.modules[str(last.target)]
+        return isinstance(self.modules[norm], nn.GroupNorm) and convolution.bias is not None
 
     def _module_of(self, members: Mapping[fx.Node, None]) -> str:
         """The path of the module whose forward is exactly these calls; "" if there is none."""

@@ -55,12 +55,12 @@ def _arithmetic(name: str, operands: Sequence[Any], counts: Counts) -> Count | N
         return counts[0].times(Fraction(-1))
     if len(operands) != 2:
         return None
-    (left, right), (a, b) = counts, operands
-    if name in ("mul", "imul") and (left is None) != (right is None):
+    (left, right), (a, b), name = counts, operands, name.removeprefix("i")
+    if name == "mul" and (left is None) != (right is None):
         return left.times(Fraction(b)) if left is not None else right.times(Fraction(a))  # type: ignore[union-attr]
     if name in ("floordiv", "truediv") and left is not None and right is None and b != 0:
         return left.times(1 / Fraction(b))
-    if name in ("add", "iadd", "sub") and left is not None and right is not None:
+    if name in ("add", "sub") and left is not None and right is not None:
         return _combined(left, right, subtract=name == "sub")
     return None
 

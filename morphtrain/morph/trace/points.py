@@ -21,7 +21,7 @@ KEEPS_SIGN |= frozenset(("AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "ChannelShuff
 KEEPS_SIGN |= frozenset(("dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "view", "reshape"))
 KEEPS_SIGN |= frozenset(("contiguous", "transpose", "permute", "chunk", "split", "getitem", "mean", "interpolate"))
 # ... and if no input has one.
-KEEPS_SIGNS = frozenset(("add", "iadd", "add_", "mul", "cat", "concat", "concatenate", "stack", "maximum"))
+KEEPS_SIGNS = frozenset(("add", "iadd", "add_", "mul", "imul", "cat", "concat", "concatenate", "stack", "maximum"))
 
 
 @dataclass(frozen=True)
@@ -160,4 +160,4 @@ def _name(n: fx.Node, modules: Mapping[str, nn.Module], activations: Mapping[nn.
 
 def _has_numbers(n: fx.Node) -> bool:
     """Whether an operand is a number, which may be negative."""
-    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in (*SUMS, "mul"))
+    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in (*SUMS, "mul", "imul"))

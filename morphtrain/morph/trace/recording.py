@@ -67,10 +67,19 @@ class Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """Records `a += b` as such, where torch.fx records a + b: a sum that writes into an operand needs it in full."""
+    """Records `a += b` as such, where torch.fx records a + b: others see what is written into an operand."""
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 @dataclass
