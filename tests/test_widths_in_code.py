@@ -41,6 +41,11 @@ def halves_and_rest(m: Body, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat([other, one], 1)
 
 
+def pooled_last(m: Body, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    y = F.avg_pool1d(y.flatten(2).transpose(1, 2), 3, 1, 1)
+    return y.transpose(1, 2).unflatten(2, (8, 8))
+
+
 # name -> (function, the channels that `head` reads, sizes of the spaces: written by hand)
 FOLLOWED = {
     "view by another's width": (reshaped_by_other, 8, [8]),
@@ -69,7 +74,7 @@ FOLLOWED = {
     "rows as long as the image is wide": (lambda m, x, y: y.view(-1, 8, 8, x.shape[1]), 8, []),
     "pool over channels": (lambda m, x, y: F.avg_pool3d(y[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0], 8, [8]),
     "pool layer over channels": (lambda m, x, y: m.pool(y[:, None])[:, 0], 8, [8]),
-    "pool over channels last": (lambda m, x, y: F.avg_pool1d(y.flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).unflatten(2, (8, 8)), 8, [8]),
+    "pool over channels last": (pooled_last, 8, [8]),
     "padding of the channels": (lambda m, x, y: m.pad(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 10, [8]),
     "width of a layer": (lambda m, x, y: y * m.b.out_channels, 8, [8]),
     "widths of layers compared": (lambda m, x, y: x + y if m.b.in_channels == m.b.out_channels else y, 8, []),
