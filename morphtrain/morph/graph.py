@@ -89,7 +89,7 @@ class ChannelGraph:
         trace = trace_channels(self.model, self.example_input, self.ignore)
         modules = dict(self.model.named_modules())
         self.layer_places, self.block_places, self.stage_ends = find_places(trace, modules)
-        self.calls = layer_calls(trace.evaluation, modules)
+        self.calls = layer_calls(trace.evaluation, modules, trace.activations)
         self.axes, self.spaces, self.gathers = divide(trace)
         self.shared = trace.shared
         self.blocks = find_blocks(trace, modules, self.spaces)
