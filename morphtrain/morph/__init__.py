@@ -20,6 +20,7 @@ from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
 from morphtrain.morph.surgery.architecture import DESCRIPTION, describe, rebuild
 from morphtrain.morph.surgery.gates import Gate
 from morphtrain.morph.surgery.insert import Start
+from morphtrain.morph.surgery.statistics import restored
 from morphtrain.morph.trace.blocks import Block
 from morphtrain.morph.trace.calls import Call
 from morphtrain.morph.trace.kinds import MIXING, NORMS, TRANSPOSED
@@ -51,6 +52,7 @@ __all__ = [
     "kept_modes",
     "matches",
     "rebuild",
+    "restored",
 ]
 
 if not TYPE_CHECKING:  # or the type checker would take any name for one of this package

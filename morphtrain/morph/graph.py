@@ -110,7 +110,7 @@ class ChannelGraph:
         trace = trace_channels(self.model, self.example_input, self.ignore)
         modules = dict(self.model.named_modules())
         self.layer_places, self.block_places, self.stage_ends = find_places(trace, modules)
-        self.calls = layer_calls(trace.nodes, modules)
+        self.calls = layer_calls(trace.evaluation, modules, trace.activations)
         self.axes, self.spaces, self.gathers = divide(trace)
         self.shared = trace.shared
         self.blocks = find_blocks(trace, modules, self.spaces)
@@ -151,7 +151,7 @@ class ChannelGraph:
 
         Raises:
             MorphError: before anything is changed, if an entry is out of range, an axis would be left empty, or a
-                single channel with several entries would be repeated (the order of the new entries is unknown).
+                space that cannot be widened (`Space.is_ambiguous`) would be.
         """
         self.reindex_spaces({space: index}, optimizer)
 

@@ -12,16 +12,6 @@ def prefixes(path: str) -> list[str]:
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
-def common_path(paths: list[str]) -> str:
-    """The deepest module path that contains all of `paths`."""
-    shared: list[str] = []
-    for parts in zip(*(p.split(".") for p in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
 def is_within(path: str, parent: str) -> bool:
     """Whether `path` is the module `parent` or lies inside it."""
     return path == parent or path.startswith(parent + ".")

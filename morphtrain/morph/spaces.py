@@ -48,6 +48,7 @@ class Axis:
         tensors: the tensors that have this dimension.
         counter: the module's attribute that holds the length; None if it has none.
         segments: in the order of the entries.
+        two_sided: whether one layer makes or passes on these channels with a tensor by which another uses them.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Axis:
     tensors: Tensors
     counter: str | None
     segments: list[Segment]
+    two_sided: bool = False
 
     @property
     def length(self) -> int:
@@ -135,11 +137,14 @@ class Space:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether a single channel has several entries somewhere.
+        """Whether the space cannot be widened.
 
-        The order of the entries of two channels cannot be known then, so such a space cannot be widened.
+        A single channel may have several entries somewhere: the order of the entries of two channels cannot be known
+        then. Or one weight both makes and uses the channels (tied autoencoders): it would have to be divided for one
+        layer only.
         """
-        return self.size == 1 and any(slot.segment.span > 1 for slot in self.slots)
+        single = self.size == 1 and any(slot.segment.span > 1 for slot in self.slots)
+        return single or any(slot.axis.two_sided for slot in self.slots)
 
     def __repr__(self) -> str:
         roles = [slot.role for slot in self.slots]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import MIXING, ChannelGraph, Space, kept_modes
+from morphtrain.morph import MIXING, SAMPLES, ChannelGraph, Space, kept_modes, restored
 
 CONSTANTS = ("bias", "running_mean")  # what a channel's value consists of besides its weights
 
@@ -37,6 +37,45 @@ def fold_constants(graph: ChannelGraph, images: torch.Tensor, dead: Mapping[Spac
                 if slot.role != "consumes" and name in CONSTANTS:
                     tensor = getattr(slot.axis.module, name)
                     tensor.index_fill_(dim, rows.to(tensor.device), 0.0)
+
+
+@torch.no_grad()
+def constant_output(graph: ChannelGraph, dead: str, last: str) -> torch.Tensor | None:
+    """What the convolution `last` puts out in evaluation mode, besides its bias, if the layer `dead` gets zeros: (O,).
+
+    None if that is not the same at every position and in every sample, in either mode: where zero padding cuts a
+    constant off.
+
+    Args:
+        dead, last: paths; everything on its way to `last` passes `dead`.
+    """
+    model: Any = graph.model
+    layer, found = model.get_submodule(last), []
+    handles = [
+        model.get_submodule(dead).register_forward_pre_hook(lambda m, args: (torch.zeros_like(args[0]), *args[1:])),
+        layer.register_forward_hook(lambda m, args, out: found.append(out)),
+    ]
+    inputs = graph.example_input if isinstance(graph.example_input, (tuple, list)) else (graph.example_input,)
+    try:
+        with restored(model):
+            for training in (False, True):  # in this order: training moves the norms' statistics
+                model.train(training)(*(_blank(x, layer.weight) for x in inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for out in found:
+        if (out - out[:1, :, :1, :1]).abs().max() > 100 * torch.finfo(out.dtype).eps * out.abs().max():
+            return None
+    constant: torch.Tensor = found[0][0, :, 0, 0]
+    return constant if layer.bias is None else constant - layer.bias
+
+
+def _blank(x: Any, like: torch.Tensor) -> Any:
+    """A batch of zeros of the shape of an example input, on the device and in the precision of `like`."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    shape = (SAMPLES, *x.shape[1:]) if x.dim() else ()
+    return torch.zeros(shape, dtype=like.dtype if x.is_floating_point() else x.dtype, device=like.device)
 
 
 def _mean_contributions(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph import Block, ChannelGraph, Gate, Space
+from morphtrain.prune.bias_folding import constant_output
 from morphtrain.prune.rounding import NO_ROUNDING, Rounding
 
 ImportanceOf = Callable[[ChannelGraph], dict[Space, torch.Tensor]]  # of all channels of each space: (size,), on the CPU
@@ -88,8 +89,8 @@ def reconfigure(
     importance = importance_of(graph)
     dead = {space for space, found in importance.items() if not (found >= threshold).any()}
     for block in list(graph.blocks):
-        if _is_dead(block, dead) and graph.can_remove(block):
-            _remove(graph, block, dead, optimizer)
+        if _is_dead(block, dead) and graph.can_remove(block) and _fold(graph, block, dead):
+            graph.remove_block(block, optimizer)
             result.removed_blocks.append(block.path)
     if result.removed_blocks:
         importance = importance_of(graph)
@@ -108,20 +109,37 @@ def reconfigure(
 
 
 def _is_dead(block: Block, dead: set[Space]) -> bool:
-    """Whether a block adds at most a constant, or concatenates nothing that anything still uses."""
+    """Whether nothing that a block adds depends on its input, or nothing that it concatenates is used any more."""
     if block.kind == "cat":
         return dead.issuperset(block.outputs)
-    # Without a norm, the biases after an empty space would make the last convolution add more than its own bias.
-    return not dead.isdisjoint(block.spaces if block.branch.norm else block.spaces[-1:])
+    return _dead_layer(block, dead) is not None
 
 
-def _remove(graph: ChannelGraph, block: Block, dead: set[Space], optimizer: Optimizer | None) -> None:
+def _dead_layer(block: Block, dead: set[Space]) -> str | None:
+    """The path of the last layer in a block that everything passes and that has no live input."""
+    return next((path for path, space in reversed(block.inputs.items()) if space in dead), None)
+
+
+@torch.no_grad()
+def _fold(graph: ChannelGraph, block: Block, dead: set[Space]) -> bool:
+    """Move what a dead block adds besides what `remove_block` leaves into its last norm; False if that cannot be done.
+
+    The biases after an empty space make the block's last convolution put out constants, which batch norm in training
+    turns into its own bias, and in evaluation into something else. Zero padding makes them a pattern along the border,
+    which neither can do.
+    """
+    path = _dead_layer(block, dead)
+    if block.kind == "cat" or path is None or path == block.branch.last:
+        return True
+    constant = constant_output(graph, path, block.branch.last)
+    if constant is None:
+        return False
     norm: Any = graph.model.get_submodule(block.branch.norm) if block.branch.norm else None
-    graph.remove_block(block, optimizer)
-    if block.kind == "sum" and block.spaces[-1] not in dead and hasattr(norm, "reset_running_stats"):
-        # The last convolution still saw a constant: the biases of earlier norms. In training, batch norm turns any
-        # constant into its own bias. Reset its statistics, so that it does the same in evaluation.
-        norm.reset_running_stats()
+    if getattr(norm, "running_mean", None) is not None:
+        norm.running_mean -= constant
+        return True
+    per_channel = norm is not None and not isinstance(norm, nn.GroupNorm)
+    return per_channel or not bool(constant.any())
 
 
 def gates_at_sums(graph: ChannelGraph, threshold: float, min_channels: int = 1) -> dict[str, Gate]:

@@ -18,7 +18,7 @@ def checked_index(space: Space, index: Index) -> torch.Tensor:
     """The index as an int64 tensor (new size,) on the CPU.
 
     Raises:
-        MorphError: if it is not a list of positions in `space`, or would repeat a single channel with several entries.
+        MorphError: if it is not a list of positions in `space`, or would widen a space that cannot be widened.
     """
     index = torch.as_tensor(index, device="cpu")
     if index.dim() != 1:
@@ -32,8 +32,11 @@ def checked_index(space: Space, index: Index) -> torch.Tensor:
         raise MorphError(
             f"index for '{space.name}' must lie in 0..{space.size - 1}, not {int(index.min())}..{int(index.max())}"
         )
-    if len(index) > 1 and space.is_ambiguous:
-        raise MorphError(f"'{space.name}' cannot be widened: its single channel has several entries in some tensor")
+    if space.is_ambiguous and len(index.unique()) < len(index):
+        raise MorphError(
+            f"'{space.name}' cannot be widened: its single channel has several entries in some tensor, or one weight "
+            "both makes and uses its channels"
+        )
     return index
 
 

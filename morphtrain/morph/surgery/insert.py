@@ -64,7 +64,7 @@ def insert_block(
     norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
     if halves and norms:
         _become_identity(norms, _measured(model, [point.path], calibration, outputs=True)[point.path])
-    inserted = _put_after(model, point.path, block)
+    inserted = _put_after(model, point, block)
     rebinder.adopt(model, block.parameters(), like=neighbour)
     return inserted
 
@@ -132,19 +132,19 @@ def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None
                 n.running_var.copy_(var)
 
 
-def _put_after(model: nn.Module, path: str, layer: nn.Module) -> str:
-    """Put `layer` after the module at `path` and return its path; a Sequential that ends there becomes longer."""
-    parent_path, _, name = path.rpartition(".")
+def _put_after(model: nn.Module, point: Point, layer: nn.Module) -> str:
+    """Put `layer` after the module at a point and return its path; a called Sequential that ends there gets longer."""
+    parent_path, _, name = point.path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    chained = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+    chained = point.in_call and isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
     if chained and next(reversed(parent._modules)) == name:
         number = len(parent._modules)
         while str(number) in parent._modules:
             number += 1
         parent.add_module(str(number), layer)
         return f"{parent_path}.{number}" if parent_path else str(number)
-    model.set_submodule(path, Grown(model.get_submodule(path), layer))
-    return f"{path}.1"
+    model.set_submodule(point.path, Grown(model.get_submodule(point.path), layer))
+    return f"{point.path}.1"
 
 
 def _check_kernel(kernel: int) -> None:

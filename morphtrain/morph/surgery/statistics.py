@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from morphtrain.morph.modes import kept_modes
+from morphtrain.morph.modes import kept_buffers, kept_modes
 
 
 class Statistics(NamedTuple):
@@ -48,7 +48,7 @@ def measure_inputs(
         else:
             hooks.append(module.register_forward_pre_hook(lambda m, args, path=path: add(path, args[0])))
     try:
-        with _restored(model):
+        with restored(model):
             model.train()
             for batch in batches:
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
@@ -59,13 +59,9 @@ def measure_inputs(
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Restore modes, buffers and the random state when the block ends."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next(model.parameters()).device
-    try:
-        with kept_modes(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    devices = [device] if device.type == "cuda" else []
+    with kept_modes(model), kept_buffers(model), torch.random.fork_rng(devices=devices):
+        yield

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from morphtrain.morph.trace.kinds import CONVOLUTIONS, TRANSPOSED
+from morphtrain.morph.trace.kinds import CONVOLUTIONS, TRANSPOSED, WIDTHS
 
 # Attributes of torch's layers, and of ours, that a change of width changes.
-WIDTHS = (
-    "in_channels",
-    "out_channels",
-    "groups",
-    "in_features",
-    "out_features",
-    "num_features",
-    "num_channels",
-    "num_groups",
-    "num_parameters",
-    "channels",
-    "left",
-    "right",
-    "width",
-)
+ALL_WIDTHS = (*WIDTHS, "channels", "left", "right", "width")
 
 
 def widths_of(module: nn.Module) -> dict[str, int]:
     """The widths that `module` keeps as attributes, by name."""
     own = vars(module)
-    return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}
+    return {name: own[name] for name in ALL_WIDTHS if isinstance(own.get(name), int)}
 
 
 def refresh_widths(module: nn.Module) -> None:

@@ -10,14 +10,15 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from morphtrain.morph.layers import ScatterChannels, ZeroBranch
-from morphtrain.morph.paths import common_path, is_within, prefixes
+from morphtrain.morph.paths import is_within
 from morphtrain.morph.trace.kinds import ACTIVATIONS, CONVOLUTIONS, NORMS
-from morphtrain.morph.trace.nodes import SUMS, name_of, owner_path
+from morphtrain.morph.trace.nodes import SUMS, modules_around, name_of
+from morphtrain.morph.trace.writes import writes_outside
 
 Kind = Literal["sum", "cat"]
 CONCATENATIONS = ("cat", "concat", "concatenate")
 # Functions that may be part of a branch: they accept an input without channels.
-HARMLESS = frozenset(("mul", "cat", "dropout", "stochastic_depth")) | frozenset(
+HARMLESS = frozenset(("mul", "imul", "cat", "dropout", "stochastic_depth")) | frozenset(
     ("relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "tanh", "sigmoid", "hardsigmoid", "hardswish")
 )
 # What may follow the last norm of a branch that is added to another.
@@ -97,7 +98,7 @@ class _Finder:
         self.modules = modules
         self.calls = Counter(str(n.target) for n in nodes if n.op == "call_module")
         made = [n for n in nodes if n.op in ("call_module", "call_function", "call_method")]
-        self.inside = Counter(path for n in made for path in prefixes(owner_path(n)))  # module path -> calls in it
+        self.inside = Counter(path for n in made for path in modules_around(n))  # module path -> calls in it
 
     def branch(self, kind: Kind, n: fx.Node, operand: fx.Node) -> Branch | None:
         """The branch that computes an operand of `n`; None if something else does."""
@@ -111,8 +112,10 @@ class _Finder:
         layers = [str(m.target) for m in called if self.calls[str(m.target)] == 1]
         # A layer that is called elsewhere too, as activations often are, stays: it has no parameters.
         stays = [str(m.target) for m in called if self.calls[str(m.target)] > 1]
+        if norm and self._mixes_constants(norm, last):
+            return None
         path = "" if tail else self._module_of(members)
-        if stride is None or not (path or self._is_harmless(members, stays)):
+        if stride is None or not (path or self._is_harmless(members, stays)) or writes_outside(members, self.modules):
             return None
         return Branch(
             kind=kind,
@@ -125,11 +128,17 @@ class _Finder:
             stride=stride,
         )
 
+    def _mixes_constants(self, norm: str, last: fx.Node) -> bool:
+        """Whether a norm over several channels follows a bias, so that it does not give for zeros what it gave."""
+        convolution: Any = self.modules[str(last.target)]
+        return isinstance(self.modules[norm], nn.GroupNorm) and convolution.bias is not None
+
     def _module_of(self, members: Mapping[fx.Node, None]) -> str:
         """The path of the module whose forward is exactly these calls; "" if there is none."""
         calls = [m for m in members if m.op != "get_attr"]
-        path = common_path([owner_path(m) for m in calls])
-        return path if self.inside.get(path) == len(calls) else ""
+        around = [modules_around(m) for m in calls]
+        common = [path for path in around[0] if all(path in paths for paths in around)]
+        return common[-1] if common and self.inside[common[-1]] == len(calls) else ""
 
     def _is_harmless(self, members: Mapping[fx.Node, None], stays: Sequence[str]) -> bool:
         """Whether what is left of a branch can be called without channels."""

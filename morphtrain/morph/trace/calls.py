@@ -37,12 +37,18 @@ class Call(NamedTuple):
     norm: str
 
 
-def layer_calls(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> list[Call]:
-    """Every call of a module that takes one tensor and gives one tensor, in the order of execution."""
+def layer_calls(
+    nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], activations: Mapping[nn.Module, str]
+) -> list[Call]:
+    """Every call of a module that takes one tensor and gives one tensor, in the order of execution.
+
+    Args:
+        activations: what comes last in layers that are a norm with an activation, by its name.
+    """
     levels: dict[fx.Node, int] = {}
     calls = []
     for n in nodes:
-        levels[n] = _level(n, modules, [levels[a] for a in n.all_input_nodes])
+        levels[n] = _level(n, modules, activations, [levels[a] for a in n.all_input_nodes])
         inputs = [a for a in n.all_input_nodes if "shape" in a.meta]
         if n.op == "call_module" and len(inputs) == 1 and "shape" in n.meta:
             (x,) = inputs
@@ -51,13 +57,15 @@ def layer_calls(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> l
     return calls
 
 
-def _level(n: fx.Node, modules: Mapping[str, nn.Module], inputs: Sequence[int]) -> int:
+def _level(
+    n: fx.Node, modules: Mapping[str, nn.Module], activations: Mapping[nn.Module, str], inputs: Sequence[int]
+) -> int:
     """LIVE, CONSTANT or ZERO: what the channels of a value are if the norms put out zeros."""
     if n.op in ("placeholder", "get_attr"):
         return LIVE if n.op == "placeholder" else CONSTANT
     module: Any = modules[str(n.target)] if n.op == "call_module" else None
     if isinstance(module, (*NORMS, ZeroBranch, NoChannels)) and getattr(module, "weight", True) is not None:
-        return ZERO
+        return CONSTANT if activations.get(module, "").lower() in LIFTING else ZERO
     name = type(module).__name__.lower() if module is not None else name_of(n)
     mixes = not _is_depthwise(module) if isinstance(module, MIXING) else name.startswith(("conv", "linear"))
     if mixes:

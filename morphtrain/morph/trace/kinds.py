@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+# Attributes of torch's layers that a change of width changes.
+WIDTHS = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "in_features",
+    "out_features",
+    "num_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MIXING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # they mix channels, unless they are depthwise
@@ -49,7 +63,7 @@ ACTIVATIONS = (
     nn.FeatureAlphaDropout,
 )
 KEEP_SHAPE = (*NORMS, *ACTIVATIONS, nn.LayerNorm, nn.PReLU)
-POOLING_AND_PADDING = (  # in space only
+POOLING_AND_PADDING = (  # over the last dimensions, as many as the name says
     nn.MaxPool1d,
     nn.MaxPool2d,
     nn.MaxPool3d,
@@ -75,3 +89,18 @@ POOLING_AND_PADDING = (  # in space only
     nn.UpsamplingNearest2d,
     nn.UpsamplingBilinear2d,
 )
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Methods of a layer that do not take part in its forward pass.
+BESIDE_FORWARD = frozenset(("extra_repr", "reset_parameters", "reset_running_stats", "_load_from_state_dict"))
+TENSORS = frozenset(("weight", "bias", "running_mean", "running_var"))
+
+
+def is_torch_layer(module: Any) -> bool:
+    """Whether a module is a layer of torch's, or derived from one with its forward and all that this uses kept."""
+    kinds = type(module).__mro__
+    torchs = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
+    if torchs is nn.Module or issubclass(torchs, CONTAINERS):
+        return False
+    forward = {name for kind in torchs.__mro__ if kind not in (nn.Module, object) for name in vars(kind)}
+    forward = {name for name in forward if not name.startswith("__")} - BESIDE_FORWARD | TENSORS | {"__call__"}
+    return forward.isdisjoint(name for kind in kinds[: kinds.index(torchs)] for name in vars(kind))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NoReturn
 
 import torch
@@ -12,9 +13,10 @@ from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.paths import matches
 from morphtrain.morph.spaces import Role, Tensors
+from morphtrain.morph.trace.counts import Count
 from morphtrain.morph.trace.labels import Joins, along, fixed, varies
 from morphtrain.morph.trace.nodes import call_name, owner_path, tensors_in
-from morphtrain.morph.trace.recording import source_line
+from morphtrain.morph.trace.recording import Recording
 from morphtrain.morph.trace.traced import Shared, Trace, TracedAxis, TracedGather
 
 
@@ -26,20 +28,32 @@ class LabelledGraph:
 
     Args:
         model: the traced network.
+        recordings: of its forward.
         ignore: patterns of module paths that are not looked into.
+        activations: what comes last in layers that are a norm with an activation, by its name.
     """
 
-    def __init__(self, model: nn.Module, ignore: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recordings: Sequence[Recording],
+        ignore: Sequence[str],
+        activations: Mapping[nn.Module, str],
+    ) -> None:
         self.model = model
+        self.recordings = recordings
         self.ignore = ignore
+        self.activations = activations
         self.modules = dict(model.named_modules())
         self.values: dict[fx.Node, Any] = {}  # results of the calls; tensors without storage
         self.labels: dict[fx.Node, Any] = {}  # of tensors; for tuples of tensors, tuples of labels
-        self.widths: set[fx.Node] = set()  # numbers that depend on how many channels something has
+        self.counts: dict[fx.Node, Any] = {}  # of numbers that depend on numbers of channels; of shapes, a tuple
+        self.constants: list[tuple[fx.Node, Count, str]] = []  # numbers that calls need to stay as they are
         self.joins = Joins()
         self.axes: dict[tuple[int, str], TracedAxis] = {}  # by module and place in it
         self.gathers: dict[int, TracedGather] = {}  # by module
         self.tensor_axes: dict[tuple[int, int], TracedAxis] = {}  # by tensor and dimension
+        self.tensor_sizes: dict[tuple[int, int], torch.Tensor] = {}  # labels of the sizes that code reads, likewise
         self.holders = _holders(model)
 
     # -- questions about a call -------------------------------------------------------------------------------
@@ -53,17 +67,45 @@ class LabelledGraph:
         """An argument of a call, with nodes replaced by their values."""
         return fx.node.map_arg(argument, lambda a: self.values[a])
 
+    def count(self, argument: Any) -> Count | None:
+        """How a number that is an argument of a call depends on numbers of channels; None if it does not."""
+        count = self.counts.get(argument) if isinstance(argument, fx.Node) else None
+        return count if isinstance(count, Count) else None
+
+    def counts_of(self, n: fx.Node) -> list[Count]:
+        """The numbers of channels that a number, or a shape, depends on."""
+        found = self.counts.get(n)
+        return [c for c in (found if isinstance(found, tuple) else (found,)) if c is not None]
+
     def is_width(self, n: fx.Node) -> bool:
         """Whether a number, or a shape, depends on how many channels something has."""
-        sized, dims = n.meta.get("dims of", (None, ()))
-        return n in self.widths or any(self.has_channels(sized, dim) for dim in dims)
+        return bool(self.counts_of(n))
+
+    def size(self, n: fx.Node, dim: int) -> Count | None:
+        """What the size of an activation or of a parameter along `dim` counts; None if it does not change."""
+        rank = len(self.shape(n))
+        if n.op == "get_attr" and self.shape(n).numel() > 1:
+            return Count(self._size_labels(n, dim % rank))
+        if not self.has_channels(n, dim):
+            return None
+        labels = self.labels[n].movedim(dim, 0)
+        labels = labels.reshape(len(labels), -1)
+        if labels.shape[1] > 1:
+            roots = self.joins.roots()[labels]
+            if bool((roots == roots[:1]).all()):
+                return None  # of several dimensions that the channels are in, one whose size the code gives
+        return Count(labels[:, 0])
+
+    def shape_counts(self, n: fx.Node) -> tuple[Count | None, ...]:
+        """`size` along every dimension."""
+        return tuple(self.size(n, dim) for dim in range(len(self.shape(n))))
 
     def has_channels(self, n: Any, dim: int) -> bool:
         """Whether channels may lie in dimension `dim` of an activation; a single one may lie in any of size 1."""
         labels = self.labels.get(n)
         if not isinstance(labels, torch.Tensor):
             return False
-        return varies(labels, dim) or (self.shape(n)[dim] == 1 and bool(labels.any()))
+        return varies(labels, dim) or (self.shape(n)[dim] == 1 == labels.numel() and bool(labels.any()))
 
     def is_fixed(self, n: fx.Node) -> bool:
         """Whether nothing about the result of a call can change."""
@@ -103,6 +145,44 @@ class LabelledGraph:
             self.joins.pin(self.labels[node])
         return mixes
 
+    def need_constant(self, n: fx.Node, numbers: Iterable[Count], what: str) -> None:
+        """Note that a call is only followed if these numbers of channels turn out never to change."""
+        self.constants += [(n, count, what) for count in numbers]
+
+    def pin_counts(self, counts: Iterable[Count | None]) -> None:
+        """Pin the channels that numbers count."""
+        for count in counts:
+            if count is not None:
+                self.joins.pin(count.labels)
+
+    def fit(self, labels: torch.Tensor, count: Count) -> None:
+        """Join channels such that there always are as many as a number says.
+
+        If it is p/q times the number of channels that it counts, these are joined in q equal parts, and `labels` are p
+        more such parts. What does not fit is pinned.
+
+        Args:
+            labels: (M,), of the channels.
+        """
+        ratio = count.ratio or Fraction(0)
+        if ratio <= 0 or len(count.labels) * ratio != len(labels):
+            self.joins.pin(labels)
+            self.joins.pin(count.labels)
+            return
+        parts = count.labels.view(ratio.denominator, -1)
+        self.joins.tie(parts, 0)
+        self.joins.join(labels.view(ratio.numerator, -1), parts[:1])
+
+    def changes_with(self, count: Count, labels: torch.Tensor) -> bool:
+        """Whether a number stays in proportion to the number of the channels `labels`, as far as is known now."""
+        if count.ratio is None:
+            return False
+        if torch.equal(count.labels, labels):
+            return True
+        roots = self.joins.roots()
+        (a, times_a), (b, times_b) = (roots[x].unique(return_counts=True) for x in (count.labels, labels))
+        return torch.equal(a, b) and len(times_a.unique()) == len(times_b.unique()) == 1
+
     def axis(
         self,
         path: str,
@@ -127,7 +207,7 @@ class LabelledGraph:
         if known is not None:
             self.joins.join(known.labels, labels)
             return known.labels
-        own = self._unregistered(module, tensors, labels)
+        own = self._unregistered(module, role, tensors, labels)
         axis = TracedAxis(path, module, role, own, labels, counter)
         self.axes[id(module), place] = axis
         for name, dim in own:
@@ -154,25 +234,62 @@ class LabelledGraph:
         labels = self.axis(str(n.target), owner, name, "elementwise", ((name, long[0]),), labels)
         return along(labels, long[0], value.dim())
 
+    def pin_values(self, n: fx.Node) -> None:
+        """Pin every dimension of a parameter that has several and whose values code computes with."""
+        if n.op == "get_attr" and not bool(self.labels[n].any()):
+            for dim in range(len(self.shape(n))):
+                self.joins.pin(self._size_labels(n, dim))
+
+    def _size_labels(self, n: fx.Node, dim: int) -> torch.Tensor:
+        """(N,): the labels along a dimension of a parameter, which may be known only later."""
+        path, _, name = str(n.target).rpartition(".")
+        tensor = getattr(self.model.get_submodule(path), name)
+        key = (id(tensor), dim)
+        if key in self.tensor_axes:
+            return self.tensor_axes[key].labels
+        if key not in self.tensor_sizes:
+            self.tensor_sizes[key] = self.joins.fresh(tensor.shape[dim])
+        return self.tensor_sizes[key]
+
     def refuse(self, n: fx.Node, what: str) -> NoReturn:
         """Raise a MorphError that names `what`, the module and the line of the model's code."""
-        place, line = owner_path(n) or "the model", source_line(self.model, self.ignore, n)
-        raise MorphError(f"cannot follow channels through {what} in {place} ({line})")
+        recording = next(r for r in self.recordings if r.graph is n.graph)
+        place = owner_path(n) or "the model"
+        raise MorphError(f"cannot follow channels through {what} in {place} ({recording.source_line(n)})")
 
     # -- the result -------------------------------------------------------------------------------------------
 
-    def result(self, nodes: Iterable[fx.Node]) -> Trace:
-        """The trace, once all `nodes` have been followed."""
+    def result(self) -> Trace:
+        """The trace, once all calls of all recordings have been followed."""
+        self._pin_reads()
+        roots = self.joins.roots()
+        lines = [roots[axis.labels] for axis in self.axes.values()]
+        changing = torch.cat(lines).unique() if lines else roots[:1]
+        for n, count, what in self.constants:
+            if bool(torch.isin(roots[count.labels], changing[changing != 0]).any()):
+                self.refuse(n, what)
+        training, evaluation = self.recordings[0].graph, self.recordings[-1].graph
         return Trace(
-            nodes=list(nodes),
+            nodes=list(training.nodes),
+            evaluation=list(evaluation.nodes),
             axes=list(self.axes.values()),
             gathers=list(self.gathers.values()),
             labels=self.labels,
-            roots=self.joins.roots(),
+            roots=roots,
             shared=self._shared(),
+            activations=self.activations,
         )
 
-    def _unregistered(self, module: nn.Module, tensors: Tensors, labels: torch.Tensor) -> Tensors:
+    def _pin_reads(self) -> None:
+        """Pin the widths of layers that code reads as attributes: what it does with them is not known."""
+        for recording in self.recordings:
+            for module, name in recording.reads:
+                role = {"in": "consumes", "out": "produces"}.get(name.partition("_")[0])
+                axes = [axis for axis in self.axes.values() if axis.module is module]
+                for axis in [axis for axis in axes if axis.role == role] or axes:
+                    self.joins.pin(axis.labels)
+
+    def _unregistered(self, module: nn.Module, role: Role, tensors: Tensors, labels: torch.Tensor) -> Tensors:
         """The tensors of a new axis that no other axis has; `labels` are joined with those of the others."""
         own = []
         for name, dim in tensors:
@@ -182,8 +299,11 @@ class LabelledGraph:
             known = self.tensor_axes.get((id(tensor), dim))
             if known is not None:
                 self.joins.join(known.labels, labels)
+                known.two_sided |= (known.role == "consumes") != (role == "consumes")
             else:
                 own.append((name, dim))
+            if (id(tensor), dim) in self.tensor_sizes:
+                self.joins.join(self.tensor_sizes[id(tensor), dim], labels)
             if any(matches(path, self.ignore) for path, _, _ in self.holders.get(id(tensor), ())):
                 self.joins.pin(labels)
         return tuple(own)

@@ -19,6 +19,16 @@ def owner_path(n: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
+def modules_around(n: fx.Node) -> list[str]:
+    """The paths of the modules that were called around a call, outermost first, the model itself left out.
+
+    For the call of a module, that module comes last. A ModuleList, or a Sequential whose layers are called one by one,
+    is never called itself.
+    """
+    stack = n.meta.get("nn_module_stack")
+    return [path for path, _ in stack.values() if path] if stack else []
+
+
 def call_name(n: fx.Node) -> str:
     """The name of a call for an error message."""
     if n.op == "call_module":

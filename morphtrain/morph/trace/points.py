@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import fx, nn
 
-from morphtrain.morph.paths import prefixes
-from morphtrain.morph.trace.nodes import SUMS, name_of, owner_path
+from morphtrain.morph.trace.nodes import SUMS, modules_around, name_of
 from morphtrain.morph.trace.traced import Trace
 
 # Results without a negative value: a ReLU leaves them as they are.
@@ -22,7 +21,7 @@ KEEPS_SIGN |= frozenset(("AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "ChannelShuff
 KEEPS_SIGN |= frozenset(("dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "view", "reshape"))
 KEEPS_SIGN |= frozenset(("contiguous", "transpose", "permute", "chunk", "split", "getitem", "mean", "interpolate"))
 # ... and if no input has one.
-KEEPS_SIGNS = frozenset(("add", "iadd", "add_", "mul", "cat", "concat", "concatenate", "stack", "maximum"))
+KEEPS_SIGNS = frozenset(("add", "iadd", "add_", "mul", "imul", "cat", "concat", "concatenate", "stack", "maximum"))
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,15 @@ class Point:
     Args:
         path: of the module.
         channels: of its output (B, channels, H, W), at the time of the trace.
-        non_negative: whether the output has no value below zero, as after a ReLU.
+        non_negative: whether the module is called once and its output has no value below zero, as after a ReLU.
+        in_call: whether the module was called by its parent's forward, so that a Sequential that ends with it can
+            become longer; code also calls the layers of a ModuleList or Sequential one by one.
     """
 
     path: str
     channels: int
     non_negative: bool
+    in_call: bool
 
 
 class Places(NamedTuple):
@@ -46,8 +48,9 @@ class Places(NamedTuple):
     Args:
         layers: the paths of two-dimensional convolutions that are called once, on an input without negative values.
         blocks: a point after every module that is called once and passes on one tensor (B, C, H, W), by its path.
-        ends: of these points the last one in each stage. A stage consists of the sums of the same channels; in a
-            network without sums, of the activations of one size.
+        ends: of these points the last one in each stage; after a module that is called several times if the stage has
+            no other. A stage consists of the sums of the same channels; in a network without sums, of the activations
+            of one size.
     """
 
     layers: list[str]
@@ -56,14 +59,34 @@ class Places(NamedTuple):
 
 
 def find_places(trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
-    """The places of a traced network."""
-    signs, outputs = _non_negative(trace.nodes, modules), _outputs(trace.nodes)
-    blocks = {
-        path: Point(path, node.meta["shape"][1], node in signs)
-        for path, node in outputs.items()
-        if len(node.meta.get("shape", ())) == 4
-    }
-    return Places(_layers(trace.nodes, modules, signs), blocks, _stage_ends(trace, modules, blocks, outputs))
+    """The places of a traced network; only those that training and evaluation mode have alike."""
+    places = _places_in(trace.nodes, trace, modules)
+    if trace.evaluation == trace.nodes:
+        return places
+    other = _places_in(trace.evaluation, trace, modules)
+    return Places(
+        [path for path in places.layers if path in other.layers],
+        {path: point for path, point in places.blocks.items() if other.blocks.get(path) == point},
+        [point for point in places.ends if point in other.ends],
+    )
+
+
+def _places_in(nodes: list[fx.Node], trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
+    signs, outputs = _non_negative(nodes, modules, trace.activations), _outputs(nodes)
+    points = {path: _point(path, calls, signs) for path, calls in outputs.items() if all(map(_is_image, calls))}
+    ends = _stage_ends(nodes, trace, modules, points, outputs)
+    blocks = {path: point for path, point in points.items() if len(outputs[path]) == 1 or point in ends}
+    return Places(_layers(nodes, modules, signs), blocks, ends)
+
+
+def _point(path: str, calls: Sequence[fx.Node], signs: Container[fx.Node]) -> Point:
+    parent = path.rpartition(".")[0]
+    in_call = not parent or all(parent in modules_around(n) for n in calls)
+    return Point(path, calls[0].meta["shape"][1], len(calls) == 1 and calls[0] in signs, in_call)
+
+
+def _is_image(n: fx.Node) -> bool:
+    return len(n.meta.get("shape", ())) == 4
 
 
 def _layers(nodes: list[fx.Node], modules: Mapping[str, nn.Module], signs: set[fx.Node]) -> list[str]:
@@ -74,30 +97,39 @@ def _layers(nodes: list[fx.Node], modules: Mapping[str, nn.Module], signs: set[f
 
 
 def _stage_ends(
-    trace: Trace, modules: Mapping[str, nn.Module], blocks: Mapping[str, Point], outputs: Mapping[str, fx.Node]
+    nodes: list[fx.Node],
+    trace: Trace,
+    modules: Mapping[str, nn.Module],
+    points: Mapping[str, Point],
+    outputs: Mapping[str, Sequence[fx.Node]],
 ) -> list[Point]:
     ends: dict[fx.Node, list[str]] = {}  # node -> the modules whose output it is, outermost first
-    for path in blocks:
-        ends.setdefault(outputs[path], []).append(path)
-    images = [n for n in trace.nodes if len(n.meta.get("shape", ())) == 4]
+    for path in points:
+        for n in outputs[path]:
+            ends.setdefault(n, []).append(path)
+    images = [n for n in nodes if _is_image(n)]
     sums = [n for n in images if n.op != "call_module" and name_of(n) in SUMS]
     stages: dict[Hashable, Point] = {}
-    for n in sums or [n for n in images if _name(n, modules) in NON_NEGATIVE]:
+    for n in sums or [n for n in images if _name(n, modules, trace.activations) in NON_NEGATIVE]:
         users = list(n.users)
         end = users[0] if len(users) == 1 and _name(users[0], modules) in NON_NEGATIVE else n
         size = tuple(n.meta["shape"][2:])
         if end in ends:
-            whole = [path for path in ends[end] if path in _modules_around(n)] or ends[end]  # that contain the sum
+            whole = [path for path in ends[end] if path in modules_around(n)] or ends[end]  # that contain the sum
             channels = tuple(trace.roots[trace.labels[n]].flatten().tolist()) if sums else ()
-            stages[size, channels] = blocks[whole[-1]]
+            point, known = points[whole[-1]], stages.get((size, channels))
+            if known is None or len(outputs[known.path]) > 1 or len(outputs[point.path]) == 1:
+                stages[size, channels] = point
     return list(stages.values())
 
 
-def _non_negative(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+def _non_negative(
+    nodes: list[fx.Node], modules: Mapping[str, nn.Module], activations: Mapping[nn.Module, str]
+) -> set[fx.Node]:
     """The nodes whose results have no value below zero, whatever the weights are."""
     found: set[fx.Node] = set()
     for n in nodes:
-        name, inputs = _name(n, modules), n.all_input_nodes
+        name, inputs = _name(n, modules, activations), n.all_input_nodes
         passed = name in KEEPS_SIGN and bool(inputs) and inputs[0] in found
         combined = name in KEEPS_SIGNS and bool(inputs) and found.issuperset(inputs) and not _has_numbers(n)
         if name in NON_NEGATIVE or passed or combined:
@@ -105,32 +137,27 @@ def _non_negative(nodes: list[fx.Node], modules: Mapping[str, nn.Module]) -> set
     return found
 
 
-def _outputs(nodes: list[fx.Node]) -> dict[str, fx.Node]:
-    """Module path -> the only node in it whose result is used outside; modules that are called once only."""
-    calls: dict[str, set[str]] = {}  # path -> keys of its calls
+def _outputs(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:
+    """Module path -> of each of its calls the only node whose result is used outside; modules with such calls only."""
+    inside = {n: dict(n.meta.get("nn_module_stack") or {}) for n in nodes}  # the calls around, by their keys
+    ends: dict[str, dict[str, list[fx.Node]]] = {}
     for n in nodes:
-        for key, (path, _) in (n.meta.get("nn_module_stack") or {}).items():
-            calls.setdefault(path, set()).add(key)
-    inside = {n: _modules_around(n) for n in nodes}
-    ends: dict[str, set[fx.Node]] = {}
-    for n in nodes:
-        for path in inside[n]:
-            if any(path not in inside[user] for user in n.users):
-                ends.setdefault(path, set()).add(n)
-    return {
-        path: next(iter(found)) for path, found in ends.items() if len(found) == 1 and len(calls.get(path, ())) <= 1
-    }
+        for key, (path, _) in inside[n].items():
+            calls = ends.setdefault(path, {}).setdefault(key, [])
+            if any(key not in inside[user] for user in n.users):
+                calls.append(n)
+    single = {path: calls for path, calls in ends.items() if path and all(len(found) == 1 for found in calls.values())}
+    return {path: [n for (n,) in calls.values()] for path, calls in single.items()}
 
 
-def _modules_around(n: fx.Node) -> list[str]:
-    """The modules that contain a call, outermost first; for the call of a module, that module comes last."""
-    return prefixes(owner_path(n))
-
-
-def _name(n: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    return type(modules[str(n.target)]).__name__ if n.op == "call_module" else name_of(n)
+def _name(n: fx.Node, modules: Mapping[str, nn.Module], activations: Mapping[nn.Module, str] = {}) -> str:
+    """The name of what a call gives the result of; of a norm with an activation, that of the activation."""
+    if n.op != "call_module":
+        return name_of(n)
+    module = modules[str(n.target)]
+    return activations.get(module) or type(module).__name__
 
 
 def _has_numbers(n: fx.Node) -> bool:
     """Whether an operand is a number, which may be negative."""
-    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in (*SUMS, "mul"))
+    return any(isinstance(a, (int, float)) for a in n.args if name_of(n) in (*SUMS, "mul", "imul"))

@@ -16,13 +16,14 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from morphtrain.errors import first_line
-from morphtrain.morph.modes import kept_modes
+from morphtrain.morph.modes import kept_attributes, kept_buffers, kept_modes
 from morphtrain.morph.paths import matches
 from morphtrain.morph.trace.kinds import KEEP_SHAPE
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed
 from morphtrain.morph.trace.nodes import call_name, fixed_like, holds_tensors
-from morphtrain.morph.trace.recording import FAILURES, record
+from morphtrain.morph.trace.norms import norms_with_activations
+from morphtrain.morph.trace.recording import FAILURES, record_modes
 from morphtrain.morph.trace.rules import functions, layers
 from morphtrain.morph.trace.traced import SAMPLES, Trace
 
@@ -38,19 +39,15 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
     Raises:
         MorphError: naming the operation, the module path and the source line of what cannot be followed.
     """
-    attributes = set(vars(model))
-    try:
-        with kept_modes(model), torch.no_grad():
-            model.train()  # a forward may ask for the mode, and training may use layers that evaluation does not
-            graph = record(model, ignore)
-            labelled = LabelledGraph(model, ignore)
-            model.eval()  # a norm in training mode refuses one value per channel
-            inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-            Propagator(labelled, graph).run(*map(_samples, inputs))
-    finally:
-        for name in set(vars(model)) - attributes:  # torch.fx stores tensors that the code makes on the model
-            delattr(model, name)
-    return labelled.result(graph.nodes)
+    with kept_modes(model), kept_buffers(model), kept_attributes(model), torch.no_grad():
+        activations = norms_with_activations(model)
+        recordings = record_modes(model, ignore, activations)
+        labelled = LabelledGraph(model, recordings, ignore, activations)
+        model.eval()  # a norm in training mode refuses one value per channel
+        inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+        for recording in recordings:  # the axes of the second are those of the first: their labels are joined
+            Propagator(labelled, recording.graph).run(*map(_samples, inputs))
+        return labelled.result()
 
 
 def _samples(x: Any) -> Any:

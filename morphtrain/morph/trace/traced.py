@@ -18,7 +18,10 @@ Shared = Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]]  # (id of mod
 
 @dataclass(eq=False)
 class TracedAxis:
-    """A dimension of a module's tensors, with the label of the channel that each of its entries belongs to."""
+    """A dimension of a module's tensors, with the label of the channel that each of its entries belongs to.
+
+    `two_sided`: whether one layer makes or passes on these channels with a tensor by which another uses them.
+    """
 
     path: str
     module: nn.Module
@@ -26,6 +29,7 @@ class TracedAxis:
     tensors: Tensors
     labels: torch.Tensor
     counter: str | None = None  # the module's attribute that holds this axis' length
+    two_sided: bool = False
 
 
 @dataclass(eq=False)
@@ -42,17 +46,21 @@ class Trace:
     """A network as the propagator saw it.
 
     Args:
-        nodes: the calls, in the order of execution; `meta["shape"]` of those that give a tensor.
+        nodes: the calls in training mode, in the order of execution; `meta["shape"]` of those that give a tensor.
+        evaluation: the same of evaluation mode; often the same nodes.
         axes: in the order of use.
         gathers: the modules that select or scatter channels by an index.
         labels: those of each node's tensor; for a tuple of tensors, a tuple of labels.
         roots: label -> smallest label of its class.
         shared: tensors that several modules hold.
+        activations: what comes last in layers that are a norm with an activation, by its name.
     """
 
     nodes: list[fx.Node]
+    evaluation: list[fx.Node]
     axes: list[TracedAxis]
     gathers: list[TracedGather]
     labels: dict[fx.Node, Any]
     roots: torch.Tensor
     shared: Shared
+    activations: Mapping[nn.Module, str]

@@ -16,7 +16,7 @@ from morphtrain.morph.trace.rules.table import Rule, by_name
 
 def _convolution(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     transposed = "transpose" in name_of(n)
-    groups = argument(n, 5 if transposed else 6, "groups", 1)
+    groups = g.concrete(argument(n, 5 if transposed else 6, "groups", 1))
     if groups > 1:
         g.refuse(n, f"{call_name(n)} of {groups} groups, a number in the code; use a module")
     owner, path, weight = _weight_of(g, n)

@@ -5,23 +5,27 @@ Here are the rules for functions that leave channels where they are, and the tab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import fx
 
+from morphtrain.morph.trace.counts import Count, computed
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed, varies
 from morphtrain.morph.trace.nodes import argument, call_name, dimensions, first, name_of, tensors_in
 from morphtrain.morph.trace.rules import functional, movement, parts
-from morphtrain.morph.trace.rules.moves import unchanged
+from morphtrain.morph.trace.rules.moves import unchanged, windowed
 from morphtrain.morph.trace.rules.table import Rule, by_name
 
 # Functions with rules for arguments that depend on a number of channels.
 TAKES_WIDTHS = frozenset(
     ["view", "reshape", "unflatten", "expand", "expand_as", "broadcast_to", "split", "tensor_split", "chunk", "getitem"]
 )
+# Functions with rules for a weight of several dimensions.
+WEIGHTED = frozenset(("linear", "conv1d", "conv2d", "conv3d"))
+WEIGHTED |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 
 
 def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
@@ -30,50 +34,63 @@ def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     rule = RULES.get(name_of(n)) if home.startswith(("torch", "_operator")) else None
     if rule is None:
         g.refuse(n, call_name(n))
-    if name_of(n) not in TAKES_WIDTHS and any(map(g.is_width, n.all_input_nodes)):
-        g.refuse(n, f"{call_name(n)}, which computes with a number of channels")
+    if name_of(n) not in TAKES_WIDTHS:
+        numbers = [count for a in n.all_input_nodes for count in g.counts_of(a)]
+        g.need_constant(n, numbers, f"{call_name(n)}, which computes with a number of channels")
+    for a in n.all_input_nodes:
+        if a.op == "get_attr" and not (name_of(n) in WEIGHTED and argument(n, 1, "weight") is a):
+            g.pin_values(a)
     return rule(g, n, value)
+
+
+def keeps_channels(n: fx.Node) -> bool:
+    """Whether a call of a function or method treats each channel by itself and moves none."""
+    return RULES.get(name_of(n)) in (_unchanged, _elementwise)
 
 
 def number(g: LabelledGraph, n: fx.Node, value: Any) -> None:
     """Note whether a value that is not a tensor depends on a number of channels; for a shape, whose shape it is."""
     if value is None and not all(map(g.is_fixed, n.all_input_nodes)):
         g.refuse(n, f"{call_name(n)}, which writes into its argument")  # x[...] = y
-    if not n.args or not isinstance(n.args[0], fx.Node):
-        return
-    if not _is_part_of_shape(n) and any(map(g.is_width, n.all_input_nodes)):
-        g.widths.add(n)
-        return
-    sized, dims = _counted(g, n, value)
-    if isinstance(value, (tuple, list)):
-        n.meta["dims of"] = (sized, dims)
-    elif any(g.has_channels(sized, dim) for dim in dims):
-        g.widths.add(n)
+    of: Any = n.args[0] if n.args else None
+    known = g.counts.get(of) if isinstance(of, fx.Node) else None
+    count: Any = None
+    if isinstance(known, tuple) and name_of(n) == "getitem":
+        count = known[g.concrete(n.args[1])]
+    elif any(map(g.is_width, n.all_input_nodes)):
+        counts = [g.counts.get(a) if isinstance(a, fx.Node) else None for a in n.args]
+        parts = [count.labels for a in n.all_input_nodes for count in g.counts_of(a)]
+        count = computed(name_of(n), g.concrete(n.args), counts, value) or Count(torch.cat(parts), None)
+    elif isinstance(of, fx.Node) and isinstance(g.values.get(of), torch.Tensor):
+        count = _sizes(g, n, of, value)
+    if count is not None:
+        g.counts[n] = count
 
 
-def _is_part_of_shape(n: fx.Node) -> bool:
-    return name_of(n) == "getitem" and "dims of" in n.args[0].meta  # type: ignore[union-attr]
-
-
-def _counted(g: LabelledGraph, n: fx.Node, value: Any) -> tuple[Any, Sequence[int]]:
-    """The activation whose sizes a number or a shape holds, and the dimensions that these are the sizes of."""
-    of: Any = n.args[0]
-    if _is_part_of_shape(n):
-        sized, known = of.meta["dims of"]
-        return sized, known[n.args[1]] if isinstance(n.args[1], slice) else [known[n.args[1]]]
-    if isinstance(g.labels.get(of), torch.Tensor):
-        rank = len(g.shape(of))
-        if isinstance(value, torch.Size) or name_of(n) == "numel":
-            return of, range(rank)
-        if name_of(n) == "size":
-            return of, [argument(n, 1, "dim") % rank]
-    return of, ()
+def _sizes(g: LabelledGraph, n: fx.Node, of: fx.Node, value: Any) -> Any:
+    """What a shape, or a number read off the tensor `of`, counts."""
+    if isinstance(value, torch.Size):
+        counts = g.shape_counts(of)
+        return counts if any(count is not None for count in counts) else None
+    if name_of(n) == "size":
+        return g.size(of, argument(n, 1, "dim"))
+    if name_of(n) == "numel":
+        parts = [count.labels for count in g.shape_counts(of) if count is not None]
+        return Count(torch.cat(parts), Fraction(value, len(parts[0])) if len(parts) == 1 else None) if parts else None
+    return None
 
 
 def _unchanged(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     if sum(a in g.labels for a in n.all_input_nodes) > 1:
         g.refuse(n, f"{call_name(n)} of several tensors")
     return unchanged(g, n, first(n), value)
+
+
+def _windowed(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
+    """A pool, or an interpolation: it mixes what lies in the dimensions that it slides over."""
+    name, x = name_of(n), first(n)
+    width = int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else len(g.shape(x)) - 2
+    return windowed(g, n, x, value, width)
 
 
 def _elementwise(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -160,9 +177,13 @@ RULES: dict[str, Rule] = {
         "hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ softplus softsign threshold logsigmoid exp log log1p expm1 "
         "sqrt rsqrt square abs neg sign sin cos erf reciprocal round floor ceil clamp clamp_ clip clamp_min clamp_max "
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout stochastic_depth "
+        "contiguous clone detach to type float double half bfloat16 cpu cuda requires_grad_",
+    ),
+    **by_name(
+        _windowed,
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d "
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-        "interpolate upsample contiguous clone detach to type float double half bfloat16 cpu cuda requires_grad_",
+        "interpolate upsample",
     ),
     **by_name(
         _elementwise,

@@ -96,6 +96,12 @@ def _unchanged(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Te
     return moves.unchanged(g, n, x, value)
 
 
+def _windowed(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: Any) -> torch.Tensor:
+    kind = next(kind.__name__ for kind in type(m).__mro__ if kind in POOLING_AND_PADDING)
+    width = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else len(g.shape(x)) - 2
+    return moves.windowed(g, n, x, value, width)
+
+
 def _softmax(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     dim = getattr(m, "dim", None)  # Softmax2d has none: it works over the channels
     g.pin_varying(x, [1 if dim is None else dim])
@@ -108,9 +114,9 @@ def _flatten(g: LabelledGraph, n: fx.Node, m: nn.Flatten, x: fx.Node, value: tor
 
 def _unflatten(g: LabelledGraph, n: fx.Node, m: nn.Unflatten, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     dim = m.dim if isinstance(m.dim, int) else g.refuse(n, "module Unflatten of a named dimension")
-    sizes: list[Any] = list(g.shape(x))
+    sizes: list[Any] = [-1] * len(g.shape(x))
     sizes[dim : dim % len(sizes) + 1] = list(m.unflattened_size)
-    return moves.reshaped(g, x, value, sizes)
+    return moves.reshaped(g, x, value, sizes, [None] * len(sizes))
 
 
 def _pixel_shuffle(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -139,5 +145,6 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.PixelShuffle, nn.PixelUnshuffle): _pixel_shuffle,
     (nn.ChannelShuffle,): _channel_shuffle,
     (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d): _softmax,
-    (*ACTIVATIONS, *POOLING_AND_PADDING, Scale): _unchanged,
+    POOLING_AND_PADDING: _windowed,
+    (*ACTIVATIONS, Scale): _unchanged,
 }

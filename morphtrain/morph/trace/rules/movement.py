@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from morphtrain.morph.trace.counts import Count
 from morphtrain.morph.trace.labelled import LabelledGraph
-from morphtrain.morph.trace.labels import compact, fixed, full, varies
+from morphtrain.morph.trace.labels import along, compact, fixed, full, varies
 from morphtrain.morph.trace.nodes import argument, call_name, dimensions, first, name_of
 from morphtrain.morph.trace.rules.moves import channel_shuffled, flattened, pixel_shuffled, reshaped
 from morphtrain.morph.trace.rules.table import Rule, by_name
@@ -29,11 +30,23 @@ def _moved(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
 
 def _reshape(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     sizes = list(n.args[1:]) or list(n.kwargs.values())[:1]
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = list(sizes[0])
-    if len(sizes) != value.dim() or any(isinstance(g.concrete(size), torch.Size) for size in sizes):
+    return reshaped(g, first(n), value, *_sizes(g, n, sizes, value.dim()))
+
+
+def _sizes(
+    g: LabelledGraph, n: fx.Node, arguments: Sequence[Any], rank: int
+) -> tuple[Sequence[Any], Sequence[Count | None]]:
+    """The sizes that a call is given, one by one or as one shape, and what they count."""
+    shape = arguments[0] if len(arguments) == 1 else None
+    if isinstance(shape, fx.Node) and isinstance(g.values[shape], tuple):  # of another activation
+        known = g.counts.get(shape)
+        counts = known if isinstance(known, tuple) else (None,) * rank
+        if not isinstance(known, Count) and len(counts) == rank == len(g.values[shape]):
+            return list(g.values[shape]), counts
+    sizes = list(shape) if isinstance(shape, (tuple, list)) else list(arguments)
+    if len(sizes) != rank or any(isinstance(g.concrete(size), tuple) for size in sizes):
         g.refuse(n, f"{call_name(n)} to the shape of another tensor")
-    return reshaped(g, first(n), value, sizes)
+    return sizes, [g.count(size) for size in sizes]
 
 
 def _flatten(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -43,9 +56,9 @@ def _flatten(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
 def _unflatten(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     x = first(n)
     dim = argument(n, 1, "dim") % len(g.shape(x))
-    sizes: list[Any] = list(g.shape(x))
+    sizes: list[Any] = [-1] * len(g.shape(x))
     sizes[dim : dim + 1] = list(argument(n, 2, "sizes"))
-    return reshaped(g, x, value, sizes)
+    return reshaped(g, x, value, sizes, [g.count(size) for size in sizes])
 
 
 def _expanded(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -56,7 +69,26 @@ def _expanded(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor
     shape = [1] * (rank - len(g.shape(x))) + list(g.shape(x))
     if labels.numel() == 1 and any(size == 1 != wide for size, wide in zip(shape[1:], value.shape[1:], strict=True)):
         g.joins.pin(labels)  # one channel is copied to several
+    sizes, counts = _wanted(g, n, rank)
+    for dim, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        if count is not None and shape[dim] == 1 != value.shape[dim] and labels.numel() == 1 and count.ratio == 1:
+            labels = along(count.labels, dim, rank)  # a copy for each channel
+        elif varies(labels, dim) and count is not None and labels.numel() == labels.shape[dim]:
+            g.fit(labels.flatten(), count)
+        elif varies(labels, dim) and not (isinstance(size, int) and size == -1):
+            g.joins.pin(labels)
+            g.pin_counts([count])
+        elif count is not None:
+            g.joins.join(labels, count.labels) if value.shape[dim] == 1 == labels.numel() else g.pin_counts([count])
     return labels
+
+
+def _wanted(g: LabelledGraph, n: fx.Node, rank: int) -> tuple[Sequence[Any], Sequence[Count | None]]:
+    """The shape that a tensor is expanded to, and what its sizes count."""
+    if name_of(n) == "expand_as":
+        other = argument(n, 1, "other")
+        return list(g.shape(other)), g.shape_counts(other)
+    return _sizes(g, n, list(n.args[1:]) or list(n.kwargs.values())[-1:], rank)
 
 
 def _rolled(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:

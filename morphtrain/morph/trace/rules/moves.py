@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from morphtrain.morph.trace.counts import Count
 from morphtrain.morph.trace.labelled import LabelledGraph
-from morphtrain.morph.trace.labels import along, compact, full, varies
+from morphtrain.morph.trace.labels import along, compact, fixed, full, varies
 from morphtrain.morph.trace.nodes import call_name
 
 
@@ -26,20 +27,70 @@ def unchanged(g: LabelledGraph, n: fx.Node, x: fx.Node, value: Any) -> torch.Ten
     return labels
 
 
-def reshaped(g: LabelledGraph, x: fx.Node, value: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
-    """Labels after a view or reshape to `sizes`: numbers, or nodes that compute them."""
+def windowed(g: LabelledGraph, n: fx.Node, x: fx.Node, value: Any, width: int) -> torch.Tensor:
+    """Labels after windows, or padding, over the last `width` dimensions; channels in these cannot change."""
+    if not isinstance(value, torch.Tensor):
+        g.refuse(n, f"{call_name(n)}, which does not give one tensor")
+    if g.pin_varying(x, range(-min(width, value.dim()), 0)) and value.shape != g.shape(x):
+        return fixed(value.dim())
+    return unchanged(g, n, x, value)
+
+
+def reshaped(
+    g: LabelledGraph, x: fx.Node, value: torch.Tensor, sizes: Sequence[Any], counts: Sequence[Count | None]
+) -> torch.Tensor:
+    """Labels after a view or reshape.
+
+    Args:
+        sizes: numbers, or nodes that compute them; -1 follows whatever changes.
+        counts: what these numbers count, if they are numbers of channels.
+    """
     shape = g.shape(x)
     labels = full(g.labels[x], shape).reshape(value.shape)
     for into, out in matching_dims(shape, value.shape):
+        follows = [d for d in out if counts[d] is not None or (isinstance(sizes[d], int) and sizes[d] == -1)]
         if not any(varies(g.labels[x], d) for d in into):
+            for d in out:
+                _count_none(g, g.labels[x], value.shape[d], counts[d])
             continue
-        follows = [d for d in out if sizes[d] == -1 or (isinstance(sizes[d], fx.Node) and g.is_width(sizes[d]))]
-        if not follows:
+        if len([d for d in follows if value.shape[d] > 1]) != 1:
             g.joins.pin(compact(labels))
+            g.pin_counts(counts[d] for d in out)
         for d in out:
             if d not in follows:
                 g.joins.tie(labels, d)
+        for d in out:
+            count = counts[d]
+            if count is not None:
+                _follow(g, labels, d, g.labels[x], into, count)
     return compact(labels)
+
+
+def _follow(
+    g: LabelledGraph, labels: torch.Tensor, dim: int, before: torch.Tensor, into: Sequence[int], count: Count
+) -> None:
+    """Join channels such that a size that was computed from a number of channels fits them.
+
+    Args:
+        labels: after the reshape, where the size is that of `dim`.
+        before: the labels before it, which vary along some of the dimensions `into` that `dim` is made from.
+    """
+    moved = before.movedim(list(into), list(range(len(into))))
+    own = moved.reshape(*moved.shape[: len(into)], -1)[..., 0].flatten()
+    if g.changes_with(count, own):
+        return
+    if count.ratio is not None and len(own) == len(count.labels):
+        g.joins.join(own, count.labels)
+    else:
+        g.fit(labels.movedim(dim, 0).reshape(labels.shape[dim], -1)[:, 0], count)
+
+
+def _count_none(g: LabelledGraph, labels: torch.Tensor, size: int, count: Count | None) -> None:
+    """A number of channels as a size along which no channels lie, unless it is that of a single one."""
+    if count is not None and size == 1 == labels.numel():
+        g.joins.join(labels, count.labels)
+    else:
+        g.pin_counts([count])
 
 
 def matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -66,7 +117,7 @@ def matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[lis
 
 def flattened(g: LabelledGraph, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     """Labels after a flatten: a merged dimension follows whatever changes in it."""
-    return reshaped(g, x, value, [-1] * value.dim())
+    return reshaped(g, x, value, [-1] * value.dim(), [None] * value.dim())
 
 
 def pixel_shuffled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from morphtrain.morph.trace.labels import compact, full, varies
 from morphtrain.morph.trace.nodes import argument, first, name_of
 from morphtrain.morph.trace.rules.table import Rule, by_name
 
+SIZES = {"chunk": "chunks", "split": "split_size_or_sections", "tensor_split": "indices_or_sections"}
+
 
 def _divided(g: LabelledGraph, n: fx.Node, value: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """chunk, split: equal pieces stay equal; a size that is a constant in the code cannot change."""
@@ -22,16 +25,30 @@ def _divided(g: LabelledGraph, n: fx.Node, value: Sequence[torch.Tensor]) -> tup
     if not varies(labels, dim):
         if g.shape(x)[dim] == 1:
             g.joins.pin(labels)
+        g.pin_counts(count for a in n.all_input_nodes for count in g.counts_of(a))
         return tuple(labels for _ in value)
-    sizes = [piece.shape[dim] for piece in value]
-    wanted = argument(n, 1, "split_size_or_sections")
-    wanted = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted]
-    follows = name_of(n) == "chunk" or all(isinstance(w, fx.Node) and g.is_width(w) for w in wanted)
-    if len(set(sizes)) == 1 and follows:
-        g.joins.tie(labels.unflatten(dim, (len(sizes), sizes[0])), dim)
+    pieces = labels.split([piece.shape[dim] for piece in value], dim)
+    _follow_sizes(g, n, labels, pieces, dim)
+    return tuple(map(compact, pieces))
+
+
+def _follow_sizes(g: LabelledGraph, n: fx.Node, labels: torch.Tensor, pieces: Sequence[torch.Tensor], dim: int) -> None:
+    """Join channels such that they divide into the same pieces, whatever their number; pin them where they cannot."""
+    wanted = argument(n, 1, SIZES[name_of(n)])
+    counts = [g.count(w) for w in (wanted if isinstance(wanted, (tuple, list)) else [wanted])]
+    equal = len({piece.shape[dim] for piece in pieces}) == 1
+    line = labels.numel() == labels.shape[dim]
+    if name_of(n) == "chunk" and equal and counts == [None] and len(pieces) == g.concrete(wanted):
+        g.joins.tie(labels.unflatten(dim, (len(pieces), -1)), dim)
+    elif name_of(n) == "split" and line and isinstance(wanted, (tuple, list)):
+        for piece, count in zip(pieces, counts, strict=True):
+            g.joins.pin(piece) if count is None else g.fit(piece.flatten(), count)
+    elif name_of(n) == "split" and line and equal and counts[0] is not None:
+        for piece in pieces:
+            g.fit(piece.flatten(), counts[0])
     else:
         g.joins.pin(labels)
-    return tuple(compact(piece) for piece in labels.split(sizes, dim))
+        g.pin_counts(counts)
 
 
 def _unbound(g: LabelledGraph, n: fx.Node, value: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -73,27 +90,32 @@ def _by_dimension(entries: Sequence[Any], rank: int) -> Iterator[tuple[int, Any]
 
 
 def _pin_to_bounds(g: LabelledGraph, labels: torch.Tensor, dim: int, entry: Any) -> None:
-    """Pin the channels between a constant bound and the end it is counted from.
+    """Pin the channels between a constant bound and the end it is counted from; a computed bound has to fit them.
 
-    An index stays correct if their number does. A slice to or from the computed middle ties the halves instead.
+    An index stays correct if their number does.
     """
     size = labels.shape[dim]
-    if size == 1:
-        return
     bounds = [entry.start, entry.stop] if isinstance(entry, slice) else [entry]
-    if isinstance(entry, slice) and entry.step not in (None, 1):
+    counts = [g.count(bound) for bound in bounds]
+    if size == 1:
+        g.pin_counts(counts)
+        return
+    stepped = isinstance(entry, slice) and entry.step not in (None, 1)
+    computed = any(isinstance(bound, fx.Node) for bound in bounds)
+    if stepped or (computed and (not isinstance(entry, slice) or labels.numel() != size)):
         g.joins.pin(labels)
-    elif any(isinstance(b, fx.Node) for b in bounds):
-        if all(b is None or (isinstance(b, fx.Node) and g.is_width(b) and 2 * g.values[b] == size) for b in bounds):
-            g.joins.tie(labels.unflatten(dim, (2, size // 2)), dim)
+        g.pin_counts(counts)
+        return
+    for bound, count in zip(bounds, counts, strict=True):
+        if bound is None:
+            continue
+        number = g.concrete(bound) + (not isinstance(entry, slice) and bound >= 0)
+        start = 0 if number >= 0 else max(size + number, 0)
+        before = labels.narrow(dim, start, min(abs(number), size))
+        if count is None:
+            g.joins.pin(before)
         else:
-            g.joins.pin(labels)
-    else:
-        for bound in bounds:
-            if bound is not None and bound >= 0:
-                g.joins.pin(labels.narrow(dim, 0, min(bound + (not isinstance(entry, slice)), size)))
-            elif bound is not None:
-                g.joins.pin(labels.narrow(dim, max(size + bound, 0), min(-bound, size)))
+            g.fit(before.flatten(), count if number >= 0 else count.times(Fraction(-1)))
 
 
 RULES: dict[str, Rule] = {
