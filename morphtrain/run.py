@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
+# Hydra makes callbacks without saying which it trusts, and warns of it; conf/config.yaml names ours.
+warnings.filterwarnings("ignore", message=r".* _target_='morphtrain\.sweep\.multirun\.Summary'")
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.

@@ -47,7 +47,8 @@ CASES = {
     "mistyped group": (["prun=prunetrain"], "prun=prunetrain: no such key; did you mean prune?"),
     "mistyped key": (
         ["prune=prunetrain", "prune.laso_ratio=0.2"],
-        "prune.laso_ratio=0.2: the chosen option of prune has no such key; did you mean prune.lasso_ratio?",
+        "prune.laso_ratio=0.2: the chosen option of prune has no such key; did you mean prune.lasso_ratio or "
+        "prune.lasso_ratio_of?",
     ),
     "key of another option": (
         ["prune.lasso_ratio=0.5"],
@@ -101,8 +102,16 @@ CASES = {
         "optimizer.betas=[0.9, nan]: must be a list, as [0.5,0.9], and finite",
     ),
     "ratio 1.5": (
-        ["prune=prunetrain", "prune.lasso_ratio=1.5"],
-        "prune.lasso_ratio=1.5: must be between 0 and 1, both excluded",
+        ["prune=prunetrain", "prune.lasso_ratio=1.5", "prune.lasso_ratio_of=loss"],
+        "prune.lasso_ratio=1.5: must be between 0 and 1, both excluded, with prune.lasso_ratio_of=loss",
+    ),
+    "no ratio": (
+        ["prune=prunetrain", "prune.lasso_ratio=0"],
+        "prune.lasso_ratio=0.0: must be above 0 (usual: 2 to 16), with prune.lasso_ratio_of=initial_norm",
+    ),
+    "ratio of what": (
+        ["prune=prunetrain", "prune.lasso_ratio_of=norm"],
+        "prune.lasso_ratio_of=norm: must be one of initial_norm, loss",
     ),
     "threshold -1": (
         ["prune=prunetrain", "prune.threshold=-1"],
@@ -116,11 +125,6 @@ CASES = {
     "rounding down": (
         ["prune=prunetrain", "prune.round_down=0.1"],
         "prune.round_down=0.1: must be 0 with prune.round_to=1; prune.round_to=auto allows it",
-    ),
-    "rows under LARS": (
-        ["prune=morphnet", "prune.regulariser=group_lasso", "optimizer=lars"],
-        "prune.regulariser=group_lasso: would shrink all layers at one rate, but optimizer=lars takes steps of "
-        "different sizes in each; prune.regulariser=gamma_l1 or optimizer=sgd works",
     ),
     "no time to grow": (
         ["grow=wider"],
@@ -151,11 +155,12 @@ CASES = {
     ),
     "ratio and strength": (
         ["prune=morphnet", "prune.strength=1e-8"],
-        "prune.lasso_ratio=0.25: must be null when prune.strength=1e-08 is given",
+        "prune.lasso_ratio=4.0: must be null when prune.strength=1e-08 is given",
     ),
     "neither of them": (
         ["prune=morphnet", "prune.lasso_ratio=null"],
-        "prune.lasso_ratio=None: must be between 0 and 1, both excluded (or null, with prune.strength given)",
+        "prune.lasso_ratio=None: must be above 0 (usual: 2 to 16), with prune.lasso_ratio_of=initial_norm (or null, "
+        "with prune.strength given)",
     ),
     "cost": (["prune=morphnet", "prune.cost=params"], "prune.cost=params: must be one of flops, model_size, latency"),
     "rounding by the clock": (["prune=morphnet", "prune.round_to=auto"], "prune.round_to=auto: must be a whole number"),
@@ -373,8 +378,9 @@ def test_a_mistake_is_named(case: str, command: Command, tmp_path: Path) -> None
         overrides = [o for o in overrides if not o.startswith(("prune.", "prune=prunetrain"))]
     result = command("tracking=none", *overrides, env=OFFLINE)
     check_failure(result, parts)
-    if case in SLOWER_CASES:
-        assert result.stderr.count("\n") == 1, result.stderr
+    if case in MULTIRUNS:
+        return  # Hydra announces a job that fails, and goes on with the others
+    assert result.stderr.count("\n") == 1, result.stderr
     left = {path.name for path in tmp_path.rglob("*")}
     assert left <= {"outputs", "multirun", *DATES}, left
 
@@ -450,7 +456,7 @@ HELP = """
 epochs: 60                  # passes over the training data
 prune=prunetrain   (there are custom, morphnet, none, prunetrain)
   # PruneTrain (Lym et al. 2019, arXiv 1901.09290): group lasso while training; dead channels are removed along the way.
-  lasso_ratio: 0.5    # share of the penalty in the loss of the first batch, in (0, 1); fixes lambda for the whole run
+  lasso_ratio: 0.5       # strength of the penalty, as a ratio of what the next key names; fixes lambda for the whole run
   interval: 5          # epochs from one reconfiguration to the next (the paper: 10 on CIFAR, 5 on ImageNet)
 model=resnet20   (there are
   blocks: 3
