@@ -456,7 +456,7 @@ HELP = """
 epochs: 60                  # passes over the training data
 prune=prunetrain   (there are custom, morphnet, none, prunetrain)
   # PruneTrain (Lym et al. 2019, arXiv 1901.09290): group lasso while training; dead channels are removed along the way.
-  lasso_ratio: 0.5       # strength of the penalty, as a ratio of what the next key names; fixes lambda for the whole run
+  lasso_ratio: 0.5       # strength of the penalty, as a ratio of what the next key names; fixes lambda
   interval: 5          # epochs from one reconfiguration to the next (the paper: 10 on CIFAR, 5 on ImageNet)
 model=resnet20   (there are
   blocks: 3
