@@ -56,7 +56,7 @@ def study(*trials: dict[str, Any], objective: tuple[str, ...] = ("train_seconds"
 def closing(made: optuna.Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(report.charts, "draw", lambda *_: [])
     monkeypatch.setattr(report, "_results", lambda *_: Path("results"))
-    report.close(made, ["train_seconds"], Path())
+    report.close(made, ["train_seconds"], Path(), lambda trial: [f"optimizer.lr={trial.params}"])
     return capsys.readouterr().out
 
 

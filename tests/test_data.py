@@ -188,7 +188,7 @@ def test_a_download_that_fails_leaves_what_it_found(
     if there:
         (root / "empty").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    config = schema.data.Downloaded("x", str(root), True, 4, True, None)
+    config = schema.data.Downloaded("x", str(root), True, 4, True, None, 0.1)
     with pytest.raises(UserError, match="the download failed"):
         load(dataset, config, train=True)
     assert sorted(tmp_path.rglob("*")) == before
@@ -201,7 +201,7 @@ def test_a_published_set_keeps_its_test_images_for_the_end() -> None:
 
     def built(share: float, train_samples: int | None = None) -> ImageData:
         config = schema.data.Downloaded("cifar10", "nowhere", False, 0, False, train_samples, share)
-        return published(images(200, 0), images(30, 210), 256, config)
+        return published(images(200, 0), images(30, 210), list(map(str, range(256))), config)
 
     data = built(0.1)
     train, val, test = (part.labels.tolist() for part in (data.train, data.val, data.test))

@@ -419,7 +419,7 @@ def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command,
     result = command(*here, "hydra.run.dir=once")
     assert result.returncode == 0, result.stderr
     assert "80 images, 1.8e-05 GiB decoded: read by the process that trains" in result.stdout
-    assert "waiting for data, share of an epoch" in result.stdout
+    assert "share of an epoch spent waiting for data" in result.stdout
     there = [*here, "hydra.run.dir=twice"]
     killed = subprocess.run([sys.executable, KILLED_RUN, "step:8", *there], cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL

@@ -27,13 +27,15 @@ from morphtrain.tracking import store
 from morphtrain.trainer import checkpoint, epoch, train
 from morphtrain.trainer.interruptible import interruptible
 
-HANDLERS = [signal.getsignal(number) for number in interrupts.SIGNALS]
+HANDLERS = {number: signal.SIG_DFL for number in interrupts.SIGNALS} | {signal.SIGINT: signal.default_int_handler}
 
 
 @pytest.fixture(autouse=True)
 def handlers_are_given_back() -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}  # `nohup` ignores some
     yield
-    assert [signal.getsignal(number) for number in interrupts.SIGNALS] == HANDLERS
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == HANDLERS
 
 
 def send(number: int = signal.SIGINT) -> None:

@@ -16,8 +16,9 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import functional as TF
 
 import morphtrain
+from morphtrain import schema
 from morphtrain.data import ImageData, Images, digits, fashion_mnist, image_folder
-from morphtrain.data.images import from_bytes
+from morphtrain.data.images import published
 from morphtrain.errors import UserError
 from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.trainer import checkpoint
@@ -29,7 +30,8 @@ IN_MEMORY = {"in memory": True, "from files": False}
 def test_bytes_become_the_images_that_the_network_saw() -> None:
     raw = torch.randint(256, (12, 3, 5, 7), dtype=torch.uint8)
     labels = torch.arange(12) % 2
-    data = from_bytes((raw[:8], labels[:8]), (raw[8:], labels[8:]), ["cat", "dog"], 6, shift=0, flip=False)
+    config = schema.data.Downloaded("cifar10", "nowhere", False, 0, False, 6, 0.0)
+    data = published(Images(raw[:8], labels[:8]), Images(raw[8:], labels[8:]), ["cat", "dog"], config)
     moved = data.to(torch.device("cpu"))
     assert torch.equal(of_data(moved)(raw[8:]), data.val.pixels)
     assert of_data(moved).classes == ("cat", "dog")

@@ -26,7 +26,7 @@ from morphtrain.sweep.sweeper import StudySweeper
 from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
 from morphtrain.sweep.workers import Worker
 from morphtrain.timing.summaries import NEVER, median_epoch_seconds, time_to_accuracy
-from morphtrain.trainer import train
+from morphtrain.trainer import checkpoint_file, train
 
 QUICK = (*TINY, "model.width=4", "batch_policy.batch_size=50")
 
@@ -151,7 +151,7 @@ def test_an_older_checkpoint_goes_on_without_a_test(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     stored = torch.load(path, weights_only=True)
     stored["facts"] = stored["facts"].replace(', "test_share": 0.0', "").replace('"epochs": 1', '"epochs": 2')
-    torch.save(stored, path)
+    checkpoint_file.write(path, stored)
     assert "test_share" not in stored["facts"]
     with pytest.raises(UserError, match=r"data\.test_share=0\.5: .* was written with data\.test_share=0; resume"):
         go("epochs=2", "resume=auto")
@@ -203,11 +203,11 @@ def test_no_worker_starts_a_trial_before_the_baseline_has_ended(tmp_path: Path) 
     plan = Plan("study", f"sqlite:///{tmp_path}/optuna.db", ["minimize"], {}, 5, {}, baseline_first=True)
     study = SharedStudy(plan, optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner())
     with Worker(study.storage, tmp_path / "one", 30) as one, Worker(study.storage, tmp_path / "other", 30) as other:
-        (baseline,) = study.take(one, 3)
-        assert study.take(other, 3) == []
+        (baseline,) = study.take(one, 3, str)
+        assert study.take(other, 3, str) == []
         assert study.others_running() == 1, "so the other waits"
         study.complete(one, baseline, [1.0])
-        assert [trial.number for trial in study.take(other, 3)] == [1, 2, 3]
+        assert [trial.number for trial in study.take(other, 3, str)] == [1, 2, 3]
 
 
 def test_without_a_baseline_nothing_is_relative_to_it() -> None:

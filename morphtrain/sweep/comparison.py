@@ -50,7 +50,8 @@ def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:
     names = [CALIBRATED.get(name, name) for name in objective] if contended else list(objective)
     if not all(name in _metrics(trial) for trial in ended for name in names):
         names = list(objective)
-    trials = [trial if trial.state.is_finished() else _without_result() for trial in study.get_trials()]
+    shown = (TrialState.COMPLETE, TrialState.PRUNED)  # one that failed may have values that are not searched
+    trials = [trial if trial.state in shown else _without_result() for trial in study.get_trials()]
     for trial in trials:
         if trial.state == TrialState.COMPLETE and names != list(objective):
             trial.values = [_metrics(trial)[name] for name in names]
