@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import ZeroBranch
+from morphtrain.morph.modes import stored_activations
 from morphtrain.morph.paths import is_within
 from morphtrain.morph.spaces import Axis, ChannelGather, Space, new_names
 from morphtrain.morph.surgery.gates import Gate, check_gates, insert_gate
@@ -118,6 +119,7 @@ class ChannelGraph:
     def __deepcopy__(self, memo: dict[int, Any]) -> ChannelGraph:
         """The graph of a copy of the model."""
         twin = copy.copy(self)
+        memo |= stored_activations(self.model)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         # Modules that share tensors are known by their ids, which are different in the copy.
         twin.shared = {(id(memo[owner]), name): names for (owner, name), names in twin.shared.items()}

@@ -199,7 +199,19 @@ class InsertedBlock(nn.Module):
 
 
 class Grown(nn.Sequential):
-    """Replaces a module: that module, with what was inserted in front of it or after it."""
+    """Replaces a module: that module, with what was inserted in front of it or after it.
+
+    Code that reads an attribute of the module, such as its weight, finds it here.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            parts = [m for m in self.__dict__["_modules"].values() if not isinstance(m, (InsertedLayer, InsertedBlock))]
+            if name.startswith("_") or not parts:
+                raise
+            return getattr(parts[0], name)
 
 
 def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:

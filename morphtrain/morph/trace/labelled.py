@@ -15,7 +15,7 @@ from morphtrain.morph.paths import matches
 from morphtrain.morph.spaces import Role, Tensors
 from morphtrain.morph.trace.counts import Count
 from morphtrain.morph.trace.labels import Joins, along, fixed, varies
-from morphtrain.morph.trace.nodes import call_name, owner_path, tensors_in
+from morphtrain.morph.trace.nodes import owner_path, tensors_in
 from morphtrain.morph.trace.recording import Recording
 from morphtrain.morph.trace.traced import Shared, Trace, TracedAxis, TracedGather
 
@@ -118,17 +118,22 @@ class LabelledGraph:
             return isinstance(module, OWN_LAYERS) or next(module.parameters(), None) is not None
         return any(a.op == "get_attr" for a in n.all_input_nodes)
 
-    def line(self, n: fx.Node, node: fx.Node, dim: int) -> torch.Tensor:
-        """(N,): the labels along `dim` of the activation `node`, an input of `n`.
+    def line(self, node: fx.Node, dim: int) -> torch.Tensor:
+        """(N,): the labels along `dim` of the activation `node`, which its user takes for channels.
 
-        Raises:
-            MorphError: if the labels depend on another dimension too.
+        Where they depend on other dimensions too, as after linear(x).view(-1, C, 2, 2), what lies at the same place in
+        `dim` changes together. Channels that are elsewhere cannot change.
         """
-        labels, shape = self.labels[node], self.shape(node)
-        dim %= len(shape)
-        if labels.numel() != labels.shape[dim]:
-            self.refuse(n, f"{call_name(n)}: channels are not, or not only, in dimension {dim}")
-        return labels.flatten().expand(shape[dim])
+        labels, size = self.labels[node], self.shape(node)[dim]
+        lines = labels.movedim(dim, 0).reshape(labels.shape[dim], -1)
+        if lines.shape[1] > 1:
+            roots = self.joins.roots()[lines]
+            rows = torch.arange(len(lines))[:, None] * (self.joins.count + 1) + roots
+            if len(lines) == 1 or len(rows.unique()) > len(roots.unique()):  # the same channel at several places
+                self.joins.pin(labels)
+                return fixed(1).expand(size)
+            self.joins.tie(lines, 1)
+        return lines[:, 0].expand(size)
 
     # -- what a call does to channels -------------------------------------------------------------------------
 
@@ -277,6 +282,7 @@ class LabelledGraph:
             labels=self.labels,
             roots=roots,
             shared=self._shared(),
+            odd_calls=set().union(*(recording.odd_calls for recording in self.recordings)),
             activations=self.activations,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Trace:
         labels: those of each node's tensor; for a tuple of tensors, a tuple of labels.
         roots: label -> smallest label of its class.
         shared: tensors that several modules hold.
+        odd_calls: the paths of modules that are not called with one argument, as a Sequential is.
         activations: what comes last in layers that are a norm with an activation, by its name.
     """
 
@@ -63,4 +64,5 @@ class Trace:
     labels: dict[fx.Node, Any]
     roots: torch.Tensor
     shared: Shared
+    odd_calls: Collection[str]
     activations: Mapping[nn.Module, str]
