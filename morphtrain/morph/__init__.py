@@ -25,12 +25,13 @@ from morphtrain.morph.trace.blocks import Block
 from morphtrain.morph.trace.calls import Call
 from morphtrain.morph.trace.kinds import MIXING, NORMS, TRANSPOSED
 from morphtrain.morph.trace.points import Point
-from morphtrain.morph.trace.traced import SAMPLES
+from morphtrain.morph.trace.traced import OUTPUT, SAMPLES
 
 __all__ = [
     "DESCRIPTION",
     "MIXING",
     "NORMS",
+    "OUTPUT",
     "SAMPLES",
     "TRANSPOSED",
     "Axis",

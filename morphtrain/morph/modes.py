@@ -56,6 +56,16 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside wrappers of torch that compute what it computes (DataParallel, torch.compile)."""
+    while True:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inside = model.module if parallel else vars(model).get("_modules", {}).get("_orig_mod")
+        if inside is None:
+            return model
+        model = inside
+
+
 def stored_activations(model: nn.Module) -> dict[int, torch.Tensor]:
     """What `copy.deepcopy` needs as its memo to copy a model that has stored activations: these, outside autograd."""
     found: dict[int, torch.Tensor] = {}

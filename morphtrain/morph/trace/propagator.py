@@ -63,7 +63,7 @@ class Propagator(Evaluator):
         value = self._value(n)
         if isinstance(value, torch.Tensor):
             n.meta["shape"] = value.shape
-        self.labelled.values[n] = value
+        self.labelled.values[n], self.labelled.joins.caller = value, n
         self._label(n, value)
         return value
 
