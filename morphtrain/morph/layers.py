@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._jit_internal import is_scripting
 from torch.nn import functional as F
 
 from morphtrain.morph.formats import format_of
@@ -115,7 +116,7 @@ class ZeroBranch(nn.Module):
             return out
         height, width = _strided(x, self.stride)
         out = out.expand(x.shape[0], -1, height, width)
-        return out.clone() if torch.jit.is_scripting() else out.clone(memory_format=format_of(x))
+        return out.clone() if is_scripting() else out.clone(memory_format=format_of(x))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}" + (f", stride={self.stride}" if self.stride else "")

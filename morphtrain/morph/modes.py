@@ -58,12 +58,9 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside wrappers of torch that compute what it computes (DataParallel, torch.compile)."""
-    while True:
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        inside = model.module if parallel else vars(model).get("_modules", {}).get("_orig_mod")
-        if inside is None:
-            return model
-        model = inside
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inside = model._modules.get("module" if parallel else "_orig_mod")
+    return model if inside is None else unwrapped(inside)
 
 
 def stored_activations(model: nn.Module) -> dict[int, torch.Tensor]:

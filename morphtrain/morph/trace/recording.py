@@ -80,7 +80,7 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The parts of what a call returned, one by one."""
-        return iter([obj[i] for i in range(self.length(obj))])
+        return iter([obj[i] for i in range(self.length(obj))])  # type: ignore[index]
 
     def length(self, obj: fx.Proxy) -> int:
         """How many parts a tuple or list that a call returned has.
@@ -127,7 +127,9 @@ class Tracer(fx.Tracer):
         return own or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        part = type(m) is nn.Sequential and m not in self.submodule_paths  # self.features[:7], made by the code itself
+        part = type(m) is nn.Sequential and m not in (
+            self.submodule_paths or {}
+        )  # self.features[:7], made by the code itself
         if part or self.evaluating:
             return forward(*args, **kwargs)
         if not ((len(args) == 1 and not kwargs) or (not args and set(kwargs) == {"input"})):
@@ -148,6 +150,8 @@ class _Proxy(fx.Proxy):
 
     Lengths of tuples and numbers of dimensions are known, so they are numbers.
     """
+
+    tracer: Tracer
 
     def __getattr__(self, k: str) -> Any:
         if k == "ndim" and self.tracer.example is not None:
