@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.optim import SGD
 
 from morphtrain.cost import estimate_memory
 from morphtrain.morph import ChannelGraph, MorphError
+from morphtrain.trainer.build import follow_channels
 
 X = images()
 KERNEL = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])).div(16).double()
@@ -302,3 +304,13 @@ def test_the_graph_says_what_is_kept_and_why(name: str) -> None:
     free = {slot.axis.path for space in graph.spaces for slot in space.slots if slot.role == "produces"}
     assert free | set(graph.kept) >= {"a", "b", "head"}
     assert all(not graph.kept[path].startswith("all") for path in free & set(graph.kept))
+
+
+def test_a_run_says_it_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    methods = {"prune": SimpleNamespace(ignore=(), follows_channels=True)}
+    with caplog.at_level("INFO"):
+        follow_channels(None, Net(lambda m, x, y: m.response(x + y)), (3, 8, 8), methods)
+        follow_channels(None, Net(lambda m, x, y: x + y), (3, 8, 8), methods)  # only the last layer: not a word
+    (message,) = caplog.messages
+    assert message.startswith("channels that cannot change: a, all: module 'response' (LocalResponseNorm); b, all")
+    assert "\n" not in message
