@@ -213,7 +213,7 @@ class Grown(nn.Sequential):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_"):
+            if name.startswith("_") or name.isdigit():  # the names of its own modules
                 raise
             for module in self.children():
                 if not isinstance(module, (InsertedLayer, InsertedBlock)):
