@@ -493,7 +493,6 @@ def part(group: str, name: str, *keys: str) -> list[str]:
     return [f"{group}=custom", f"{group}._target_={target}", *(f"+{group}.{key}" for key in keys)]
 
 
-PRUNED = ["prune=prunetrain", "prune.lasso_ratio=0.5"]
 WRONG = {
     "labels": (part("data", "own_data", "labels=6"), "train_batches gives labels 5 to 5; num_classes=4 needs less"),
     "bytes": (
@@ -513,7 +512,6 @@ WRONG = {
     "closure": (part("optimizer", "torch.optim.LBFGS"), "its step needs a closure"),
     "replaced": (["methods=[{_target_: test_own_parts.Replacing}]"], "replaced run.model in after_build"),
     "added group": (["methods=[{_target_: test_own_parts.Adding}]"], "parameter group in before_training; after_build"),
-    "computed": (["methods=[{_target_: test_own_parts.WeightNormed}]", *PRUNED], "weight that is computed"),
     "short data": (
         [*part("data", "short_data"), "batch_policy.batch_size=4"],
         "gave 4 images, .*; train has 16",

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from morphtrain.morph import stored_activations
+
 # An optimizer of the model's parameters, or what makes one of parameters: a class of torch.optim, or a partial of one.
 Optimizing = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -29,6 +31,7 @@ def copied(
     """
     with torch.no_grad():
         new: dict[int, object] = {id(buffer): convert(buffer) for buffer in model.buffers()}
+        new |= stored_activations(model)
         for parameter in model.parameters():
             new[id(parameter)] = nn.Parameter(convert(parameter), parameter.requires_grad)
     twin = copy.deepcopy(model, new).train()

@@ -6,12 +6,13 @@ network.load_state_dict(torch.load("net.state_dict.pt", weights_only=True))
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from morphtrain.morph import copy_of
 
 SUFFIX = ".state_dict.pt"
 
@@ -26,7 +27,7 @@ def encode(network: nn.Module, example: torch.Tensor) -> bytes:
 @torch.no_grad()
 def decode(content: bytes, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the structure of `network` computes with the values in the file."""
-    bare = copy.deepcopy(network)
+    bare = copy_of(network)
     for tensor in bare.state_dict().values():
         tensor.zero_()
     bare.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))

@@ -14,7 +14,7 @@ from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
-from morphtrain.morph.modes import kept_modes
+from morphtrain.morph.modes import copy_of, kept_modes, stored_activations
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
 from morphtrain.morph.surgery.architecture import DESCRIPTION, describe, rebuild
@@ -25,12 +25,13 @@ from morphtrain.morph.trace.blocks import Block
 from morphtrain.morph.trace.calls import Call
 from morphtrain.morph.trace.kinds import MIXING, NORMS, TRANSPOSED
 from morphtrain.morph.trace.points import Point
-from morphtrain.morph.trace.traced import SAMPLES
+from morphtrain.morph.trace.traced import OUTPUT, SAMPLES
 
 __all__ = [
     "DESCRIPTION",
     "MIXING",
     "NORMS",
+    "OUTPUT",
     "SAMPLES",
     "TRANSPOSED",
     "Axis",
@@ -46,6 +47,7 @@ __all__ = [
     "Space",
     "Start",
     "ZeroBranch",
+    "copy_of",
     "describe",
     "format_of_model",
     "is_within",
@@ -53,6 +55,7 @@ __all__ = [
     "matches",
     "rebuild",
     "restored",
+    "stored_activations",
 ]
 
 if not TYPE_CHECKING:  # or the type checker would take any name for one of this package

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import ZeroBranch
+from morphtrain.morph.modes import stored_activations, unwrapped
 from morphtrain.morph.paths import is_within
 from morphtrain.morph.spaces import Axis, ChannelGather, Space, new_names
 from morphtrain.morph.surgery.gates import Gate, check_gates, insert_gate
@@ -39,6 +40,7 @@ class ChannelGraph:
         blocks: the branches that `remove_block` can remove.
         gathers: the modules that select or scatter channels by an index.
         shared: the tensors that several modules hold.
+        kept: by the path of a layer that makes channels which cannot change: how many, and why; in the last trace.
         layer_places: the convolutions that `insert_layer` can put a layer in front of.
         block_places: the modules that `insert_block` can put a block after, by path.
         stage_ends: of these places, the last one in each stage.
@@ -50,22 +52,23 @@ class ChannelGraph:
     blocks: list[Block]
     gathers: list[ChannelGather]
     shared: Shared
+    kept: dict[str, str]
     layer_places: list[str]
     block_places: dict[str, Point]
     stage_ends: list[Point]
     calls: list[Call]
 
     def __init__(self, model: nn.Module, example_input: Any = None, ignore: Sequence[str] = ()) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.example_input = example_input
         self.ignore = tuple(ignore)
         self.axes, self.spaces, self.blocks, self.gathers = [], [], [], []
         self.layer_places, self.block_places, self.stage_ends = [], {}, []
-        self.shared, self.calls = {}, []
+        self.shared, self.calls, self.kept = {}, [], {}
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> ChannelGraph:
-        """Find the channel spaces of `model`.
+        """Find the channel spaces of `model`, or of the network inside a `DataParallel` or a compiled one.
 
         Args:
             example_input: one batch that the model accepts, with the batch in dimension 0 (one sample is enough); for
@@ -112,19 +115,21 @@ class ChannelGraph:
         self.layer_places, self.block_places, self.stage_ends = find_places(trace, modules)
         self.calls = layer_calls(trace.evaluation, modules, trace.activations)
         self.axes, self.spaces, self.gathers = divide(trace)
-        self.shared = trace.shared
+        self.shared, self.kept = trace.shared, trace.kept
         self.blocks = find_blocks(trace, modules, self.spaces)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChannelGraph:
         """The graph of a copy of the model."""
         twin = copy.copy(self)
+        memo |= stored_activations(self.model)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         # Modules that share tensors are known by their ids, which are different in the copy.
         twin.shared = {(id(memo[owner]), name): names for (owner, name), names in twin.shared.items()}
         return twin
 
     def __repr__(self) -> str:
-        return "\n".join([f"ChannelGraph of {type(self.model).__name__}:", *map(repr, self.spaces)])
+        kept = [f"kept: {path}, {why}" for path, why in self.kept.items()]
+        return "\n".join([f"ChannelGraph of {type(self.model).__name__}:", *map(repr, self.spaces), *kept])
 
     def space(self, name: str) -> Space:
         """The space of this name.
@@ -194,6 +199,7 @@ class ChannelGraph:
         stand_in = replace_branch(self.model, branch, optimizer)
         self.blocks = [b for b in self.blocks if b is not block and not set(b.branch.layers) & set(branch.layers)]
         self._forget_places(branch.parts)
+        self.kept = {path: why for path, why in self.kept.items() if not branch.holds(path)}
         if isinstance(stand_in, ZeroBranch):
             self.axes.append(inherited_axis(gone, branch, stand_in))
             gone = [axis for axis in gone if axis.module is not stand_in.norm]

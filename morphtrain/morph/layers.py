@@ -6,10 +6,11 @@ Their widths and indices are attributes rather than constants in a `forward`, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._jit_internal import is_scripting
 from torch.nn import functional as F
 
 from morphtrain.morph.formats import format_of
@@ -85,8 +86,9 @@ class ZeroBranch(nn.Module):
         stride: of the branch, (vertical, horizontal); None for the broadcast form.
     """
 
-    norm: Any
-    bias: nn.Parameter | None
+    if TYPE_CHECKING:  # torch.jit.script reads annotations and knows neither of these
+        norm: Any
+        bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class ZeroBranch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two positions, because batch norm refuses to train on one value per channel; all samples, because a norm may
         # depend on their number.
-        out = x.new_zeros(x.shape[0], self.channels, 2, 1)  # len(x) would fix the batch of an export
+        out = x.new_zeros([x.shape[0], self.channels, 2, 1])  # len(x) would fix the batch of an export
         if self.bias is not None:
             out = out + self.bias.view(1, -1, 1, 1)
         if self.norm is not None:
@@ -112,7 +114,9 @@ class ZeroBranch(nn.Module):
         out = out[:1, :, :1]
         if self.stride is None:
             return out
-        return out.expand(x.shape[0], -1, *_strided(x, self.stride)).clone(memory_format=format_of(x))
+        height, width = _strided(x, self.stride)
+        out = out.expand(x.shape[0], -1, height, width)
+        return out.clone() if is_scripting() else out.clone(memory_format=format_of(x))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}" + (f", stride={self.stride}" if self.stride else "")
@@ -128,9 +132,10 @@ class NoChannels(nn.Module):
         super().__init__()
         self.stride = list(stride)
 
-    def forward(self, x: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         first = x if isinstance(x, torch.Tensor) else x[0]  # DenseNet calls a layer with a list of inputs
-        return first.new_empty(first.shape[0], 0, *_strided(first, self.stride))
+        height, width = _strided(first, self.stride)
+        return first.new_empty([first.shape[0], 0, height, width])
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}"
@@ -199,12 +204,26 @@ class InsertedBlock(nn.Module):
 
 
 class Grown(nn.Sequential):
-    """Replaces a module: that module, with what was inserted in front of it or after it."""
+    """Replaces a module: that module, with what was inserted in front of it or after it.
+
+    Code that reads an attribute of the module, such as its weight, finds it here.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name.isdigit():  # the names of its own modules
+                raise
+            for module in self.children():
+                if not isinstance(module, (InsertedLayer, InsertedBlock)):
+                    return getattr(module, name)
+            raise
 
 
-def _strided(x: torch.Tensor, stride: Sequence[int]) -> list[int]:
+def _strided(x: torch.Tensor, stride: list[int]) -> tuple[int, int]:
     """The spatial size after layers of this total stride that otherwise keep the size."""
-    return [-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True)]
+    return -(-x.shape[2] // stride[0]), -(-x.shape[3] // stride[1])
 
 
 OWN_LAYERS = (PadChannels, SelectChannels, ScatterChannels, ZeroBranch, NoChannels, Scale)

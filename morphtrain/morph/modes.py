@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+_PLAIN = nn.Module()
 
 
 @contextmanager
@@ -34,10 +39,50 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Remove the attributes that `model` gets until the block ends: torch.fx stores tensors of the code on it."""
-    attributes = set(vars(model))
+    """Put all attributes back when the block ends, and what their lists and dicts hold.
+
+    torch.fx stores tensors of the code on the model, and code may store activations, which a recording replaces.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    held = [(v, v.copy()) for _, values in before for k, v in values.items() if _is_own(k) and type(v) in (list, dict)]
     try:
         yield
     finally:
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
+        for container, content in held:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside wrappers of torch that compute what it computes (DataParallel, torch.compile)."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inside = model._modules.get("module" if parallel else "_orig_mod")
+    return model if inside is None else unwrapped(inside)
+
+
+def stored_activations(model: nn.Module) -> dict[int, torch.Tensor]:
+    """What `copy.deepcopy` needs as its memo to copy a model that has stored activations: these, outside autograd."""
+    found: dict[int, torch.Tensor] = {}
+    waiting = [value for module in model.modules() for name, value in vars(module).items() if _is_own(name)]
+    seen = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            found[id(value)] = value.detach()
+        elif isinstance(value, (list, tuple, set, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def copy_of(model: Module) -> Module:
+    """A deep copy of a model, which may have stored activations."""
+    return copy.deepcopy(model, dict(stored_activations(model)))
+
+
+def _is_own(name: str) -> bool:
+    """Whether an attribute is not one that torch keeps in every module."""
+    return name not in vars(_PLAIN)

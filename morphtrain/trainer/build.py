@@ -15,7 +15,7 @@ from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import AllocationLimit, machine_bytes, named_if_out_of_memory
 from morphtrain.method import ORDER, Method
-from morphtrain.morph import ChannelGraph, MorphError, matches
+from morphtrain.morph import OUTPUT, ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
 from morphtrain.schema import Custom
 from morphtrain.state import Run, derived_seed
@@ -176,7 +176,10 @@ def follow_channels(
         _check_ignored(name, method.ignore, model)
     ignore = [pattern for method in methods.values() for pattern in method.ignore]
     try:
-        return ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
+        graph = ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
+        if any(method.follows_channels for method in methods.values()):
+            _say_what_is_kept(graph)
+        return graph
     except MorphError as error:
         needing = [name for name, method in methods.items() if method.follows_channels]
         if not needing:
@@ -185,6 +188,15 @@ def follow_channels(
         pruned = "prune.ignore=[...] leaves modules out, prune=none all of them"
         hint = f"; {pruned}" if "prune" in needing else f"; {needing[0]} has to follow them"
         raise UserError(f"model={config.model.name}: {error}{hint}") from error
+
+
+def _say_what_is_kept(graph: ChannelGraph) -> None:
+    """One line that names the layers whose channels cannot change, except for the last, and why."""
+    kept = {path: why for path, why in graph.kept.items() if not why.endswith(OUTPUT)}
+    if kept:
+        some = "; ".join(f"{path}, {why}" for path, why in list(kept.items())[:3])
+        more = f"; and {len(kept) - 3} more" if len(kept) > 3 else ""
+        log.info("channels that cannot change: %s%s (print the ChannelGraph for all)", some, more)
 
 
 def _check_ignored(method: str, patterns: Sequence[str], model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import nn
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
+from morphtrain.morph.modes import copy_of
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.statistics import Statistics, measure_inputs
 from morphtrain.morph.trace.points import Point
@@ -74,14 +74,14 @@ def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
     pattern = next((m for m in model.modules() if isinstance(m, nn.BatchNorm2d)), None)
     if pattern is None:
         return None
-    norm: Any = copy.deepcopy(pattern)
-    norm.num_features = channels
-    device = next(model.parameters()).device
+    norm: Any = copy_of(pattern)
+    norm.num_features, norm.affine = channels, True
+    parameter = next(model.parameters())
     for name in ("weight", "bias", "running_mean", "running_var"):
         old = getattr(pattern, name)
-        if old is not None:
-            new = torch.zeros(channels, dtype=old.dtype, device=device)
-            setattr(norm, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        if old is not None or name in ("weight", "bias"):  # an insertion needs what affine=False leaves out
+            new = torch.zeros(channels, dtype=(parameter if old is None else old).dtype, device=parameter.device)
+            setattr(norm, name, nn.Parameter(new) if name in ("weight", "bias") else new)
     norm.reset_parameters()
     return norm.train()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def measure_inputs(
         if outputs:
             hooks.append(module.register_forward_hook(lambda m, args, out, path=path: add(path, out)))
         else:
-            hooks.append(module.register_forward_pre_hook(lambda m, args, path=path: add(path, args[0])))
+            hooks.append(module.register_forward_pre_hook(partial(_entering, add, path), with_kwargs=True))
     try:
         with restored(model):
             model.train()
@@ -56,6 +57,10 @@ def measure_inputs(
         for hook in hooks:
             hook.remove()
     return {path: Statistics(*torch.stack(found).mean(0)) for path, found in sums.items()}
+
+
+def _entering(add: Callable[[str, torch.Tensor], None], path: str, m: Any, args: Any, kwargs: Any) -> None:
+    add(path, args[0] if args else kwargs["input"])
 
 
 @contextmanager

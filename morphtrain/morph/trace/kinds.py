@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 # Attributes of torch's layers that a change of width changes.
 WIDTHS = (
@@ -78,13 +81,21 @@ POOLING_AND_PADDING = (  # over the last dimensions, as many as the name says
     nn.AdaptiveMaxPool1d,
     nn.AdaptiveMaxPool2d,
     nn.AdaptiveMaxPool3d,
+    nn.ZeroPad1d,
     nn.ZeroPad2d,
+    nn.ZeroPad3d,
     nn.ConstantPad1d,
     nn.ConstantPad2d,
+    nn.ConstantPad3d,
     nn.ReflectionPad1d,
     nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
     nn.ReplicationPad1d,
     nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
     nn.Upsample,
     nn.UpsamplingNearest2d,
     nn.UpsamplingBilinear2d,
@@ -104,3 +115,11 @@ def is_torch_layer(module: Any) -> bool:
     forward = {name for kind in torchs.__mro__ if kind not in (nn.Module, object) for name in vars(kind)}
     forward = {name for name in forward if not name.startswith("__")} - BESIDE_FORWARD | TENSORS | {"__call__"}
     return forward.isdisjoint(name for kind in kinds[: kinds.index(torchs)] for name in vars(kind))
+
+
+def computed_weights(model: nn.Module) -> Iterator[str]:
+    """The paths of the modules with a weight that is computed from other tensors (weight norm, spectral norm)."""
+    for path, module in model.named_modules():
+        computed = any(isinstance(vars(module).get(name), torch.Tensor) for name in TENSORS)  # the hooks of older norms
+        if path and (parametrize.is_parametrized(module) or computed):
+            yield path

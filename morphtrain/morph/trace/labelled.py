@@ -14,10 +14,11 @@ from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.paths import matches
 from morphtrain.morph.spaces import Role, Tensors
 from morphtrain.morph.trace.counts import Count
+from morphtrain.morph.trace.kinds import computed_weights
 from morphtrain.morph.trace.labels import Joins, along, fixed, varies
 from morphtrain.morph.trace.nodes import call_name, owner_path, tensors_in
 from morphtrain.morph.trace.recording import Recording
-from morphtrain.morph.trace.traced import Shared, Trace, TracedAxis, TracedGather
+from morphtrain.morph.trace.traced import OUTPUT, Shared, Trace, TracedAxis, TracedGather
 
 
 class LabelledGraph:
@@ -118,17 +119,22 @@ class LabelledGraph:
             return isinstance(module, OWN_LAYERS) or next(module.parameters(), None) is not None
         return any(a.op == "get_attr" for a in n.all_input_nodes)
 
-    def line(self, n: fx.Node, node: fx.Node, dim: int) -> torch.Tensor:
-        """(N,): the labels along `dim` of the activation `node`, an input of `n`.
+    def line(self, node: fx.Node, dim: int) -> torch.Tensor:
+        """(N,): the labels along `dim` of the activation `node`, which its user takes for channels.
 
-        Raises:
-            MorphError: if the labels depend on another dimension too.
+        Where they depend on other dimensions too, as after linear(x).view(-1, C, 2, 2), what lies at the same place in
+        `dim` changes together. Channels that are elsewhere cannot change.
         """
-        labels, shape = self.labels[node], self.shape(node)
-        dim %= len(shape)
-        if labels.numel() != labels.shape[dim]:
-            self.refuse(n, f"{call_name(n)}: channels are not, or not only, in dimension {dim}")
-        return labels.flatten().expand(shape[dim])
+        labels, size = self.labels[node], self.shape(node)[dim]
+        lines = labels.movedim(dim, 0).reshape(labels.shape[dim], -1)
+        if lines.shape[1] > 1:
+            roots = self.joins.roots()[lines]
+            rows = torch.arange(len(lines))[:, None] * (self.joins.count + 1) + roots
+            if len(lines) == 1 or len(rows.unique()) > len(roots.unique()):  # the same channel at several places
+                self.joins.pin(labels)
+                return fixed(1).expand(size)
+            self.joins.tie(lines, 1)
+        return lines[:, 0].expand(size)
 
     # -- what a call does to channels -------------------------------------------------------------------------
 
@@ -263,6 +269,7 @@ class LabelledGraph:
         """The trace, once all calls of all recordings have been followed."""
         self._pin_reads()
         roots = self.joins.roots()
+        kept = self._kept(roots)
         lines = [roots[axis.labels] for axis in self.axes.values()]
         changing = torch.cat(lines).unique() if lines else roots[:1]
         for n, count, what in self.constants:
@@ -277,8 +284,32 @@ class LabelledGraph:
             labels=self.labels,
             roots=roots,
             shared=self._shared(),
+            kept=kept,
+            odd_calls=set().union(*(recording.odd_calls for recording in self.recordings)),
             activations=self.activations,
         )
+
+    def _kept(self, roots: torch.Tensor) -> dict[str, str]:
+        """By the path of a layer that makes channels which cannot change: how many, and why."""
+        found = {}
+        classes, first = self.joins.first_pins()
+        for axis in self.axes.values():
+            labels = axis.labels[roots[axis.labels] == 0]
+            if axis.role == "produces" and axis.tensors and len(labels):
+                by = min(int(first[classes[labels]].min()), len(self.joins.callers) - 1)
+                number = f"{len(labels)} of {len(axis.labels)} channels" if len(labels) < len(axis.labels) else "all"
+                found[axis.path] = f"{number}: {self._reason(self.joins.callers[by])}"
+        return found | {path: "all: its weight is computed" for path in computed_weights(self.model)}
+
+    def _reason(self, by: Any) -> str:
+        if not isinstance(by, fx.Node):
+            return str(by or "")
+        if by.op == "output":
+            return OUTPUT
+        if by.op == "call_module":
+            return f"{call_name(by)} ({type(self.modules[str(by.target)]).__name__})"
+        place = owner_path(by)
+        return f"{call_name(by)} in {place or 'the forward of the model'}"
 
     def _pin_reads(self) -> None:
         """Pin the widths of layers that code reads as attributes: what it does with them is not known."""
@@ -286,6 +317,7 @@ class LabelledGraph:
             for module, name in recording.reads:
                 role = {"in": "consumes", "out": "produces"}.get(name.partition("_")[0])
                 axes = [axis for axis in self.axes.values() if axis.module is module]
+                self.joins.caller = f"code reads {name}"
                 for axis in [axis for axis in axes if axis.role == role] or axes:
                     self.joins.pin(axis.labels)
 

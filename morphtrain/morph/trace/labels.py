@@ -9,6 +9,7 @@ that combines entries joins their labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -49,6 +50,8 @@ class Joins:
     def __init__(self) -> None:
         self.count = 1  # label 0 is taken
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.caller: Any = None  # on whose account labels are joined now
+        self.callers: list[Any] = []  # of each pair
 
     def fresh(self, size: int) -> torch.Tensor:
         """(size,): labels that are not in use yet."""
@@ -60,6 +63,7 @@ class Joins:
         if a is not b:
             a, b = torch.broadcast_tensors(a, b)
             self.pairs.append((a.flatten(), b.flatten()))
+            self.callers.append(self.caller)
 
     def pin(self, labels: torch.Tensor) -> None:
         """Note that these channels cannot change."""
@@ -69,6 +73,27 @@ class Joins:
         """Join all positions along `dim` with each other."""
         if labels.shape[dim] > 1:
             self.join(labels, labels.narrow(dim, 0, 1))
+
+    def first_pins(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Who fixed channels first.
+
+        Returns:
+            (count,): the class of each label by all joins but those with what is fixed; and for each class the
+            position in `callers`, which is beyond the last where nobody fixed it.
+        """
+        free = Joins()
+        free.count = self.count
+        last = torch.full((self.count,), len(self.pairs))
+        if not self.pairs:
+            return free.roots(), last
+        a = torch.cat([pair[0] for pair in self.pairs])
+        b = torch.cat([pair[1] for pair in self.pairs])
+        number = torch.arange(len(self.pairs)).repeat_interleave(torch.tensor([len(pair[0]) for pair in self.pairs]))
+        moving = (a != 0) & (b != 0)
+        free.pairs = [(a[moving], b[moving])]
+        roots = free.roots()
+        one = (a == 0) != (b == 0)
+        return roots, last.scatter_reduce_(0, roots[torch.maximum(a, b)[one]], number[one], "amin")
 
     def roots(self) -> torch.Tensor:
         """(count,): the smallest label of each label's class; minima spread along the joins until nothing changes."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
+from morphtrain.morph.trace.labels import varies
 from morphtrain.morph.trace.nodes import SUMS, modules_around, name_of
 from morphtrain.morph.trace.traced import Trace
 
@@ -73,7 +74,11 @@ def find_places(trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
 
 def _places_in(nodes: list[fx.Node], trace: Trace, modules: Mapping[str, nn.Module]) -> Places:
     signs, outputs = _non_negative(nodes, modules, trace.activations), _outputs(nodes)
-    points = {path: _point(path, calls, signs) for path, calls in outputs.items() if all(map(_is_image, calls))}
+    points = {
+        path: _point(path, calls, signs)
+        for path, calls in outputs.items()
+        if path not in trace.odd_calls and all(_is_image(n) and _is_channels_first(n, trace) for n in calls)
+    }
     ends = _stage_ends(nodes, trace, modules, points, outputs)
     blocks = {path: point for path, point in points.items() if len(outputs[path]) == 1 or point in ends}
     return Places(_layers(nodes, modules, signs), blocks, ends)
@@ -87,6 +92,11 @@ def _point(path: str, calls: Sequence[fx.Node], signs: Container[fx.Node]) -> Po
 
 def _is_image(n: fx.Node) -> bool:
     return len(n.meta.get("shape", ())) == 4
+
+
+def _is_channels_first(n: fx.Node, trace: Trace) -> bool:
+    """Whether no channels lie elsewhere than in dimension 1, as they do in front of a layer norm."""
+    return not any(varies(trace.labels[n], dim) for dim in (0, 2, 3))
 
 
 def _layers(nodes: list[fx.Node], modules: Mapping[str, nn.Module], signs: set[fx.Node]) -> list[str]:

@@ -7,25 +7,25 @@ the dimensions of parameters, each with its labels; `division.py` reads the chan
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from morphtrain.errors import first_line
 from morphtrain.morph.modes import kept_attributes, kept_buffers, kept_modes
 from morphtrain.morph.paths import matches
-from morphtrain.morph.trace.kinds import KEEP_SHAPE
+from morphtrain.morph.trace.kinds import computed_weights
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed
 from morphtrain.morph.trace.nodes import call_name, fixed_like, holds_tensors
 from morphtrain.morph.trace.norms import norms_with_activations
-from morphtrain.morph.trace.recording import FAILURES, record_modes
+from morphtrain.morph.trace.recording import UNTRACEABLE, record_modes
 from morphtrain.morph.trace.rules import functions, layers
 from morphtrain.morph.trace.traced import SAMPLES, Trace
+from morphtrain.morph.trace.values import Evaluator, samples_like
 
 
 def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] = ()) -> Trace:
@@ -41,75 +41,38 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
     """
     with kept_modes(model), kept_buffers(model), kept_attributes(model), torch.no_grad():
         activations = norms_with_activations(model)
-        recordings = record_modes(model, ignore, activations)
+        inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+        ignore = (*ignore, *map(glob.escape, computed_weights(model)))
+        recordings = record_modes(model, ignore, activations, inputs)
         labelled = LabelledGraph(model, recordings, ignore, activations)
         model.eval()  # a norm in training mode refuses one value per channel
-        inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
         for recording in recordings:  # the axes of the second are those of the first: their labels are joined
-            Propagator(labelled, recording.graph).run(*map(_samples, inputs))
+            Propagator(labelled, recording.graph).run(*map(samples_like, inputs))
         return labelled.result()
 
 
-def _samples(x: Any) -> Any:
-    """A batch of the same shape without storage."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty((SAMPLES, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device="meta")
-
-
-class Propagator(fx.Interpreter):
+class Propagator(Evaluator):
     """Runs the graph on tensors without storage, and labels the result of every call."""
 
     def __init__(self, labelled: LabelledGraph, graph: fx.Graph) -> None:
-        super().__init__(labelled.model, garbage_collect_values=False, graph=graph)
-        self.extra_traceback = False  # our messages are complete
+        super().__init__(labelled.model, graph)
         self.labelled = labelled
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a call; its labels are put beside it."""
-        self._refuse_computed_weight(n)
         value = self._value(n)
         if isinstance(value, torch.Tensor):
             n.meta["shape"] = value.shape
-        self.labelled.values[n] = value
+        self.labelled.values[n], self.labelled.joins.caller = value, n
         self._label(n, value)
         return value
 
-    def fetch_attr(self, target: str) -> Any:
-        """A parameter or buffer, without storage."""
-        value = super().fetch_attr(target)
-        return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a module, computed with parameters and buffers without storage."""
-        module = self.submodules[target]
-        if isinstance(module, KEEP_SHAPE) and args:
-            return args[0]  # norms are slow on the meta device
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        plain = [(m, k, v) for m in module.modules() for k, v in vars(m).items() if isinstance(v, torch.Tensor)]
-        try:
-            return functional_call(module, meta, args, kwargs)
-        finally:
-            for owner, name, tensor in plain:  # hooks may recompute these before a call, as the old weight norm does
-                vars(owner)[name] = tensor
-
-    def _refuse_computed_weight(self, n: fx.Node) -> None:
-        if n.op != "call_module" or matches(str(n.target), self.labelled.ignore):
-            return
-        module = self.submodules[str(n.target)]
-        if parametrize.is_parametrized(module) or isinstance(vars(module).get("weight"), torch.Tensor):
-            what = f"module {type(module).__name__} with a weight that is computed (weight norm?)"
-            self.labelled.refuse(n, what)
-
     def _value(self, n: fx.Node) -> Any:
         try:
-            if n.op == "call_module":
-                return super().run_node(n)
-            with torch.device("meta"):  # for tensors that the code makes itself
-                return super().run_node(n)
-        except FAILURES as error:
-            self.labelled.refuse(n, f"{call_name(n)}, which fails on the example input: {first_line(error)}")
+            return self.evaluated(n)
+        except UNTRACEABLE as error:
+            what = f"which fails on the example input, as a batch of {SAMPLES}"
+            self.labelled.refuse(n, f"{call_name(n)}, {what}: {first_line(error)}")
 
     def _label(self, n: fx.Node, value: Any) -> None:
         g = self.labelled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import fx, nn
 from morphtrain.morph.spaces import Role, Tensors
 
 SAMPLES = 2  # in the traced batch: one sample could be mistaken for a dimension of size 1
+
+OUTPUT = "the network's output"  # why the last layer keeps its channels
 
 Shared = Mapping[tuple[int, str], Sequence[tuple[nn.Module, str]]]  # (id of module, tensor name) -> its other names
 
@@ -53,6 +55,8 @@ class Trace:
         labels: those of each node's tensor; for a tuple of tensors, a tuple of labels.
         roots: label -> smallest label of its class.
         shared: tensors that several modules hold.
+        kept: by the path of a layer that makes channels which cannot change: how many, and why.
+        odd_calls: the paths of modules that are not called with one argument, as a Sequential is.
         activations: what comes last in layers that are a norm with an activation, by its name.
     """
 
@@ -63,4 +67,6 @@ class Trace:
     labels: dict[fx.Node, Any]
     roots: torch.Tensor
     shared: Shared
+    kept: dict[str, str]
+    odd_calls: Collection[str]
     activations: Mapping[nn.Module, str]

@@ -16,23 +16,39 @@ from morphtrain.morph.trace.rules.table import Rule, by_name
 
 def _convolution(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     transposed = "transpose" in name_of(n)
-    groups = g.concrete(argument(n, 5 if transposed else 6, "groups", 1))
-    if groups > 1:
-        g.refuse(n, f"{call_name(n)} of {groups} groups, a number in the code; use a module")
-    owner, path, weight = _weight_of(g, n)
-    labels = weighted.convolution(g, owner, path, g.line(n, first(n), 1), 1, transposed, value, weight, bias=None)
+    given = argument(n, 5 if transposed else 6, "groups", 1)
+    groups, count = g.concrete(given), g.count(given)
+    numbers = [c for a in n.all_input_nodes if a is not given for c in g.counts_of(a)]
+    g.need_constant(n, numbers, f"{call_name(n)}, which computes with a number of channels")
+    x = g.line(first(n), 1)
+    weight = argument(n, 1, "weight")
+    depthwise = 1 < groups == len(x) and not (transposed and value.shape[1] != groups)
+    if depthwise and count is not None:
+        g.fit(x, count)
+    elif groups == len(x) or count is not None:
+        g.joins.pin(x)  # the number of groups stays
+        g.pin_counts([count])
+    if depthwise and weight.op != "get_attr" and value.shape[1] == groups:  # a kernel.expand(groups, 1, 3, 3)
+        rows = g.labels[weight]
+        g.joins.join(x, rows.flatten() if rows.numel() == rows.shape[0] else torch.zeros_like(x))
+        return _with_vectors(g, n, along(x, 1, value.dim()), 1, ((2, "bias"),))
+    owner, path, name = _weight_of(g, n)
+    labels = weighted.convolution(g, owner, path, x, groups, transposed, value, name, bias=None)
+    if name in owner._buffers and not depthwise:
+        g.joins.pin(x)
+        g.joins.pin(labels)
     return _with_vectors(g, n, labels, 1, ((2, "bias"),))
 
 
 def _linear(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     owner, path, weight = _weight_of(g, n)
-    labels = weighted.linear(g, owner, path, g.line(n, first(n), -1), value, weight, bias=None)
+    labels = weighted.linear(g, owner, path, g.line(first(n), -1), value, weight, bias=None)
     return _with_vectors(g, n, labels, -1, ((2, "bias"),))
 
 
 def _batch_norm(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     vectors = ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
-    return _with_vectors(g, n, along(g.line(n, first(n), 1), 1, value.dim()), 1, vectors)
+    return _with_vectors(g, n, along(g.line(first(n), 1), 1, value.dim()), 1, vectors)
 
 
 def _layer_norm(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -54,8 +70,8 @@ def _weight_of(g: LabelledGraph, n: fx.Node) -> tuple[nn.Module, str, str]:
         g.refuse(n, f"{call_name(n)} with a computed weight")
     path, _, name = str(node.target).rpartition(".")
     owner = g.model.get_submodule(path)
-    if name not in owner._parameters:
-        g.refuse(n, f"{call_name(n)} with a weight that is not a parameter")
+    if name not in owner._parameters and name not in owner._buffers:
+        g.refuse(n, f"{call_name(n)} with a weight that is no parameter or buffer")
     return owner, path, name
 
 

@@ -23,9 +23,11 @@ from morphtrain.morph.trace.rules.table import Rule, by_name
 TAKES_WIDTHS = frozenset(
     ["view", "reshape", "unflatten", "expand", "expand_as", "broadcast_to", "split", "tensor_split", "chunk", "getitem"]
 )
-# Functions with rules for a weight of several dimensions.
-WEIGHTED = frozenset(("linear", "conv1d", "conv2d", "conv3d"))
-WEIGHTED |= {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+TAKES_WIDTHS |= {"repeat", "new_zeros", "new_ones", "new_empty", "new_full"}
+CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+TAKES_WIDTHS |= CONVOLUTIONS
+NORMS = frozenset(("norm", "linalg_norm", "linalg_vector_norm"))  # the kind of norm stands before the dimension
+WEIGHTED = CONVOLUTIONS | {"linear"}  # with rules for a weight of several dimensions
 
 
 def follow(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
@@ -115,7 +117,7 @@ def _elementwise(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Ten
 
 def _reduced(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     """A mean, sum, maximum, ... over some dimensions; if it mixes channels, they cannot change."""
-    x, wanted = first(n), argument(n, 1, "dim")
+    x, wanted = first(n), argument(n, 2 if name_of(n) in NORMS else 1, "dim")
     if isinstance(wanted, fx.Node):  # the larger of two tensors
         return _elementwise(g, n, value)
     rank = len(g.shape(x))
@@ -163,6 +165,13 @@ def _normalised(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     return g.labels[first(n)]
 
 
+def _response_norm(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """Each channel is divided by what its neighbours have."""
+    g.pin_varying(first(n), [1])
+    labels: torch.Tensor = g.labels[first(n)]
+    return labels
+
+
 def _like(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
     return g.labels[first(n)]
 
@@ -177,7 +186,7 @@ RULES: dict[str, Rule] = {
         "hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ softplus softsign threshold logsigmoid exp log log1p expm1 "
         "sqrt rsqrt square abs neg sign sin cos erf reciprocal round floor ceil clamp clamp_ clip clamp_min clamp_max "
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout stochastic_depth "
-        "contiguous clone detach to type float double half bfloat16 cpu cuda requires_grad_",
+        "bernoulli bernoulli_ contiguous clone detach to type float double half bfloat16 cpu cuda requires_grad_",
     ),
     **by_name(
         _windowed,
@@ -192,11 +201,13 @@ RULES: dict[str, Rule] = {
     ),
     **by_name(
         _reduced,
-        "mean sum amax amin max min var std prod all any logsumexp argmax argmin var_mean std_mean median",
+        "mean sum amax amin max min var std prod all any logsumexp argmax argmin var_mean std_mean median "
+        "norm linalg_norm linalg_vector_norm",
     ),
     **by_name(_mixing, "softmax log_softmax softmin cumsum cumprod"),
     "flip": _flipped,
     "glu": _glu,
     "normalize": _normalised,
+    "local_response_norm": _response_norm,
     **by_name(_like, "zeros_like ones_like"),
 }

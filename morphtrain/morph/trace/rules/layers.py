@@ -34,16 +34,16 @@ def follow(g: LabelledGraph, n: fx.Node, module: nn.Module, value: Any) -> Any:
 
 def _convolution(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     transposed = isinstance(m, TRANSPOSED)
-    channels = g.line(n, x, -len(m.kernel_size) - 1)
+    channels = g.line(x, -len(m.kernel_size) - 1)
     return weighted.convolution(g, m, str(n.target), channels, m.groups, transposed, value)
 
 
 def _linear(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    return weighted.linear(g, m, str(n.target), g.line(n, x, -1), value)
+    return weighted.linear(g, m, str(n.target), g.line(x, -1), value)
 
 
 def _norm(g: LabelledGraph, n: fx.Node, m: nn.Module, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    return along(weighted.norm(g, m, str(n.target), g.line(n, x, 1)), 1, value.dim())
+    return along(weighted.norm(g, m, str(n.target), g.line(x, 1)), 1, value.dim())
 
 
 def _layer_norm(g: LabelledGraph, n: fx.Node, m: nn.LayerNorm, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _layer_norm(g: LabelledGraph, n: fx.Node, m: nn.LayerNorm, x: fx.Node, value
 
 def _prelu(g: LabelledGraph, n: fx.Node, m: nn.PReLU, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     if m.num_parameters > 1:
-        labels = g.line(n, x, 1)
+        labels = g.line(x, 1)
         labels = g.axis(str(n.target), m, "channels", "elementwise", (("weight", 0),), labels, "num_parameters")
         return along(labels, 1, value.dim())
     return g.labels[x]
@@ -64,11 +64,11 @@ def _pad_channels(g: LabelledGraph, n: fx.Node, m: PadChannels, x: fx.Node, valu
     path = str(n.target)
     left = g.axis(path, m, "left", "elementwise", (), g.joins.fresh(m.left), "left")
     right = g.axis(path, m, "right", "elementwise", (), g.joins.fresh(m.right), "right")
-    return along(torch.cat([left, g.line(n, x, 1), right]), 1, value.dim())
+    return along(torch.cat([left, g.line(x, 1), right]), 1, value.dim())
 
 
 def _select_channels(g: LabelledGraph, n: fx.Node, m: SelectChannels, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    source = g.line(n, x, 1)
+    source = g.line(x, 1)
     gathered = source[m.index.cpu()]
     g.gather(n, m, source, gathered)
     return along(gathered, 1, value.dim())
@@ -77,7 +77,7 @@ def _select_channels(g: LabelledGraph, n: fx.Node, m: SelectChannels, x: fx.Node
 def _scatter_channels(
     g: LabelledGraph, n: fx.Node, m: ScatterChannels, x: fx.Node, value: torch.Tensor
 ) -> torch.Tensor:
-    gathered = g.line(n, x, 1)
+    gathered = g.line(x, 1)
     source = g.joins.fresh(m.width)
     source[m.index.cpu()] = gathered
     g.gather(n, m, source, gathered)
@@ -108,6 +108,12 @@ def _softmax(g: LabelledGraph, n: fx.Node, m: Any, x: fx.Node, value: torch.Tens
     return g.labels[x]
 
 
+def _response_norm(g: LabelledGraph, n: fx.Node, m: nn.Module, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """Each channel is divided by what its neighbours have."""
+    g.pin_varying(x, [1])
+    return g.labels[x]
+
+
 def _flatten(g: LabelledGraph, n: fx.Node, m: nn.Flatten, x: fx.Node, value: torch.Tensor) -> torch.Tensor:
     return moves.flattened(g, x, value)
 
@@ -135,6 +141,7 @@ RULES: dict[tuple[type, ...], Rule] = {
     (nn.Linear,): _linear,
     NORMS: _norm,
     (nn.LayerNorm, nn.RMSNorm): _layer_norm,
+    (nn.LocalResponseNorm, nn.CrossMapLRN2d): _response_norm,
     (nn.PReLU,): _prelu,
     (PadChannels,): _pad_channels,
     (SelectChannels,): _select_channels,

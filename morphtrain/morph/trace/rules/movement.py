@@ -28,7 +28,35 @@ def _moved(g: LabelledGraph, n: fx.Node, value: Any) -> Any:
     return compact(moved)
 
 
+def _repeated(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """A constant may be repeated once for each channel."""
+    x = first(n)
+    _, counts = _sizes(g, n, list(n.args[1:]) or list(n.kwargs.values())[:1], value.dim())
+    given = [dim for dim, count in enumerate(counts) if count is not None]
+    if not given:
+        return _moved(g, n, value)
+    dim, size = given[0], [1] * (value.dim() - len(g.shape(x))) + list(g.shape(x))
+    if len(given) == 1 and size[dim] == 1 and g.is_fixed(x) and counts[dim].ratio == 1:  # type: ignore[union-attr]
+        return along(counts[dim].labels, dim, value.dim())  # type: ignore[union-attr]
+    g.joins.pin(g.labels[x])
+    g.pin_counts(counts)
+    return fixed(value.dim())
+
+
+def _made(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """A new tensor, perhaps with a number of channels as one of its sizes."""
+    _, counts = _sizes(g, n, list(n.args[1:2] if isinstance(n.args[1], (tuple, list)) else n.args[1:]), value.dim())
+    given = [(dim, count) for dim, count in enumerate(counts) if count is not None]
+    if len(given) == 1 and given[0][1].ratio == 1:
+        return along(given[0][1].labels, given[0][0], value.dim())
+    g.pin_counts(counts)
+    return fixed(value.dim())
+
+
 def _reshape(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    if name_of(n) in ("view_as", "reshape_as"):
+        other = argument(n, 1, "other")
+        return reshaped(g, first(n), value, list(g.shape(other)), g.shape_counts(other))
     sizes = list(n.args[1:]) or list(n.kwargs.values())[:1]
     return reshaped(g, first(n), value, *_sizes(g, n, sizes, value.dim()))
 
@@ -146,6 +174,8 @@ def _padded(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
             continue
         if not (isinstance(left, int) and isinstance(right, int)) or min(left, right) < 0:
             g.refuse(n, f"{call_name(n)} of the channels by a computed or negative width")
+        if argument(n, 2, "mode", "constant") != "constant":  # with copies of channels
+            g.joins.pin(labels)
         labels = torch.cat([_zeros(labels, dim, left), labels, _zeros(labels, dim, right)], dim)
     return labels
 
@@ -169,9 +199,11 @@ def _channel_shuffle(g: LabelledGraph, n: fx.Node, value: torch.Tensor) -> torch
 
 RULES: dict[str, Rule] = {
     **by_name(
-        _moved, "permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze repeat tile repeat_interleave"
+        _moved, "permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze tile repeat_interleave"
     ),
-    **by_name(_reshape, "view reshape"),
+    "repeat": _repeated,
+    **by_name(_made, "new_zeros new_ones new_empty new_full"),
+    **by_name(_reshape, "view reshape view_as reshape_as"),
     **by_name(_flatten, "flatten ravel"),
     "unflatten": _unflatten,
     **by_name(_expanded, "expand expand_as broadcast_to"),

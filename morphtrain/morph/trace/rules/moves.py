@@ -124,7 +124,7 @@ def pixel_shuffled(
     g: LabelledGraph, n: fx.Node, x: fx.Node, value: torch.Tensor, factor: int, up: bool
 ) -> torch.Tensor:
     """Labels after (C*r*r, H, W) -> (C, H*r, W*r), or back with `up=False`; r*r neighbouring channels are one."""
-    line = g.line(n, x, -3)
+    line = g.line(x, -3)
     if up:
         groups = line.view(-1, factor * factor)
         g.joins.tie(groups, 1)
@@ -134,6 +134,6 @@ def pixel_shuffled(
 
 def channel_shuffled(g: LabelledGraph, n: fx.Node, x: fx.Node, groups: int) -> torch.Tensor:
     """Labels after a channel shuffle, which needs groups of equal width."""
-    line = g.line(n, x, 1).view(groups, -1)
+    line = g.line(x, 1).view(groups, -1)
     g.joins.tie(line, 0)
     return along(line.t().flatten(), 1, len(g.shape(x)))

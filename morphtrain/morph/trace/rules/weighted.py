@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from morphtrain.morph.spaces import Tensors
+from morphtrain.morph.trace.kinds import CONVOLUTIONS, TRANSPOSED
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import along
 
@@ -29,14 +30,15 @@ def convolution(
     wide. With one input channel per group, the outputs follow the inputs, and groups are removed or repeated instead.
 
     Args:
-        m: the owner of the parameters `weight` and `bias`, at `path`.
+        m: the owner of the tensors `weight` and `bias`, at `path`.
         x: (I,), the labels of the input channels.
         value: the output.
     """
     dim = value.dim() - getattr(m, weight).dim() + 1
     outputs = value.shape[dim]
     if 1 < groups == len(x) and (not transposed or outputs == groups):
-        g.axis(path, m, weight + " groups", "elementwise", (), x, "groups")
+        counter = "groups" if isinstance(m, (*CONVOLUTIONS, *TRANSPOSED)) else None
+        g.axis(path, m, weight + " groups", "elementwise", (), x, counter)
         rows = x.repeat_interleave(outputs // groups)
         rows = g.axis(path, m, weight, "elementwise", _rows_of(weight, bias), rows)
         return along(rows, dim, value.dim())
