@@ -8,7 +8,8 @@ from morphtrain.errors import UserError
 
 # A password may hold an unescaped / or @, so it ends at the last @ of its word.
 USER_INFO = re.compile(r"(://[^/@:\s]*):[^\s'\"]*@")
-OPTION = re.compile(r"([?&;](?:ssl)?(?:password|passwd|pwd|token|secret)=)[^&;\s'\"]*", re.IGNORECASE)
+SECRET = r"pass(?:word|wd|phrase)?|pwd|token|secret|key|credential|signature|sig|auth"
+OPTION = re.compile(rf"([?&;][\w.-]*(?:{SECRET})[\w.-]*=)[^&;\s'\"]*", re.IGNORECASE)
 
 
 class PasswordShown(UserError):

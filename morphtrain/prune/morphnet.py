@@ -18,8 +18,8 @@ from morphtrain.prune.channel_norms import ChannelNorms, Regulariser
 from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import full_steps, warn_if_unknown
-from morphtrain.prune.strength import first_penalty_weight, ratio_for
+from morphtrain.prune.step_length import steps_ahead, warn_if_unknown
+from morphtrain.prune.strength import enough_for, first_penalty_weight
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
 from morphtrain.world import agree
@@ -94,13 +94,12 @@ class MorphNetPenalty(Method):
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
         """See `Outlook.after_epoch`."""
         assert self.penalty_weight is not None
-        now = run.optimizer.param_groups[0]["lr"] / run.base_lrs[0]
-        lengths = full_steps(run, last) / (now * self.norms.per_length(run.optimizer))
+        lengths = steps_ahead(run, last) / self.norms.per_length(run.optimizer)
         ahead = self.penalty_weight * lengths * self.slopes / self.norms.mean_members()
         share = ahead.max().item()
-        if self.config.strength is not None:
+        if self.config.strength is not None and share:
             return share, f"prune.strength={self.config.strength / share:.2g}"
-        return share, f"prune.lasso_ratio={ratio_for(self.config, 1 / share):.2g}"
+        return share, enough_for(self.config, share)
 
     def _price(self, run: Run) -> None:
         """Find the channels of the present network, and what each of them costs."""

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from morphtrain.cost.params import count_params
 from morphtrain.prune.when import Option, last_reconfiguration
 from morphtrain.state import Run
 
@@ -68,6 +69,6 @@ class Outlook:
         self._guessing = True
         log.warning(
             "%s: a training accuracy of %.3f is that of guessing, with %.1f %% of the parameters left; a smaller value "
-            "or an earlier prune.stop_epoch leaves more",
-            *(self.setting, run.train_accuracy, 100 * run.params / run.initial["params"]),
+            "leaves more",
+            *(self.setting, run.train_accuracy, 100 * count_params(run.model) / run.initial["params"]),
         )

@@ -21,7 +21,7 @@ from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import Reconfiguration, live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
 from morphtrain.prune.step_length import reach_ahead, step_length, warn_if_unknown
-from morphtrain.prune.strength import first_penalty_weight, ratio_for
+from morphtrain.prune.strength import enough_for, first_penalty_weight
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
@@ -104,7 +104,7 @@ class PruneTrain(Method):
         assert self.penalty_weight is not None
         amounts = [self.penalty_weight * reach_ahead(run, lasso.weight, last) for lasso in self.lassos]
         share = max(share_taken(lasso, amount) for lasso, amount in zip(self.lassos, amounts, strict=True))
-        return share, f"prune.lasso_ratio={ratio_for(self.config, 1 / share):.2g}"
+        return share, enough_for(self.config, share)
 
     def _reconfigure(self, run: Run) -> Reconfiguration:
         rounding = self._rounding(run)

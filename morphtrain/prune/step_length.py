@@ -50,16 +50,22 @@ def warn_if_unknown(optimizer: Optimizer) -> None:
 def full_steps(run: Run, last_epoch: int) -> float:
     """How many steps at the full learning rate are as long as all from now to the end of `last_epoch`, as planned now.
 
+    The rate is that of the first parameter group that has one above 0.
+
     Raises:
-        UserError: if the learning rate is zero in all of them.
+        UserError: if the optimizer has no such group.
     """
     steps, done = -(-len(run.data.train) // run.batch_size), round(run.progress)  # of an epoch; epochs
-    points = min(steps, POINTS)
+    points, group = min(steps, POINTS), _first_trained(run)
     times = [epoch + (i + 0.5) / points for epoch in range(done, last_epoch) for i in range(points)]
-    count = sum(run.learning_rate(time) for time in times) / run.base_lrs[0] * steps / points
-    if times and count <= 0:
-        raise UserError(f"schedule={run.config.schedule.name}: the learning rate is 0 until epoch {last_epoch}")
-    return count
+    return sum(run.learning_rate(time, group) for time in times) / run.base_lrs[group] * steps / points
+
+
+def steps_ahead(run: Run, last_epoch: int) -> float:
+    """How many steps like the present one are as long as all from now to the end of `last_epoch`, as planned now."""
+    group = _first_trained(run)
+    now = run.optimizer.param_groups[group]["lr"] / run.base_lrs[group]
+    return full_steps(run, last_epoch) / now if now else math.inf
 
 
 def reach_ahead(run: Run, weight: torch.Tensor, last_epoch: int) -> float:
@@ -67,9 +73,16 @@ def reach_ahead(run: Run, weight: torch.Tensor, last_epoch: int) -> float:
 
     The harmonic mean over the weight's elements; an optimizer that scales its steps is taken to go on as now.
     """
-    now = run.optimizer.param_groups[0]["lr"] / run.base_lrs[0]
     per_length = torch.as_tensor(step_length(run.optimizer, weight)).reciprocal().mean().item()
-    return full_steps(run, last_epoch) / (now * per_length) if now else math.inf
+    return steps_ahead(run, last_epoch) / per_length
+
+
+def _first_trained(run: Run) -> int:
+    """The number of the first parameter group that is trained."""
+    for number, rate in enumerate(run.base_lrs):
+        if rate > 0:
+            return number
+    raise UserError(f"optimizer={run.config.optimizer.name}: no learning rate is above 0, so nothing is trained")
 
 
 def _scale(state: dict[str, Any], group: dict[str, Any]) -> Any:

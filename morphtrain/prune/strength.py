@@ -12,10 +12,17 @@ Lambda is a factor in the loss in both cases: a learning rate or an optimizer th
 
 from __future__ import annotations
 
+import logging
+
+from morphtrain.errors import UserError
 from morphtrain.prune.lasso import penalty_weight_for_ratio, penalty_weight_for_share
 from morphtrain.prune.step_length import full_steps
 from morphtrain.prune.when import Option, last_active
 from morphtrain.state import Run
+
+log = logging.getLogger(__name__)
+
+LARGEST_LOSS_SHARE = 0.8  # of the first batch's loss, that a planned penalty may be: beyond it nothing else is learnt
 
 
 def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float, weights: float) -> float:
@@ -28,12 +35,25 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     assert option.lasso_ratio is not None
     if option.lasso_ratio_of == "loss":
         return penalty_weight_for_ratio(option.lasso_ratio, run.loss.item(), penalty)
-    length = full_steps(run, last_active(option, run.config.epochs))
-    return penalty_weight_for_share(option.lasso_ratio, norms, weights, length)
+    last = last_active(option, run.config.epochs)
+    length = full_steps(run, last)
+    if length <= 0:
+        raise UserError(f"schedule={run.config.schedule.name}: the learning rate is 0 until epoch {last}")
+    planned = penalty_weight_for_share(option.lasso_ratio, norms, weights, length)
+    most = penalty_weight_for_ratio(LARGEST_LOSS_SHARE, run.loss.item(), penalty)
+    if planned <= most:
+        return planned
+    log.warning(
+        "prune.lasso_ratio=%g: %.2g takes effect, for in a run of so few steps more would be over %.0f %% of the loss",
+        *(option.lasso_ratio, option.lasso_ratio * most / planned, 100 * LARGEST_LOSS_SHARE),
+    )
+    return most
 
 
-def ratio_for(option: Option, factor: float) -> float:
-    """The `lasso_ratio` with which lambda would be `factor` times what it is."""
-    assert option.lasso_ratio is not None
-    scaled = factor * option.lasso_ratio
-    return scaled / (1 - option.lasso_ratio + scaled) if option.lasso_ratio_of == "loss" else scaled
+def enough_for(option: Option, share: float) -> str:
+    """The setting with which the penalty would take all, if it takes this share now."""
+    if not share or option.lasso_ratio is None:
+        return "a stronger penalty"
+    scaled = option.lasso_ratio / share
+    ratio = scaled / (1 - option.lasso_ratio + scaled) if option.lasso_ratio_of == "loss" else scaled
+    return f"prune.lasso_ratio={ratio:.2g}"

@@ -16,6 +16,7 @@ from morphtrain import interrupts
 if TYPE_CHECKING:
     from rich.table import Table
 
+OVERRIDES = Path(".hydra", "overrides.yaml")
 LEFT_AT_THE_END = "run.png"  # by a run that was not interrupted
 
 # Overrides that do not change what is computed.
@@ -33,8 +34,7 @@ class Summary(Callback):
             return  # an interrupted command should end at once
         runs, unfinished = finished_runs(Path(config.hydra.sweep.dir))
         grid = config.hydra.runtime.choices["hydra/sweeper"] == "basic"
-        repeated = len({run.configuration for run in runs}) < len(runs)
-        if len(runs) > 1 and (grid or repeated):
+        if len(runs) > 1 and grid:
             from rich.console import Console
 
             console = Console(width=max(120, Console().width), markup=False, highlight=False)
@@ -65,7 +65,8 @@ class FinishedRun:
 
 def finished_runs(sweep_dir: Path) -> tuple[list[FinishedRun], int]:
     """The runs that a multirun has left in its directory, in their order, and the number of those that did not end."""
-    directories = [path.parent for path in sweep_dir.rglob("records.jsonl")]
+    found = (path.parent for path in sweep_dir.rglob("records.jsonl"))
+    directories = [path for path in found if (path / OVERRIDES).exists()]  # not with hydra.output_subdir=null
     directories.sort(key=lambda path: (len(path.name), str(path)))  # 2 before 10
     ended = [path for path in directories if (path / LEFT_AT_THE_END).exists()]
     return [_read(path) for path in ended], len(directories) - len(ended)
@@ -74,7 +75,7 @@ def finished_runs(sweep_dir: Path) -> tuple[list[FinishedRun], int]:
 def _read(run_dir: Path) -> FinishedRun:
     from morphtrain.evidence.records import read_records
 
-    overrides = [str(override) for override in OmegaConf.load(run_dir / ".hydra" / "overrides.yaml")]
+    overrides = [str(override) for override in OmegaConf.load(run_dir / OVERRIDES)]
     config = OmegaConf.load(run_dir / ".hydra" / "config.yaml")
     named = (o for o in overrides if not o.lstrip("+").startswith(("seed=", *UNNAMED)))
     reshapes = any(OmegaConf.select(config, f"{group}.name") != "none" for group in ("prune", "grow"))

@@ -167,9 +167,12 @@ def _doubts(comparison: Comparison) -> list[str]:
             f"{'no trial' if unchanged == meant else f'{unchanged} of {meant} trials never'} changed its network: see "
             "whether epochs reaches prune.start_epoch, grow.at_epochs or grow.patience, or raise prune.lasso_ratio"
         )
+    infeasible = sum(any(excess > 0 for excess in t.constraints.values()) for t in completed(comparison.study))
+    if infeasible:
+        lines.append(f"{infeasible} of {len(completed(comparison.study))} trials miss hydra.sweeper.min_accuracy")
     if comparison.contended:
         if not comparison.fair:
-            verdict = "their times do not compare, and nothing calibrates them (timing.reference=0.02 would)"
+            verdict = f"their times do not compare, for {', '.join(comparison.objective)} is not calibrated"
         elif set(comparison.objective) & set(CALIBRATED.values()):
             verdict = "trials are compared by calibrated times"
         else:

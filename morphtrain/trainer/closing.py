@@ -70,7 +70,11 @@ def _clocked(stage: Sequence[Record], warmup_epochs: int) -> list[Record]:
 
 
 def _is_calibrated(*stages: Sequence[Record]) -> bool:
-    return all("calibrated_seconds" in record for stage in stages for record in stage)
+    """Whether the machine was measured often enough for calibrated times to differ from those of the clock."""
+    records = [record for stage in stages for record in stage]
+    if not all("calibrated_seconds" in record for record in records):
+        return False
+    return len(stages) == 1 or len({record["reference_seconds"] for record in records}) > 1
 
 
 def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
@@ -78,7 +82,7 @@ def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
     if not first or not last:
         return f"No ratio of times: no epoch after the warm-up trained the {'last' if first else 'first'} network."
     if not _is_calibrated(first, last) and any(record["contended"] for record in (*first, *last)):
-        return "No ratio of times: epochs were contended, and timing.reference=0 leaves them uncalibrated."
+        return "No ratio of times: epochs were contended, and the machine was measured too seldom to calibrate them."
     return ""
 
 

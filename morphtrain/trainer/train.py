@@ -101,7 +101,8 @@ def _train_on(
         while run.epoch < run.config.epochs and not run.stopped and not unwanted:
             interrupts.check()
             _advance(run, run_dir, tracker, guard)
-            unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
+            ended = run.epoch == run.config.epochs or run.stopped
+            unwanted = agree(on_epoch is not None and on_epoch(run.history[-1])) and not ended
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
