@@ -113,7 +113,7 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     schema.check(in_study, "trial", config.trial, "null; hydra/sweeper=morphtrain numbers its trials")
     from morphtrain.sweep.trial import TrialReporter
 
-    return TrialReporter(settings.sweeper, config.trial, config.objective, config.reshapes)
+    return TrialReporter(settings.sweeper, config.trial, config.objective, config.epochs, config.reshapes)
 
 
 @contextmanager

@@ -41,20 +41,23 @@ class TrialReporter:
         sweeper: the job's config node `hydra.sweeper`.
         number: of the trial in its study.
         objective: names of the metrics to optimise; with more than one, no trial is stopped early.
+        epochs: of the trial, if its pruner need not be asked after the last.
         reshapes: whether the trial's network is meant to change.
 
     Raises:
         UserError: if the storage cannot be opened.
     """
 
-    def __init__(self, sweeper: DictConfig, number: int, objective: list[str], reshapes: bool = False) -> None:
+    def __init__(
+        self, sweeper: DictConfig, number: int, objective: list[str], epochs: int | None = None, reshapes: bool = False
+    ) -> None:
         import optuna
 
         pruner = make_pruner(sweeper.pruner)
         self.storage = open_storage(sweeper.storage)
         self.study = optuna.load_study(study_name=sweeper.study_name, storage=self.storage, pruner=pruner)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
-        self.objective = objective
+        self.objective, self.epochs_planned = objective, epochs
         attrs = self._frozen().user_attrs
         self.is_baseline = bool(attrs.get(BASELINE_ATTR))
         self.epochs = {attr: set(attrs.get(attr, [])) for attr in FLAGS}
@@ -79,7 +82,9 @@ class TrialReporter:
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
-        if self.is_baseline or not self.study.pruner.prune(self.study, self._trial_for_pruner()):
+        if epoch == self.epochs_planned or self.is_baseline:
+            return False
+        if not self.study.pruner.prune(self.study, self._trial_for_pruner()):
             return False
         self.storage.set_trial_user_attr(self.trial_id, STOPPED_ATTR, epoch)
         log.info("stopped early after epoch %d: other trials of the study were better at this point", epoch)

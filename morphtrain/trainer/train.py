@@ -101,8 +101,7 @@ def _train_on(
         while run.epoch < run.config.epochs and not run.stopped and not unwanted:
             interrupts.check()
             _advance(run, run_dir, tracker, guard)
-            ended = run.epoch == run.config.epochs or run.stopped
-            unwanted = agree(on_epoch is not None and on_epoch(run.history[-1])) and not ended
+            unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
