@@ -8,8 +8,9 @@ from morphtrain.errors import UserError
 
 # A password may hold an unescaped / or @, so it ends at the last @ of its word.
 USER_INFO = re.compile(r"(://[^/@:\s]*):[^\s'\"]*@")
-SECRET = r"pass(?:word|wd|phrase)?|pwd|token|secret|key|credential|signature|sig|auth"
-OPTION = re.compile(rf"([?&;][\w.-]*(?:{SECRET})[\w.-]*=)[^&;\s'\"]*", re.IGNORECASE)
+SECRET = "pass|pwd|token|secret|key|credential|signature|auth"
+NAMES_A_FILE = "sslkey|sslpassfile|passfile"
+OPTION = re.compile(rf"([?&;](?!(?:{NAMES_A_FILE})=)[\w.-]*(?:{SECRET})[\w.-]*=)[^&;\s'\"]*", re.IGNORECASE)
 
 
 class PasswordShown(UserError):

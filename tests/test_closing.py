@@ -100,12 +100,13 @@ def test_a_change_after_the_last_epoch_is_said() -> None:
     assert "no epoch after the warm-up trained the last network" in text
 
 
-def contended(calibrated: bool) -> list[dict[str, float]]:
+def contended(calibrated: bool, measured_again: int = 5) -> list[dict[str, float]]:
     """The issue's case: epochs of one calibrated second throughout, while others hold the cores at first."""
     history = []
     for e in range(1, 9):
         busy = e < 5
-        more = {"calibrated_seconds": 1.0 + e / 100} if calibrated else {}
+        reference = 6.0 if e < measured_again else 1.0
+        more = {"calibrated_seconds": 1.0 + e / 100, "reference_seconds": reference} if calibrated else {}
         history.append(record(e, 1000 if e < 4 else 900, 6.0 if busy else 1.0, contended=float(busy), **more))
     return history
 
@@ -113,8 +114,16 @@ def contended(calibrated: bool) -> list[dict[str, float]]:
 def test_no_ratio_is_shown_that_is_known_to_be_false() -> None:
     table, text = rows(contended(calibrated=False))
     assert table["seconds an epoch"] == ["6.000", "1.000", ""]
-    assert "epochs were contended, and timing.reference=0" in text
+    assert "epochs were contended, and the machine was measured too seldom" in text
     assert table["contended epochs"] == ["", "4 of 8", ""]
+
+
+def test_one_measurement_of_the_machine_calibrates_nothing() -> None:
+    """In a run of a few seconds there is only the one before it: calibrated times are the clock's, divided by it."""
+    table, text = rows(contended(calibrated=True, measured_again=99))
+    assert "seconds an epoch, calibrated" not in table
+    assert table["seconds an epoch"][2] == ""
+    assert "the machine was measured too seldom" in text
 
 
 def test_the_calibrated_ratio_is_shown_in_its_place() -> None:

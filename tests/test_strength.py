@@ -14,7 +14,7 @@ from torch import nn
 
 import morphtrain
 from morphtrain.errors import UserError
-from morphtrain.prune import prunetrain
+from morphtrain.prune import prunetrain, strength
 from morphtrain.prune.lasso import total_norm, total_weight
 from morphtrain.prune.step_length import step_length
 from morphtrain.state import Run
@@ -79,6 +79,7 @@ def test_a_run_takes_what_its_ratio_says(options: tuple[str, ...], monkeypatch: 
         shrink(lassos, amount)
 
     monkeypatch.setattr(prunetrain, "shrink", watched)
+    monkeypatch.setattr(strength, "LARGEST_LOSS_SHARE", 1 - 1e-9)
     run = build_run(morphtrain.compose(*SMALL, "epochs=4", *PLANNED, *options))
     start(run)
     lassos = run.methods["prune"].lassos
@@ -112,6 +113,30 @@ def test_a_ratio_pulls_alike_in_networks_of_any_size_and_runs_of_any_length() ->
     assert long == pytest.approx(10)
 
 
+def test_a_short_run_is_not_drowned_by_its_penalty(caplog: pytest.LogCaptureFixture) -> None:
+    """The plan of a few steps would be 97 % of the loss, and leave the accuracy of guessing."""
+    run = trained("data.image_size=8", "model.width=8", "prune=prunetrain", "prune.start_epoch=1", "epochs=3")
+    (said,) = (line for line in warnings(caplog) if "takes effect" in line)
+    assert 0.1 < float(said.removeprefix("prune.lasso_ratio=4: ").split()[0]) < 3
+    assert run.history[0]["lasso_ratio"] < 0.85
+    assert run.history[-1]["val_accuracy"] > 0.5
+
+
+def with_a_frozen_stem(params: Any, lr: float) -> torch.optim.Optimizer:
+    """The first parameters are not trained: their group has a learning rate of 0."""
+    first, *others = params
+    return torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others}], lr=lr, momentum=0.9)
+
+
+@pytest.mark.parametrize("prune", ["prunetrain", "morphnet"])
+def test_groups_that_are_not_trained_plan_nothing(prune: str) -> None:
+    frozen = ("optimizer=custom", "optimizer._target_=test_strength.with_a_frozen_stem", "+optimizer.lr=0.05")
+    common = (*(o for o in SMALL if not o.startswith("prune")), f"prune={prune}", "prune.start_epoch=1", "epochs=2")
+    run, other = trained(*common, *frozen), trained(*common, "optimizer.lr=0.05", "optimizer.nesterov=false")
+    weights = [r.methods["prune"].penalty_weight for r in (run, other)]
+    assert weights[0] == pytest.approx(weights[1])
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.0, 0.9), weight_decay=0.0),
@@ -140,7 +165,10 @@ def test_the_step_is_the_one_that_the_optimizer_takes(name: str) -> None:
 
 @pytest.mark.parametrize("optimizer", [("optimizer=adamw",), LARS, RMSPROP])
 @pytest.mark.parametrize("ratio", [("prune.lasso_ratio=0.99",), ("prune.lasso_ratio=30", PLANNED[0])])
-def test_pruning_works_with_any_optimizer(optimizer: tuple[str, ...], ratio: tuple[str, ...]) -> None:
+def test_pruning_works_with_any_optimizer(
+    optimizer: tuple[str, ...], ratio: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strength, "LARGEST_LOSS_SHARE", 0.999)  # six epochs do not shrink by less
     run = trained(*SMALL, *optimizer, *ratio)
     assert run.params < 0.9 * run.initial["params"]
 
@@ -195,7 +223,10 @@ def test_a_run_that_shrinks_and_learns_is_not_warned_of(caplog: pytest.LogCaptur
     assert warnings(caplog) == []
 
 
-def test_an_accuracy_of_guessing_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_accuracy_of_guessing_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strength, "LARGEST_LOSS_SHARE", 0.999)
     run = trained(*SMALL, PLANNED[0], "prune.lasso_ratio=200")
     assert run.train_accuracy < 0.2
     (line,) = warnings(caplog)

@@ -343,6 +343,8 @@ def test_passwords_are_not_shown(secret: str) -> None:
 
 def test_what_is_no_password_is_shown() -> None:
     assert shown("x://host/db?user=me&password=hush&sslmode=no") == "x://host/db?user=me&password=***&sslmode=no"
+    assert shown("http://host/?api_key=a&access_token=b&v=1") == "http://host/?api_key=***&access_token=***&v=1"
+    assert shown("x://host/db?sslkey=a.pem&passfile=b") == "x://host/db?sslkey=a.pem&passfile=b"
     for text in ("sqlite:////a/b@c:d.db", "http://host:80/x", "postgresql://me@host:5432/db?user=me", "a:b@c"):
         assert shown(text) == text
 
