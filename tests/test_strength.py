@@ -229,8 +229,10 @@ def test_an_accuracy_of_guessing_is_warned_of_once(
     monkeypatch.setattr(strength, "LARGEST_LOSS_SHARE", 0.999)
     run = trained(*SMALL, PLANNED[0], "prune.lasso_ratio=200")
     assert run.train_accuracy < 0.2
-    (line,) = warnings(caplog)
-    assert line.startswith("prune.lasso_ratio=200: a training accuracy of 0.") and "prune.stop_epoch" in line
+    (line,) = (line for line in warnings(caplog) if "guessing" in line)
+    assert line.startswith("prune.lasso_ratio=200: a training accuracy of 0.")
+    left = float(line.partition(" % of the parameters left")[0].rpartition(" ")[2])
+    assert left == pytest.approx(100 * run.params / run.initial["params"], abs=0.1), "after what was removed"
 
 
 def test_a_checkpoint_that_names_no_ratio_goes_on_with_the_papers(
