@@ -60,13 +60,16 @@ class Preprocessing:
             raise UserError(f"preprocessing.{field}={value!r}: must be {wanted}, or None")
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (..., C, H, W) of the input's size, normalised as they were for the network.
+        """Pixels (..., C, H, W) of the input's size, normalised as they were for the network; nothing is resized.
 
         Raises:
-            UserError: if mean and std are not known.
+            UserError: if mean and std are not known, or for pixels of another size.
         """
         if self.mean is None or self.std is None:
             raise UserError("preprocessing: mean and std are not known, since the data set has not said them")
+        found = tuple(pixels.shape[-3:])
+        if self.input_shape is not None and found != tuple(self.input_shape):
+            raise UserError(f"preprocessing: the network takes images of {tuple(self.input_shape)}, these are {found}")
         pixels = pixels if pixels.is_floating_point() else pixels.float()
         mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std

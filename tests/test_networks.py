@@ -166,8 +166,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         morphtrain.save(torch.zeros(1), path)
     with pytest.raises(UserError, match=r"architecture|format"):
         checkpoint.Checkpoint(path)  # a run goes on from runs only
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match=r"there is no directory .*nowhere; make it first"):
         morphtrain.save(resnet(), tmp_path / "nowhere" / "net.pt")
+    with pytest.raises(UserError, match=r"preprocessing is a dict; .*Preprocessing, or None, works"):
+        morphtrain.save(resnet(), path, {"mean": 1})
 
 
 def test_a_file_decides_nothing(tmp_path: Path) -> None:

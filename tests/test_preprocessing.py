@@ -35,6 +35,8 @@ def test_bytes_become_the_images_that_the_network_saw() -> None:
     moved = data.to(torch.device("cpu"))
     assert torch.equal(of_data(moved)(raw[8:]), data.val.pixels)
     assert of_data(moved).classes == ("cat", "dog")
+    with pytest.raises(UserError, match=r"takes images of \(3, 5, 7\), these are \(3, 6, 7\)"):
+        of_data(moved)(torch.zeros(2, 3, 6, 7))
     in_unit = Preprocessing([m / 255 for m in of_data(data).mean], [s / 255 for s in of_data(data).std], max_pixel=1)
     torch.testing.assert_close(in_unit(raw[8:] / 255), data.val.pixels)
 

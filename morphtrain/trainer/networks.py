@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = Non
     """See `morphtrain.save`."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}; a torch.nn.Module can be saved")
+    if not isinstance(preprocessing, (Preprocessing, NoneType)):
+        found, wanted = type(preprocessing).__name__, "a morphtrain.preprocessing.Preprocessing, or None, works"
+        raise UserError(f"preprocessing is a {found}; {wanted}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no directory {path.parent}; make it first")
     memory_format = next(name for name, kind in FORMATS.items() if kind is morph.format_of_model(model))
     facts = {
         "network": f"{type(model).__module__}.{type(model).__qualname__}",

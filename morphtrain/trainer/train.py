@@ -110,7 +110,8 @@ def _train_on(
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        log.warning("interrupted; go on with the same command, hydra.run.dir=%s and resume=auto", run_dir)
+        more = "" if run.config.trial is not None else f", hydra.run.dir={run_dir} and resume=auto"
+        log.warning("interrupted; go on with the same command%s", more)
         raise
     finally:
         tracker.finish(status, run.history)
