@@ -65,7 +65,7 @@ def save(model: nn.Module, path: str | Path, preprocessing: Preprocessing | None
         preprocessing: what `load_preprocessing` is to give; `morphtrain.export` needs its `input_shape`.
 
     Raises:
-        UserError: if the network's `state_dict` holds what no file gives back.
+        UserError: if the network's `state_dict` holds what no file gives back, or the directory is missing.
         OSError: if `path` cannot be written.
     """
     from morphtrain.trainer import networks
