@@ -258,6 +258,8 @@ def test_a_study_of_something_else_is_not_continued(command: Command, tmp_path: 
     assert result.returncode == 1
     assert "hydra.sweeper.study_name=sweep: its trials have overrides=" in result.stderr
     assert "epochs=1" in result.stderr
+    result = command(*SWEEP, *space, "epochs=1", "hydra.sweeper.min_accuracy=0.1")
+    assert "its trials have min_accuracy=None, which cannot be compared with 0.1" in result.stderr
     assert len(trials_in(tmp_path)) == 2
 
 

@@ -62,12 +62,13 @@ class SharedStudy:
         if stored is None and not self.study.trials:
             self.study.set_user_attr("facts", wanted)
             return False
-        if stored != wanted:
-            key = next(key for key in wanted if (stored or {}).get(key) != wanted[key])
-            raise UserError(
-                f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={(stored or {}).get(key)}, which "
-                f"cannot be compared with {wanted[key]}; use the same value, or another study_name"
-            )
+        for key, value in wanted.items():
+            then = (stored or {}).get(key)
+            if then != value:
+                raise UserError(
+                    f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={then}, which "
+                    f"cannot be compared with {value}; use the same value, or another study_name"
+                )
         return True
 
     def take(self, worker: Worker, most: int, choose: Callable[[Trial], object]) -> list[Trial]:

@@ -71,7 +71,7 @@ class StudySweeper:
         self.extend = extend
         self.pruner = pruner
         self.baseline = baseline
-        self.floor = parse_floor(min_accuracy)
+        self.min_accuracy, self.floor = min_accuracy, parse_floor(min_accuracy)
         if self.floor is not None and self.floor.relative and baseline is None:
             raise UserError(f"hydra.sweeper.min_accuracy={min_accuracy}: hydra.sweeper.baseline=null makes no baseline")
         self.heartbeat_seconds = heartbeat_seconds
@@ -117,7 +117,12 @@ class StudySweeper:
             name=str(self.plain.study_name),
             storage=str(self.plain.storage),
             directions=self._directions(first.objective),
-            facts={"objective": first.objective, "overrides": space.fixed, "baseline": self.baseline},
+            facts={
+                "objective": first.objective,
+                "overrides": space.fixed,
+                "baseline": self.baseline,
+                "min_accuracy": self.min_accuracy,
+            },
             total=total,
             baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
             baseline_first=self.floor is not None and self.floor.relative,
