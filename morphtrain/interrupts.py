@@ -89,8 +89,11 @@ def deferred() -> Iterator[None]:
 def command() -> Iterator[None]:
     """Like `deferred`, in a process that is ours: a second signal, and one within `at_once`, ends it there and then."""
     _state.owned = True
-    with _handled_by(_end), deferred():
-        yield
+    try:
+        with _handled_by(_end), deferred():
+            yield
+    finally:
+        _state.owned = False
 
 
 @contextmanager

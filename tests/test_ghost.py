@@ -19,7 +19,7 @@ from morphtrain import schema
 from morphtrain.cost import estimate_memory
 from morphtrain.errors import UserError
 from morphtrain.model import ResNet
-from morphtrain.morph import ChannelGraph, MorphError
+from morphtrain.morph import ChannelGraph
 from morphtrain.norm import ghost
 from morphtrain.norm.ghost import GhostBatchNorm2d, to_ghost
 from morphtrain.trainer import checkpoint
@@ -230,15 +230,14 @@ def test_a_removed_block_leaves_what_its_ghost_norm_did() -> None:
 
 
 def test_a_norm_that_does_not_say_so_is_looked_into() -> None:
-    """Only what says that it treats channels one by one is taken for a norm."""
+    """Only what says that it treats channels one by one is taken for a norm; this one mixes them."""
 
     class Mixing(nn.BatchNorm2d):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input) - input.cumsum(1)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Mixing(4), nn.Conv2d(4, 2, 1))
-    with pytest.raises(MorphError, match=r"torch\.fx cannot trace"):
-        ChannelGraph.trace(model, torch.zeros(1, 3, 4, 4))
+    assert ChannelGraph.trace(model, torch.zeros(1, 3, 4, 4)).spaces == []
 
 
 def config_of(*overrides: str) -> schema.Config:

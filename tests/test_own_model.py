@@ -128,7 +128,7 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     assert history[0]["params"] > history[-1]["params"]
     here = [*RUN, *NET, "hydra.run.dir=twice", "resume=auto"]
     path = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    killed = subprocess.run([sys.executable, KILLED_RUN, "rename:4", *here], cwd=tmp_path, env=path)
+    killed = subprocess.run([sys.executable, KILLED_RUN, "rename:6", *here], cwd=tmp_path, env=path)
     assert killed.returncode == -signal.SIGKILL
     resumed = command(*here)
     assert resumed.returncode == 0, resumed.stderr

@@ -118,7 +118,13 @@ def test_what_is_recorded_is_the_accuracy_of_the_weights(options: tuple[str, ...
     [
         ("grow=wider", "grow.at_epochs=[2]"),
         ("grow=deeper", "grow.at_epochs=[2]"),
-        ("prune=prunetrain", "prune.lasso_ratio=0.95", "prune.start_epoch=2", "prune.interval=1"),
+        (
+            "prune=prunetrain",
+            "prune.lasso_ratio=0.95",
+            "prune.lasso_ratio_of=loss",
+            "prune.start_epoch=2",
+            "prune.interval=1",
+        ),
         ("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_micro_batch=6", "precision=o1"),
     ],
     ids=["wider", "deeper", "pruned", "batch"],

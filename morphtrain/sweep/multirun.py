@@ -37,7 +37,7 @@ class Summary(Callback):
         if len(runs) > 1 and grid:
             from rich.console import Console
 
-            console = Console(width=max(120, Console().width), markup=False, highlight=False)
+            console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
             console.print(table(runs, list(config.objective)))
             for line in notes(runs, unfinished):
                 console.print(line, soft_wrap=True)

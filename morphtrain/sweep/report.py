@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def close(
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
     comparison = compared(study, objective)
     best = _best(comparison.study)
-    console = Console(width=max(100, Console().width), markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     console.print(_table(comparison, best))
     searched = comparison.searched
     importance = _importance(searched)
