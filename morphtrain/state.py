@@ -74,7 +74,7 @@ class Run:
         self.change = f"{self.change}; {summary}" if self.change else summary
 
     def follow_change(self) -> None:
-        """Trace the changed network anew, so that all goes on from here as it would in a run resumed after this epoch.
+        """Retrace the changed network, so that the run continues exactly as one resumed after this epoch would.
 
         Sets `renamed`. Raises a `UserError` if the network can no longer be followed.
         """

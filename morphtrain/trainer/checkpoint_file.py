@@ -64,7 +64,7 @@ def write(path: Path, content: dict[str, Any], previous: Path | None = None) -> 
 def read(path: Path, name: str) -> tuple[dict[str, Any], bool]:
     """The content of a checkpoint, and whether it had a digest, which those of older versions have not.
 
-    Nothing in the file is executed, and what it takes in memory is bounded by its own size.
+    Nothing in the file is executed, and the memory it can take is bounded by its size.
 
     Args:
         name: of the file in messages.

@@ -1,4 +1,4 @@
-"""Layers derived from one of torch's norms that are this norm, perhaps with an activation behind it."""
+"""Layers derived from one of torch's norms that compute the same, optionally followed by an activation."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class _Result:
 
 
 def _call(n: fx.Node, numbers: dict[fx.Node, int]) -> tuple[Any, ...]:
-    constant = n.op == "get_attr" and str(n.target).startswith("_tensor_constant")  # made anew in each recording
+    constant = n.op == "get_attr" and str(n.target).startswith("_tensor_constant")  # each recording makes its own
     arguments = fx.node.map_arg((n.args, n.kwargs), lambda a: _Result(numbers[a]))  # type: ignore[arg-type,return-value]
     return n.op, "a constant" if constant else n.target, arguments, owner_path(n)
 
