@@ -46,10 +46,11 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                without_proxy.open(f"{self.uri}/health", timeout=5).close()
                 return
             time.sleep(0.2)
         raise RuntimeError((self.directory / "server.log").read_text())
