@@ -18,6 +18,7 @@ from morphtrain.schema.option import OPTIONS
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'\.\nTo append to your config use \+[^=]*=(?P<value>.*)")
 UNKNOWN_GROUP = re.compile(r"Could not override '(?P<key>[^']*)'\.\n")
 WRONG_KIND = re.compile(r"Error merging override (?P<override>.*)")
+SEVERAL = re.compile(r"Ambiguous value for argument '(?P<key>[^=]*)=(?P<values>[^']*)'")
 NO_OPTION = re.compile(r"Config group override must be a string or a list. Got \w+")
 
 
@@ -56,5 +57,8 @@ def _composition(error: HydraException) -> str:
         return f"{found['key']}: no such group"
     if found := WRONG_KIND.match(text):
         return f"{found['override']}: must be of the kind that it replaces: a value, a list in [], or {{key: value}}"
+    if found := SEVERAL.match(text):
+        key, values = found["key"], found["values"]
+        return f"{key}={values}: several values need -m, which runs one job for each; a list is {key}=[{values}]"
     said = " ".join(text.split())
     return f"{said}: {first_line(error.__cause__)}" if isinstance(error.__cause__, OmegaConfBaseException) else said

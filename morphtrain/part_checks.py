@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from morphtrain.contracts import Batch, Data, Loss, Schedule
 from morphtrain.errors import UserError, said
 from morphtrain.preprocessing import of_data
+from morphtrain.wording import counted
 
 
 def check_data(name: str, data: Data) -> None:
@@ -63,9 +64,9 @@ def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) ->
 def check_schedule(name: str, schedule: Schedule, epochs: int) -> None:
     """Ask for the factor at the start and in the middle of the run."""
     for done in (0.0, epochs / 2):
-        factor: Any = _tried(f"{name}: after {done:g} epochs", copy.deepcopy(schedule), done)
+        factor: Any = _tried(f"{name}: after {counted(done, 'epoch')}", copy.deepcopy(schedule), done)
         if not isinstance(factor, Real) or not math.isfinite(factor) or factor < 0:
-            raise UserError(f"{name}: gives {factor} after {done:g} epochs; a factor of 0 or more is needed")
+            raise UserError(f"{name}: gives {factor} after {counted(done, 'epoch')}; a factor of 0 or more is needed")
 
 
 def check_optimizer(name: str, optimizer: Optimizer) -> None:

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import config_errors, explained, interrupts, schema
+from morphtrain import arguments, config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.sweep import launcher_errors
@@ -92,7 +92,7 @@ def study(settings: Any) -> str:
     """The name shared by the runs of one sweep: the study's name or the sweep's directory; "none" for a single run."""
     if settings.mode != RunMode.MULTIRUN:
         return "none"
-    return str(settings.sweeper.get("study_name") or settings.sweep.dir)
+    return schema.sweeper.study_name(settings.sweeper) if "study_name" in settings.sweeper else str(settings.sweep.dir)
 
 
 def run_name(settings: Any, config: schema.Config) -> str:
@@ -169,7 +169,7 @@ def with_messages(command: Callable[[], Any]) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
-        check_arguments(sys.argv[1:])
+        sys.argv[1:] = arguments.prepared(sys.argv[1:])
         with interrupts.command(), behind_hydra():
             command()
     except (interrupts.Interrupted, interrupts.JobInterrupted) as interrupt:
@@ -181,13 +181,6 @@ def with_messages(command: Callable[[], Any]) -> None:
         if wants_traceback or text is None:
             raise
         sys.exit(text)
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Raise a `UserError` for a password in `tracking.uri`, before Hydra writes the overrides to files."""
-    for argument in arguments:
-        if argument.lstrip("+").startswith("tracking"):
-            schema.tracking.check_address(argument.partition("=")[2])
 
 
 def message(error: Exception) -> str | None:

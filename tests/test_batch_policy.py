@@ -41,7 +41,7 @@ WRONG = {
     "trust": (["optimizer=lars", "optimizer.trust_coefficient=0"], "optimizer.trust_coefficient=0.0: must be above 0"),
     "nesterov": (
         ["optimizer=lars", "optimizer.nesterov=true", "optimizer.momentum=0"],
-        "optimizer.nesterov=True: must be false",
+        "optimizer.nesterov=true: must be false",
     ),
     "clipping to nothing": (["clip_norm=0"], "clip_norm=0.0: must be above 0, or null"),
     "no passes": (["batch_policy.max_micro_batch=0"], "batch_policy.max_micro_batch=0: must be 1 or more"),

@@ -69,7 +69,54 @@ CASES = {
     ),
     "mistyped top-level key": (["epoch=3"], "epoch=3: no such key; did you mean epochs?"),
     "added top-level key": (["+epoch=3"], "epoch=3: no such key; did you mean epochs?"),
-    "mistyped key of Hydra's": (["hydra.foo=1"], "hydra.foo=1: no such key"),
+    "unknown key of Hydra's": (["hydra.foo=1"], "hydra.foo=1: no such key"),
+    "mistyped key of Hydra's": (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir?"),
+    "mistyped node of Hydra's": (
+        ["hydra.swep.dir=x"],
+        "hydra.swep.dir=x: no such key; did you mean hydra.sweep or hydra.sweeper?",
+    ),
+    "key of the sweeper without one": (
+        ["hydra.sweeper.n_trials=3"],
+        "hydra.sweeper.n_trials=3: no such key; add hydra/sweeper=morphtrain, or a preset with +sweep=",
+    ),
+    "mistyped key of the sweeper": (
+        ["+sweep=prunetrain", "hydra.sweeper.n_trails=3"],
+        "hydra.sweeper.n_trails=3: no such key; did you mean hydra.sweeper.n_trials?",
+    ),
+    "key of a launcher without one": (
+        ["hydra.launcher.n_jobs=2"],
+        "hydra.launcher.n_jobs=2: no such key; add +launcher=joblib",
+    ),
+    "mistyped key of a launcher": (
+        ["+launcher=joblib", "hydra.launcher.n_job=2"],
+        "hydra.launcher.n_job=2: no such key; did you mean hydra.launcher.n_jobs?",
+    ),
+    "several values in a single run": (
+        ["seed=1,2"],
+        "seed=1,2: several values need -m, which runs one job for each; a list is seed=[1,2]",
+    ),
+    "key with dashes": (["--epochs=3"], "--epochs=3: no such flag; keys are typed without dashes, as epochs=3"),
+    "key with dashes and a space": (
+        ["--clip-norm", "3"],
+        "--clip-norm: no such flag; keys are typed without dashes, as clip_norm=...",
+    ),
+    "key of a group with a dash": (
+        ["-optimizer.lr=3"],
+        "-optimizer.lr=3: no such flag; keys are typed without dashes, as optimizer.lr=3",
+    ),
+    "mistyped flag": (["--hepl"], "--hepl: no such flag; did you mean --help?"),
+    "mistyped metric": (
+        ["objective=[train_secods]"],
+        "objective=train_secods: no such metric; did you mean train_seconds or train_loss or data_seconds?",
+    ),
+    "no name of a study": (
+        ["+sweep=batch", "hydra.sweeper.study_name=null"],
+        "hydra.sweeper.study_name=null: must be text",
+    ),
+    "empty name of a study": (
+        ["+sweep=batch", "hydra.sweeper.study_name="],
+        "hydra.sweeper.study_name=: must be a name, by which the study is found again",
+    ),
     "no value": (
         ["epochs"],
         "epochs: cannot be read (missing EQUAL at '<EOF>'); key=value works, with quotes around other characters",
@@ -85,7 +132,7 @@ CASES = {
     "text for a number": (["optimizer.lr=a"], "optimizer.lr=a: must be a number"),
     "fraction for a whole number": (["epochs=1.5"], "epochs=1.5: must be a whole number"),
     "nothing for a number": (["optimizer.lr="], "optimizer.lr=: must be a number"),
-    "null for a number": (["seed=null"], "seed=None: must be a whole number"),
+    "null for a number": (["seed=null"], "seed=null: must be a whole number"),
     "number for true": (["optimizer.nesterov=2"], "optimizer.nesterov=2: must be true or false"),
     "node for a number": (["model.width={a: 1}"], "model.width={'a': 1}: must be a whole number"),
     "fraction in a list": (["grow=wider", "grow.at_epochs=[1.5]"], "grow.at_epochs=[1.5]: must be a list, as [1,2]"),
@@ -142,7 +189,7 @@ CASES = {
     ),
     "pruning after the last round": (
         ["grow=morphnet", "prune=prunetrain"],
-        "prune.stop_epoch=None: must be grow.rounds * grow.round_epochs = 10 or earlier, or what grew would be shrunk "
+        "prune.stop_epoch=null: must be grow.rounds * grow.round_epochs = 10 or earlier, or what grew would be shrunk "
         "again",
     ),
     "rounds after the end": (
@@ -159,7 +206,7 @@ CASES = {
     ),
     "neither of them": (
         ["prune=morphnet", "prune.lasso_ratio=null"],
-        "prune.lasso_ratio=None: must be above 0 (usual: 2 to 16), with prune.lasso_ratio_of=initial_norm (or null, "
+        "prune.lasso_ratio=null: must be above 0 (usual: 2 to 16), with prune.lasso_ratio_of=initial_norm (or null, "
         "with prune.strength given)",
     ),
     "cost": (["prune=morphnet", "prune.cost=params"], "prune.cost=params: must be one of flops, model_size, latency"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from morphtrain.export.trace import trace
 from morphtrain.export.write import export
 from morphtrain.morph.layers import NoChannels, ScatterChannels, SelectChannels, ZeroBranch
 from morphtrain.preprocessing import Preprocessing
+from morphtrain.tracking import __main__ as sending
 from morphtrain.trainer import checkpoint
 from morphtrain.trainer.build import build_run
 
@@ -206,3 +208,23 @@ def test_each_format_has_a_name_of_its_own(kind: str, stored: Path) -> None:
     assert main([str(stored), "--format", kind]) == 0
     assert morphtrain.load(stored) is not None  # still there
     assert len(list(stored.parent.glob("last.*"))) == (4 if kind == "state_dict" else 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "line"),
+    [
+        (main, ["last.pt", "--format", "onxx"], "--format: invalid choice: 'onxx' (choose from "),
+        (main, ["last.pt", "--formt=onnx"], "--formt=onnx: no such flag; did you mean --format?"),
+        (main, ["last.pt", "format=onnx"], "format=onnx: no such flag; did you mean --format?"),
+        (main, [], "the following arguments are required: checkpoint"),
+        (sending.main, ["run", "--url", "x"], "--url: no such flag; did you mean --uri?"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_in_one_line(
+    command: Callable[[list[str]], int], typed: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(typed)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith(line) and said.count("\n") == 1

@@ -318,7 +318,7 @@ REFUSED = {
     "no path": (["methods=[{_target_: Stop}]"], r"methods\[0\]._target_=Stop: must be a class or function"),
     "no batch": (
         ["batch_policy=custom", "batch_policy._target_=a.B", "batch_policy.batch_size=null"],
-        "batch_policy.batch_size=None: must be 1 or more",
+        "batch_policy.batch_size=null: must be 1 or more",
     ),
     "timing": (["+timing._target_=a.B"], "timing.name=custom: must be one of default"),
 }

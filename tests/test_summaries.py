@@ -64,7 +64,7 @@ def test_both_are_objectives_and_in_every_record(tmp_path: Path) -> None:
     records = read_records(tmp_path)
     assert values == [records[0]["train_seconds"], median_epoch_seconds(records)]
     assert all({"time_to_accuracy", "median_epoch_seconds"} <= record.keys() for record in records)
-    with pytest.raises(UserError, match=r"timing\.target_accuracy=None: .* for objective=time_to_accuracy"):
+    with pytest.raises(UserError, match=r"timing\.target_accuracy=null: .* for objective=time_to_accuracy"):
         morphtrain.compose("objective=[time_to_accuracy]")
     with pytest.raises(UserError, match=r"timing\.target_accuracy=90\.0: must be"):
         morphtrain.compose("timing.target_accuracy=90")

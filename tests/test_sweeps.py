@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
+from morphtrain.arguments import prepared
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
 from tests.conftest import SMALL, Command
@@ -120,6 +121,29 @@ def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_
         [line.split("epoch ")[1] for line in text.splitlines() if "loss" in line] for text in (log, again.stdout)
     )
     assert [line.split("val_accuracy")[0] for line in then] == [line.split("val_accuracy")[0] for line in now] != []
+
+
+@pytest.mark.parametrize(
+    ("typed", "several"),
+    [
+        (["+sweep=batch"], True),
+        (["epochs=3", "hydra/sweeper=morphtrain"], True),
+        (["+launcher=slurm"], True),
+        (["hydra.mode=RUN", "+sweep=batch"], False),
+        (["epochs=3"], False),
+    ],
+)
+def test_what_only_a_multirun_can_do_makes_one(typed: list[str], several: bool) -> None:
+    assert prepared(typed) == [*typed, *["hydra.mode=MULTIRUN"] * several]
+
+
+@pytest.mark.parametrize("name", ["true", "1", "inf"])
+def test_a_study_may_be_called_what_yaml_takes_for_something_else(name: str, command: Command, tmp_path: Path) -> None:
+    """Also without `-m`, which a sweeper implies."""
+    space = ("model.width=4,6", f"hydra.sweeper.study_name={name}", "hydra.sweeper.n_trials=1", "epochs=1")
+    result = command(*SWEEP[1:], *space, "hydra.sweeper.baseline=null")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert states(trials_in(tmp_path, str(yaml.safe_load(name.replace("inf", ".inf"))))) == {"COMPLETE": 1}
 
 
 def test_trials_behind_the_median_are_stopped(command: Command, tmp_path: Path) -> None:
@@ -259,7 +283,7 @@ def test_a_study_of_something_else_is_not_continued(command: Command, tmp_path: 
     assert "hydra.sweeper.study_name=sweep: its trials have overrides=" in result.stderr
     assert "epochs=1" in result.stderr
     result = command(*SWEEP, *space, "epochs=1", "hydra.sweeper.min_accuracy=0.1")
-    assert "its trials have min_accuracy=None, which cannot be compared with 0.1" in result.stderr
+    assert "its trials have min_accuracy=null, which cannot be compared with 0.1" in result.stderr
     assert len(trials_in(tmp_path)) == 2
 
 

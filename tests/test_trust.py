@@ -307,6 +307,31 @@ def test_a_password_in_the_config_is_refused_and_stays_nowhere(case: str, comman
     assert [path.name for path in files_with(SECRET, tmp_path)] == ["server.yaml"]
 
 
+STUDY = f"postgresql://me:{SECRET}@127.0.0.1:9/studies"
+OF_A_STUDY = ["hydra/sweeper=morphtrain", "model.width=4,6"]
+STORED = {
+    "typed": [*OF_A_STUDY, f"hydra.sweeper.storage={STUDY}"],
+    "as an option": [*OF_A_STUDY, f"hydra.sweeper.storage='postgresql://127.0.0.1:9/studies?password={SECRET}'"],
+    "in a file": [*OF_A_STUDY, "--config-dir", "own", "+study=server"],
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_password_of_a_study_is_refused_and_stays_nowhere(case: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "own" / "study").mkdir(parents=True)
+    server = f"# @package _global_\nhydra:\n  sweeper:\n    storage: {STUDY}\n"
+    (tmp_path / "own" / "study" / "server.yaml").write_text(server)
+    result = command(*LITTLE, *STORED[case])
+    check_failure(result, ["hydra.sweeper.storage=", "***", "without a password", "PGPASSWORD"])
+    assert SECRET not in result.stdout + result.stderr
+    assert [path.name for path in files_with(SECRET, tmp_path)] == ["server.yaml"]
+
+
+def test_a_password_of_a_study_may_come_from_the_environment() -> None:
+    schema.sweeper.check_storage("postgresql://me:${oc.env:PASSWORD}@host/studies")
+    schema.sweeper.check_storage("${oc.env:STUDY}")
+
+
 @pytest.mark.parametrize("sweep", [False, True], ids=["run", "sweep"])
 def test_a_password_of_the_environment_is_in_no_file(sweep: bool, command: Command, tmp_path: Path) -> None:
     """Nothing answers there, so that all of it is kept for later as well."""

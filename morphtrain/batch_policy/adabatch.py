@@ -12,6 +12,7 @@ from morphtrain.batch_policy.sizes import tenth, without_single
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.state import Run
+from morphtrain.wording import counted
 
 
 class AdaBatch(Method):
@@ -37,7 +38,7 @@ class AdaBatch(Method):
         limit = config.max_batch_size or tenth(samples)
         batch_size = without_single(min(run.batch_size * config.factor, limit), samples)
         if batch_size > run.batch_size:
-            reason = f"times {config.factor} every {config.every} epochs, up to {limit}"
+            reason = f"times {config.factor} every {counted(config.every, 'epoch')}, up to {limit}"
             grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from morphtrain.arguments import Parser
 from morphtrain.errors import UserError
 from morphtrain.export import FORMATS, TOLERANCE
 
@@ -28,7 +29,7 @@ TOLERANCE_HELP = "largest difference of an output, as a share of the largest out
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the network is written, 1 otherwise."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m morphtrain.export",
         description="Write the network of a checkpoint for use elsewhere, with a batch of any size, and beside it "
         "how images are normalised (NAME.preprocessing.json). What is written is read again and compared with the "

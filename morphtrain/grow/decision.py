@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from morphtrain.grow.when import epochs_without_gain, smoothed
+from morphtrain.wording import counted
 
 Action = Literal["wait", "grow", "prune", "lower_lr", "stop"]
 Record = Mapping[str, float]
@@ -62,7 +63,7 @@ def decide(now: Situation, rules: Rules) -> Decision:
     helped, stop.
     """
     if len(now.history) < rules.patience:
-        return Decision("wait", f"{len(now.history)} of {rules.patience} epochs since the last decision")
+        return Decision("wait", f"{len(now.history)} of {counted(rules.patience, 'epoch')} since the last decision")
     accuracy = now.history[-1]["train_accuracy"]
     rising = _rising(now.history, rules)
     if now.can_prune and (rising or accuracy >= rules.high_accuracy):
@@ -75,8 +76,8 @@ def decide(now: Situation, rules: Rules) -> Decision:
     evaluated = [record for record in now.history if "val_accuracy" in record]
     flat = epochs_without_gain(evaluated, rules.smoothing)
     if flat < rules.patience - 1:
-        return Decision("wait", f"val_accuracy flat for {flat} epochs")
-    reason = f"saturation: val_accuracy flat for {flat} epochs at {evaluated[-1]['val_accuracy']:.4f}"
+        return Decision("wait", f"val_accuracy flat for {counted(flat, 'epoch')}")
+    reason = f"saturation: val_accuracy flat for {counted(flat, 'epoch')} at {evaluated[-1]['val_accuracy']:.4f}"
     if not now.lr_lowered:
         return Decision("lower_lr", reason)
     if not now.helped:

@@ -14,6 +14,7 @@ from morphtrain.grow.expand import expand_to
 from morphtrain.grow.net2deeper import insert_block_like, stage_blocks
 from morphtrain.grow.size import Cost
 from morphtrain.morph import ChannelGraph, Space, Start
+from morphtrain.wording import counted
 
 Operator = Literal["wider", "deeper", "auto"]
 
@@ -31,7 +32,7 @@ class Growth:
     def summary(self) -> str:
         """The growth in a few words; "" if nothing grew."""
         added = sum(after - before for before, after in self.widths.values())
-        parts = [f"widened {len(self.widths)} spaces by {added} channels"] if self.widths else []
+        parts = [f"widened {counted(len(self.widths), 'space')} by {counted(added, 'channel')}"] if self.widths else []
         parts += [f"inserted block {path}" for path in self.blocks]
         return ", ".join(parts)
 

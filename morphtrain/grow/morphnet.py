@@ -11,6 +11,7 @@ from morphtrain.grow.expand import expand_to
 from morphtrain.grow.limits import cost_of
 from morphtrain.method import Method
 from morphtrain.state import Run
+from morphtrain.wording import counted
 from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class MorphNetExpansion(Method):
             "grow=morphnet: round %d: %s %.4g -> %.4g of %.4g", number, self.config.cost, before, cost(), self.target
         )
         if grown:
-            run.shape_changed(f"round {number}: widened {len(grown)} spaces by {added} channels")
+            run.shape_changed(f"round {number}: widened {counted(len(grown), 'space')} by {counted(added, 'channel')}")
         if not self.config.inherit:
             run.reset_weights()
         if grown or not self.config.inherit:

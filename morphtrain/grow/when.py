@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from morphtrain import schema
 from morphtrain.state import Run
+from morphtrain.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class When:
         if patience is None or len(self.grown_at) >= self.config.max_times or run.epoch >= run.config.epochs:
             return ""
         flat = epochs_without_gain(run.history[self.grown_at[-1] if self.grown_at else 0 :], self.config.smoothing)
-        return f"val_accuracy flat for {flat} epochs" if flat >= patience else ""
+        return f"val_accuracy flat for {counted(flat, 'epoch')}" if flat >= patience else ""
 
 
 def epochs_without_gain(history: Sequence[Mapping[str, float]], smoothing: float, key: str = "val_accuracy") -> int:

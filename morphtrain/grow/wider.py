@@ -15,6 +15,7 @@ from morphtrain.grow.when import When
 from morphtrain.method import Method
 from morphtrain.morph import Space, matches
 from morphtrain.state import Run
+from morphtrain.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Wider(Method):
         self.when.grown_at.append(run.epoch)
         if grown:
             added = sum(after - before for before, after in grown.values())
-            run.shape_changed(f"widened {len(grown)} spaces by {added} channels ({reason})")
+            run.shape_changed(f"widened {counted(len(grown), 'space')} by {counted(added, 'channel')} ({reason})")
             run.rewarm(self.config.rewarm_epochs)
 
     def state_dict(self) -> dict[str, Any]:

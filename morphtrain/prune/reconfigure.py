@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from morphtrain.morph import Block, ChannelGraph, Gate, Space
 from morphtrain.prune.bias_folding import constant_output
 from morphtrain.prune.rounding import NO_ROUNDING, Rounding
+from morphtrain.wording import counted
 
 ImportanceOf = Callable[[ChannelGraph], dict[Space, torch.Tensor]]  # of all channels of each space: (size,), on the CPU
 
@@ -34,12 +35,12 @@ class Reconfiguration:
 
     def summary(self) -> str:
         """One line: how many channels went from how many layers, and which blocks."""
-        channels = sum(before - after for before, after in self.widths.values())
+        channels = counted(sum(before - after for before, after in self.widths.values()), "channel")
         alive = f" ({self.given_up} of them alive)" if self.given_up else ""
-        parts = [f"{channels} channels of {len(self.widths)} spaces{alive}"] if self.widths else []
+        parts = [f"{channels} of {counted(len(self.widths), 'space')}{alive}"] if self.widths else []
         parts += [f"block {path}" for path in self.removed_blocks]
         removed = "removed " + ", ".join(parts) if parts else ""
-        gated = f"gated {len(self.gated)} convolutions" if self.gated else ""
+        gated = f"gated {counted(len(self.gated), 'convolution')}" if self.gated else ""
         return "; ".join(filter(None, (removed, gated)))
 
 

@@ -19,6 +19,7 @@ from morphtrain.schema import (
     precision,
     prune,
     schedule,
+    sweeper,
     timing,
     tracking,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "schedule",
     "size_keys",
     "stored_option",
+    "sweeper",
     "timing",
     "tracking",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import BatchPolicy
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.compatibility import check_compatible
@@ -13,6 +14,7 @@ from morphtrain.schema.data import Data
 from morphtrain.schema.grow import Grow
 from morphtrain.schema.loss import Loss
 from morphtrain.schema.model import Model
+from morphtrain.schema.names import nearest
 from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.option import Option
@@ -101,8 +103,8 @@ class Config(TopLevel):
         check_compatible(self)
         for metric in self.objective:
             check(metric not in TESTED, "objective", metric, "another metric: no decision may see the test images")
-            if not self.records_more:
-                check_one_of("objective", metric, self.recorded)
+            if not self.records_more and metric not in self.recorded:
+                raise UserError(f"objective={metric}: no such metric; {nearest(metric, self.recorded)}")
             measured = self.timing.reference > 0 or metric not in CALIBRATED
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
             aimed = self.timing.target_accuracy is not None or metric != "time_to_accuracy"

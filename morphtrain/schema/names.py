@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.option import OPTIONS
@@ -31,6 +34,8 @@ def no_such_key(key: str, value: str) -> str:
     from morphtrain.schema.config import Config
 
     group, _, name = key.partition(".")
+    if group == "hydra":
+        return f"{key}={value}: no such key{_hydras(name)}"
     if group not in OPTIONS:
         top = [*(field.name for field in fields(Config)), "hydra"]
         known = f"; {nearest(group, top)}" if group not in top else ""
@@ -51,3 +56,32 @@ def keys(group: str, option: str) -> list[str]:
     """The keys of an option."""
     kind = OPTIONS[group][option]
     return ["_target_"] if kind is Custom else [field.name for field in fields(kind) if field.name != "name"]
+
+
+def _hydras(key: str) -> str:
+    """A hint for a key of Hydra's, which is given without its `hydra.`; "" if no key is close."""
+    from hydra.conf import HydraConf
+
+    from morphtrain.schema.parse import CONF
+
+    section, _, name = key.partition(".")
+    known: Iterable[Any] = []
+    if section == "sweeper":
+        ours = OmegaConf.load(CONF / "hydra/sweeper/morphtrain.yaml")
+        known = {"sampler", "pruner", *ours} - {"defaults", "_target_"}
+        if name in known:
+            return "; add hydra/sweeper=morphtrain, or a preset with +sweep="
+    elif section == "launcher":
+        presets = {path.stem: OmegaConf.load(path) for path in (CONF / "launcher").glob("*.yaml")}
+        owned = {preset: OmegaConf.select(config, "hydra.launcher") or () for preset, config in presets.items()}
+        if owners := [preset for preset, names in owned.items() if name in names]:
+            return f"; add {' or '.join(f'+launcher={owner}' for owner in sorted(owners))}"
+        known = {name for names in owned.values() for name in names}
+    else:
+        node = OmegaConf.structured(HydraConf)
+        while name and section in node and OmegaConf.is_dict(node[section]):
+            node, (section, _, name) = node[section], name.partition(".")
+        known, name = node, section
+    close = difflib.get_close_matches(name, map(str, known), n=3)
+    above = f"hydra.{key[: f'.{key}.'.index(f'.{name}.')]}"
+    return f"; did you mean {' or '.join(f'{above}{n}' for n in close)}?" if close else ""

@@ -21,6 +21,7 @@ from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
 from morphtrain.schema.names import nearest, no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
 from morphtrain.schema.sweeper import Sweeper
+from morphtrain.wording import as_yaml
 
 PACKAGE = Path(__file__).resolve().parents[1]
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -169,7 +170,7 @@ def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -
     try:
         typed = OmegaConf.select(OmegaConf.merge(OmegaConf.structured(kind), {name: value}), name)
     except (OmegaConfBaseException, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path}={value}: must be {wanted}") from error
+        raise UserError(f"{path}={as_yaml(value)}: must be {wanted}") from error
     if bool in kinds:  # to OmegaConf any other number is true
         check(type(value) is not int and type(value) is not float, path, value, wanted)
     numbers = typed if isinstance(typed, ListConfig) else [typed]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
+from morphtrain.addresses import check_no_password
 from morphtrain.schema.checks import check
+
+INTERPOLATION = re.compile(r"\$\{[^}]*\}")  # what the files show instead of its value
 
 
 @dataclass
 class Sweeper:
     """How many trials, and when to give up."""
 
+    study_name: str
     n_trials: int
     n_jobs: int
     max_failure_rate: float
@@ -18,9 +24,22 @@ class Sweeper:
     baseline: list[str] | None
 
     def __post_init__(self) -> None:
+        name = self.study_name
+        check(name != "", "hydra.sweeper.study_name", name, "a name, by which the study is found again")
         check(self.n_trials >= 1, "hydra.sweeper.n_trials", self.n_trials, "1 or more")
         check(self.n_jobs >= 1, "hydra.sweeper.n_jobs", self.n_jobs, "1 or more")
         check(
             0 <= self.max_failure_rate <= 1, "hydra.sweeper.max_failure_rate", self.max_failure_rate, "a share, 0 to 1"
         )
         check(self.heartbeat_seconds > 0, "hydra.sweeper.heartbeat_seconds", self.heartbeat_seconds, "above 0")
+
+
+def check_storage(address: str) -> None:
+    """Raise `PasswordShown` for a study's address with a password that is written out."""
+    instead = "PGPASSWORD or ~/.pgpass gives it to PostgreSQL, and '${oc.env:NAME}' stands for a variable of yours"
+    check_no_password("hydra.sweeper.storage", INTERPOLATION.sub("***", address), instead)
+
+
+def study_name(sweeper: Any) -> str:
+    """The name of the study that config node `hydra.sweeper` describes; YAML takes some for numbers or truth values."""
+    return str(sweeper.study_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from morphtrain.addresses import PasswordShown, shown
+from morphtrain.addresses import check_no_password, shown
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
 
@@ -38,13 +38,11 @@ class MLflow(Tracking, option="mlflow"):
 
 def check_address(uri: str) -> None:
     """Raise `PasswordShown` for an address with a password: it would be in every file that a run leaves."""
-    wanted = (
-        "must be an address without a password, since every file of a run would show it; MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD in the environment give it to a server, and MLFLOW_TRACKING_URI with "
-        "tracking.uri=null is used as it is and never written down"
+    instead = (
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment give it to a server, and "
+        "MLFLOW_TRACKING_URI with tracking.uri=null is used as it is and never written down"
     )
-    if shown(uri) != uri:
-        raise PasswordShown(f"tracking.uri={shown(uri)}: {wanted}")
+    check_no_password("tracking.uri", uri, instead)
 
 
 def _in_memory(uri: str) -> bool:

@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from morphtrain import interrupts
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,7 +97,7 @@ def table(runs: Sequence[FinishedRun], objective: Sequence[str]) -> Table:
     wanted += [clock, "median_epoch_seconds", "val_accuracy", "test_accuracy", "params"]
     shown = [name for name in dict.fromkeys(wanted) if all(name in run.end for run in runs)]
     has_ratio = len(by_configuration) > 1 and _times_compare(runs)
-    rendered = Table(title=f"{len(runs)} runs of {len(by_configuration)} configurations")
+    rendered = Table(title=f"{len(runs)} runs of {counted(len(by_configuration), 'configuration')}")
     for column in ("configuration", "n", *shown, *(["time / first"] * has_ratio)):
         rendered.add_column(column, justify="left" if column == "configuration" else "right", overflow="fold")
     times = [{run.seed: run.end[clock] for run in group} for group in by_configuration.values()]
@@ -132,7 +133,7 @@ def notes(runs: Sequence[FinishedRun], unfinished: int) -> list[str]:
     if _times_compare(runs):
         lines[0] += "; time / first: paired by seed, geometric mean"
     if unfinished:
-        lines.append(f"{unfinished} runs did not end and are left out")
+        lines.append(f"left out, since they did not end: {counted(unfinished, 'run')}")
     if contended := sum(run.is_contended for run in runs):
         verdict = "calibrated times compare" if _times_compare(runs) else "times do not compare (timing.reference=0)"
         lines.append(f"{contended} of {len(runs)} runs had contended epochs: {verdict}")

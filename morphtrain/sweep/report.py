@@ -189,6 +189,8 @@ def _verdict(comparison: Comparison, best: FrozenTrial) -> str:
     unchanged, meant = comparison.unchanged
     if baseline is None or not comparison.fair or (meant and unchanged == meant):
         return ""
+    if len(completed(study)) == 1:
+        return "only the baseline has a result: there is nothing yet to compare it with"
     if best.number == baseline.number:
         return "the baseline is the best trial: what was searched does not pay off here"
     ratio = best.values[0] / baseline.values[0] if baseline.values[0] else math.nan

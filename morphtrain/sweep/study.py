@@ -14,6 +14,7 @@ from morphtrain.errors import UserError
 from morphtrain.sweep.storage import exclusive, open_storage
 from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR
 from morphtrain.sweep.workers import Worker, abandoned
+from morphtrain.wording import as_yaml
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class SharedStudy:
             then = (stored or {}).get(key)
             if then != value:
                 raise UserError(
-                    f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={then}, which "
-                    f"cannot be compared with {value}; use the same value, or another study_name"
+                    f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={as_yaml(then)}, "
+                    f"which cannot be compared with {as_yaml(value)}; use the same value, or another study_name"
                 )
         return True
 

@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain import interrupts, schema
@@ -114,7 +114,7 @@ class StudySweeper:
         first = self._check(space)
         sampler, total = self._sampler(space)
         plan = Plan(
-            name=str(self.plain.study_name),
+            name=schema.sweeper.study_name(self.plain),
             storage=str(self.plain.storage),
             directions=self._directions(first.objective),
             facts={
@@ -148,8 +148,8 @@ class StudySweeper:
 
     def _check(self, space: SearchSpace) -> schema.Config:
         """The config at the low end of all ranges; raises `UserError` if it is invalid at the low or high ends."""
-        name = self.plain.study_name
-        schema.check(bool(name), "hydra.sweeper.study_name", name, "a name, by which the study is found again")
+        raw = OmegaConf.to_container(self.config.hydra.sweeper)  # as files show it: interpolations stay
+        schema.sweeper.check_storage(str(raw["storage"]))
         without_password(str(self.plain.storage))  # raises UserError if it is not the address of a study
         searched = bool(space.distributions) or space.extend is not None
         example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from morphtrain.errors import first_line
+from morphtrain.schema.sweeper import study_name
 from morphtrain.sweep.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class TrialReporter:
 
         pruner = make_pruner(sweeper.pruner)
         self.storage = open_storage(sweeper.storage)
-        self.study = optuna.load_study(study_name=sweeper.study_name, storage=self.storage, pruner=pruner)
+        self.study = optuna.load_study(study_name=study_name(sweeper), storage=self.storage, pruner=pruner)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         self.objective, self.epochs_planned = objective, epochs
         attrs = self._frozen().user_attrs

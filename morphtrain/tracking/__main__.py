@@ -6,20 +6,20 @@ python -m morphtrain.tracking multirun/2026-01-31/12-00-00-000000/* --uri http:/
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.addresses import shown
+from morphtrain.arguments import Parser
 from morphtrain.errors import UserError
 from morphtrain.tracking import mlflow, store, unsent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if nothing is left to send, 1 otherwise."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m morphtrain.tracking",
         description="Send to MLflow what runs could not send while the server was unreachable: params, tags, metrics, "
         "files and final status. It is safe to repeat.",

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
+from morphtrain.wording import counted
+
 Record = dict[str, float]
 Row = tuple[str, str, str, str]  # name, of the first network, of the last network, last / first
 
@@ -44,7 +46,7 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
     rows += [(name, "", f"{end[key]:.4f}", "") for key, name in ACCURACIES.items() if key in end]
     if contended := sum(bool(record["contended"]) for record in history):
         rows.append(("contended epochs", "", f"{contended} of {len(history)}", ""))
-    title = f"after {len(history)} epochs, {end['train_seconds']:.1f} s of training"
+    title = f"after {counted(len(history), 'epoch')}, {end['train_seconds']:.1f} s of training"
     note = why_incomparable(first, last) if changed else ""
     if len(stages) > 1 and _size(end) != _size(history[-2]):
         note = note or f"The last network's times are those before the change after epoch {end['epoch']:.0f}."

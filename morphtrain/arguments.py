@@ -1,0 +1,67 @@
+"""A command line before Hydra reads it: flags that do not exist, passwords, and presets that need several jobs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.schema.names import nearest
+
+# What says how a multirun searches and where its jobs run; in a single run it would do nothing.
+OF_A_MULTIRUN = ("sweep", "launcher", "hydra/sweeper", "hydra/launcher")
+MULTIRUN = "hydra.mode=MULTIRUN"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse's, but a mistake is answered in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse; exits with code 2, as there."""
+        first = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = message.startswith("unrecognized")
+        line = _no_such_flag(first, self._option_string_actions) if unknown else message.removeprefix("argument ")
+        self.exit(2, f"{' '.join(line.split())}\n")
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments for a Hydra command, which becomes a multirun if a preset for one was typed.
+
+    Raises:
+        UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files.
+    """
+    check_flags(arguments)
+    typed = [argument.lstrip("+").partition("=") for argument in arguments]
+    for key, _, value in typed:
+        if key.startswith("tracking"):
+            schema.tracking.check_address(value)
+        if key.startswith("hydra.sweeper"):
+            schema.sweeper.check_storage(value)
+    keys = {key for key, _, _ in typed}
+    becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys
+    return [*arguments, MULTIRUN] if becomes_one else list(arguments)
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise a `UserError` for what begins with a dash and is no flag of Hydra's: often a key."""
+    parser = get_args_parser()
+    parser.error = functools.partial(Parser.error, parser)  # type: ignore[method-assign,arg-type]
+    _, unknown = parser.parse_known_intermixed_args(arguments)
+    keys = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
+    for flag in (argument for argument in unknown if argument.startswith("-")):
+        key, equals, value = flag.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if equals or "." in key or key in keys:
+            raise UserError(f"{flag}: no such flag; keys are typed without dashes, as {key}={value or '...'}")
+        raise UserError(_no_such_flag(flag, parser._option_string_actions))
+
+
+def _no_such_flag(flag: str, flags: Iterable[str]) -> str:
+    name = f"--{flag.lstrip('-').partition('=')[0]}"
+    return f"{flag}: no such flag; {nearest(name, [f for f in flags if f.startswith('--')])}"
