@@ -94,6 +94,15 @@ def test_times_that_nothing_calibrates_are_not_compared(
     assert "does not pay off" not in closing(study({"raw": 9.0}, {"raw": 9.8, "contended": 1}), capsys, monkeypatch)
 
 
+def test_a_baseline_alone_is_compared_with_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = closing(study({"raw": 9.0}), capsys, monkeypatch)
+    assert "only the baseline has a result" in said
+    assert "does not pay off" not in said
+    assert "does not pay off" in closing(study({"raw": 9.0}, {"raw": 9.5}), capsys, monkeypatch)
+
+
 def test_a_search_that_changed_no_network_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
