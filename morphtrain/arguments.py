@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import NoReturn
 
@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.schema.names import nearest
+from morphtrain.schema.names import keys_of_file, nearest
 
 # What says how a multirun searches and where its jobs run; in a single run it would do nothing.
 OF_A_MULTIRUN = ("sweep", "launcher", "hydra/sweeper", "hydra/launcher")
@@ -34,7 +34,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     """The arguments for a Hydra command, which becomes a multirun if a preset for one was typed.
 
     Raises:
-        UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files.
+        UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files; for
+            a key that some options of a grid lack, of which with `++` only their own jobs would complain.
     """
     check_flags(arguments)
     typed = [argument.lstrip("+").partition("=") for argument in arguments]
@@ -43,9 +44,43 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             schema.tracking.check_address(value)
         if key.startswith("hydra.sweeper"):
             schema.sweeper.check_storage(value)
+    arguments = _in_a_grid(arguments)
     keys = {key for key, _, _ in typed}
     becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys
     return [*arguments, MULTIRUN] if becomes_one else list(arguments)
+
+
+def _in_a_grid(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `++` before the keys of a group of which they choose several options.
+
+    Hydra composes the config with the group's default once, which may lack the key, before it composes the jobs.
+
+    Raises:
+        UserError: for a key that one of the options has, but another lacks.
+    """
+    found = dict(argument.partition("=")[::2] for argument in arguments)
+    chosen = {group: _values(found[group]) for group in schema.OPTIONS if group in found}
+    chosen = {group: options for group, options in chosen.items() if len(options) > 1}
+    return [_of_several(argument, chosen) for argument in arguments]
+
+
+def _values(text: str) -> list[str]:
+    return [value.strip() for value in text.removeprefix("choice(").removesuffix(")").split(",")]
+
+
+def _of_several(argument: str, chosen: Mapping[str, Sequence[str]]) -> str:
+    key = argument.partition("=")[0].lstrip("+")
+    group, _, name = key.partition(".")
+    keys = {option: keys_of_file(group, option) for option in chosen.get(group, ()) if name}
+    has = {option: name.partition(".")[0] in names for option, names in keys.items() if names is not None}
+    lacking = [f"{group}={option}" for option, found in has.items() if not found]
+    if lacking and any(has.values()):
+        without = " and ".join(lacking)
+        raise UserError(
+            f"{argument}: all jobs of a grid get the same keys, and {without} has none of that name; give it "
+            "a command of its own"
+        )
+    return f"++{argument}" if keys and len(has) == len(keys) and argument.startswith(key) and not lacking else argument
 
 
 def check_flags(arguments: Sequence[str]) -> None:

@@ -95,6 +95,16 @@ CASES = {
         ["seed=1,2"],
         "seed=1,2: several values need -m, which runs one job for each; a list is seed=[1,2]",
     ),
+    "key that an option of a grid lacks": (
+        ["-m", "prune=none,prunetrain", "prune.start_epoch=2"],
+        "prune.start_epoch=2: all jobs of a grid get the same keys, and prune=none has none of that name; give it a "
+        "command of its own",
+    ),
+    "added key that an option of a grid lacks": (
+        ["-m", "model=resnet20,vgg8", "++model.blocks=1"],
+        "++model.blocks=1: all jobs of a grid get the same keys, and model=vgg8 has none of that name; give it a command "
+        "of its own",
+    ),
     "key with dashes": (["--epochs=3"], "--epochs=3: no such flag; keys are typed without dashes, as epochs=3"),
     "key with dashes and a space": (
         ["--clip-norm", "3"],

@@ -20,7 +20,9 @@ from mlflow.entities import Run
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
+from morphtrain import schema
 from morphtrain.arguments import prepared
+from morphtrain.schema.names import keys_of_file
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
 from tests.conftest import SMALL, Command
@@ -135,6 +137,16 @@ def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_
 )
 def test_what_only_a_multirun_can_do_makes_one(typed: list[str], several: bool) -> None:
     assert prepared(typed) == [*typed, *["hydra.mode=MULTIRUN"] * several]
+
+
+def test_a_grid_of_options_takes_the_keys_that_all_of_them_have() -> None:
+    grid = ["-m", "prune=morphnet,prunetrain", "seed=1,2"]
+    assert prepared([*grid, "prune.interval=1,2"]) == [*grid, "++prune.interval=1,2"], "the default, none, lacks it"
+    unknown = ["-m", "prune=prunetrain,custom,mine", "prune.interval=1"]
+    assert prepared(unknown) == unknown, "nobody knows what keys one's own parts have"
+    for path in schema.CONF.glob("*/*.yaml"):
+        if path.parent.name in schema.OPTIONS and path.stem != "custom":
+            assert keys_of_file(path.parent.name, path.stem) is not None, path
 
 
 @pytest.mark.parametrize("name", ["true", "1", "inf"])

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from morphtrain.schema.custom import Custom
-from morphtrain.schema.option import OPTIONS
+from morphtrain.schema.option import OPTIONS, option_of
 
 TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
 
@@ -50,6 +50,18 @@ def no_such_key(key: str, value: str) -> str:
     else:
         hint = f"--help shows its keys; a keyword of a part of your own is added by +{key}={value}"
     return f"{key}={value}: the chosen option of {group} has no such key; {hint}"
+
+
+def keys_of_file(group: str, option: str) -> list[str] | None:
+    """The keys of an option by the name of its file; None for a file or a part of the user's own."""
+    from morphtrain.schema.parse import CONF
+
+    path = CONF / group / f"{option}.yaml"
+    if not path.is_file() or option == "custom":
+        return None
+    stored = OmegaConf.load(path)
+    name = option_of(stored)
+    return keys(group, name) if name is not None else keys_of_file(group, stored.defaults[0])
 
 
 def keys(group: str, option: str) -> list[str]:
