@@ -110,8 +110,9 @@ def reporter(settings: Any, config: schema.Config) -> Callable[[Mapping[str, flo
     if config.trial is None:
         return None
     in_study = settings.mode == RunMode.MULTIRUN and "pruner" in settings.sweeper  # no other sweeper has one
-    schema.check(in_study, "trial", config.trial, "null; hydra/sweeper=morphtrain numbers its trials")
-    from morphtrain.sweep.trial import TrialReporter
+    from morphtrain.sweep.trial import NO_NUMBER, TrialReporter
+
+    schema.check(in_study, "trial", config.trial, NO_NUMBER)
 
     return TrialReporter(settings.sweeper, config.trial, config.objective, config.epochs, config.reshapes)
 

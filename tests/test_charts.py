@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 
 from morphtrain.evidence.plots import run_figure
 from morphtrain.sweep import charts
+from morphtrain.sweep.attributes import BASELINE_ATTR
 from morphtrain.sweep.comparison import compared
-from morphtrain.sweep.trial import BASELINE_ATTR
 
 
 @pytest.fixture

@@ -11,19 +11,22 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 
 from morphtrain.grow.when import When
 from morphtrain.sweep import report
-from morphtrain.sweep.comparison import compared
-from morphtrain.sweep.storage import open_storage
-from morphtrain.sweep.trial import (
+from morphtrain.sweep.attributes import (
     BASELINE_ATTR,
     CHANGED_ATTR,
     CONTENDED_ATTR,
     METRICS_ATTR,
     OVERRIDES_ATTR,
-    TrialReporter,
+    Attributes,
 )
+from morphtrain.sweep.comparison import compared
+from morphtrain.sweep.floor import parse_floor
+from morphtrain.sweep.storage import open_storage
+from morphtrain.sweep.trial import TrialReporter
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +148,39 @@ def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp
     report_epochs(3, 4, 5)  # its third epoch had not reached a checkpoint
     attrs = made.trials[number].user_attrs
     assert (attrs[CONTENDED_ATTR], attrs[CHANGED_ATTR]) == ([2, 4], [3])
+
+
+NAMES = (BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, *("overrides", "run_dir", "error", "stopped_at"))
+
+
+@pytest.mark.parametrize("foreign", ["x", 3.5, None, {"train_seconds": "x"}, ["x", 2], True])
+def test_attributes_that_are_not_ours_disturb_neither_a_job_nor_the_report(
+    foreign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write to the study can store anything."""
+    storage = f"sqlite:///{tmp_path}/optuna.db"
+    made = optuna.create_study(study_name="s", storage=open_storage(storage))
+    trial = made.ask()
+    for name in NAMES:
+        trial.set_user_attr(name, foreign)
+    pruner = {"_target_": "optuna.pruners.MedianPruner"}
+    sweeper = OmegaConf.create({"study_name": "s", "storage": storage, "pruner": pruner})
+    report_epoch = TrialReporter(sweeper, trial.number, ["train_seconds"], reshapes=True)
+    report_epoch({"epoch": 1.0, "train_seconds": 2.0, "val_accuracy": 0.5, "contended": 1.0})
+    assert Attributes(made.trials[0]).metrics["train_seconds"] == 2
+    assert 1 in Attributes(made.trials[0]).contended
+    made.tell(trial, 2.0)
+    made.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=dict.fromkeys(NAMES, foreign)))
+    assert "1 of 2 trials had contended epochs" in closing(made, capsys, monkeypatch) or foreign == ["x", 2]
+    assert parse_floor(0.5).excess(0.4, made.trials) == pytest.approx(0.1)
+
+
+def test_only_the_first_trial_is_a_baseline() -> None:
+    made = study({"raw": 9.0}, {"raw": 8.0})
+    made.enqueue_trial({}, user_attrs={BASELINE_ATTR: True})
+    made.tell(made.ask(), 7.0)
+    assert [Attributes(trial).is_baseline for trial in made.trials] == [True, False, False]
+    assert len(compared(made, ["train_seconds"]).searched.get_trials(states=(TrialState.COMPLETE,))) == 2
 
 
 @pytest.mark.parametrize("patience", [1, 2, 4])

@@ -20,10 +20,10 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
 from morphtrain.method import Method
 from morphtrain.state import Run
+from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
 from morphtrain.sweep.floor import Floor, parse_floor
 from morphtrain.sweep.study import Plan, SharedStudy
 from morphtrain.sweep.sweeper import StudySweeper
-from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
 from morphtrain.sweep.workers import Worker
 from morphtrain.timing.summaries import NEVER, median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer import checkpoint_file, train
@@ -159,15 +159,17 @@ def test_an_older_checkpoint_goes_on_without_a_test(tmp_path: Path) -> None:
     assert "test_accuracy" not in read_records(tmp_path)[1]
 
 
-def ended(accuracy: float | None, **attrs: object) -> optuna.trial.FrozenTrial:
+def ended(accuracy: float | None, number: int = 0, **attrs: object) -> optuna.trial.FrozenTrial:
     state = optuna.trial.TrialState.FAIL if accuracy is None else optuna.trial.TrialState.COMPLETE
     found = {} if accuracy is None else {METRICS_ATTR: {"val_accuracy": accuracy}}
     value = None if accuracy is None else 1.0
-    return optuna.trial.create_trial(state=state, value=value, user_attrs={**found, **attrs})
+    trial = optuna.trial.create_trial(state=state, value=value, user_attrs={**found, **attrs})
+    trial.number = number
+    return trial
 
 
 def test_the_least_accuracy_may_be_relative_to_the_baseline() -> None:
-    trials = [ended(0.8, **{BASELINE_ATTR: True}), ended(0.9)]
+    trials = [ended(0.8, **{BASELINE_ATTR: True}), ended(0.9, 1)]
     floor = parse_floor("baseline-0.05")
     assert floor == Floor(0.05, relative=True)
     assert floor.excess(0.74, trials) == pytest.approx(0.01)
@@ -181,6 +183,10 @@ def test_the_least_accuracy_may_be_relative_to_the_baseline() -> None:
     failed = [ended(None, **{BASELINE_ATTR: True, ERROR_ATTR: "it diverged"})]
     with pytest.raises(UserError, match=r"which has failed \(it diverged\)"):
         floor.check_baseline(failed)
+    with pytest.raises(UserError, match="trial 0 is none here"):
+        floor.check_baseline([ended(0.9), ended(0.8, 1, **{BASELINE_ATTR: True})])
+    with pytest.raises(UserError, match=r"which has failed \(no val_accuracy is stored\)"):
+        floor.check_baseline([ended(0.9, **{BASELINE_ATTR: True, METRICS_ATTR: "x"})])
 
 
 def test_a_sweep_is_constrained_by_what_its_baseline_reached(command: Command, tmp_path: Path) -> None:

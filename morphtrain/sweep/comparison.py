@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from morphtrain.sweep.trial import BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR
+from morphtrain.sweep.attributes import Attributes
 
 CALIBRATED = {"train_seconds": "calibrated_train_seconds", "epoch_seconds": "calibrated_seconds"}
 RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second", "time_to_accuracy"}
@@ -33,28 +33,29 @@ class Comparison:
     @property
     def unchanged(self) -> tuple[int, int]:
         """How many completed trials never changed their network, of how many that were meant to."""
-        meant = [trial.user_attrs[CHANGED_ATTR] for trial in completed(self.study) if CHANGED_ATTR in trial.user_attrs]
+        changed = (Attributes(trial).changed for trial in completed(self.study))
+        meant = [epochs for epochs in changed if epochs is not None]
         return sum(not epochs for epochs in meant), len(meant)
 
     @property
     def searched(self) -> optuna.Study:
         """The study without the results of the baseline, which has no values of the searched keys."""
         trials = self.study.get_trials()
-        return _copy(self.study, [_without_result() if BASELINE_ATTR in t.user_attrs else t for t in trials])
+        return _copy(self.study, [_without_result() if Attributes(t).is_baseline else t for t in trials])
 
 
 def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:
     """How the trials of a study whose trials have all ended are to be compared."""
     ended = completed(study)
-    contended = sum(bool(trial.user_attrs.get(CONTENDED_ATTR)) for trial in ended)
+    contended = sum(bool(Attributes(trial).contended) for trial in ended)
     names = [CALIBRATED.get(name, name) for name in objective] if contended else list(objective)
-    if not all(name in _metrics(trial) for trial in ended for name in names):
+    if not all(name in Attributes(trial).metrics for trial in ended for name in names):
         names = list(objective)
     shown = (TrialState.COMPLETE, TrialState.PRUNED)  # one that failed may have values that are not searched
     trials = [trial if trial.state in shown else _without_result() for trial in study.get_trials()]
     for trial in trials:
         if trial.state == TrialState.COMPLETE and names != list(objective):
-            trial.values = [_metrics(trial)[name] for name in names]
+            trial.values = [Attributes(trial).metrics[name] for name in names]
     fair = not contended or not any(map(_is_raw, names, [ended] * len(names)))
     return Comparison(_copy(study, trials), names, contended, fair)
 
@@ -64,15 +65,10 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def _metrics(trial: FrozenTrial) -> Mapping[str, float]:
-    """The record of a trial's last epoch."""
-    return trial.user_attrs.get(METRICS_ATTR, {})
-
-
 def _is_raw(name: str, trials: Sequence[FrozenTrial]) -> bool:
     """Whether a metric is a time that nothing has calibrated."""
     if name == "median_epoch_seconds":
-        return any("calibrated_seconds" not in _metrics(trial) for trial in trials)
+        return any("calibrated_seconds" not in Attributes(trial).metrics for trial in trials)
     return name in RAW_TIMES
 
 

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR, METRICS_ATTR
+from morphtrain.sweep.attributes import Attributes
 
 KEY = "hydra.sweeper.min_accuracy"
 RELATIVE = re.compile(r"baseline\s*(?:-\s*(\d*\.?\d+))?")
@@ -29,18 +29,23 @@ class Floor:
         """By how much a final accuracy is too low, as a constraint: 0 or less if it is not."""
         if not self.relative:
             return self.value - accuracy
-        reached = float(_baseline(trials).user_attrs[METRICS_ATTR]["val_accuracy"])
-        return reached - self.value - accuracy
+        return Attributes(_baseline(trials)).metrics["val_accuracy"] - self.value - accuracy
 
     def check_baseline(self, trials: Sequence[FrozenTrial]) -> None:
-        """Raise a `UserError` if the floor depends on a baseline that has failed."""
-        if self.relative and _baseline(trials).state == TrialState.FAIL:
-            reason = _baseline(trials).user_attrs.get(ERROR_ATTR)
+        """Raise a `UserError` if the floor depends on a baseline that has failed, or that the study does not have."""
+        if not self.relative or not trials:
+            return
+        baseline = _baseline(trials)
+        failed = baseline.state == TrialState.FAIL
+        if failed or (baseline.state.is_finished() and "val_accuracy" not in Attributes(baseline).metrics):
+            reason = Attributes(baseline).error or "no val_accuracy is stored"
             raise UserError(f"{KEY}: relative to the baseline, which has failed ({reason}); a number works without it")
 
 
 def _baseline(trials: Sequence[FrozenTrial]) -> FrozenTrial:
-    return next(trial for trial in trials if BASELINE_ATTR in trial.user_attrs)
+    if not Attributes(trials[0]).is_baseline:
+        raise UserError(f"{KEY}: relative to the baseline, and trial 0 is none here; a number works without it")
+    return trials[0]
 
 
 def parse_floor(text: Any) -> Floor | None:

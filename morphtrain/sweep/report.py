@@ -21,8 +21,8 @@ from rich.table import Table
 
 from morphtrain.errors import UserError
 from morphtrain.sweep import charts
+from morphtrain.sweep.attributes import Attributes
 from morphtrain.sweep.comparison import CALIBRATED, Comparison, compared, completed
-from morphtrain.sweep.trial import BASELINE_ATTR, CONTENDED_ATTR, ERROR_ATTR, METRICS_ATTR
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +91,12 @@ def _best(study: optuna.Study) -> list[FrozenTrial]:
 
 def _baseline(study: optuna.Study) -> FrozenTrial | None:
     """Trial 0, if it ran as the baseline and has a result."""
-    marked = (trial for trial in study.get_trials(deepcopy=False) if BASELINE_ATTR in trial.user_attrs)
+    marked = (trial for trial in study.get_trials(deepcopy=False) if Attributes(trial).is_baseline)
     return next((trial for trial in marked if trial.values), None)
 
 
 def _failures(study: optuna.Study) -> str:
-    reasons = [trial.user_attrs[ERROR_ATTR] for trial in study.trials if ERROR_ATTR in trial.user_attrs]
+    reasons = [error for trial in study.trials if (error := Attributes(trial).error)]
     return f"the last failed with: {reasons[-1]}" if reasons else "all were stopped early"
 
 
@@ -110,12 +110,12 @@ def _table(comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
     baseline = _baseline(study)
     first = [] if baseline is None else [baseline]
-    for trial in (*first, *(trial for trial in best if BASELINE_ATTR not in trial.user_attrs)):
-        is_baseline = BASELINE_ATTR in trial.user_attrs
-        metrics = trial.user_attrs.get(METRICS_ATTR, {})
-        disturbed = f"{len(trial.user_attrs.get(CONTENDED_ATTR, []))} of {_number(metrics.get('epoch', math.nan))}"
+    for trial in (*first, *(trial for trial in best if not Attributes(trial).is_baseline)):
+        attributes = Attributes(trial)
+        metrics = attributes.metrics
+        disturbed = f"{len(attributes.contended)} of {_number(metrics.get('epoch', math.nan))}"
         table.add_row(
-            f"{trial.number} (baseline)" if is_baseline else str(trial.number),
+            f"{trial.number} (baseline)" if attributes.is_baseline else str(trial.number),
             *(_number(value) for value in trial.values),
             *(_number(metrics.get(name, math.nan)) for name in _shown(objective)),
             *[disturbed for _ in contended],
@@ -146,7 +146,7 @@ def _lines(
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
     elif len(objective) == 1 and (verdict := _verdict(comparison, best[0])):
         lines.append(verdict)
-    tested = best[0].user_attrs.get(METRICS_ATTR, {}).get("test_accuracy") if best and len(objective) == 1 else None
+    tested = Attributes(best[0]).metrics.get("test_accuracy") if best and len(objective) == 1 else None
     if tested is not None:
         lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
     if importance:
@@ -194,7 +194,7 @@ def _verdict(comparison: Comparison, best: FrozenTrial) -> str:
     if best.number == baseline.number:
         return "the baseline is the best trial: what was searched does not pay off here"
     ratio = best.values[0] / baseline.values[0] if baseline.values[0] else math.nan
-    accuracies = [trial.user_attrs[METRICS_ATTR]["val_accuracy"] for trial in (best, baseline)]
+    accuracies = [Attributes(trial).metrics.get("val_accuracy", math.nan) for trial in (best, baseline)]
     return (
         f"{comparison.objective[0]}: best / baseline {ratio:.3f}, "
         f"val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "

@@ -11,8 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain.errors import UserError
+from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR
 from morphtrain.sweep.storage import exclusive, open_storage
-from morphtrain.sweep.trial import BASELINE_ATTR, ERROR_ATTR
 from morphtrain.sweep.workers import Worker, abandoned
 from morphtrain.wording import as_yaml
 
@@ -64,7 +64,7 @@ class SharedStudy:
             self.study.set_user_attr("facts", wanted)
             return False
         for key, value in wanted.items():
-            then = (stored or {}).get(key)
+            then = stored.get(key) if isinstance(stored, dict) else None
             if then != value:
                 raise UserError(
                     f"hydra.sweeper.study_name={self.plan.name}: its trials have {key}={as_yaml(then)}, "

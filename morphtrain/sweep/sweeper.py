@@ -21,20 +21,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.sweep import report
+from morphtrain.sweep.attributes import OVERRIDES_ATTR, RUN_DIR_ATTR, Attributes
 from morphtrain.sweep.baseline import Baseline
 from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space
 from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import Plan, SharedStudy
-from morphtrain.sweep.trial import (
-    BASELINE_ATTR,
-    ERROR_ATTR,
-    METRICS_ATTR,
-    OVERRIDES_ATTR,
-    RUN_DIR_ATTR,
-    STOPPED_ATTR,
-)
+from morphtrain.sweep.trial import NO_NUMBER
 from morphtrain.sweep.workers import Worker
 from morphtrain.tracking import begin_sweep, end_sweep, prepare
 
@@ -155,6 +149,7 @@ class StudySweeper:
         example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
         configs = [self._parsed(overrides) for overrides in space.corners()]
+        schema.check(configs[0].trial is None, "trial", configs[0].trial, NO_NUMBER)
         if self.baseline is not None:
             self._parsed(Baseline(self.baseline, space).overrides())
         if len(configs[0].objective) > 1 and not isinstance(self.pruner, optuna.pruners.NopPruner):
@@ -220,7 +215,7 @@ class StudySweeper:
 
     def _choose(self, trial: Trial, space: SearchSpace) -> None:
         """Give a trial its values of the searched keys; a baseline may have none."""
-        if not trial.user_attrs.get(BASELINE_ATTR) or Baseline(self.baseline or [], space).values():
+        if not Attributes(trial).is_baseline or Baseline(self.baseline or [], space).values():
             with contextlib.suppress(UserError):  # for a value in the study that is not searched; `_run` says so
                 space.suggest(trial)
 
@@ -234,7 +229,7 @@ class StudySweeper:
     def _repeating(self, trial: Trial | FrozenTrial, space: SearchSpace) -> list[str]:
         """What a trial runs with, from this machine's config and the trial's values of the searched keys."""
         baseline = Baseline(self.baseline or [], space)
-        if trial.user_attrs.get(BASELINE_ATTR) and not baseline.values():
+        if Attributes(trial).is_baseline and not baseline.values():
             return baseline.overrides()
         return space.suggest(trial) if isinstance(trial, Trial) else space.overrides(trial)
 
@@ -244,13 +239,13 @@ class StudySweeper:
         The study may only name a directory of this trial in which there is a checkpoint already: whoever can write to
         it must not decide where files go.
         """
-        stored = Path(str(trial.user_attrs.get(RUN_DIR_ATTR)))
+        stored = Path(Attributes(trial).run_dir or "")
         begun = any((stored / name).is_file() for name in ("last.pt", "previous.pt"))
         return stored if stored.name == str(trial.number) and begun else self.sweep_dir / str(trial.number)
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
-        attrs = study.storage.get_trial(trial._trial_id).user_attrs
+        attributes = Attributes(study.storage.get_trial(trial._trial_id))
         if returned.status == JobStatus.FAILED:
             interrupts.check()  # a job that fails after a signal fails for it
         try:
@@ -262,12 +257,13 @@ class StudySweeper:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             study.fail(worker, trial, kind + first_line(error))
             return
-        if METRICS_ATTR not in attrs:  # the job could not reach the storage; its log says why
+        accuracy = attributes.metrics.get("val_accuracy")
+        if accuracy is None:  # the job could not reach the storage; its log says why
             study.fail(worker, trial, "its job could not report any epoch to the study")
             return
         if self.floor is not None:
-            trial.set_constraint("val_accuracy", self.floor.excess(attrs[METRICS_ATTR]["val_accuracy"], study.trials))
-        if STOPPED_ATTR in attrs:
+            trial.set_constraint("val_accuracy", self.floor.excess(accuracy, study.trials))
+        if attributes.stopped:
             study.prune(worker, trial)
         elif all(map(math.isfinite, values)):
             study.complete(worker, trial, values)
@@ -281,5 +277,5 @@ class StudySweeper:
         if len(ended) >= TRIALS_BEFORE_GIVING_UP and len(failed) > rate * len(ended):
             raise UserError(
                 f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
-                f"{failed[-1].number} said: {failed[-1].user_attrs.get(ERROR_ATTR)}"
+                f"{failed[-1].number} said: {Attributes(failed[-1]).error}"
             )

@@ -11,19 +11,12 @@ from omegaconf import DictConfig
 
 from morphtrain.errors import first_line
 from morphtrain.schema.sweeper import study_name
+from morphtrain.sweep.attributes import CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, STOPPED_ATTR, Attributes
 from morphtrain.sweep.storage import open_storage
 
 log = logging.getLogger(__name__)
 
-# User attributes that a trial's worker and job store with it; workers.py has two more.
-BASELINE_ATTR = "baseline"  # trial 0 only: it runs as the baseline
-OVERRIDES_ATTR = "overrides"  # that its job was started with
-RUN_DIR_ATTR = "run_dir"
-ERROR_ATTR = "error"  # why it failed
-METRICS_ATTR = "metrics"  # the record of its last epoch
-STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
-CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
-CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
+NO_NUMBER = "null; hydra/sweeper=morphtrain numbers its trials"  # what `trial` must be where somebody types it
 
 FLAGS = {CONTENDED_ATTR: "contended", CHANGED_ATTR: "changed"}  # metrics whose epochs are stored
 # Metrics of the whole run so far, of which only the latest value counts; the clocks never decrease.
@@ -59,10 +52,10 @@ class TrialReporter:
         self.study = optuna.load_study(study_name=study_name(sweeper), storage=self.storage, pruner=pruner)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         self.objective, self.epochs_planned = objective, epochs
-        attrs = self._frozen().user_attrs
-        self.is_baseline = bool(attrs.get(BASELINE_ATTR))
-        self.epochs = {attr: set(attrs.get(attr, [])) for attr in FLAGS}
-        if reshapes and CHANGED_ATTR not in attrs:
+        attributes = Attributes(self._frozen())
+        self.is_baseline = attributes.is_baseline
+        self.epochs = {CONTENDED_ATTR: set(attributes.contended), CHANGED_ATTR: set(attributes.changed or [])}
+        if reshapes and attributes.changed is None:
             self.storage.set_trial_user_attr(self.trial_id, CHANGED_ATTR, [])
 
     def __call__(self, record: Mapping[str, float]) -> bool:

@@ -1,0 +1,71 @@
+"""What a trial's worker and job store with it in the study. Its heartbeats are in `workers.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
+
+BASELINE_ATTR = "baseline"  # trial 0 only: it runs as the baseline
+OVERRIDES_ATTR = "overrides"  # that its job was started with
+RUN_DIR_ATTR = "run_dir"
+ERROR_ATTR = "error"  # why it failed
+METRICS_ATTR = "metrics"  # the record of its last epoch
+STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
+CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
+CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
+
+
+class Attributes:
+    """A trial's attributes as they are read everywhere.
+
+    Whoever can write to the study can store anything under these names, so what has another type counts as absent, and
+    only the first trial is a baseline.
+    """
+
+    def __init__(self, trial: FrozenTrial | Trial) -> None:
+        self._stored: dict[str, Any] = trial.user_attrs
+        self._number = trial.number
+
+    @property
+    def is_baseline(self) -> bool:
+        return self._number == 0 and self._stored.get(BASELINE_ATTR) is True
+
+    @property
+    def error(self) -> str | None:
+        error = self._stored.get(ERROR_ATTR)
+        return error if isinstance(error, str) else None
+
+    @property
+    def run_dir(self) -> str | None:
+        run_dir = self._stored.get(RUN_DIR_ATTR)
+        return run_dir if isinstance(run_dir, str) else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the pruner has stopped it."""
+        return _is_number(self._stored.get(STOPPED_ATTR))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Empty until its first epoch was reported."""
+        metrics = self._stored.get(METRICS_ATTR)
+        return {k: v for k, v in metrics.items() if _is_number(v)} if isinstance(metrics, dict) else {}
+
+    @property
+    def contended(self) -> list[int]:
+        return self._epochs(CONTENDED_ATTR) or []
+
+    @property
+    def changed(self) -> list[int] | None:
+        """None if its network was not meant to change."""
+        return self._epochs(CHANGED_ATTR)
+
+    def _epochs(self, name: str) -> list[int] | None:
+        epochs = self._stored.get(name)
+        return [epoch for epoch in epochs if type(epoch) is int] if isinstance(epochs, list) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
