@@ -12,6 +12,7 @@ import resource
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +412,22 @@ def test_a_small_file_takes_neither_much_memory_nor_long(case: str, saved: Path,
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_all_that_differs_is_named_at_once() -> None:
+    usual = asdict(morphtrain.compose())
+    other = asdict(morphtrain.compose("optimizer=adamw", "optimizer.lr=0.5", "epochs=3", "clip_norm=1", "device=cpu"))
+    assert checkpoint.differences(other, usual) == (
+        "clip_norm=1.0 epochs=3 optimizer=adamw",
+        "clip_norm=null epochs=60 optimizer=sgd",
+    )
+    assert checkpoint.differences(usual, usual) == ("", "")
+    pruning = asdict(morphtrain.compose("prune=prunetrain"))
+    older = {
+        **pruning,
+        "prune": {k: v for k, v in pruning["prune"].items() if k not in ("lasso_ratio_of", "threshold")},
+    }
+    added = {"prune.lasso_ratio_of": "initial_norm"}
+    threshold = f"prune.threshold={pruning['prune']['threshold']}"
+    assert checkpoint.differences(pruning, older, added) == (threshold, "no prune.threshold")
+    assert checkpoint.differences(pruning, usual) == ("prune=prunetrain", "prune=none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from morphtrain.timing.summaries import NEVER
 from morphtrain.tracking import store
 from morphtrain.trainer.closing import closing_table
 
@@ -33,11 +35,13 @@ def record(epoch: int, size: int, seconds: float, **more: float) -> dict[str, fl
     }
 
 
-def rows(history: list[dict[str, float]], warmup: int = 1) -> tuple[dict[str, list[str]], str]:
+def rows(
+    history: list[dict[str, float]], warmup: int = 1, objective: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], str]:
     """The cells by the row's name, and everything that is printed."""
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(closing_table(history, INITIAL, warmup))
+        console.print(closing_table(history, INITIAL, warmup, objective))
     text = capture.get()
     cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line]
     return {name: values for name, *values in cells}, text
@@ -60,6 +64,18 @@ def test_each_network_is_timed_while_it_was_trained() -> None:
     assert table["validation accuracy at the end"] == ["", "0.1000", ""], "an early accuracy is no baseline"
     assert "test accuracy at the end" not in table
     assert rows(pruned(test_accuracy=0.5))[0]["test accuracy at the end"] == ["", "0.5000", ""]
+
+
+def test_the_objective_is_shown() -> None:
+    history = pruned(median_epoch_seconds=2.25, time_to_accuracy=31.5, val_loss=0.25)
+    objective = ["median_epoch_seconds", "time_to_accuracy", "val_accuracy", "train_seconds", "no_such_metric"]
+    table, text = rows(history, objective=objective)
+    assert table["median_epoch_seconds"] == ["", "2.25", ""]
+    assert table["time_to_accuracy"] == ["", "31.5", ""]
+    assert table.keys() & {*objective, "val_loss"} == {"median_epoch_seconds", "time_to_accuracy"}
+    assert "time_to_accuracy" not in rows(history)[0]
+    assert "not reached" in rows(pruned(time_to_accuracy=1.05 * NEVER), objective=objective)[1]
+    assert "after 1 epoch, " in rows(history[:1])[1]
 
 
 def test_a_network_that_grew_began_as_the_first_not_as_the_dense_one() -> None:

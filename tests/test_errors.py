@@ -102,8 +102,8 @@ CASES = {
     ),
     "added key that an option of a grid lacks": (
         ["-m", "model=resnet20,vgg8", "++model.blocks=1"],
-        "++model.blocks=1: all jobs of a grid get the same keys, and model=vgg8 has none of that name; give it a command "
-        "of its own",
+        "++model.blocks=1: all jobs of a grid get the same keys, and model=vgg8 has none of that name; give it a "
+        "command of its own",
     ),
     "key with dashes": (["--epochs=3"], "--epochs=3: no such flag; keys are typed without dashes, as epochs=3"),
     "key with dashes and a space": (

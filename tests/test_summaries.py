@@ -58,12 +58,24 @@ def test_the_time_to_an_accuracy_is_when_it_is_kept_from() -> None:
     assert never > closer >= NEVER > 1e8, "not even years of training are worse than never"
 
 
+def test_the_time_to_an_accuracy_can_be_calibrated() -> None:
+    slowed = [{**record, "calibrated": record["train_seconds"] / 4} for record in reached([0.5, 0.9, 0.95])]
+    assert time_to_accuracy(slowed, 0.9) == 20
+    assert time_to_accuracy(slowed, 0.9, "calibrated") == 5
+    calibrated = "objective=[calibrated_time_to_accuracy]"
+    with pytest.raises(UserError, match=r"timing\.reference=0\.0: must be above 0 for objective=calibrated_time_to"):
+        morphtrain.compose("timing.reference=0", "timing.target_accuracy=0.5", calibrated)
+    with pytest.raises(UserError, match=r"timing\.target_accuracy=null: .* for objective=calibrated_time_to_accuracy"):
+        morphtrain.compose(calibrated)
+
+
 def test_both_are_objectives_and_in_every_record(tmp_path: Path) -> None:
     overrides = (*QUICK, "epochs=4", "timing.target_accuracy=0.01", "objective=[time_to_accuracy,median_epoch_seconds]")
     values = train(morphtrain.compose(*overrides), tmp_path, {})
     records = read_records(tmp_path)
     assert values == [records[0]["train_seconds"], median_epoch_seconds(records)]
     assert all({"time_to_accuracy", "median_epoch_seconds"} <= record.keys() for record in records)
+    assert records[-1]["calibrated_time_to_accuracy"] == records[0]["calibrated_train_seconds"] != values[0]
     with pytest.raises(UserError, match=r"timing\.target_accuracy=null: .* for objective=time_to_accuracy"):
         morphtrain.compose("objective=[time_to_accuracy]")
     with pytest.raises(UserError, match=r"timing\.target_accuracy=90\.0: must be"):

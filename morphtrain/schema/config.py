@@ -24,7 +24,9 @@ from morphtrain.schema.schedule import Schedule
 from morphtrain.schema.timing import Timing
 from morphtrain.schema.tracking import Tracking
 
-CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds")  # absent with timing.reference=0
+TO_ACCURACY = ("time_to_accuracy", "calibrated_time_to_accuracy")  # absent with timing.target_accuracy=null
+# Absent with timing.reference=0.
+CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds", "calibrated_time_to_accuracy")
 TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end
 METRICS = (
     "train_loss",
@@ -107,7 +109,7 @@ class Config(TopLevel):
                 raise UserError(f"objective={metric}: no such metric; {nearest(metric, self.recorded)}")
             measured = self.timing.reference > 0 or metric not in CALIBRATED
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
-            aimed = self.timing.target_accuracy is not None or metric != "time_to_accuracy"
+            aimed = self.timing.target_accuracy is not None or metric not in TO_ACCURACY
             check(aimed, "timing.target_accuracy", None, f"a val_accuracy, 0 to 1, for objective={metric}")
 
     @property

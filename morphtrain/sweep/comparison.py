@@ -10,8 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain.sweep.attributes import Attributes
 
-CALIBRATED = {"train_seconds": "calibrated_train_seconds", "epoch_seconds": "calibrated_seconds"}
-RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second", "time_to_accuracy"}
+CALIBRATED = {
+    "train_seconds": "calibrated_train_seconds",
+    "epoch_seconds": "calibrated_seconds",
+    "time_to_accuracy": "calibrated_time_to_accuracy",
+}
+RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second"}
 
 
 @dataclass(frozen=True)

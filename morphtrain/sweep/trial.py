@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from morphtrain.errors import first_line
+from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.schema.sweeper import study_name
 from morphtrain.sweep.attributes import CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, STOPPED_ATTR, Attributes
 from morphtrain.sweep.storage import open_storage
@@ -20,7 +21,7 @@ NO_NUMBER = "null; hydra/sweeper=morphtrain numbers its trials"  # what `trial` 
 
 FLAGS = {CONTENDED_ATTR: "contended", CHANGED_ATTR: "changed"}  # metrics whose epochs are stored
 # Metrics of the whole run so far, of which only the latest value counts; the clocks never decrease.
-LATEST = ("train_seconds", "calibrated_train_seconds", "median_epoch_seconds", "time_to_accuracy")
+LATEST = ("train_seconds", "calibrated_train_seconds", "median_epoch_seconds", *TO_ACCURACY)
 
 
 def make_pruner(node: Any) -> Any:

@@ -21,8 +21,8 @@ def median_epoch_seconds(history: Sequence[Record]) -> float:
     return statistics.median(record["calibrated_seconds" if calibrated else "epoch_seconds"] for record in last)
 
 
-def time_to_accuracy(history: Sequence[Record], target: float) -> float:
-    """`train_seconds` when `val_accuracy` reached `target` (0..1) for good: it has not been below since.
+def time_to_accuracy(history: Sequence[Record], target: float, clock: str = "train_seconds") -> float:
+    """What metric `clock` was when `val_accuracy` reached `target` (0..1) for good: it has not been below since.
 
     If it is below now: `NEVER` times (1 + what is missing). So any run that gets there is better than all that do not,
     and those are ordered by how close they come.
@@ -31,4 +31,4 @@ def time_to_accuracy(history: Sequence[Record], target: float) -> float:
     if missing > 0:
         return NEVER * (1 + missing)
     below = [number for number, record in enumerate(history) if record["val_accuracy"] < target]
-    return history[below[-1] + 1 if below else 0]["train_seconds"]
+    return history[below[-1] + 1 if below else 0][clock]

@@ -28,6 +28,7 @@ from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
 from morphtrain.trainer import checkpoint_file
 from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
+from morphtrain.wording import as_yaml
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 FORMAT = "morphtrain checkpoint 6"
@@ -256,11 +257,10 @@ class Checkpoint:
         Raises:
             UserError: if `config` has another model.
         """
-        then, now = flat(self.facts["config"]["model"]), flat(asdict(config)["model"])
-        if then != now:
-            key = next(key for key in (*then, *now) if then.get(key) != now.get(key))
-            wanted = f"{self.name} was written with model.{key}={then.get(key)}; take the same model"
-            raise UserError(f"model.{key}={now.get(key)}: {wanted}, or architecture=null")
+        here, there = differences({"model": asdict(config)["model"]}, {"model": self.facts["config"]["model"]})
+        if here or there:
+            wanted = f"{self.name} was written with {there}; take the same model"
+            raise UserError(f"{here}: {wanted}, or architecture=null")
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -328,15 +328,14 @@ class Checkpoint:
         return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
-        stored, now = flat(self.facts["config"]), flat(asdict(config))
-        then = {key: value for key, value in ADDED_KEYS.items() if key in now} | stored
-        for key in sorted({*then, *now}):
-            free = any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
-            if not free and then.get(key) != now.get(key):
-                raise UserError(
-                    f"{key}={now.get(key)}: {self.name} was written with {key}={then.get(key)}; "
-                    "resume with the same value, or start again in another hydra.run.dir with resume=never"
-                )
+        now = asdict(config)
+        added = {key: value for key, value in ADDED_KEYS.items() if key in flat(now)}
+        here, there = differences(now, self.facts["config"], added)
+        if here or there:
+            raise UserError(
+                f"{here}: {self.name} was written with {there}; resume with the same, or start again in another "
+                "hydra.run.dir with resume=never"
+            )
 
 
 def _without_values(model: nn.Module) -> bool:
@@ -361,7 +360,39 @@ def find(directory: Path) -> Checkpoint | None:
     return None
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def differences(
+    config: Mapping[str, Any], other: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
+    """What decides a run and differs between two configs, as it would be typed for each; ("", "") if nothing does.
+
+    A group with another option stands for all of its keys.
+
+    Args:
+        defaults: what `other` has for keys, in dots, that it lacks.
+    """
+    groups = [g for g in schema.OPTIONS if _option(config.get(g)) != _option(other.get(g))]
+    here, there = flat(config), {**(defaults or {}), **flat(other)}
+    for side, values in ((here, config), (there, other)):
+        side.update({group: _option(values.get(group)) for group in groups})
+    covered = tuple(f"{group}." for group in groups)
+    different = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
+    keys = [key for key in different if not key.startswith(covered) and not _is_free(key)]
+
+    def typed(side: Mapping[str, Any]) -> str:
+        return " ".join(f"{key}={as_yaml(side[key])}" if key in side else f"no {key}" for key in keys)
+
+    return typed(here), typed(there)
+
+
+def _option(node: Any) -> Any:
+    return schema.option_of(node) if isinstance(node, dict) else None
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config as one level of dotted keys."""
     result: dict[str, Any] = {}
     for key, value in config.items():

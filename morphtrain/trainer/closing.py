@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
+from morphtrain.timing.summaries import NEVER
 from morphtrain.wording import counted
 
 Record = dict[str, float]
@@ -15,13 +16,27 @@ Row = tuple[str, str, str, str]  # name, of the first network, of the last netwo
 
 ACCURACIES = {"val_accuracy": "validation accuracy at the end", "test_accuracy": "test accuracy at the end"}
 
+# Metrics that the title and the rows of any table show, under other names.
+SHOWN = {
+    "train_seconds",
+    "params",
+    "macs",
+    "batch_size",
+    "epoch_seconds",
+    "calibrated_seconds",
+    "contended",
+    *ACCURACIES,
+}
+
 
 def data_share(record: Record) -> float:
     """The share of an epoch (0 to 1) in which the training process waited for its next batch."""
     return record["data_seconds"] / record["epoch_seconds"]
 
 
-def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_epochs: int) -> Table:
+def closing_table(
+    history: Sequence[Record], initial: Mapping[str, int], warmup_epochs: int, objective: Sequence[str] = ()
+) -> Table:
     """Size and speed of the first and the last network of a run, and the accuracy that the run ended with.
 
     The first network is the one that the run started with: the full one if it was pruned, the narrow one if it grew.
@@ -32,6 +47,7 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
         history: the records of all epochs, at least one.
         initial: `params` and `macs` of the first network.
         warmup_epochs: number of first epochs whose times do not count.
+        objective: metrics that the run was made for, shown as they are at its end if nothing else here shows them.
     """
     end = history[-1]
     stages = _stages(history, initial)
@@ -44,6 +60,7 @@ def closing_table(history: Sequence[Record], initial: Mapping[str, int], warmup_
         rows.append(("batch size", f"{history[0]['batch_size']:.0f}", f"{end['batch_size']:.0f}", ""))
     rows += _time_rows(first, last)
     rows += [(name, "", f"{end[key]:.4f}", "") for key, name in ACCURACIES.items() if key in end]
+    rows += [(name, "", _at_end(end[name]), "") for name in objective if name in end and name not in SHOWN]
     if contended := sum(bool(record["contended"]) for record in history):
         rows.append(("contended epochs", "", f"{contended} of {len(history)}", ""))
     title = f"after {counted(len(history), 'epoch')}, {end['train_seconds']:.1f} s of training"
@@ -103,6 +120,10 @@ def _time_rows(first: Sequence[Record], last: Sequence[Record]) -> list[Row]:
         rows.append(row("seconds an epoch, calibrated", lambda record: record["calibrated_seconds"], True))
     rows.append(row("share of an epoch spent waiting for data", data_share, False))
     return [*rows, ("  (medians of epochs)", _span(first), _span(last), "")]
+
+
+def _at_end(value: float) -> str:
+    return "not reached" if value >= NEVER else f"{value:.5g}"
 
 
 def _seconds(value: float | None) -> str:

@@ -56,7 +56,7 @@ def epoch_line(record: Record, epochs: int, change: str) -> str:
 def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
     """Print the closing table, where the results are, and what to type next; `view` shows the tracker's records."""
     console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs))
+    console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs, run.config.objective))
     print(f"run directory: {_short(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
     if best.is_another(run, run_dir):

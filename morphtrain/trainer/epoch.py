@@ -107,7 +107,11 @@ def _summaries(run: Run) -> Record:
     """Metrics of all epochs so far."""
     found = {"median_epoch_seconds": median_epoch_seconds(run.history)}
     target = run.config.timing.target_accuracy
-    return found if target is None else found | {"time_to_accuracy": time_to_accuracy(run.history, target)}
+    clocks = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy": "calibrated_train_seconds"}
+    for metric, clock in clocks.items() if target is not None else ():
+        if all(clock in record for record in run.history):
+            found[metric] = time_to_accuracy(run.history, target, clock)
+    return found
 
 
 def _of_methods(run: Run, hook: str) -> Record:
