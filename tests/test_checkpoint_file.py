@@ -423,10 +423,8 @@ def test_all_that_differs_is_named_at_once() -> None:
     )
     assert checkpoint.differences(usual, usual) == ("", "")
     pruning = asdict(morphtrain.compose("prune=prunetrain"))
-    older = {
-        **pruning,
-        "prune": {k: v for k, v in pruning["prune"].items() if k not in ("lasso_ratio_of", "threshold")},
-    }
+    fewer = {k: v for k, v in pruning["prune"].items() if k not in ("lasso_ratio_of", "threshold")}
+    older = {**pruning, "prune": fewer}
     added = {"prune.lasso_ratio_of": "initial_norm"}
     threshold = f"prune.threshold={pruning['prune']['threshold']}"
     assert checkpoint.differences(pruning, older, added) == (threshold, "no prune.threshold")

@@ -17,16 +17,7 @@ Row = tuple[str, str, str, str]  # name, of the first network, of the last netwo
 ACCURACIES = {"val_accuracy": "validation accuracy at the end", "test_accuracy": "test accuracy at the end"}
 
 # Metrics that the title and the rows of any table show, under other names.
-SHOWN = {
-    "train_seconds",
-    "params",
-    "macs",
-    "batch_size",
-    "epoch_seconds",
-    "calibrated_seconds",
-    "contended",
-    *ACCURACIES,
-}
+SHOWN = {"train_seconds", "params", "macs", "batch_size", "epoch_seconds", "calibrated_seconds", *ACCURACIES}
 
 
 def data_share(record: Record) -> float:
