@@ -12,7 +12,8 @@ from hydra._internal.utils import get_args_parser
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.schema.names import keys_of_file, nearest
+from morphtrain.schema.checks import nearest
+from morphtrain.schema.names import keys_of_file
 
 # What says how a multirun searches and where its jobs run; in a single run it would do nothing.
 OF_A_MULTIRUN = ("sweep", "launcher", "hydra/sweeper", "hydra/launcher")

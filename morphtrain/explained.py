@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from morphtrain.schema.parse import CONF
+from morphtrain.schema.files import CONF
 
 KEY = re.compile(r"(?P<key>\w+):(?P<space> *)(?P<value>.*?)(?P<comment> *#.*)?")
 BASE = re.compile(r"defaults: \[(?P<base>\w+), _self_\]")

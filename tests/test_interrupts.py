@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -23,6 +24,7 @@ from torch import nn
 
 import morphtrain
 from morphtrain import interrupts
+from morphtrain.evidence.records import read_records
 from morphtrain.tracking import store
 from morphtrain.trainer import checkpoint, epoch, train
 from morphtrain.trainer.interruptible import interruptible
@@ -349,6 +351,37 @@ def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str
         with closing(sqlite3.connect(tmp_path / "optuna.db", timeout=0)) as study:
             study.execute("BEGIN IMMEDIATE")
             assert study.execute("SELECT state FROM trials").fetchall() == [("WAITING",)]
+
+
+def test_an_interrupted_grid_goes_on_as_it_says(tmp_path: Path) -> None:
+    """Its first job had ended, and is not trained again."""
+    grid = ("-m", *SMALL, "epochs=2", "tracking=none", "seed=1,2")
+
+    def go(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command, *grid],
+            cwd=tmp_path,
+            env={**os.environ, "SIGNALLED_AT": str(tmp_path / "signalled")},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    ended = go(KILLED_RUN, "step:40:INT")
+    assert ended.returncode == 130, ended.stderr
+    hint = re.search(r"go on with the same command, hydra\.sweep\.dir=(\S+) and resume=auto", ended.stdout)
+    assert hint is not None, ended.stdout
+    first, second = (tmp_path / hint[1] / job for job in ("0", "1"))
+    before = (first / "last.pt").stat().st_mtime_ns
+    grid = (*grid, f"hydra.sweep.dir={hint[1]}")
+    refused = go("-m", "morphtrain.run")
+    assert refused.stderr.splitlines()[-1].startswith(f"hydra.sweep.dir={hint[1]}: holds a checkpoint; resume=auto")
+    grid = (*grid, "resume=auto")
+    again = go("-m", "morphtrain.run")
+    assert again.returncode == 0, again.stderr
+    assert [len(read_records(job)) for job in (first, second)] == [2, 2]
+    assert (first / "last.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

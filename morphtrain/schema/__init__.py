@@ -26,10 +26,10 @@ from morphtrain.schema import (
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import METRICS, Config
 from morphtrain.schema.custom import Custom
+from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch
 from morphtrain.schema.option import OPTIONS, Option, keywords, option_of, size_keys
 from morphtrain.schema.parse import (
-    CONF,
     check_sweeper,
     compose,
     own_directories,

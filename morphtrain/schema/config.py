@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import BatchPolicy
-from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.checks import check, check_one_of, nearest
 from morphtrain.schema.compatibility import check_compatible
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import Data
 from morphtrain.schema.grow import Grow
 from morphtrain.schema.loss import Loss
 from morphtrain.schema.model import Model
-from morphtrain.schema.names import nearest
 from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.option import Option

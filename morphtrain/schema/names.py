@@ -9,17 +9,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from morphtrain.schema.checks import nearest
 from morphtrain.schema.custom import Custom
+from morphtrain.schema.files import CONF
 from morphtrain.schema.option import OPTIONS, option_of
 
 TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not among `known`: those that are close to it, or else all."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
 
 
 def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
@@ -54,8 +49,6 @@ def no_such_key(key: str, value: str) -> str:
 
 def keys_of_file(group: str, option: str) -> list[str] | None:
     """The keys of an option by the name of its file; None for a file or a part of the user's own."""
-    from morphtrain.schema.parse import CONF
-
     path = CONF / group / f"{option}.yaml"
     if not path.is_file() or option == "custom":
         return None
@@ -73,8 +66,6 @@ def keys(group: str, option: str) -> list[str]:
 def _hydras(key: str) -> str:
     """A hint for a key of Hydra's, which is given without its `hydra.`; "" if no key is close."""
     from hydra.conf import HydraConf
-
-    from morphtrain.schema.parse import CONF
 
     section, _, name = key.partition(".")
     known: Iterable[Any] = []

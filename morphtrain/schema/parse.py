@@ -14,21 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.plain_data import mismatch
-from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.checks import check, check_one_of, nearest
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
+from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
-from morphtrain.schema.names import nearest, no_such_key
+from morphtrain.schema.names import no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
 from morphtrain.schema.sweeper import Sweeper
 from morphtrain.wording import as_yaml
 
-PACKAGE = Path(__file__).resolve().parents[1]
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
-
-# An installed wheel carries `conf` inside the package, a checkout beside it.
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from morphtrain.errors import UserError
 from morphtrain.files import named_lock, remove_left_over
 
@@ -33,7 +36,7 @@ def occupied(run_dir: Path) -> Iterator[None]:
             stack.enter_context(named_lock(run_dir / LOCK, f"process {os.getpid()} on {platform.node()}"))
         except BlockingIOError:
             held = f"{_holder(run_dir)} is training in it; wait for its end, or choose another directory"
-            raise UserError(f"hydra.run.dir={run_dir}: {held}") from None
+            raise UserError(f"{as_typed(run_dir)}: {held}") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -41,6 +44,14 @@ def occupied(run_dir: Path) -> Iterator[None]:
         else:
             remove_left_over(run_dir)
         yield
+
+
+def as_typed(run_dir: Path) -> str:
+    """The key that chose this directory, with its value: of a job, the directory of its multirun."""
+    settings = HydraConfig.get() if HydraConfig.initialized() else None
+    if settings is not None and settings.mode == RunMode.MULTIRUN:
+        return f"hydra.sweep.dir={settings.sweep.dir}"
+    return f"hydra.run.dir={run_dir}"
 
 
 def _holder(run_dir: Path) -> str:

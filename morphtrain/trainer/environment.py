@@ -14,7 +14,7 @@ import torch
 
 import morphtrain
 from morphtrain.files import write_atomically
-from morphtrain.schema.parse import PACKAGE
+from morphtrain.schema.files import PACKAGE
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from morphtrain.trainer import best, checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
-from morphtrain.trainer.directory import occupied
+from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
@@ -110,7 +110,7 @@ def _train_on(
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        more = "" if run.config.trial is not None else f", hydra.run.dir={run_dir} and resume=auto"
+        more = "" if run.config.trial is not None else f", {as_typed(run_dir)} and resume=auto"
         log.warning("interrupted; go on with the same command%s", more)
         raise
     finally:
@@ -121,7 +121,7 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     if config.resume == "never":
         if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
             raise UserError(
-                f"hydra.run.dir={run_dir}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
+                f"{as_typed(run_dir)}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
         return _start(config, device), None
     auto = config.resume == "auto"
