@@ -58,11 +58,12 @@ def save(model: nn.Module, path: str | Path, preprocessing: Preprocessing | None
         morphtrain.save(model, "pruned.pt")
         model = morphtrain.load("pruned.pt", model=Net(width=32))   # as it was before it was pruned
 
-    Structure, values, number and memory formats are kept; code is not, as in a run's checkpoint. The file is written
-    whole or not at all.
+    Structure, values, number and memory formats are kept; code is not, as in a run's checkpoint. A network that `load`
+    gave of a run's checkpoint is loaded again as that one is. The file is written whole or not at all.
 
     Args:
-        preprocessing: what `load_preprocessing` is to give; `morphtrain.export` needs its `input_shape`.
+        preprocessing: what `load_preprocessing` is to give; `morphtrain.export` needs its `input_shape`. None: that of
+            the run's checkpoint, if there is one.
 
     Raises:
         UserError: if the network's `state_dict` holds what no file gives back, or the directory is missing.

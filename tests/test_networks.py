@@ -187,3 +187,41 @@ def test_a_file_decides_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mean"):
         morphtrain.load_preprocessing(path)
     assert os.listdir(tmp_path) == before
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "own"])
+def test_a_network_of_a_run_is_saved_as_complete_as_it_was_loaded(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets_again.py").write_text("from test_networks import Net\nclass Mine(Net):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    quick = [option for option in SMALL if not option.startswith("model.")]
+    model = ["model=custom", "model._target_=nets_again.Mine", "+model.width=6"] if own else ["norm=ghost"]
+    run = build_run(morphtrain.compose(*quick, *model))
+    narrower(run.graph)
+    checkpoint.save(run, tmp_path, None)
+    loaded = copy.deepcopy(morphtrain.load(tmp_path / "last.pt")).to(torch.float64)
+    x = EXAMPLE[:, :, :8, :8].double()
+    narrower(ChannelGraph.trace(loaded, x[:1]))
+    morphtrain.save(loaded, tmp_path / "less.pt")
+    again = morphtrain.load(tmp_path / "less.pt")
+    assert torch.equal(again(x), loaded.eval()(x))
+    assert morphtrain.load_preprocessing(tmp_path / "less.pt") == morphtrain.load_preprocessing(tmp_path / "last.pt")
+    morphtrain.save(again, tmp_path / "less.pt", Preprocessing(num_classes=3))
+    assert morphtrain.load_preprocessing(tmp_path / "less.pt").num_classes == 3
+    with pytest.raises(UserError, match="not a checkpoint of MorphTrain"):
+        checkpoint.Checkpoint(tmp_path / "less.pt").check_run()  # no run goes on from a network
+
+
+class LargeKernels(Net):
+    """The names and numbers of channels of `Net`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch[0] = nn.Conv2d(8, 8, 5, padding=2)
+
+
+def test_kernels_of_another_size_are_refused(tmp_path: Path) -> None:
+    morphtrain.save(pruned("own"), tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"weight of a Conv2d is \(8, 8, 5, 5\), which no surgery makes \(4, 4, 3, 3\)"):
+        morphtrain.load(tmp_path / "net.pt", LargeKernels())

@@ -246,7 +246,7 @@ class Checkpoint:
                 model = build_model(config, build, known_norm, facts["config"]["seed"], device)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return in_format(self.rebuild(model), memory_format)
+        return in_format(self.rebuild_alone(model), memory_format)
 
     def architecture(self, config: schema.Config) -> Callable[[nn.Module], nn.Module]:
         """A function that gives a network of `config` the structure that this one ended with, and new random weights.
@@ -297,6 +297,14 @@ class Checkpoint:
             return model
 
         return build
+
+    def rebuild_alone(self, model: nn.Module) -> nn.Module:
+        """Like `rebuild`, but with tensors in the number formats of this file, not in those of `model`."""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            kept = self.content["model"].get(name)
+            if isinstance(kept, torch.Tensor) and kept.is_floating_point() and tensor.is_floating_point():
+                tensor.data = tensor.data.to(kept.dtype)
+        return self.rebuild(model)
 
     def rebuild(self, model: nn.Module, strict: bool = True) -> nn.Module:
         """Restore structure and values in a dense `model`; later traces read the indices of gates from these."""

@@ -1,6 +1,7 @@
 """A network alone: from a run's checkpoint, or to a file and back from a loop of one's own.
 
-A file of `save` holds no constructor: whoever loads it passes the network as it was before it was pruned.
+A file of `save` holds no constructor: whoever loads it passes the network as it was before it was pruned. Only a
+network that came out of a run's checkpoint still knows what it was made from, and is written as one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import nn
 
 from morphtrain import custom, morph, schema
@@ -23,6 +23,7 @@ from morphtrain.trainer import checkpoint, checkpoint_file
 from morphtrain.trainer.build import FORMATS, in_format
 
 FORMAT = "morphtrain network 1"
+ORIGIN = "_made_from"  # attribute of a network that `load` gave: the facts of its checkpoint that stay, plain data
 FACTS = {"network": str, "architecture": morph.DESCRIPTION, "memory_format": str, "preprocessing": dict[str, Any]}
 
 
@@ -36,13 +37,17 @@ def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = Non
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no directory {path.parent}; make it first")
     memory_format = next(name for name, kind in FORMATS.items() if kind is morph.format_of_model(model))
-    facts = {
-        "network": f"{type(model).__module__}.{type(model).__qualname__}",
-        "architecture": morph.describe(model),
-        "memory_format": memory_format,
-        "preprocessing": asdict(preprocessing or Preprocessing()),
-    }
-    checkpoint_file.write(path, {"format": FORMAT, "facts": json.dumps(facts), "model": model.state_dict()})
+    facts: dict[str, Any] = {"architecture": morph.describe(model)}
+    origin: dict[str, Any] | None = getattr(model, ORIGIN, None)
+    if origin is None:
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        facts |= {"network": name, "memory_format": memory_format, "preprocessing": asdict(Preprocessing())}
+    else:
+        facts |= {**origin, "config": {**origin["config"], "memory_format": memory_format}}
+    if preprocessing is not None:
+        facts["preprocessing"] = asdict(preprocessing)
+    kind = FORMAT if origin is None else checkpoint.FORMAT
+    checkpoint_file.write(path, {"format": kind, "facts": json.dumps(facts), "model": model.state_dict()})
 
 
 def read(path: Path) -> checkpoint.Checkpoint:
@@ -55,10 +60,13 @@ def read(path: Path) -> checkpoint.Checkpoint:
 
 def load(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
     """See `morphtrain.load`."""
-    if stored.content["format"] != FORMAT:
-        return stored.model(model).eval()
-    dense = _with_types(_dense(stored, model), stored.content["model"])
-    return in_format(stored.rebuild(dense), stored.facts["memory_format"]).eval()
+    if stored.content["format"] == FORMAT:
+        return in_format(stored.rebuild_alone(_dense(stored, model)), stored.facts["memory_format"]).eval()
+    network = stored.model(model).eval()
+    kept = {key: stored.facts[key] for key in ("num_classes", "in_channels")}
+    config = {key: stored.facts["config"][key] for key in checkpoint.NETWORK_FACTS["config"]}
+    setattr(network, ORIGIN, {**kept, "config": config, "preprocessing": asdict(stored.preprocessing())})
+    return network
 
 
 def _dense(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
@@ -75,12 +83,3 @@ def _dense(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Mo
     if not isinstance(made, nn.Module):
         raise UserError(f"model={name}: makes a {type(made).__name__}, not a torch.nn.Module")
     return made
-
-
-def _with_types(model: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
-    """The model with its tensors in the number formats of `values`, which loading would convert otherwise."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        kept = values.get(name)
-        if isinstance(kept, torch.Tensor) and kept.is_floating_point() and tensor.is_floating_point():
-            tensor.data = tensor.data.to(kept.dtype)
-    return model

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from morphtrain.errors import first_line
 from morphtrain.morph.errors import MorphError
@@ -197,6 +198,11 @@ def _resize(module: nn.Module, name: str, shape: torch.Size, resized: dict[int, 
         raise MorphError(f"{name} of a {type(module).__name__} is no tensor")
     if old.shape == shape:
         return
+    kernel = module.kernel_size if isinstance(module, _ConvNd) and name == "weight" else shape[2:]
+    if old.dim() != len(shape) or tuple(shape[2:]) != tuple(kernel):
+        raise MorphError(
+            f"{name} of a {type(module).__name__} is {tuple(old.shape)}, which no surgery makes {tuple(shape)}"
+        )
     new = resized.get(id(old))
     if new is None:
         new = torch.empty(shape, dtype=old.dtype, device=old.device)
