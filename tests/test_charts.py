@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from matplotlib import pyplot
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from morphtrain import interrupts
 from morphtrain.evidence.plots import run_figure
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import BASELINE_ATTR
@@ -83,3 +86,10 @@ def test_the_run_is_drawn_against_its_first_network_with_contended_epochs_marked
     times = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in seconds.lines}
     assert times == {"undisturbed": ([1, 3], [1.0, 3.0]), "contended": ([2], [2.0])}
     assert [text.get_text() for text in seconds.get_legend().get_texts()] == ["undisturbed", "contended"]
+
+
+def test_a_signal_ends_the_drawing(study: optuna.Study, tmp_path: Path) -> None:
+    with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        charts.draw(study, study, ["train_seconds"], tmp_path, False)
+    assert list(tmp_path.iterdir()) == []

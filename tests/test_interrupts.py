@@ -353,6 +353,15 @@ def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str
             assert study.execute("SELECT state FROM trials").fetchall() == [("WAITING",)]
 
 
+def test_a_signal_between_two_pictures_draws_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves nothing that says that the run has ended."""
+    at(sys.modules["morphtrain.trainer.train"], "plot_widths", 1, signal.SIGTERM)(monkeypatch)
+    with pytest.raises(interrupts.Interrupted):
+        train(morphtrain.compose(*SMALL, "tracking=none"), tmp_path, {})
+    assert (tmp_path / "widths.png").exists()
+    assert not (tmp_path / "run.png").exists()
+
+
 def test_an_interrupted_grid_goes_on_as_it_says(tmp_path: Path) -> None:
     """Its first job had ended, and is not trained again."""
     grid = ("-m", *SMALL, "epochs=2", "tracking=none", "seed=1,2")

@@ -10,6 +10,8 @@ from typing import Any
 
 import optuna
 
+from morphtrain import interrupts
+
 
 def evaluator() -> optuna.importance.FanovaImportanceEvaluator:
     """What measures how much each key matters, with the same numbers every time."""
@@ -50,6 +52,7 @@ def draw(
     with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna sets a style for good
         warnings.simplefilter("ignore")  # these charts are experimental; all values of an axis are equal
         for name, drawn in wanted.items():
+            interrupts.check()
             drawn()
             paths.append(directory / f"{name}.png")
             figure: Any = pyplot.gcf()

@@ -183,13 +183,14 @@ def _write_architecture(run: Run, run_dir: Path) -> None:
 
 
 def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
-    picture = run_dir / "run.png"
-    plot_run(run.history, run.initial, picture)
-    tracker.artifact(picture, "plots")
     if len(run.changes) > 1:
         picture = run_dir / "widths.png"
         plot_widths(run.changes, run.epoch, picture)
         tracker.artifact(picture, "plots")
+        interrupts.check()
+    picture = run_dir / "run.png"  # the last one: it says to a multirun that the run has ended
+    plot_run(run.history, run.initial, picture)
+    tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)
     if best.is_another(run, run_dir):
         tracker.artifact(run_dir / best.BEST)
