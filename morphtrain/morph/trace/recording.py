@@ -121,8 +121,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, OWN_LAYERS) or matches(module_qualified_name, self.ignore)
-        # A norm derived from one of torch's may do anything, unless it declares that it treats each channel by itself.
-        own = own or (isinstance(m, NORMS) and getattr(m, "per_channel", False))
+        # A layer of one's own may do anything, unless it declares that it treats each channel by itself.
+        own = own or getattr(m, "per_channel", False) is True
         own = own or m in self.layers or is_torch_layer(m)
         return own or super().is_leaf_module(m, module_qualified_name)
 

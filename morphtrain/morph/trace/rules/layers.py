@@ -13,7 +13,7 @@ from morphtrain.morph.trace.kinds import ACTIVATIONS, CONVOLUTIONS, NORMS, POOLI
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import along
 from morphtrain.morph.trace.nodes import fixed_like
-from morphtrain.morph.trace.rules import moves, weighted
+from morphtrain.morph.trace.rules import moves, per_channel, weighted
 
 # (graph, call, the layer, the call that made its input, the layer's output) -> labels of the output
 Rule = Callable[[LabelledGraph, fx.Node, Any, fx.Node, Any], torch.Tensor]
@@ -22,6 +22,8 @@ Rule = Callable[[LabelledGraph, fx.Node, Any, fx.Node, Any], torch.Tensor]
 def follow(g: LabelledGraph, n: fx.Node, module: nn.Module, value: Any) -> Any:
     """The labels of a layer's output; refused if there is no rule for the layer."""
     rule = next((rule for kinds, rule in RULES.items() if isinstance(module, kinds)), None)
+    if per_channel.declares_it(module):
+        rule = per_channel.follow
     if isinstance(module, NoChannels):  # may be called with a list
         return along(g.joins.fresh(0), 1, value.dim())
     inputs = [a for a in n.all_input_nodes if a in g.labels]
