@@ -92,7 +92,8 @@ def study(settings: Any) -> str:
     """The name shared by the runs of one sweep: the study's name or the sweep's directory; "none" for a single run."""
     if settings.mode != RunMode.MULTIRUN:
         return "none"
-    return schema.sweeper.study_name(settings.sweeper) if "study_name" in settings.sweeper else str(settings.sweep.dir)
+    name = settings.sweeper.get("study_name")
+    return str(settings.sweep.dir if name is None else name)
 
 
 def run_name(settings: Any, config: schema.Config) -> str:
