@@ -24,11 +24,16 @@ class Parser(argparse.ArgumentParser):
     """Argparse's, but a mistake is answered in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse; exits with code 2, as there."""
-        first = message.removeprefix("unrecognized arguments: ").split()[0]
-        unknown = message.startswith("unrecognized")
-        line = _no_such_flag(first, self._option_string_actions) if unknown else message.removeprefix("argument ")
-        self.exit(2, f"{' '.join(line.split())}\n")
+        """Called by argparse."""
+        _end(self, message)
+
+
+def _end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Exit with argparse's code, 2, and its message in one line."""
+    first = message.removeprefix("unrecognized arguments: ").split()[0]
+    unknown = message.startswith("unrecognized")
+    line = _no_such_flag(first, parser._option_string_actions) if unknown else message.removeprefix("argument ")
+    parser.exit(2, f"{' '.join(line.split())}\n")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
@@ -87,7 +92,7 @@ def _of_several(argument: str, chosen: Mapping[str, Sequence[str]]) -> str:
 def check_flags(arguments: Sequence[str]) -> None:
     """Raise a `UserError` for what begins with a dash and is no flag of Hydra's: often a key."""
     parser = get_args_parser()
-    parser.error = functools.partial(Parser.error, parser)  # type: ignore[method-assign,arg-type]
+    vars(parser)["error"] = functools.partial(_end, parser)
     _, unknown = parser.parse_known_intermixed_args(arguments)
     keys = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
     for flag in (argument for argument in unknown if argument.startswith("-")):

@@ -52,7 +52,7 @@ def keys_of_file(group: str, option: str) -> list[str] | None:
     path = CONF / group / f"{option}.yaml"
     if not path.is_file() or option == "custom":
         return None
-    stored = OmegaConf.load(path)
+    stored: Any = OmegaConf.load(path)
     name = option_of(stored)
     return keys(group, name) if name is not None else keys_of_file(group, stored.defaults[0])
 
@@ -70,7 +70,7 @@ def _hydras(key: str) -> str:
     section, _, name = key.partition(".")
     known: Iterable[Any] = []
     if section == "sweeper":
-        ours = OmegaConf.load(CONF / "hydra/sweeper/morphtrain.yaml")
+        ours: Any = OmegaConf.load(CONF / "hydra/sweeper/morphtrain.yaml")
         known = {"sampler", "pruner", *ours} - {"defaults", "_target_"}
         if name in known:
             return "; add hydra/sweeper=morphtrain, or a preset with +sweep="

@@ -142,7 +142,7 @@ class StudySweeper:
 
     def _check(self, space: SearchSpace) -> schema.Config:
         """The config at the low end of all ranges; raises `UserError` if it is invalid at the low or high ends."""
-        raw = OmegaConf.to_container(self.config.hydra.sweeper)  # as files show it: interpolations stay
+        raw: Any = OmegaConf.to_container(self.config.hydra.sweeper)  # as files show it: interpolations stay
         schema.sweeper.check_storage(str(raw["storage"]))
         without_password(str(self.plain.storage))  # raises UserError if it is not the address of a study
         searched = bool(space.distributions) or space.extend is not None
