@@ -1,0 +1,41 @@
+"""What a test could leave behind in its process for the next one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import urllib.request
+import warnings
+from typing import Any
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+
+def process_state() -> dict[str, Any]:
+    """All of it that is cheap to ask for, by name."""
+    root = logging.getLogger()
+    return {
+        "directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "signals": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)},
+        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+        "import path": list(sys.path),
+        "filters of warnings": list(warnings.filters),
+        "logging": (root.level, list(root.handlers), logging.root.manager.disable),
+        "proxies": urllib.request._opener,
+        "Hydra": GlobalHydra.instance().is_initialized(),
+        "torch": (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.mkldnn.enabled,
+        ),
+        "threads": {thread.name for thread in threading.enumerate() if not thread.daemon},
+    }
