@@ -145,6 +145,12 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
     check_mlflow(tmp_path)
 
 
+def train_here(run_dir: Path, *overrides: str) -> None:
+    """The run in this process, whose hash seed is another one."""
+    run_dir.mkdir()
+    train(morphtrain.compose(*overrides), run_dir, {})
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -171,7 +177,7 @@ def test_other_options_resume_bit_identically(
     options: tuple[str, ...], tmp_path: Path, command: Command, kill: Kill
 ) -> None:
     here = [*SMALL, "tracking=none", "epochs=4", *options]
-    train(morphtrain.compose(*here), tmp_path / "once", {})
+    train_here(tmp_path / "once", *here)
     there = [*here, "hydra.run.dir=twice", "resume=auto"]
     kill("rename:4", *there)
     assert command(*there).returncode == 0
@@ -191,7 +197,7 @@ def test_killed_inside_a_growth_or_right_after_it(
     moment: str, growth: tuple[str, ...], tmp_path: Path, command: Command, kill: Kill
 ) -> None:
     quiet = [*SMALL, "tracking=none", "epochs=4", "prune.start_epoch=4", *growth]
-    train(morphtrain.compose(*quiet), tmp_path / "once", {})
+    train_here(tmp_path / "once", *quiet)
     there = [*quiet, "hydra.run.dir=twice", "resume=auto"]
     kill(moment, *there)
     assert command(*there).returncode == 0
