@@ -13,6 +13,7 @@ import postgres_server
 import pytest
 import torch
 from fork_server import ForkServer
+from process_state import process_state
 
 import morphtrain
 from morphtrain.state import Run
@@ -92,6 +93,13 @@ def fresh_command(tmp_path: Path) -> Command:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_for_the_next_test() -> Iterator[None]:
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 @pytest.fixture

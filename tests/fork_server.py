@@ -85,6 +85,7 @@ def serve() -> None:
 def obey(order: dict[str, Any], packages: list[str]) -> int:
     """In the child: be `python *arguments`, and return the exit code."""
     signal.setitimer(signal.ITIMER_REAL, order["timeout"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which in the background is ignored
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(order["output"], start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

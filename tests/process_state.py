@@ -8,23 +8,29 @@ import signal
 import sys
 import threading
 import urllib.request
-import warnings
 from typing import Any
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
+
+from morphtrain.tracking import store
+
+KEYS_OF_OTHERS = {
+    "PYTEST_CURRENT_TEST",
+    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # set where scikit-learn is imported
+    *store.ENVIRONMENT,  # set where MLflow is imported, and stays
+}
 
 
 def process_state() -> dict[str, Any]:
     """All of it that is cheap to ask for, by name."""
     root = logging.getLogger()
     return {
-        "directory": os.getcwd(),
-        "environment": dict(os.environ),
+        "directory": (os.getcwd(), {name for name in os.listdir() if not name.startswith(".")}),
+        "environment": {key: value for key, value in os.environ.items() if key not in KEYS_OF_OTHERS},
         "signals": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)},
         "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
         "import path": list(sys.path),
-        "filters of warnings": list(warnings.filters),
         "logging": (root.level, list(root.handlers), logging.root.manager.disable),
         "proxies": urllib.request._opener,
         "Hydra": GlobalHydra.instance().is_initialized(),
