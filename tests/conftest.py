@@ -91,8 +91,10 @@ def fresh_command(tmp_path: Path) -> Command:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def start_of_a_process() -> None:
+    """What no test finds as another one left it: a run flushes denormal numbers to zero, for good."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import urllib.request
 from typing import Any
 
@@ -43,5 +42,4 @@ def process_state() -> dict[str, Any]:
             torch.backends.cudnn.benchmark,
             torch.backends.mkldnn.enabled,
         ),
-        "threads": {thread.name for thread in threading.enumerate() if not thread.daemon},
     }
