@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 import postgres_server
 import pytest
 import torch
+from fork_server import ForkServer
+from process_state import process_state
 
 import morphtrain
 from morphtrain.state import Run
@@ -37,18 +40,47 @@ SMALL = (
 KILLED_RUN = str(Path(__file__).with_name("killed_run.py"))
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Kill = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
+def command(fork_server: ForkServer, tmp_path: Path) -> Command:
     """Run `python -m morphtrain.run ...` in a fresh directory."""
 
     def run(
         *overrides: str, cwd: Path = tmp_path, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
+        return fork_server.run(["-m", "morphtrain.run", *overrides], cwd, env)
+
+    return run
+
+
+@pytest.fixture
+def kill(fork_server: ForkServer, tmp_path: Path) -> Kill:
+    """Run the command until it kills itself at an event of killed_run.py, such as "step:40"."""
+
+    def run(moment: str, *overrides: str, env: dict[str, str] | None = None) -> None:
+        result = fork_server.run([KILLED_RUN, moment, *overrides], tmp_path, env)
+        assert result.returncode == -signal.SIGKILL, f"{moment} never came: {result.stdout}{result.stderr}"
+
+    return run
+
+
+@pytest.fixture
+def fresh_command(tmp_path: Path) -> Command:
+    """`command` in a new interpreter, where its start is what is tested."""
+
+    def run(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "morphtrain.run", *overrides],
-            cwd=cwd,
+            cwd=tmp_path,
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
@@ -59,8 +91,17 @@ def command(tmp_path: Path) -> Command:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def start_of_a_process() -> None:
+    """What no test finds as another one left it: a run flushes denormal numbers to zero, for good."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_for_the_next_test() -> Iterator[None]:
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 @pytest.fixture

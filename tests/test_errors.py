@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
+from fork_server import ForkServer
 from hydra.core.global_hydra import GlobalHydra
 
 from morphtrain import run
@@ -419,10 +419,10 @@ def test_a_mistake_is_answered_in_one_line(
     assert {path.name for path in tmp_path.rglob("*")} <= {"outputs", "multirun", *DATES}
 
 
-def test_the_command_prints_the_line_and_nothing_else(command: Command, tmp_path: Path) -> None:
-    result = command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "0"})
+def test_the_command_prints_the_line_and_nothing_else(fresh_command: Command) -> None:
+    result = fresh_command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "0"})
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "epochs=0: must be 1 or more\n")
-    full = command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "1"})
+    full = fresh_command("tracking=none", "epochs=0", env={"HYDRA_FULL_ERROR": "1"})
     assert full.returncode == 1
     assert "Traceback" in full.stderr and "schema/config.py" in full.stderr
 
@@ -465,20 +465,18 @@ main()
 """
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
+    kill: Kill, fork_server: ForkServer, tmp_path: Path
+) -> None:
     """A limit on the size of files stands for a full disk: the same write fails, with another number."""
     here = [*SMALL, "tracking=none", "hydra.run.dir=run", "resume=auto"]
-    killed = subprocess.run([sys.executable, KILLED_RUN, "step:70", *here], cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    kill("step:70", *here)
     checkpoint = tmp_path / "run" / "last.pt"
     before = checkpoint.read_bytes()
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
     for place in ("run", "fresh"):
-        result = subprocess.run(
-            [sys.executable, "-c", LIMITED, *here, f"hydra.run.dir={place}"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        result = fork_server.run([str(script), *here, f"hydra.run.dir={place}"], tmp_path)
         check_failure(result, ["last.pt", "File too large", "hydra.run.dir"])
     assert checkpoint.read_bytes() == before
     assert not list((tmp_path / "fresh").glob("*.pt*"))
@@ -500,9 +498,9 @@ def test_resuming_with_another_config_is_refused(command: Command) -> None:
     check_failure(result, ["optimizer.lr=0.01", "optimizer.lr=0.1", "resume=never"])
 
 
-def test_help_and_config_are_fast_because_they_import_little(command: Command) -> None:
+def test_help_and_config_are_fast_because_they_import_little(fresh_command: Command) -> None:
     for flag in (["--help"], ["--cfg", "job"]):
-        result = command(*flag, env={"PYTHONPROFILEIMPORTTIME": "1"})
+        result = fresh_command(*flag, env={"PYTHONPROFILEIMPORTTIME": "1"})
         assert result.returncode == 0
         imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if "|" in line}
         assert "hydra" in imported

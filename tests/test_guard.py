@@ -6,7 +6,6 @@ import importlib.util
 import multiprocessing
 import os
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import assert_same, contents
@@ -280,9 +279,8 @@ def test_neither_reference_nor_guard_change_the_bits(tmp_path: Path, command: Co
     assert_same(stored["without"], stored["with"])
 
 
-def test_calibrated_times_add_up_over_a_kill(tmp_path: Path, command: Command) -> None:
-    killed = [sys.executable, KILLED_RUN, "rename:4", *QUICK, "timing.reference=0.2"]
-    assert subprocess.run(killed, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
+def test_calibrated_times_add_up_over_a_kill(tmp_path: Path, command: Command, kill: Kill) -> None:
+    kill("rename:4", *QUICK, "timing.reference=0.2")
     first = history(tmp_path / "run" / "last.pt")
     result = command(*QUICK, "resume=auto", "timing.reference=0.2")
     assert result.returncode == 0, result.stderr

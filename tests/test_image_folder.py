@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import KILLED_RUN, Command
+from conftest import Command, Kill
 from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
@@ -411,7 +409,7 @@ def history(checkpoint: Path) -> list[dict[str, float]]:
     return [{key: record[key] for key in ("train_loss", "val_loss", "val_accuracy")} for record in records]
 
 
-def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command, tmp_path: Path) -> None:
+def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command, kill: Kill, tmp_path: Path) -> None:
     colours = [np.full((24, 30, 3), 250 * (i % 2), dtype=np.uint8) for i in range(40)]
     write(tmp_path / "images", colours, suffix="jpg")
     here = ["data=image_folder", "data.root=images", "data.image_size=8", "data.in_memory=false", "data.num_workers=0"]
@@ -421,8 +419,7 @@ def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command,
     assert "80 images, 1.8e-05 GiB decoded: read by the process that trains" in result.stdout
     assert "share of an epoch spent waiting for data" in result.stdout
     there = [*here, "hydra.run.dir=twice"]
-    killed = subprocess.run([sys.executable, KILLED_RUN, "step:8", *there], cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    kill("step:8", *there)
     assert command(*there).returncode == 0
     once, twice = (history(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert once == twice

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KILLED_RUN, SMALL
+from fork_server import ForkServer
 from sqlalchemy import Engine, event
 from torch import nn
 
@@ -50,8 +51,11 @@ def later(seconds: float, number: int = signal.SIGINT) -> None:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    store.connect(uri, "morphtrain")
+    directory = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{directory}/mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)  # where MLflow then keeps the runs' files
+        store.connect(uri, "morphtrain")
     return uri
 
 
@@ -316,7 +320,9 @@ def test_a_wait_ends_with_the_signal() -> None:
 @pytest.mark.parametrize(
     ("event_and_signal", "mode"), [("sql:70:TERM", "run"), ("step:40:INT", "run"), ("sql:350:INT", "sweep")]
 )
-def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str, tmp_path: Path) -> None:
+def test_a_command_ends_in_order(
+    event_and_signal: str, mode: str, database: str, fork_server: ForkServer, tmp_path: Path
+) -> None:
     sweep = (
         "-m",
         "hydra/sweeper=morphtrain",
@@ -329,15 +335,7 @@ def test_a_command_ends_in_order(event_and_signal: str, mode: str, database: str
     began = tmp_path / "signalled"
     with closing(sqlite3.connect(database.removeprefix(store.SQLITE))) as before:
         (already,) = before.execute("SELECT COUNT(*) FROM runs").fetchone()
-    result = subprocess.run(
-        [sys.executable, KILLED_RUN, event_and_signal, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "SIGNALLED_AT": str(began)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = fork_server.run([KILLED_RUN, event_and_signal, *arguments], tmp_path, {"SIGNALLED_AT": str(began)})
     assert time.monotonic() - float(began.read_text()) < 3, "two seconds, and one for a busy machine"
     assert result.returncode == (143 if event_and_signal.endswith("TERM") else 130), result.stderr
     assert "Traceback" not in result.stdout + result.stderr

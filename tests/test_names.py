@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import INPUT, SHAPES, build, random_keep
@@ -155,7 +151,7 @@ class Cut(Method):
 """
 
 
-def test_a_resumed_run_calls_spaces_the_same(command: Command, tmp_path: Path) -> None:
+def test_a_resumed_run_calls_spaces_the_same(command: Command, kill: Kill, tmp_path: Path) -> None:
     """A space goes, and its neighbour is then called what a growth looks for; without the cut nothing is called so."""
     (tmp_path / "own_cut.py").write_text(CUT)
     growth = ("grow=wider", "grow.at_epochs=[4]", "grow.where=['stages.1.0.branch.3:1','stages.2.1.*']")
@@ -163,9 +159,7 @@ def test_a_resumed_run_calls_spaces_the_same(command: Command, tmp_path: Path) -
     here = [*SMALL, "tracking=none", "epochs=5", *cut, *growth]
     assert command(*here, "hydra.run.dir=once").returncode == 0
     there = [*here, "hydra.run.dir=twice", "resume=auto"]
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    killed = subprocess.run([sys.executable, KILLED_RUN, "rename:6", *there], cwd=tmp_path, env=path)
-    assert killed.returncode == -signal.SIGKILL
+    kill("rename:6", *there, env={"PYTHONPATH": str(tmp_path)})
     assert command(*there).returncode == 0
     once, twice = (contents(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert_same(once, twice)

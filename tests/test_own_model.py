@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
 from test_config import composed
 from test_resume import assert_same, contents
 from torch import nn
@@ -119,7 +117,7 @@ def built(*overrides: str) -> Run:
 # -- through the real command --------------------------------------------------------------------------------------
 
 
-def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tmp_path: Path) -> None:
+def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, kill: Kill, tmp_path: Path) -> None:
     (tmp_path / "own_net.py").write_text(PACKAGE)
     once = command(*RUN, *NET, "hydra.run.dir=once")
     assert once.returncode == 0, once.stderr
@@ -127,9 +125,7 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     history = read_records(tmp_path / "once")
     assert history[0]["params"] > history[-1]["params"]
     here = [*RUN, *NET, "hydra.run.dir=twice", "resume=auto"]
-    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    killed = subprocess.run([sys.executable, KILLED_RUN, "rename:6", *here], cwd=tmp_path, env=path)
-    assert killed.returncode == -signal.SIGKILL
+    kill("rename:6", *here, env={"PYTHONPATH": str(tmp_path)})
     resumed = command(*here)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after epoch 2" in resumed.stdout

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, Command
+from fork_server import ForkServer
 from torch import nn
 
 import morphtrain
@@ -43,16 +42,11 @@ TAGS = {"prune", "grow", "norm", "precision", "batch_policy", "optimizer", "mode
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multirun of two options and two seeds."""
     directory = tmp_path_factory.mktemp("sweep")
     for overrides in (SMALL, UNPRUNED):
-        subprocess.run(
-            [sys.executable, "-m", "morphtrain.run", "-m", *overrides, "seed=1,2"],
-            cwd=directory,
-            check=True,
-            capture_output=True,
-        )
+        fork_server.run(["-m", "morphtrain.run", "-m", *overrides, "seed=1,2"], directory).check_returncode()
     return directory
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
+from fork_server import ForkServer
+
+import morphtrain
+from morphtrain.trainer import train
 
 TIMES = ("seconds", "timestamp", "samples_per_second", "peak_memory", "contended", "foreign_cpu")
 EPOCHS = 8
 RUN = (*SMALL, f"epochs={EPOCHS}", "hydra.run.dir=run", "resume=auto", "tracking.flush_seconds=0")
+STARTED = [override for override in RUN if override != "resume=auto"]  # as a user would: nobody plans to be killed
 
 
 def moments() -> list[str]:
-    """Ten moments: each kind of event at a random occurrence, and random times."""
+    """Ten moments: each kind of event at a random occurrence, and random times, in seconds."""
     draw = random.Random(20)
     events = {
         "write": EPOCHS,
@@ -32,7 +37,7 @@ def moments() -> list[str]:
         "step": 16 * EPOCHS,
     }
     named = [f"{event}:{draw.randint(1, most)}" for event, most in events.items()]
-    return [*named, f"morph:{draw.randint(1, 20)}", *(f"time:{draw.uniform(1, 8):.2f}" for _ in range(3))]
+    return [*named, f"morph:{draw.randint(1, 20)}", *(f"time:{draw.uniform(0.5, 3):.2f}" for _ in range(3))]
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
@@ -78,32 +83,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("moment", moments())
 def test_killed_and_resumed_it_ends_the_same(
-    moment: str, uninterrupted: dict, tmp_path: Path, command: Command
+    moment: str, uninterrupted: dict, tmp_path: Path, command: Command, kill: Kill, fork_server: ForkServer
 ) -> None:
-    kill(moment, tmp_path)
+    event, seconds = moment.split(":")
+    if event == "time":
+        with suppress(subprocess.TimeoutExpired):  # it has ended by then, or is ended
+            fork_server.run(["-m", "morphtrain.run", *STARTED], tmp_path, timeout=float(seconds))
+    else:
+        kill(moment, *STARTED)
     result = command(*RUN)
     assert result.returncode == 0, result.stderr
     assert_same(ends(tmp_path / "run"), uninterrupted)
     check_mlflow(tmp_path)
-
-
-def kill(moment: str, directory: Path) -> None:
-    event, value = moment.split(":")
-    started = [o for o in RUN if not o.startswith("resume")]  # as a user would: nobody plans to be killed
-    if event == "time":
-        process = subprocess.Popen(
-            [sys.executable, "-m", "morphtrain.run", *started], cwd=directory, stdout=subprocess.DEVNULL
-        )
-        try:
-            process.wait(float(value))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        return
-    result = subprocess.run(
-        [sys.executable, KILLED_RUN, moment, *started], cwd=directory, capture_output=True, text=True
-    )
-    assert result.returncode == -signal.SIGKILL, f"{moment} never came: {result.stdout}{result.stderr}"
 
 
 def check_mlflow(directory: Path) -> None:
@@ -120,9 +111,9 @@ def check_mlflow(directory: Path) -> None:
 
 
 def test_a_broken_checkpoint_is_reported_and_the_one_before_used(
-    uninterrupted: dict, tmp_path: Path, command: Command
+    uninterrupted: dict, tmp_path: Path, command: Command, kill: Kill
 ) -> None:
-    kill("step:100", tmp_path)
+    kill("step:100", *STARTED)
     last = tmp_path / "run" / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -145,13 +136,19 @@ def test_a_finished_run_only_reports(tmp_path: Path, command: Command) -> None:
     check_mlflow(tmp_path)
 
 
-def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, command: Command) -> None:
-    kill("step:100", tmp_path)
+def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, command: Command, kill: Kill) -> None:
+    kill("step:100", *STARTED)
     elsewhere = [o for o in RUN if not o.startswith(("hydra.run.dir", "resume"))]
     result = command(*elsewhere, "hydra.run.dir=elsewhere", "resume=run/last.pt")
     assert result.returncode == 0, result.stderr
     assert_same(ends(tmp_path / "elsewhere"), uninterrupted)
     check_mlflow(tmp_path)
+
+
+def train_here(run_dir: Path, *overrides: str) -> None:
+    """The run in this process, whose hash seed is another one."""
+    run_dir.mkdir()
+    train(morphtrain.compose(*overrides), run_dir, {})
 
 
 @pytest.mark.parametrize(
@@ -176,12 +173,13 @@ def test_a_path_is_continued_elsewhere(uninterrupted: dict, tmp_path: Path, comm
         ),
     ],
 )
-def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path: Path, command: Command) -> None:
-    here = [*SMALL, "tracking=none", "hydra.run.dir=once", "epochs=4", *options]
-    assert command(*here).returncode == 0
+def test_other_options_resume_bit_identically(
+    options: tuple[str, ...], tmp_path: Path, command: Command, kill: Kill
+) -> None:
+    here = [*SMALL, "tracking=none", "epochs=4", *options]
+    train_here(tmp_path / "once", *here)
     there = [*here, "hydra.run.dir=twice", "resume=auto"]
-    killed = subprocess.run([sys.executable, KILLED_RUN, "rename:4", *there], cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    kill("rename:4", *there)
     assert command(*there).returncode == 0
     once, twice = (ends(tmp_path / name) for name in ("once", "twice"))
     assert_same(once, twice)
@@ -196,13 +194,12 @@ def test_other_options_resume_bit_identically(options: tuple[str, ...], tmp_path
     ],
 )
 def test_killed_inside_a_growth_or_right_after_it(
-    moment: str, growth: tuple[str, ...], tmp_path: Path, command: Command
+    moment: str, growth: tuple[str, ...], tmp_path: Path, command: Command, kill: Kill
 ) -> None:
     quiet = [*SMALL, "tracking=none", "epochs=4", "prune.start_epoch=4", *growth]
-    assert command(*quiet, "hydra.run.dir=once").returncode == 0
+    train_here(tmp_path / "once", *quiet)
     there = [*quiet, "hydra.run.dir=twice", "resume=auto"]
-    killed = subprocess.run([sys.executable, KILLED_RUN, moment, *there], cwd=tmp_path, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    kill(moment, *there)
     assert command(*there).returncode == 0
     once, twice = (ends(tmp_path / name) for name in ("once", "twice"))
     assert_same(once, twice)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED_RUN, SMALL, Command
+from conftest import SMALL, Command, Kill
 
 import morphtrain
 from morphtrain import files
@@ -63,10 +63,9 @@ def test_an_epoch_is_on_disk_before_the_tracker_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("event", ["write:2", "rename:4", "step:40"])
-def test_a_killed_run_leaves_every_epoch_once(event: str, command: Command, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_every_epoch_once(event: str, command: Command, kill: Kill, tmp_path: Path) -> None:
     here = [*QUICK, "tracking=none", "hydra.run.dir=run"]
-    killed = subprocess.run([sys.executable, KILLED_RUN, event, *here], cwd=tmp_path, capture_output=True, text=True)
-    assert killed.returncode < 0
+    kill(event, *here)
     with (tmp_path / "run" / FILE).open("a") as file:
         file.write('{"epoch": 3, "train_lo')  # a line cut off while it was being written
     assert command(*here, "resume=auto").returncode == 0

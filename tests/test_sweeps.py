@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import signal
@@ -25,7 +24,8 @@ from morphtrain.arguments import prepared
 from morphtrain.schema.names import keys_of_file
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
-from tests.conftest import SMALL, Command
+from tests.conftest import KILLED_RUN, SMALL, Command
+from tests.fork_server import ForkServer
 
 SWEEP = (
     *("-m", "hydra/sweeper=morphtrain", "hydra.sweep.dir=sweep", "tracking=none"),
@@ -53,22 +53,18 @@ def runs_in(directory: Path) -> dict[int, Run]:
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "interrupted"])
-def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, tmp_path: Path) -> None:
-    sweep = ("+sweep=prunetrain", *SMALL, "epochs=8", "hydra.sweeper.n_trials=5", "hydra.sweeper.min_accuracy=null")
-    command = [sys.executable, "-m", "morphtrain.run", "-m", *(key for key in sweep if key != "epochs=6")]
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background process would ignore it
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first = subprocess.Popen(command, cwd=tmp_path, preexec_fn=listens, **quiet)
-    while not (tmp_path / "multirun/prunetrain/2/last.pt").exists():  # in the middle of the third trial
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.send_signal(ended_by)
-    assert first.wait(60) == (-signal.SIGKILL if ended_by == signal.SIGKILL else 128 + ended_by)
+def test_a_sweep_that_was_ended_goes_on_to_its_total(
+    ended_by: signal.Signals, command: Command, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    sweep = ("-m", "+sweep=prunetrain", *SMALL, "hydra.sweeper.n_trials=5", "hydra.sweeper.min_accuracy=null")
+    in_the_third = f"step:{16 * (2 * 6 + 3)}:{ended_by.name.removeprefix('SIG')}"  # of trials of 6 epochs of 16 steps
+    first = fork_server.run([KILLED_RUN, in_the_third, *sweep], tmp_path)
+    assert first.returncode == (-signal.SIGKILL if ended_by == signal.SIGKILL else 128 + ended_by), first.stderr
     before = trials_in(tmp_path, "prunetrain")
     assert [trial.number for trial in before] == [0, 1, 2]
     assert before[2].state == (TrialState.RUNNING if ended_by == signal.SIGKILL else TrialState.WAITING)
 
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    second = command(*sweep)
     assert second.returncode == 0, second.stdout + second.stderr
     trials = trials_in(tmp_path, "prunetrain")
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
@@ -87,7 +83,7 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
         assert run.info.status == "FINISHED"
         assert run.info.run_name.startswith(f"trial {trial.number}: ")
         assert run.data.metrics["train_seconds"] == pytest.approx(trial.values[0])
-        assert [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")] == list(range(1, 9))
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")] == list(range(1, 7))
         assert all(run.data.params[key] == str(value) for key, value in trial.params.items())
     assert runs[0].data.params["prune.name"] == "none", "trial 0 is the baseline"
     (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs.values()}
@@ -97,24 +93,22 @@ def test_a_sweep_that_was_ended_goes_on_to_its_total(ended_by: signal.Signals, t
     for name in ("history.png", "parallel.png", "slices.png", "importance.png", "optimization_results.yaml"):
         assert (tmp_path / "multirun/prunetrain" / name).stat().st_size > 0
 
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = command(*sweep)
     assert again.returncode == 0
     assert len(trials_in(tmp_path, "prunetrain")) == 5, "n_trials is of the whole study"
 
 
-def test_the_command_of_the_winner_trains_what_it_trained(command: Command, tmp_path: Path) -> None:
+def test_the_command_of_the_winner_trains_what_it_trained(
+    command: Command, fork_server: ForkServer, tmp_path: Path
+) -> None:
     space = ("model.width=4,6", "optimizer.lr=interval(0.05,0.1)", "objective=[macs]")
     result = command(*SWEEP, *space, "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random")
     assert result.returncode == 0, result.stdout + result.stderr
     line = next(line for line in result.stdout.splitlines() if line.startswith("to run the best trial again:"))
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
-    again = subprocess.run(
-        [*shlex.split(line.split(":", 1)[1].replace("python", sys.executable, 1)), "objective=[params]"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    python, *arguments = shlex.split(line.split(":", 1)[1])
+    assert python == "python"
+    again = fork_server.run([*arguments, "objective=[params]"], tmp_path)
     assert again.returncode == 0, again.stderr
     assert best["best_value"] == min(trial.values[0] for trial in trials_in(tmp_path))
     number = next(t.number for t in trials_in(tmp_path) if t.values[0] == best["best_value"])
@@ -303,11 +297,11 @@ def test_a_study_of_something_else_is_not_continued(command: Command, tmp_path: 
 def test_two_workers_share_a_study_and_one_is_killed(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     journal = f"journal:///{tmp_path}/study.log"
     storage = journal if kind == "journal" else request.getfixturevalue("postgres").database()
-    sweep = (*SWEEP, "model.width=4", "optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=20", "epochs=2")
+    sweep = (*SWEEP, "model.width=4", "optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=10", "epochs=2")
     command = [sys.executable, "-m", "morphtrain.run", *sweep, f"hydra.sweeper.storage='{storage}'"]
     quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
     victim, other = subprocess.Popen(command, **quiet), subprocess.Popen(command, **quiet)
-    while not (tmp_path / "sweep/6/last.pt").exists():
+    while not (tmp_path / "sweep/3/last.pt").exists():
         assert victim.poll() is None
         assert other.poll() is None
         time.sleep(0.01)
@@ -315,10 +309,10 @@ def test_two_workers_share_a_study_and_one_is_killed(kind: str, request: pytest.
     victim.wait()
     assert other.wait(300) == 0
     trials = optuna.load_study(study_name="sweep", storage=open_storage(storage)).trials
-    assert [trial.number for trial in trials] == list(range(20))
-    assert states(trials) == {"COMPLETE": 20}
-    assert len({trial.params["optimizer.lr"] for trial in trials}) == 20
-    assert {int(path.parent.name) for path in tmp_path.glob("sweep/*/last.pt")} == set(range(20))
+    assert [trial.number for trial in trials] == list(range(10))
+    assert states(trials) == {"COMPLETE": 10}
+    assert len({trial.params["optimizer.lr"] for trial in trials}) == 10
+    assert {int(path.parent.name) for path in tmp_path.glob("sweep/*/last.pt")} == set(range(10))
 
 
 def test_help_and_cfg_do_not_load_optuna() -> None:

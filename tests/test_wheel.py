@@ -23,7 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_command_runs_from_an_installed_wheel(installed: Path, command: Command, tmp_path: Path) -> None:
+def test_the_command_runs_from_an_installed_wheel(installed: Path, fresh_command: Command, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(installed)}
     where = subprocess.run(
         [sys.executable, "-c", "from morphtrain import schema; print(schema.CONF)"],
@@ -34,7 +34,7 @@ def test_the_command_runs_from_an_installed_wheel(installed: Path, command: Comm
         check=True,
     )
     assert where.stdout.strip() == str(installed / "morphtrain" / "conf")
-    result = command(*SMALL, "precision=o1", "epochs=2", env=env)
+    result = fresh_command(*SMALL, "precision=o1", "epochs=2", env=env)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "mlflow.db").exists()
-    assert command("--help", env=env).stdout.count("prunetrain")
+    assert fresh_command("--help", env=env).stdout.count("prunetrain")
