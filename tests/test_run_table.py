@@ -106,7 +106,7 @@ def test_damaged_records_are_named(stored: Stored, line: str, message: str) -> N
     run = stored("run", dense(1), 0.5, 0.6)
     with (run / "records.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(UserError, match="records.jsonl") as error:
+    with pytest.raises(UserError, match=r"records\.jsonl") as error:
         load(run)
     assert message in str(error.value) and "\n" not in str(error.value)
 
