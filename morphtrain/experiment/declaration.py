@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -16,7 +17,12 @@ from morphtrain.schema.experiment import ArmKeys, ExperimentKeys, SizeKeys
 
 ASIDE = ("experiment", "size", "launcher", "tracking", "data.root", "data.download")  # change nothing that is computed
 OWN = ("resume", "trial", "architecture")  # keys that an experiment sets by itself
-SHAPING = ("prune", "grow", "epochs")  # what a network trained from scratch does not take from the arm that shaped it
+SHAPING = (
+    "prune",
+    "grow",
+    "methods",
+    "epochs",
+)  # what a network trained from scratch does not take from the arm that shaped it
 
 Compose = Callable[[Sequence[str]], DictConfig]
 
@@ -84,12 +90,17 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
     common = merged(size.overrides, arguments.overrides)
     arms = _arms(keys["arms"], facts.size)
     _check_free(arguments.overrides, arms)
+
+    @functools.cache  # a composition takes a tenth of a second, and arms with shares have the same one
+    def whole(overrides: tuple[str, ...]) -> DictConfig:
+        return compose(merged(common, arguments.aside, overrides))
+
     resolved: dict[str, Arm] = {}
     configs: dict[str, DictConfig] = {}
     for arm, own in arms.items():
-        overrides = _overrides(own, arms, lambda more: compose(merged(common, arguments.aside, more)))
+        overrides = _overrides(own, arms, whole)
         resolved[arm] = Arm(overrides, own.role, own.of)
-        configs[arm] = compose(merged(common, arguments.aside, overrides))
+        configs[arm] = whole(overrides)
     plain = {key: value for key, value in asdict(facts).items() if key != "attempts"}
     seeds = arguments.seeds or tuple(size.seeds)
     experiment = Experiment(name=name, arms=resolved, seeds=seeds, overrides=tuple(common), **plain)
@@ -134,17 +145,19 @@ def _check_free(overrides: Sequence[str], arms: Mapping[str, ArmKeys]) -> None:
                 raise UserError(f"{override}: arm {name} of the experiment has a value of its own; take another key")
 
 
-def _overrides(arm: ArmKeys, arms: Mapping[str, ArmKeys], compose: Compose) -> tuple[str, ...]:
+def _overrides(
+    arm: ArmKeys, arms: Mapping[str, ArmKeys], whole: Callable[[tuple[str, ...]], DictConfig]
+) -> tuple[str, ...]:
     """An arm's overrides, with those of the arm that shaped its network, and with shares worked out."""
     shaped_by = arms[arm.of].overrides if arm.of in arms else []
     overrides = merged([other for other in shaped_by if not _is_of(key_of(other), SHAPING)], arm.overrides)
     shares = {"epochs": arm.epochs, "model.width": arm.width}
-    config = compose(overrides) if any(shares.values()) else None
+    config = whole(tuple(overrides)) if any(shares.values()) else None
     for key, share in shares.items():
         if share is not None:
-            whole = OmegaConf.select(config, key)
-            schema.check(type(whole) is int, key, whole, f"a whole number, of which an arm takes {share:g}")
-            overrides.append(f"{key}={max(1, round(share * whole))}")
+            full = OmegaConf.select(config, key)
+            schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
+            overrides.append(f"{key}={max(1, round(share * full))}")
     return tuple(overrides)
 
 

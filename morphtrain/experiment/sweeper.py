@@ -159,7 +159,8 @@ class ArmsSweeper:
         jobs = [self._job(experiment, run, given, parent) for run in starting]
         with _silence():
             returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
-        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        hydra = self.config.hydra
+        configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
         return {run: _outcome(run, result) for run, result in zip(starting, returned, strict=True)}
 
     def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
