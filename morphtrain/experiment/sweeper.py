@@ -79,6 +79,7 @@ class ArmsSweeper:
                 status = "FAILED" if failures else "FINISHED"
             except KeyboardInterrupt:
                 status = "KILLED"
+                print("interrupted; go on with the same command", flush=True)
                 raise
             finally:
                 if parent is not None and isinstance(tracking, schema.tracking.MLflow):
@@ -157,10 +158,12 @@ class ArmsSweeper:
             if run.spoilt:
                 shutil.rmtree(run.directory)
         jobs = [self._job(experiment, run, given, parent) for run in starting]
-        with _silence():
-            returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
         hydra = self.config.hydra
-        configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
+        try:
+            with _silence():
+                returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
+        finally:  # or what is logged later goes to what was printed to meanwhile
+            configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
         return {run: _outcome(run, result) for run, result in zip(starting, returned, strict=True)}
 
     def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
