@@ -139,8 +139,7 @@ def method(option: str, **keys: Any) -> Method:
     group, _, name = option.partition("/")
     schema.check_one_of("option", group, ("prune", "grow", "batch_policy"))
     schema.check_one_of("option", name, tuple(known for known in schema.OPTIONS[group] if known != "custom"))
-    defaults = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{name}.yaml"))
-    assert isinstance(defaults, dict)
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{name}.yaml"))
     config = schema.typed(schema.OPTIONS[group][name], {**defaults, **keys}, f"methods, option {option}")
     made: Method = build(group, config)
     return made

@@ -48,7 +48,9 @@ def typed(arguments: Sequence[str]) -> Typed:
     Raises:
         UserError: for a key that an experiment sets by itself, or several values of any but the seed.
     """
-    overrides, aside, seeds = [], [], None
+    overrides: list[str] = []
+    aside: list[str] = []
+    seeds = None
     for argument, parsed in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
         key = key_of(argument)
         if key == "seed":
@@ -97,9 +99,9 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
 
     resolved: dict[str, Arm] = {}
     configs: dict[str, DictConfig] = {}
-    for arm, own in arms.items():
-        overrides = _overrides(own, arms, whole)
-        resolved[arm] = Arm(overrides, own.role, own.of)
+    for arm, keys_of_arm in arms.items():
+        overrides = _overrides(keys_of_arm, arms, whole)
+        resolved[arm] = Arm(overrides, keys_of_arm.role, keys_of_arm.of)
         configs[arm] = whole(overrides)
     plain = {key: value for key, value in asdict(facts).items() if key != "attempts"}
     seeds = arguments.seeds or tuple(size.seeds)
@@ -120,7 +122,7 @@ def key_of(override: str) -> str:
 
 
 def _sizes(keys: Mapping[str, Any]) -> dict[str, SizeKeys]:
-    default = {"overrides": []}
+    default: dict[str, list[str]] = {"overrides": []}
     return {
         name: schema.typed(SizeKeys, {**default, **node}, f"hydra.sweeper.sizes.{name}")
         for name, node in keys["sizes"].items()
@@ -149,13 +151,13 @@ def _overrides(
     arm: ArmKeys, arms: Mapping[str, ArmKeys], whole: Callable[[tuple[str, ...]], DictConfig]
 ) -> tuple[str, ...]:
     """An arm's overrides, with those of the arm that shaped its network, and with shares worked out."""
-    shaped_by = arms[arm.of].overrides if arm.of in arms else []
+    shaped_by = arms[arm.of].overrides if arm.of is not None and arm.of in arms else []
     overrides = merged([other for other in shaped_by if not _is_of(key_of(other), SHAPING)], arm.overrides)
     shares = {"epochs": arm.epochs, "model.width": arm.width}
-    config = whole(tuple(overrides)) if any(shares.values()) else None
+    plain = tuple(overrides)
     for key, share in shares.items():
         if share is not None:
-            full = OmegaConf.select(config, key)
+            full = OmegaConf.select(whole(plain), key)
             schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
             overrides.append(f"{key}={max(1, round(share * full))}")
     return tuple(overrides)
