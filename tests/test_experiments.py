@@ -22,7 +22,7 @@ from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.experiment import declaration
 from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
-from morphtrain.experiment.sweeper import ArmsSweeper
+from morphtrain.experiment.sweeper import ArmsSweeper, _spoil_unjudged
 from morphtrain.run import main
 
 DECLARED = """
@@ -279,6 +279,18 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     (job,) = [job for subdir, job, _ in jobs.started if subdir == "1/a"]
     assert job["resume"] == "auto"
     assert (tmp_path / "1/a/last.pt").read_text() == "kept"
+
+
+def test_a_disturbed_run_that_nobody_looked_at_is_spoilt(tmp_path: Path) -> None:
+    """Its command was killed between its end and the look at its records."""
+    runs = planned(experiment(ARMS, (1,)), tmp_path)
+    for run, disturbed in zip(runs[:2], (0.0, 1.0), strict=True):
+        run.directory.mkdir(parents=True)
+        (run.directory / "run.png").touch()
+        (run.directory / "records.jsonl").write_text(json.dumps(record(contended=disturbed)) + "\n")
+    _spoil_unjudged(runs)
+    assert [run.ended for run in runs[:2]] == [True, False]
+    assert [run.spoilt for run in runs[:2]] == [False, True]
 
 
 def test_two_commands_do_not_run_one_experiment_at_once(own: Path, command: Command) -> None:

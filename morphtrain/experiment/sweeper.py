@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment import runs as run_states
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
+from morphtrain.experiment.display import Clock, show_plan
 from morphtrain.experiment.runs import Run, contended, planned, ready
 from morphtrain.files import named_lock, write_atomically
 from morphtrain.tracking import begin_sweep, end_sweep, prepare
@@ -66,30 +66,38 @@ class ArmsSweeper:
             given = typed(arguments)
             experiment = declared(self.name, self.keys, given, self._composed)
             tracking = schema.parse(self._composed([*experiment.overrides, *given.aside])).tracking
-            prepare(tracking)
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._alone():
             self._settle_declaration(experiment)
             found = planned(experiment, self.directory.resolve())
-            _show_plan(experiment, found, self.directory)
-            parent = begin_sweep(tracking, self.directory.name, {"study": str(self.directory)}, self.directory)
-            status = "FAILED"
-            try:
-                failures = self._run_all(experiment, found, given, parent)
-                status = "FAILED" if failures else "FINISHED"
-            except KeyboardInterrupt:
-                status = "KILLED"
-                print("interrupted; go on with the same command", flush=True)
-                raise
-            finally:
-                if parent is not None and isinstance(tracking, schema.tracking.MLflow):
-                    ended = {"runs": float(len(found)), "runs_ended": float(sum(run.ended for run in found))}
-                    end_sweep(tracking, parent, ended, {"question": experiment.question}, [], status, self.directory)
-        if failures:
-            run, why = next(iter(failures.items()))
-            count = f"{len(failures)} of {len(found)} runs failed"
-            raise UserError(f"{count}, as {run}: {why}; the same command repeats them, and {run.directory} has its log")
+            _spoil_unjudged(found)
+            show_plan(experiment, found, self.directory)
+            if not all(run.ended for run in found):
+                self._run_under_parent(experiment, found, given, tracking)
         print(f"next: python -m morphtrain.report {self.directory}")
+
+    def _run_under_parent(self, experiment: Experiment, found: Sequence[Run], given: Typed, tracking: Any) -> None:
+        """Run what has not ended, in MLflow below one run; raises `UserError` if runs have failed."""
+        prepare(tracking)
+        parent = begin_sweep(tracking, self.directory.name, {"study": str(self.directory)}, self.directory)
+        status = "FAILED"
+        try:
+            failures = self._run_all(experiment, found, given, parent)
+            if failures:
+                run, why = next(iter(failures.items()))
+                count = f"{len(failures)} of {len(found)} runs failed, as {run}"
+                raise UserError(
+                    f"{count}, as {run}: {why}; the same command repeats them; {run.directory} has its log"
+                )
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            print("interrupted; go on with the same command", flush=True)
+            raise
+        finally:
+            if parent is not None and isinstance(tracking, schema.tracking.MLflow):
+                ended = {"runs": float(len(found)), "runs_ended": float(sum(run.ended for run in found))}
+                end_sweep(tracking, parent, ended, {"question": experiment.question}, [], status, self.directory)
 
     def _composed(self, overrides: Sequence[str]) -> DictConfig:
         """The config of a run, without Hydra's own."""
@@ -129,7 +137,7 @@ class ArmsSweeper:
     ) -> dict[Run, str]:
         """Run what has not ended; the runs that cannot, with the reason."""
         failures: dict[Run, str] = {}
-        clock = _Clock(sum(not run.ended for run in found), len(found))
+        clock = Clock(sum(not run.ended for run in found), len(found))
         for seed in experiment.seeds:
             left = [run for run in found if run.seed == seed and not run.ended]
             tries: Counter[Run] = Counter()
@@ -194,6 +202,13 @@ def _outcome(run: Run, returned: JobReturn) -> str | UserError | None:
     return None
 
 
+def _spoil_unjudged(found: Sequence[Run]) -> None:
+    """Spoil runs that others have disturbed, of a command that was killed before it looked at what they had left."""
+    for run in found:
+        if run.ended and contended(run.history()):
+            run.spoil()
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Keep what runs print from a table of runs: each has it in its own log."""
@@ -206,43 +221,3 @@ def _difference(key: str, before: Any, now: Any) -> str:
         name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
         return f"{key}.{name}={before.get(name)} and is now given {now.get(name)}"
     return f"{key}={before} and is now given {now}"
-
-
-def _show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
-    left = sum(not run.ended for run in found)
-    print(f"{experiment.name}, size={experiment.size}: {experiment.question}")
-    if experiment.limits:
-        print(f"  {experiment.limits}")
-    for name, arm in experiment.arms.items():
-        of = f" of {arm.of}" if arm.of else ""
-        print(f"  {name}: {arm.role}{of} {' '.join(arm.overrides)}".rstrip())
-    print(f"  for all: {' '.join(experiment.overrides)}")
-    seeds = f"seeds {', '.join(map(str, experiment.seeds))}"
-    print(f"  {len(found)} runs in {directory}, {seeds}; {len(found) - left} have ended, {left} are left", flush=True)
-
-
-class _Clock:
-    """A line per run, with the time that is left as those before it took theirs.
-
-    Args:
-        left: number of runs to go.
-        total: and of all.
-    """
-
-    def __init__(self, left: int, total: int) -> None:
-        self.begun, self.left, self.to_do, self.total = time.monotonic(), left, left, total
-
-    def show(self, run: Run, response: str, why: str | UserError | None, again: bool) -> None:
-        self.left -= not again
-        done = self.to_do - self.left
-        text = f"{self.total - self.left:4d}/{self.total} {run}:"
-        if why is not None:
-            text += f" {why}" + ("; once more" if again else "")
-        else:
-            end = run.history()[-1]
-            shown = dict.fromkeys((response, "calibrated_train_seconds", "test_accuracy", "params"))
-            text += "".join(f"  {metric} {end[metric]:.6g}" for metric in shown if metric in end)
-        if done and self.left:
-            minutes = (time.monotonic() - self.begun) / done * self.left / 60
-            text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
-        print(text, flush=True)
