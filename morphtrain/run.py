@@ -27,11 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 from morphtrain import arguments, config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import is_immaterial
+from morphtrain.experiment.plugin import CHOSEN, ExperimentSweeper
 from morphtrain.sweep import launcher_errors
-from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
+Plugins.instance().register(ExperimentSweeper)
 # Hydra makes callbacks without saying which it trusts, and warns of it; conf/config.yaml names ours.
 warnings.filterwarnings("ignore", message=r".* _target_='morphtrain\.sweep\.multirun\.Summary'")
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
@@ -98,7 +100,7 @@ def study(settings: Any) -> str:
 
 def run_name(settings: Any, config: schema.Config) -> str:
     """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
-    typed = [override for override in settings.overrides.task if not override.lstrip("+").startswith(UNNAMED)]
+    typed = [override for override in settings.overrides.task if not is_immaterial(override.lstrip("+").partition("=")[0])]
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]
@@ -162,7 +164,9 @@ def behind_hydra() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; an experiment is a multirun without `-m`, too."""
+    if any(argument.startswith(CHOSEN) for argument in sys.argv[1:]):
+        sys.argv.append("hydra.mode=MULTIRUN")  # an option's file cannot say so: Hydra would not look there
     with_messages(job)
 
 

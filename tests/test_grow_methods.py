@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate, train_epoch
+from morphtrain.trainer.train import train
 
 PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.start_epoch=2", "prune.interval=1")
 GROWTHS = {
@@ -305,3 +307,20 @@ def test_a_structure_that_was_found_can_be_trained_from_scratch(tmp_path: Path, 
     other = command(*scratch, "model.blocks=1", "hydra.run.dir=other")
     assert other.returncode == 1
     assert "model.blocks=1: architecture=found/last.pt was written with model.blocks=2" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [
+        ("grow=morphnet", "grow.round_epochs=1", "prune.stop_epoch=1", "prune.start_epoch=1"),
+        ("grow=selective", "grow.at_epochs=[1]"),
+        ("grow=adaptive",),
+    ],
+    ids=lambda grow: grow[0],
+)
+def test_growth_priced_by_latency_leaves_a_checkpoint(grow: tuple[str, ...], tmp_path: Path) -> None:
+    """What the machine was measured to do goes into the checkpoint, which holds plain numbers only."""
+    config = morphtrain.compose(*SMALL, *grow, "grow.cost=latency", "epochs=2", "tracking=none")
+    train(config, tmp_path, {})
+    train(dataclasses.replace(config, resume="auto"), tmp_path, {})
+    assert len(read_records(tmp_path)) == 2

@@ -24,7 +24,10 @@ DECLARATION = "experiment.yaml"  # in the directory of an experiment, above <see
 CONFIG = Path(".hydra", "config.yaml")  # missing with hydra.output_subdir=null
 
 # Keys that do not change what is computed.
-IMMATERIAL = ("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers")
+IMMATERIAL = (
+    *("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers"),
+    *("experiment", "size"),
+)
 
 
 @dataclass(frozen=True)

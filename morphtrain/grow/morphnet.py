@@ -31,7 +31,8 @@ class MorphNetExpansion(Method):
         if run.epoch > 0:
             return
         if self.config.cost == "latency":
-            self.roofline = agree(measure_roofline(run.device))
+            computed, moved = agree(measure_roofline(run.device))
+            self.roofline = computed, moved  # a plain tuple: a checkpoint holds no other
         self.target = self.config.target * cost_of(run, run.graph, self.config.cost, self.roofline)()
 
     def after_epoch(self, run: Run) -> None:

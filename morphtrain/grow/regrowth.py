@@ -27,7 +27,8 @@ class Regrowth:
     def start(self, run: Run) -> None:
         """Note the widths to compare with; call it before the first epoch of a run that is not resumed."""
         if self.config.cost == "latency":
-            self.roofline = agree(measure_roofline(run.device))
+            computed, moved = agree(measure_roofline(run.device))
+            self.roofline = computed, moved  # a plain tuple: a checkpoint holds no other
         self.reference = {space.name: space.size for space in run.graph.spaces}
 
     def follow(self, run: Run) -> None:

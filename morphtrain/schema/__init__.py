@@ -24,7 +24,7 @@ from morphtrain.schema import (
     tracking,
 )
 from morphtrain.schema.checks import check, check_one_of
-from morphtrain.schema.config import METRICS, Config
+from morphtrain.schema.config import METRICS, TESTED, Config
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch
@@ -36,6 +36,7 @@ from morphtrain.schema.parse import (
     parse,
     parse_max_batch,
     stored_option,
+    typed,
 )
 
 for _module in pkgutil.iter_modules(__path__):  # an option may have a module of its own
@@ -49,6 +50,7 @@ __all__ = [
     "CONF",
     "METRICS",
     "OPTIONS",
+    "TESTED",
     "Config",
     "Custom",
     "MaxBatch",
@@ -77,4 +79,5 @@ __all__ = [
     "sweeper",
     "timing",
     "tracking",
+    "typed",
 ]

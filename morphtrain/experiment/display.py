@@ -1,0 +1,53 @@
+"""What an experiment prints: its plan, and a line for each run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from morphtrain.errors import UserError
+from morphtrain.evidence.experiment import Experiment
+from morphtrain.experiment.runs import Run
+
+
+def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
+    """Print what is asked, which runs answer it, and how many of them are left."""
+    left = sum(not run.ended for run in found)
+    print(f"{experiment.name}, size={experiment.size}: {experiment.question}")
+    if experiment.limits:
+        print(f"  {experiment.limits}")
+    for name, arm in experiment.arms.items():
+        of = f" of {arm.of}" if arm.of else ""
+        print(f"  {name}: {arm.role}{of} {' '.join(arm.overrides)}".rstrip())
+    print(f"  for all: {' '.join(experiment.overrides)}")
+    seeds = f"seeds {', '.join(map(str, experiment.seeds))}"
+    print(f"  {len(found)} runs in {directory}, {seeds}; {len(found) - left} have ended, {left} are left", flush=True)
+
+
+class Clock:
+    """A line per run, with the time that is left as those before it took theirs.
+
+    Args:
+        left: number of runs to go.
+        total: and of all.
+    """
+
+    def __init__(self, left: int, total: int) -> None:
+        self.begun, self.left, self.to_do, self.total = time.monotonic(), left, left, total
+
+    def show(self, run: Run, response: str, why: str | UserError | None, again: bool) -> None:
+        """Print how a run has ended; `why` it does not count, and whether it runs again."""
+        self.left -= not again
+        done = self.to_do - self.left
+        text = f"{self.total - self.left:4d}/{self.total} {run}:"
+        if why is not None:
+            text += f" {why}" + ("; once more" if again else "")
+        else:
+            end = run.history()[-1]
+            shown = dict.fromkeys((response, "calibrated_train_seconds", "test_accuracy", "params"))
+            text += "".join(f"  {metric} {end[metric]:.6g}" for metric in shown if metric in end)
+        if done and self.left:
+            minutes = (time.monotonic() - self.begun) / done * self.left / 60
+            text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
+        print(text, flush=True)
