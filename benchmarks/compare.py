@@ -3,21 +3,21 @@
     python compare.py [tries]
 
 Each try measures ten pairs of epochs. The same config twice has to give an interval with 1 in it, which an interval of
-95 % does in 19 of 20. A config whose epochs have 44 steps instead of 40 has to be found slower while another process
-loads all cores by fits and starts.
+95 % does in 19 of 20. A config whose epochs have 44 steps instead of 40 has to be found slower while another run
+trains on all cores. It takes some three minutes; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import random
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-
-import torch
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import morphtrain
 from morphtrain.compare.measure import measure
@@ -46,49 +46,45 @@ def tried(ratio: float) -> Estimate:
     return found
 
 
-def load(seed: int) -> None:
-    """Multiply matrices on all cores for a while, rest for a while, and so on."""
-    torch.set_num_threads(multiprocessing.cpu_count())
-    rng = random.Random(seed)
-    matrix = torch.randn(512, 512)
-    while True:
-        end = time.perf_counter() + rng.uniform(0.05, 0.5)
-        while time.perf_counter() < end:
-            matrix @ matrix
-        time.sleep(rng.uniform(0.05, 0.5))
-
-
 @contextlib.contextmanager
-def loaded() -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=load, args=(0,), daemon=True)
-    process.start()
-    time.sleep(3)  # until it has imported torch
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
+def neighbour() -> Iterator[None]:
+    """Another run, with a thread on every core, past its first epoch."""
+    with tempfile.TemporaryDirectory() as directory:
+        words = ["model.width=32", "epochs=100000", "tracking=none", f"hydra.run.dir={directory}"]
+        threads = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "morphtrain.run", *words], env=threads, stdout=subprocess.DEVNULL
+        )
+        try:
+            while not Path(directory, "last.pt").exists():
+                assert process.poll() is None, "the neighbour has died"
+                time.sleep(0.1)
+            yield
+        finally:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
     tries = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    same = [tried(1.0) for _ in range(tries)]
-    held = sum(found.low <= 1 <= found.high for found in same)
-    report("the same config twice", same, f"interval contains 1 in {held} of {tries}", held, tries)
-    with loaded():
+    report("the same config twice", [tried(1.0) for _ in range(tries)], lambda found: found.low <= 1 <= found.high)
+    with neighbour():
         slower = [tried(MORE) for _ in range(tries)]
-    seen = sum(found.low > 1 for found in slower)
-    report("a tenth more work, under load", slower, f"found in {seen} of {tries}", seen, tries)
+    report("a tenth more work, beside another run", slower, lambda found: found.low > 1)
 
 
-def report(title: str, results: list[Estimate], said: str, count: int, tries: int) -> None:
+def report(title: str, results: Sequence[Estimate], right: Callable[[Estimate], bool]) -> None:
+    count, tries = sum(map(right, results)), len(results)
     middle = statistics.median(found.mean for found in results)
     width = statistics.median(found.high / found.low - 1 for found in results)
     limit = LEAST * tries / 20
     print(
-        f"compare: {title}: {said}   limit {limit:g} {'ok' if count >= limit else 'MISSED'} "
+        f"compare: {title}: right in {count} of {tries}   limit {limit:g} {'ok' if count >= limit else 'MISSED'} "
         f"(median ratio {middle:.4f}, median width of the interval {width:.1%}, {PAIRS} pairs a try)"
     )
+    for found in results:
+        if not right(found):
+            print(f"    wrong: {found}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _scattered(turns: Turns) -> Iterator[str]:
     steps = [after - before for before, after in itertools.pairwise(ratios)]
     scatter = math.sqrt(statistics.fmean(step**2 for step in steps) / 2)
     if scatter > SCATTER:
-        longer = "a larger batch" if turns.unit == "step" else "more images an epoch"
+        longer = "a larger batch" if turns.unit == "step" else "longer ones, or turns by --steps"
         help_ = f"close other programs, or take {turns.more}, or {longer}; timing.cores=1 keeps to one core"
         yield f"B / A scatters by {math.expm1(scatter):.0%} from block to block: {help_}"
 
