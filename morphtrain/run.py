@@ -100,7 +100,9 @@ def study(settings: Any) -> str:
 
 def run_name(settings: Any, config: schema.Config) -> str:
     """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
-    typed = [override for override in settings.overrides.task if not is_immaterial(override.lstrip("+").partition("=")[0])]
+    typed = [
+        override for override in settings.overrides.task if not is_immaterial(override.lstrip("+").partition("=")[0])
+    ]
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]
