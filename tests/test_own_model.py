@@ -127,7 +127,8 @@ def test_a_network_of_ones_own_is_pruned_killed_and_resumed(command: Command, tm
     history = read_records(tmp_path / "once")
     assert history[0]["params"] > history[-1]["params"]
     here = [*RUN, *NET, "hydra.run.dir=twice", "resume=auto"]
-    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     killed = subprocess.run([sys.executable, KILLED_RUN, "rename:6", *here], cwd=tmp_path, env=path)
     assert killed.returncode == -signal.SIGKILL
     resumed = command(*here)
