@@ -108,8 +108,8 @@ def _summaries(run: Run) -> Record:
     found = {"median_epoch_seconds": median_epoch_seconds(run.history)}
     target = run.config.timing.target_accuracy
     clocks = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy": "calibrated_train_seconds"}
-    for metric, clock in clocks.items() if target is not None else ():
-        if all(clock in record for record in run.history):
+    for metric, clock in clocks.items():
+        if target is not None and all(clock in record for record in run.history):
             found[metric] = time_to_accuracy(run.history, target, clock)
     return found
 
