@@ -16,7 +16,7 @@ from morphtrain.schema.checks import nearest
 from morphtrain.schema.names import keys_of_file
 
 # What says how a multirun searches and where its jobs run; in a single run it would do nothing.
-OF_A_MULTIRUN = ("sweep", "launcher", "hydra/sweeper", "hydra/launcher")
+OF_A_MULTIRUN = ("sweep", "experiment", "launcher", "hydra/sweeper", "hydra/launcher")
 MULTIRUN = "hydra.mode=MULTIRUN"
 
 

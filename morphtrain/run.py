@@ -28,7 +28,7 @@ from morphtrain import arguments, config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import is_immaterial
-from morphtrain.experiment.plugin import CHOSEN, ExperimentSweeper
+from morphtrain.experiment.plugin import ExperimentSweeper
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
@@ -100,9 +100,7 @@ def study(settings: Any) -> str:
 
 def run_name(settings: Any, config: schema.Config) -> str:
     """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
-    typed = [
-        override for override in settings.overrides.task if not is_immaterial(override.lstrip("+").partition("=")[0])
-    ]
+    typed = [override for override in settings.overrides.task if not is_immaterial(override)]
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]
@@ -166,9 +164,7 @@ def behind_hydra() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command; an experiment is a multirun without `-m`, too."""
-    if any(argument.startswith(CHOSEN) for argument in sys.argv[1:]):
-        sys.argv.append("hydra.mode=MULTIRUN")  # an option's file cannot say so: Hydra would not look there
+    """Run the command."""
     with_messages(job)
 
 

@@ -170,7 +170,7 @@ def grid(stored: Stored, tmp_path: Path) -> str:
 def test_the_commands_say_effect_interval_and_n(grid: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["test", grid, "--by", "prune", "--paired", "seed", "--margin", "0.01"]) == 0
     note, test, no_worse, equivalent = capsys.readouterr().out.splitlines()
-    assert note == "note: 1 runs are left out, which did not come to their end"
+    assert note == "note: 1 of 15 runs left out, which did not come to their end"
     assert test.startswith("prunetrain - none: 0.005444 [") and "(7 pairs), paired t test p = " in test
     assert no_worse.startswith("prunetrain - none: is no worse within -0.01 to inf: 0.005444 [")
     assert equivalent.startswith("prunetrain - none: is equivalent within -0.01 to 0.01: 0.005444 [")

@@ -98,7 +98,7 @@ def _fit(given: argparse.Namespace) -> None:
 
     table = _finished(given)
     points = samples.numbers(table, given.x, given.y)
-    _say_left_out(len(table) - len(points), f"without a number for {given.x} or {given.y}")
+    _say_left_out(len(table) - len(points), len(table), f"without a number for {given.x} or {given.y}")
     with _as_user_error():
         print(fit_line([x for x, _ in points], [y for _, y in points], names=(given.x, given.y)))
 
@@ -149,13 +149,13 @@ def _finished(given: argparse.Namespace) -> pd.DataFrame:
     finished = table[table["finished"]]
     if finished.empty:
         raise UserError(f"{' '.join(given.runs)}: none of {len(table)} runs has come to its end")
-    _say_left_out(len(table) - len(finished), "which did not come to their end")
+    _say_left_out(len(table) - len(finished), len(table), "which did not come to their end")
     return finished
 
 
-def _say_left_out(count: int, why: str) -> None:
+def _say_left_out(count: int, runs: int, why: str) -> None:
     if count:
-        print(f"note: {count} runs are left out, {why}")
+        print(f"note: {count} of {runs} runs left out, {why}")
 
 
 @contextlib.contextmanager

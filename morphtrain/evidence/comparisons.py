@@ -260,8 +260,11 @@ def _within(
         means = CompareMeans(*map(DescrStatsW, samples))
         tests = [means.ttest_ind(side, "unequal", end) for end, side in sides]
     p = max(float(test[1]) for test in tests)
-    ends = (_effect(*samples), *_t_interval(samples, 1 - 2 * level), lowest, highest)
-    return WithinMargin(names, scale, *(_unscaled(end, scale) for end in ends), tuple(map(len, samples)), p, level)
+    low, high = _t_interval(samples, 1 - 2 * level)
+    effect, low, high, lowest, highest = (
+        _unscaled(end, scale) for end in (_effect(*samples), low, high, lowest, highest)
+    )
+    return WithinMargin(names, scale, effect, low, high, lowest, highest, tuple(map(len, samples)), p, level)
 
 
 def _effect(*samples: Any, axis: int = -1) -> Any:

@@ -160,8 +160,9 @@ def _values(configs: Sequence[Mapping[str, Any]], key: str) -> set[str]:
     return {repr(config[key]) for config in configs if key in config}
 
 
-def is_immaterial(key: str) -> bool:
-    """Whether a dotted key does not change what is computed."""
+def is_immaterial(override: str) -> bool:
+    """Whether an override, or its dotted key alone, does not change what is computed."""
+    key = override.lstrip("+").partition("=")[0]
     return any(key == name or key.startswith(f"{name}.") for name in IMMATERIAL)
 
 

@@ -161,9 +161,19 @@ def fit_line(
             zip(result.params, result.bse, result.tvalues, result.pvalues, strict=True), intervals, strict=True
         )
     )
-    f, f_p = float(np.squeeze(result.fvalue)), float(np.squeeze(result.f_pvalue))
-    fit = (f, f_p, float(result.rsquared), len(x), confidence, robust, diagnostics, result)
-    return Line(*names, slope, intercept, *fit)
+    return Line(
+        *names,
+        slope,
+        intercept,
+        f=float(np.squeeze(result.fvalue)),
+        f_p=float(np.squeeze(result.f_pvalue)),
+        r_squared=float(result.rsquared),
+        points=len(x),
+        confidence=confidence,
+        robust=robust,
+        diagnostics=diagnostics,
+        fitted=result,
+    )
 
 
 def _diagnostics(result: Any) -> Diagnostics:

@@ -15,8 +15,9 @@ from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL
 class Variance:
     """An analysis of variance over groups, and the comparison of each later group with each earlier one.
 
-    `effect`, from `low` to `high`, is eta^2: the share of the variance (in blocks: of what the blocks leave) that the
-    groups explain. `f` has `between` and `within` degrees of freedom. The p of the pairs are corrected by Holm.
+    `effect` is eta^2: the share of the variance (in blocks: of what the blocks leave) that the groups explain in these
+    runs; the interval from `low` to `high` is of the share that they would explain in all runs, which is less. `f` has
+    `between` and `within` degrees of freedom. The p of the pairs are corrected by Holm.
     """
 
     names: tuple[str, ...]
@@ -118,9 +119,12 @@ def _variance(
     from statsmodels.stats.oneway import confint_effectsize_oneway
 
     share = f * between / (f * between + within)
-    ends = confint_effectsize_oneway(f, (between, within), alpha=1 - confidence).ci_eta
     p = float(stats.f.sf(f, between, within))
-    low, high = map(float, ends)
+    low, high = map(float, confint_effectsize_oneway(f, (between, within), alpha=1 - confidence).eta2)
+    if 1 - p < (1 + confidence) / 2:  # so small an F has no lower end of its own, and a tiny one no upper
+        low = 0.0
+    if 1 - p < (1 - confidence) / 2:
+        high = 0.0
     return Variance(names, f, between, within, p, share, low, high, n, blocked, confidence, corrected(pairs))
 
 

@@ -8,8 +8,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-CHOSEN = "+experiment="  # what the argument begins with that asks for an experiment
-
 
 class ExperimentSweeper(Sweeper):
     """Runs the arms of an experiment, seed by seed; see `conf/hydra/sweeper/experiment.yaml` for the keys.

@@ -72,7 +72,7 @@ def finished_runs(sweep_dir: Path) -> tuple[list[FinishedRun], int]:
 def _read(run_dir: Path) -> FinishedRun:
     overrides = [str(override) for override in OmegaConf.load(run_dir / OVERRIDES)]
     config = OmegaConf.load(run_dir / ".hydra" / "config.yaml")
-    named = (o for o in overrides if (key := o.lstrip("+").partition("=")[0]) != "seed" and not is_immaterial(key))
+    named = (o for o in overrides if not o.lstrip("+").startswith("seed=") and not is_immaterial(o))
     reshapes = any(OmegaConf.select(config, f"{group}.name") != "none" for group in ("prune", "grow"))
     return FinishedRun(tuple(named), int(config.seed), reshapes, read_records(run_dir))
 
