@@ -23,10 +23,16 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
     `tick`, if given, is called with the number of images of every step.
     """
     with run.clock.timed("epoch_seconds"):
-        _train_epoch(run, tick)
+        for images in training_steps(run):
+            if tick is not None:
+                tick(images)
 
 
-def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
+def training_steps(run: Run) -> Iterator[int]:
+    """Train over the data once, a step whenever it is asked for the next; yields the number of images of each.
+
+    At the end it sets `run.train_loss` and `run.train_accuracy`.
+    """
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     samples = len(run.data.train)
     given = seen = 0  # images of the data, and those trained on: `before_forward` may take or add some
@@ -53,8 +59,7 @@ def _train_epoch(run: Run, tick: Callable[[int], None] | None) -> None:
         total += loss * len(labels)
         correct += right
         run.clock.step_done()
-        if tick is not None:
-            tick(len(labels))
+        yield len(labels)
     if given != samples or seen == 0:
         name = f"data={run.config.data.name}"
         raise UserError(f"{name}: train_batches gave {given} images, {seen} of them to train on; train has {samples}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,15 +52,24 @@ def train(
         OSError: if `run_dir` cannot be written.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, which wait for the end of the step, and only in the main thread.
     """
+    with occupied(run_dir), prepared(config) as slot, named_if_out_of_memory(sizes(config)):
+        return _train(config, run_dir, tags, on_epoch, slot)
+
+
+@contextmanager
+def prepared(config: Config) -> Iterator[Slot]:
+    """The process made ready for training, with a slot on this host and no more memory than the machine has."""
     prepare_process()
-    sizes = " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
     with (
-        occupied(run_dir),
         take_slot(possible_devices(config.device), config.timing) as slot,
         within_machine() if slot.device.type == "cpu" else nullcontext(),  # drivers map more than the machine has
-        named_if_out_of_memory(sizes),
     ):
-        return _train(config, run_dir, tags, on_epoch, slot)
+        yield slot
+
+
+def sizes(config: Config) -> str:
+    """What makes a run large, with the values, as a message says it."""
+    return " ".join(schema.size_keys(group, getattr(config, group)) for group in ("batch_policy", "model", "data"))
 
 
 def _train(
@@ -123,21 +132,26 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
             raise UserError(
                 f"hydra.run.dir={run_dir}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
-        return _start(config, device), None
+        return new_run(config, device), None
     auto = config.resume == "auto"
     if not auto and not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
     stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
     if stored is None:
         log.info("no checkpoint in %s: starting from epoch 1", run_dir)
-        return _start(config, device), None
+        return new_run(config, device), None
     run = stored.restore(config, device)
     best.carry_on(run, stored.path, run_dir)
     log.info("going on after epoch %d of %s", run.epoch, stored.path)
     return run, stored
 
 
-def _start(config: Config, device: torch.device) -> Run:
+def new_run(config: Config, device: torch.device) -> Run:
+    """A run before its first epoch, with the structure of `config.architecture` if that is set.
+
+    Raises:
+        UserError: as `build_run`; if there is no such checkpoint, or it is of another model.
+    """
     if config.architecture is None:
         return build_run(config, device=device)
     stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
