@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+from morphtrain.compare.turns import in_turns
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each variant in each round; the order is reversed after every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for number in range(warmup + rounds):
-        for name in names if number % 2 == 0 else reversed(names):
+
+    def timed(work: Callable[[], object]) -> Iterator[float]:
+        for _ in range(warmup + rounds):
             start = time.perf_counter()
-            variants[name]()
-            spent = time.perf_counter() - start
-            if number >= warmup:
-                seconds[name].append(spent)
-    return seconds
+            work()
+            yield time.perf_counter() - start
+
+    sides = {name: timed(work) for name, work in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for name, spent in in_turns(sides):
+        seconds[name].append(spent)
+    return {name: spent[warmup:] for name, spent in seconds.items()}
 
 
 def report(title: str, seconds: Mapping[str, list[float]], baseline: str, limit: float | None = None) -> None:

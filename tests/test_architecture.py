@@ -8,7 +8,7 @@ import pytest
 from morphtrain import schema
 
 GROUPS = sorted(set(schema.OPTIONS) - {"timing"})
-COMMANDS = {"run", "maxbatch", "export", "sweep", "trainer", "options"}
+COMMANDS = {"run", "maxbatch", "export", "compare", "sweep", "trainer", "options"}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import yaml
 
 import morphtrain
 from morphtrain import schema
+from morphtrain.compare.__main__ import parse
+from morphtrain.compare.command import sides_of
 
 ROOT = Path(__file__).parents[1]
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((schema.CONF / group).glob("*.yaml"))]
@@ -20,14 +22,16 @@ IMPORT = re.compile(r"^ *from (morphtrain[\w.]*) import ([\w, ]+)$", re.MULTILIN
 OTHERS = (" -m ", " --", "custom", "my_", "<", "hydra.")  # sweeps, printing, options of the reader's own
 
 
+def shown(command: str) -> list[str]:
+    """What follows a command wherever it is shown."""
+    pattern = re.compile(rf"^ +python -m morphtrain\.{command}( [^#\n]*)", re.MULTILINE)
+    return [words for page in PAGES for words in pattern.findall(page.read_text().replace(" \\\n", " "))]
+
+
 def commands() -> list[str]:
     """The words of every single run that is shown."""
-    lines: list[str] = []
-    for page in PAGES:
-        lines += re.findall(
-            r"^ +python -m morphtrain\.run( [^#\n]*)", page.read_text().replace(" \\\n", " "), re.MULTILINE
-        )
-    words = {line.strip().split("  ")[0] for line in lines if not any(other in f"{line} " for other in OTHERS)}
+    lines = [line for line in shown("run") if not any(other in f"{line} " for other in OTHERS)]
+    words = {line.strip().split("  ")[0] for line in lines}
     assert len(words) > 15
     return sorted(words)
 
@@ -35,6 +39,12 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_that_is_shown_composes(command: str) -> None:
     morphtrain.compose(*shlex.split(command))
+
+
+@pytest.mark.parametrize("command", sorted(set(shown("compare"))))
+def test_a_comparison_that_is_shown_composes(command: str) -> None:
+    for overrides in sides_of(*parse(shlex.split(command))).values():
+        morphtrain.compose(*overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,0 +1,91 @@
+"""Does `morphtrain.compare` tell the truth? The same config twice, and one with a tenth more work, 20 times each.
+
+    python compare.py [tries]
+
+Each try measures ten pairs of epochs. The same config twice has to give an interval with 1 in it, which an interval of
+95 % does in 19 of 20. A config whose epochs have 44 steps instead of 40 has to be found slower while another run
+trains on all cores. It takes some three minutes; nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import morphtrain
+from morphtrain.compare.measure import measure
+from morphtrain.compare.report import decisive, ratio
+from morphtrain.evidence.repeats import Estimate
+
+PAIRS, LEAST, MORE = 10, 18, 1.1
+TRAIN_SAMPLES, BATCH = 640, 16
+RUN = (
+    "data=synthetic",
+    "data.image_size=16",
+    "data.val_samples=16",
+    "model.width=8",
+    f"batch_policy.batch_size={BATCH}",
+    f"epochs={1 + PAIRS}",
+    "timing.cores=1",
+)
+
+
+def tried(work: float) -> Estimate:
+    configs = [
+        morphtrain.compose(*RUN, f"data.train_samples={round(TRAIN_SAMPLES * factor)}") for factor in (1.0, work)
+    ]
+    found = ratio(decisive({None: measure(configs)}))  # what the command answers
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def neighbour() -> Iterator[None]:
+    """Another run, with a thread on every core, past its first epoch."""
+    with tempfile.TemporaryDirectory() as directory:
+        words = ["model.width=32", "epochs=100000", "tracking=none", f"hydra.run.dir={directory}"]
+        threads = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "morphtrain.run", *words], env=threads, stdout=subprocess.DEVNULL
+        )
+        try:
+            while not Path(directory, "last.pt").exists():
+                assert process.poll() is None, "the neighbour has died"
+                time.sleep(0.1)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    tries = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    report("the same config twice", [tried(1.0) for _ in range(tries)], lambda found: found.low <= 1 <= found.high)
+    with neighbour():
+        slower = [tried(MORE) for _ in range(tries)]
+    report("a tenth more work, beside another run", slower, lambda found: found.low > 1)
+
+
+def report(title: str, results: Sequence[Estimate], right: Callable[[Estimate], bool]) -> None:
+    count, tries = sum(map(right, results)), len(results)
+    middle = statistics.median(found.mean for found in results)
+    width = statistics.median(found.high / found.low - 1 for found in results)
+    limit = LEAST * tries / 20
+    print(
+        f"compare: {title}: right in {count} of {tries}   limit {limit:g} {'ok' if count >= limit else 'MISSED'} "
+        f"(median ratio {middle:.4f}, median width of the interval {width:.1%}, {PAIRS} pairs a try)"
+    )
+    for found in results:
+        if not right(found):
+            print(f"    wrong: {found}")
+
+
+if __name__ == "__main__":
+    main()

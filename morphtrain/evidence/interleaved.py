@@ -1,0 +1,175 @@
+"""What times that were taken in turns, A B B A A B B A ..., tell of a ratio, and what may be wrong with them.
+
+The unit is a block, A B B A: a machine that becomes steadily slower or faster takes as much from A as from B within it,
+and what lasts longer than a block is common to both. So blocks are nearly independent where the times are not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, paired_ratio
+
+PAIRS = 2  # of neighbours, in a block
+FEW_BLOCKS = 5  # with fewer, the interval rests on an uncertain scatter
+
+# What is worth a word. The first, the second and the idea of the last are those of `pyperf check` (Victor Stinner).
+SCATTER = 0.1  # standard deviation of the ratio from block to block, as a share
+OUTLIER = 1.5  # times what is expected
+SHORT_SECONDS = 0.005  # about as long as a system lets one process run before another gets its turn
+CHANGE = 0.05  # of the ratio from the first third to the last
+SURE = 0.01  # largest p of a trend that is called one
+DRIFT = 0.1  # of the machine's speed
+FOREIGN = 0.1  # share of the cores that others used
+
+
+def blocks(a: Sequence[float], b: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The geometric mean of each side's two times in each whole block; a pair left over at the end is not used."""
+    whole = min(len(a), len(b)) // PAIRS
+    means = ([math.sqrt(side[PAIRS * n] * side[PAIRS * n + 1]) for n in range(whole)] for side in (a, b))
+    first, second = means
+    return first, second
+
+
+def block_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Estimate | None:
+    """The geometric mean of B / A over blocks, with Student's t interval of the mean logarithm; None without a block.
+
+    Args:
+        a, b: seconds; a[n] and b[n] are neighbours in time.
+    """
+    first, second = blocks(a, b)
+    return paired_ratio(dict(enumerate(second)), dict(enumerate(first)), confidence)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Times taken in turns, without warm-up, and what else is known of them.
+
+    Args:
+        a, b: seconds; a[n] and b[n] are neighbours in time.
+        unit: what one time is of: "epoch" or "step".
+        changed: whether a network changed its structure meanwhile.
+        foreign_cpu: share of the cores (0 to 1) that other processes used; None if that is not known.
+        others: ids of processes that trained on the same device or cores.
+    """
+
+    a: Sequence[float]
+    b: Sequence[float]
+    unit: str
+    changed: bool = False
+    foreign_cpu: float | None = None
+    others: Sequence[int] = ()
+
+    @property
+    def more(self) -> str:
+        """How the user gets more of them."""
+        return "a larger --steps" if self.unit == "step" else "more epochs"
+
+    @property
+    def ratios(self) -> list[float]:
+        """Logarithms of B / A, by block."""
+        return [math.log(b / a) for a, b in zip(*blocks(self.a, self.b), strict=True)]
+
+
+def doubts(turns: Turns) -> list[str]:
+    """What makes a ratio doubtful, a sentence each with the number and what would help; empty if nothing does."""
+    found = (_few, _scattered, _changing, _outlying, _drifting, _disturbed, _short)
+    return [sentence for check in found for sentence in check(turns)]
+
+
+def _few(turns: Turns) -> Iterator[str]:
+    number = len(turns.ratios)
+    if number < LEAST_FOR_INTERVAL:
+        yield f"only {number} blocks of A B B A, of which no interval can be told: {turns.more}"
+    elif number < FEW_BLOCKS:
+        yield f"only {number} blocks of A B B A, so the interval is wide and itself uncertain: {turns.more}"
+
+
+def _scattered(turns: Turns) -> Iterator[str]:
+    """Scatter from one block to the next, so that a ratio that slowly changes does not count as unstable."""
+    ratios = turns.ratios
+    if len(ratios) < LEAST_FOR_INTERVAL:
+        return
+    steps = [after - before for before, after in itertools.pairwise(ratios)]
+    scatter = math.sqrt(statistics.fmean(step**2 for step in steps) / 2)
+    if scatter > SCATTER:
+        longer = "a larger batch" if turns.unit == "step" else "longer ones, or turns by --steps"
+        help_ = f"close other programs, or take {turns.more}, or {longer}; timing.cores=1 keeps to one core"
+        yield f"B / A scatters by {math.expm1(scatter):.0%} from block to block: {help_}"
+
+
+def _changing(turns: Turns) -> Iterator[str]:
+    """A ratio that is another at the end."""
+    ratios = turns.ratios
+    if (line := _trend(ratios)) is None:
+        return
+    slope, _, p = line
+    start, end = (math.exp(statistics.fmean(part)) for part in _thirds(ratios))
+    if p < SURE and abs(slope) * len(ratios) > CHANGE and abs(math.log(end / start)) > CHANGE:
+        of_one = "compare single networks with architecture=<checkpoint> and --steps" if turns.changed else turns.more
+        yield (
+            f"B / A goes from {start:.3f} in the first third to {end:.3f} in the last: the ratio is a mean of all, and "
+            f"its interval counts the change as scatter; {of_one}"
+        )
+
+
+def _outlying(turns: Turns) -> Iterator[str]:
+    """Pairs far off the line through all of them."""
+    pairs = [math.log(b / a) for a, b in zip(turns.a, turns.b, strict=False)]
+    if len(pairs) < 2 * LEAST_FOR_INTERVAL:
+        return
+    slope, start, _ = _trend(pairs) or (0.0, statistics.median(pairs), 1.0)
+    rest = [ratio - (start + slope * number) for number, ratio in enumerate(pairs)]
+    middle = statistics.median(rest)
+    if off := sum(abs(value - middle) > math.log(OUTLIER) for value in rest):
+        help_ = "something else ran for moments, and they count in the interval; repeat it on a quieter machine"
+        yield f"{off} of {len(pairs)} pairs are off the others by more than {OUTLIER - 1:.0%}: {help_}"
+
+
+def _drifting(turns: Turns) -> Iterator[str]:
+    """Both sides slower, or both faster, at the end: that is the machine, unless the networks changed."""
+    if turns.changed or len(turns.ratios) < LEAST_FOR_INTERVAL:
+        return
+    sides = map(_thirds, (turns.a, turns.b))
+    moves = [math.log(statistics.fmean(end) / statistics.fmean(start)) for start, end in sides]
+    common = min(moves, key=abs)
+    if moves[0] * moves[1] > 0 and abs(common) > math.log1p(DRIFT):
+        word = "slower" if common > 0 else "faster"
+        shared = "neighbours share that, so the ratio stands, but the seconds do not"
+        yield f"the machine became {math.expm1(abs(common)):.0%} {word}: {shared}; let it warm up, and plug it in"
+
+
+def _disturbed(turns: Turns) -> Iterator[str]:
+    if turns.others:
+        numbers = ", ".join(map(str, turns.others))
+        yield f"process {numbers} trained on the same device or cores: wait for its end, or timing.when_busy=wait"
+    elif turns.foreign_cpu is not None and turns.foreign_cpu > FOREIGN:
+        yield f"others used {turns.foreign_cpu:.0%} of the cores: close them, or leave them a core with timing.cores"
+
+
+def _short(turns: Turns) -> Iterator[str]:
+    shortest = min((statistics.median(side) for side in (turns.a, turns.b) if side), default=SHORT_SECONDS)
+    if shortest < SHORT_SECONDS:
+        longer = "a larger batch or network" if turns.unit == "step" else "more images"
+        why = "caches that the other side has filled and the system's turns weigh much in so short a time"
+        yield f"{'an epoch' if turns.unit == 'epoch' else 'a step'} takes {1e3 * shortest:.2g} ms: {why}; {longer}"
+
+
+def _trend(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Slope, start and p of the line through values in their order; None for too few to tell."""
+    if len(values) < 2 * LEAST_FOR_INTERVAL:
+        return None
+    from scipy import stats
+
+    line = stats.linregress(range(len(values)), values)
+    return float(line.slope), float(line.intercept), float(line.pvalue)
+
+
+def _thirds(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """The first and the last third."""
+    third = max(1, len(values) // 3)
+    return values[:third], values[-third:]

@@ -1,0 +1,320 @@
+"""`python -m morphtrain.compare`: each side is what it would be alone, and what is said is what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from test_networks import narrower
+
+import morphtrain
+from morphtrain.compare import own_code
+from morphtrain.compare.__main__ import parse
+from morphtrain.compare.command import show
+from morphtrain.compare.measure import WARMUP_STEPS, measure
+from morphtrain.compare.training import steps
+from morphtrain.compare.turns import Randomness, in_turns
+from morphtrain.errors import UserError
+from morphtrain.evidence.interleaved import block_ratio
+from morphtrain.method import Method
+from morphtrain.state import Run
+from morphtrain.trainer import begin_epoch, build_run, checkpoint, finish_epoch, start, train_epoch
+from morphtrain.trainer.train import new_run
+
+CPU = torch.device("cpu")
+DENSE = tuple(override for override in SMALL if not override.startswith("prune"))
+PRUNED = SMALL[len(DENSE) :]
+NOISY = "methods=[{_target_: test_compare.Noisy}]"
+MEASURED = ("_seconds", "samples_per_second", "timestamp", "peak_memory_bytes")  # parts of names: of the machine
+
+
+class Noisy(Method):
+    """Draws from every source of random numbers, so that whoever else draws from them changes what is trained."""
+
+    def after_step(self, run: Run) -> None:
+        drawn = random.random() + np.random.rand() + torch.rand(()).item()
+        with torch.no_grad():
+            next(run.model.parameters()).add_(1e-2 * drawn)
+
+    def measure(self, run: Run) -> dict[str, float]:
+        return {"drawn": random.random() + np.random.rand() + torch.rand(()).item()}
+
+
+def seed_everything() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def computed(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in record.items() if not any(part in k for part in MEASURED)} for record in records]
+
+
+def alone(*overrides: str) -> list[dict[str, float]]:
+    """The records of a run that has the process to itself."""
+    seed_everything()
+    run = build_run(morphtrain.compose(*overrides))
+    start(run)
+    while run.epoch < run.config.epochs:
+        begin_epoch(run)
+        train_epoch(run)
+        finish_epoch(run)
+    return computed(run.history)
+
+
+def test_each_side_computes_what_it_computes_alone() -> None:
+    """Bit for bit, with pruning and with methods that draw; and each trains to its own end."""
+    sides = (*SMALL, NOISY, "epochs=5"), (*DENSE, NOISY, "seed=2", "epochs=3")
+    expected = [alone(*overrides) for overrides in sides]
+    seed_everything()
+    measured = measure([morphtrain.compose(*overrides) for overrides in sides])
+    assert [computed(measured.records[name]) for name in "AB"] == expected
+    assert len({record["drawn"] for record in expected[0]}) == 5
+    assert expected[0][-1]["params"] < expected[0][0]["params"], "nothing was pruned"
+    assert [len(measured.spent[name]) for name in "AB"] == [5, 3]
+    assert (len(measured.turns.a), len(measured.turns.b), measured.warmup) == (4, 2, 1)
+    epoch = measured.records["A"][2]
+    assert measured.turns.a[1] == epoch["epoch_seconds"] + epoch["morph_seconds"]
+    assert measured.turns.changed
+
+
+def weights_after_steps(beside: bool) -> torch.Tensor:
+    seed_everything()
+    runs, sides = {}, {}
+    for name, seed in (("A", 1), ("B", 2)) if beside else (("A", 1),):
+        randomness = Randomness(CPU)
+        with randomness.own():
+            runs[name] = build_run(morphtrain.compose(*SMALL, NOISY, f"seed={seed}"))
+            start(runs[name])
+        sides[name] = randomness.of(itertools.islice(steps(runs[name]), 20))
+    assert [name for name, _ in in_turns(sides)].count("A") == 20
+    return weights(runs["A"])
+
+
+def weights(run: Run) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+def test_steps_in_turns_are_those_of_training_alone() -> None:
+    expected = weights_after_steps(beside=False)
+    assert torch.equal(weights_after_steps(beside=True), expected)
+    seed_everything()
+    run = build_run(morphtrain.compose(*SMALL, NOISY))
+    start(run)
+    for _ in range(2):  # 16 steps each: the 20 end in the second, whose learning rates an uncut epoch has, too
+        begin_epoch(run)
+        done = train_until(run, 20 - 16 * (run.epoch - 1))
+    assert done == 4
+    assert torch.equal(weights(run), expected)
+
+
+def train_until(run: Run, most: int) -> int:
+    """Train an epoch through its callback, which is told of every step, and stop it after `most`."""
+    done = 0
+
+    class Enough(Exception):
+        pass
+
+    def tick(images: int) -> None:
+        nonlocal done
+        done += 1
+        if done == most:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        train_epoch(run, tick)
+    return done
+
+
+def test_only_whole_batches_are_timed() -> None:
+    run = build_run(morphtrain.compose(*SMALL, "batch_policy.batch_size=100", "epochs=2"))
+    start(run)
+    seen: list[int] = []
+    run.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    assert len(list(steps(run))) == 4  # two epochs of 256 images
+    assert seen == [100] * 4
+
+
+@pytest.fixture
+def structure(tmp_path: Path) -> Path:
+    run = build_run(morphtrain.compose(*SMALL))
+    narrower(run.graph)
+    checkpoint.save(run, tmp_path, None)
+    return tmp_path / "last.pt"
+
+
+def test_a_checkpoints_structure_is_what_steps_train(structure: Path) -> None:
+    dense, narrow = (new_run(morphtrain.compose(*SMALL, *more), CPU) for more in ((), (f"architecture={structure}",)))
+    assert narrow.macs < 0.7 * dense.macs
+    measured = measure([dense.config, narrow.config], number=6)
+    assert (len(measured.spent["B"]), len(measured.turns.b)) == (6 + WARMUP_STEPS, 6)
+    assert measured.turns.unit == "step"
+    assert not measured.records["A"]
+
+
+# -- the user's own code ---------------------------------------------------------------------------------------------
+
+OWN = """
+import random
+from neighbour import CALLS
+def setup(): CALLS.append("setup")
+def epoch(): CALLS.append("epoch"); random.random()
+def step(): CALLS.append("step")
+def broken(): raise KeyError("weights")
+def leaves(): raise SystemExit
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "neighbour.py").write_text("CALLS = []")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "neighbour", raising=False)
+    return str(tmp_path / "mine.py")
+
+
+def test_own_code_takes_the_turns_of_b(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone(*SMALL, NOISY, "epochs=3")
+    seed_everything()
+    measured = measure([morphtrain.compose(*SMALL, NOISY, "epochs=3")], vs=own)
+    calls = sys.modules["neighbour"].CALLS
+    assert calls == ["setup", *["epoch"] * 3]
+    assert computed(measured.records["A"]) == expected
+    assert len(measured.turns.a) == len(measured.turns.b) == 2
+    assert max(measured.turns.b) < min(measured.turns.a)
+    measure([morphtrain.compose(*SMALL)], vs=own, number=2)
+    assert calls[4:] == ["setup", *["step"] * (2 + WARMUP_STEPS)]
+    monkeypatch.chdir(Path(own).parent)
+    next(own_code.clocked("mine:step", "epoch", CPU))
+    assert calls[-2:] == ["setup", "step"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{}:broken", r"--vs .*:broken: broken\(\) fails: KeyError: .*weights"),
+        ("{}:leaves", r"leaves\(\) fails: SystemExit"),
+        ("{}:nothing", "has no function nothing; with --steps it is step"),
+        ("nowhere.py", "nowhere.py: no such file"),
+        ("no_such_module", "importing it fails: No module named 'no_such_module'"),
+    ],
+)
+def test_own_code_that_fails_is_one_line(target: str, message: str, own: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        next(own_code.clocked(target.format(own), "epoch", CPU))
+    assert "\n" not in str(raised.value)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_options_may_stand_in_any_part() -> None:
+    options, parts = parse(["--steps", "3", "a=1", "--", "b=1", "--seeds", "1,2", "c=1", "--", "--json", "x.json"])
+    assert parts == [["a=1"], ["b=1", "c=1"], []]
+    assert options == argparse.Namespace(steps=3, seeds=(1, 2), vs=None, json=Path("x.json"), config_dir=None)
+
+
+MISTAKES = {
+    "one config": (["seed=1"], "1 config with -- between them; A.. -- B.."),
+    "four": (["--", "--", "--"], "4 configs with"),
+    "own code and two configs": (["--", "--vs", "x.py"], "2 configs"),
+    "a wrong option": (["prune.lasso_ratio=-1", "prune=prunetrain", "--"], "prune.lasso_ratio=-1"),
+    "what has no effect": (["--", "tracking.uri=x"], "tracking.uri: has no effect on"),
+    "resuming": (["--", "resume=auto"], "resume: has no effect"),
+    "another device": (["device=cpu", "--", "device=auto"], "device: auto and cpu"),
+    "other cores": (["timing.cores=1", "--"], "timing.cores: 1 and null"),
+    "no steps": (["--", "--steps", "0"], "--steps=0: .* 1 or more"),
+    "too many steps": ([*SMALL, "epochs=1", "--", "--", "--steps", "12"], "--steps 12: there are 16 whole batches"),
+    "too few epochs": (["epochs=1", "--"], "epochs=1: .* more than timing.warmup_epochs=1"),
+    "seeds twice": (["seed=3", "--", "--seeds", "1,2"], "--seeds 1,2: .* without another seed="),
+    "equal seeds": (["--", "--seeds", "1,1"], "--seeds=1,1: .* different"),
+    "no directory": (["--", "--json", "nowhere/x.json"], "--json=nowhere/x.json: .* a directory that exists"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake: str) -> None:
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(UserError, match=message) as raised:
+        show(*parse(arguments))
+    assert "\n" not in str(raised.value)
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "morphtrain.compare", *arguments]
+    env = {**os.environ, "TMPDIR": str(cwd.parent)}
+    return subprocess.Popen(words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
+    process = command(*DENSE, "epochs=7", "--", *PRUNED, "--", "--json", "pairs.json", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+    content = json.loads((tmp_path / "pairs.json").read_text())
+    (repeat,) = content["repeats"]
+    kind = content["ratio_of"]  # CPU seconds, if other tests run meanwhile
+    a, b = ([one[kind] for one in repeat["spent"][name][repeat["warmup"] :]] for name in "AB")
+    found = block_ratio(a, b)
+    assert content["ratio"]["mean"] == found.mean
+    assert f"B takes {found.mean:.3f} of the time that A takes for an epoch (95 % interval {found.low:.3f}" in out
+    first, last = (repeat["records"][name][-1]["val_accuracy"] for name in "AB")
+    assert f"B - A = {last - first:.4g}" in out
+    assert "one seed, so no interval" in out
+    totals = [repeat["records"][name][-1]["train_seconds"] for name in "AB"]
+    assert f"{totals[1] / totals[0]:.4g}" in out
+    assert [config["prune"]["name"] for config in repeat["configs"]] == ["prunetrain", "none"]
+    assert repeat["machine"]["torch"] == torch.__version__
+    assert "doubtful: only 3 blocks of A B B A" in out
+
+
+def test_seeds_are_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--seeds", "1,2,3", "--json", f"{tmp_path}/x")
+    show(*parse([*DENSE, "epochs=3", "--", "--", "model.width=4", *options]))
+    out = capsys.readouterr().out
+    repeats = json.loads((tmp_path / "x").read_text())["repeats"]
+    assert [config["seed"] for repeat in repeats for config in repeat["configs"]] == [1, 1, 2, 2, 3, 3]
+    gains = [r["records"]["B"][-1]["val_accuracy"] - r["records"]["A"][-1]["val_accuracy"] for r in repeats]
+    assert f"B - A = {np.mean(gains):.4g} [" in out
+    spent = [[[one["seconds"] for one in r["spent"][name][1:]] for name in "AB"] for r in repeats]
+    logs = [np.mean(np.log(np.divide(b, a))) for a, b in spent]
+    assert f"{np.exp(np.mean(logs)):.4g} [" in out
+    assert out.count("3 seeds") >= 3
+
+
+def test_a_signal_ends_it_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from pathlib import Path\ndef epoch(): Path('begun').touch()\n")
+    process = command(*DENSE, "epochs=9999", "--vs", "mine.py", "--json", "x.json", cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (128 + signal.SIGTERM, "", "")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["begun", "mine.py"]
+
+
+def test_help_is_fast_because_it_imports_little(tmp_path: Path) -> None:
+    look = (
+        "import sys; sys.argv[1:] = ['--help']\n"
+        "try: from morphtrain.compare.__main__ import main; main()\n"
+        "except SystemExit: print(sorted({'torch', 'hydra', 'numpy', 'mlflow', 'rich'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("[]\n")
+    assert "A.. -- B.." in result.stdout

@@ -1,0 +1,149 @@
+"""Times taken in turns: the ratio holds on a machine that drifts, and what is wrong with a measurement is named."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from morphtrain.compare.turns import in_turns
+from morphtrain.evidence.interleaved import Turns, block_ratio, blocks, doubts
+
+PAIRS = 10
+
+
+class Machine:
+    """Its clock: what takes a second when nothing is wrong takes longer as its speed drifts and others disturb it.
+
+    Args:
+        drift: of the logarithm of the time, in all.
+        noise: standard deviation of the logarithm, with a correlation of `memory` from one piece of work to the next.
+    """
+
+    def __init__(self, rng: np.random.Generator, drift: float = 0.0, noise: float = 0.0, memory: float = 0.0) -> None:
+        number = 2 * PAIRS
+        shocks = rng.normal(0, noise * math.sqrt(1 - memory**2), number)
+        shocks[0] = rng.normal(0, noise)
+        state = list(itertools.accumulate(shocks, lambda before, shock: memory * before + shock))
+        wave = np.sin(np.linspace(0, 2, number) + rng.uniform(0, 2 * math.pi))  # slow, but no straight line
+        self.factors = iter(np.exp(drift * (np.linspace(0, 1, number) + 0.2 * wave) + state))
+
+    def work(self, seconds: float) -> Iterator[float]:
+        for _ in range(PAIRS):
+            yield seconds * next(self.factors)
+
+
+def measured(machine: Machine, ratio: float) -> tuple[list[float], list[float]]:
+    seconds: dict[str, list[float]] = {"A": [], "B": []}
+    for name, spent in in_turns({"A": machine.work(1.0), "B": machine.work(ratio)}):
+        seconds[name].append(spent)
+    return seconds["A"], seconds["B"]
+
+
+def test_the_order_is_reversed_after_every_round_and_who_ends_leaves_the_other_to_go_on() -> None:
+    sides = {"A": iter(range(5)), "B": iter(range(3))}
+    assert "".join(name for name, _ in in_turns(sides)) == "ABBAABAA"
+    assert list(in_turns({"A": iter([0.0, 0.0]), "B": iter([None])})) == [("A", 0.0), ("B", None), ("A", 0.0)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.2, 5), st.floats(-0.1, 0.1), st.integers(2, 30))
+def test_a_steady_drift_cancels_in_every_block(ratio: float, drift: float, pairs: int) -> None:
+    order = [name for name, _ in in_turns({"A": iter(range(pairs)), "B": iter(range(pairs))})]
+    times = [(name, math.exp(drift * turn) * (ratio if name == "B" else 1)) for turn, name in enumerate(order)]
+    a, b = ([spent for name, spent in times if name == side] for side in "AB")
+    found = block_ratio(a, b)
+    assert found is not None
+    assert found.n == pairs // 2
+    assert found.mean == pytest.approx(ratio, rel=1e-9)
+    if found.n >= 3:
+        assert (found.low, found.high) == pytest.approx((ratio, ratio), rel=1e-6)
+
+
+def test_the_interval_is_students_of_the_blocks_logarithms() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.lognormal(size=11), rng.lognormal(size=11)  # the eleventh pair has no second one
+    logs = np.log(b / a)[:10].reshape(5, 2).mean(1)
+    wanted = stats.t.interval(0.95, 4, logs.mean(), stats.sem(logs))
+    found = block_ratio(a, b)
+    assert found is not None
+    assert (found.low, found.mean, found.high) == pytest.approx(tuple(np.exp([wanted[0], logs.mean(), wanted[1]])))
+    assert [len(side) for side in blocks(a, b)] == [5, 5]
+    assert block_ratio(a[:1], b[:1]) is None
+
+
+def test_the_same_work_twice_is_told_apart_as_seldom_as_promised_and_not_so_one_after_the_other() -> None:
+    """With 15 % of drift and noise that remembers; the limits are five standard deviations of the count."""
+    rng, tries, wrong, sequential = np.random.default_rng(1), 2000, 0, 0
+    for _ in range(tries):
+        a, b = measured(Machine(rng, drift=rng.choice([-0.15, 0.15]), noise=0.05, memory=0.5), 1.0)
+        found = block_ratio(a, b)
+        wrong += not found.low <= 1 <= found.high
+        turns = [spent for pair in zip(a, b, strict=True) for spent in pair]
+        sequential += stats.ttest_ind(turns[:PAIRS], turns[PAIRS:], equal_var=False).pvalue < 0.05
+    assert 0.03 < wrong / tries < 0.075
+    assert sequential / tries > 0.3
+
+
+def test_a_tenth_is_found_with_ten_pairs() -> None:
+    rng, tries = np.random.default_rng(2), 500
+    results = [block_ratio(*measured(Machine(rng, 0.15, 0.05, 0.5), 1.1)) for _ in range(tries)]
+    assert sum(found.low > 1 for found in results) > 0.9 * tries
+    assert statistics.fmean(found.mean for found in results) == pytest.approx(1.1, rel=0.01)
+
+
+# -- what makes it doubtful ------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(3)
+CALM = list(RNG.lognormal(0, 0.01, 24))
+SAME = list(RNG.lognormal(0, 0.01, 24))
+WILD = [spent * (1.25 if number // 2 % 2 else 1) for number, spent in enumerate(SAME)]
+ONCE = [spent * (3 if number == 7 else 1) for number, spent in enumerate(SAME)]
+SHRINKING = [spent * (1 - number / 40) for number, spent in enumerate(SAME)]
+
+
+def times(seconds: list[float], factors: list[float]) -> list[float]:
+    return [spent * factor for spent, factor in zip(seconds, factors, strict=True)]
+
+
+SLOW = [1 + 0.4 * number / 23 for number in range(24)]
+SHORT = [1 / 500] * 24
+
+DOUBTS = {
+    "too few for an interval": (Turns(CALM[:5], SAME[:5], "epoch"), ["only 2 blocks", "no interval", "more epochs"]),
+    "few": (Turns(CALM[:8], SAME[:8], "step"), ["only 4 blocks", "--steps"]),
+    "scattered": (Turns(CALM, WILD, "epoch"), ["scatters by", "timing.cores=1"]),
+    "one outlier": (Turns(CALM, ONCE, "epoch"), ["1 of 24 pairs", "quieter"]),
+    "a ratio that changes": (Turns(CALM, SHRINKING, "epoch", True), ["goes from 0.9", "to 0.5", "architecture="]),
+    "a machine that drifts": (
+        Turns(times(CALM, SLOW), times(SAME, SLOW), "epoch"),
+        ["% slower", "plug it in"],
+    ),
+    "others": (Turns(CALM, SAME, "epoch", False, 0.31), ["31%", "timing.cores"]),
+    "another run": (Turns(CALM, SAME, "epoch", False, 0.31, [17]), ["process 17 trained", "timing.when_busy=wait"]),
+    "short": (Turns(times(CALM, SHORT), times(SAME, SHORT), "step"), ["a step takes 2 ms", "a larger batch"]),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_what_is_wrong_is_named_with_the_number_and_what_would_help(name: str) -> None:
+    turns, words = DOUBTS[name]
+    said = doubts(turns)
+    if name == "one outlier":  # which scatters, too
+        said = [doubt for doubt in said if "scatters" not in doubt]
+    assert len(said) == 1, said
+    for word in words:
+        assert word in said[0], said
+
+
+def test_a_calm_measurement_is_not_doubted() -> None:
+    assert doubts(Turns(CALM, [1.3 * spent for spent in SAME], "epoch", False, 0.02)) == []
+    both = Turns(times(CALM, SLOW[::-1]), times(SAME, SLOW[::-1]), "epoch", changed=True)
+    assert doubts(both) == []
