@@ -84,7 +84,7 @@ def test_each_side_computes_what_it_computes_alone() -> None:
     assert [computed(measured.records[name]) for name in "AB"] == expected
     assert len({record["drawn"] for record in expected[0]}) == 5
     assert expected[0][-1]["params"] < expected[0][0]["params"], "nothing was pruned"
-    assert [len(measured.seconds[name]) for name in "AB"] == [5, 3]
+    assert [len(measured.spent[name]) for name in "AB"] == [5, 3]
     assert (len(measured.turns.a), len(measured.turns.b), measured.warmup) == (4, 2, 1)
     epoch = measured.records["A"][2]
     assert measured.turns.a[1] == epoch["epoch_seconds"] + epoch["morph_seconds"]
@@ -160,7 +160,7 @@ def test_a_checkpoints_structure_is_what_steps_train(structure: Path) -> None:
     dense, narrow = (new_run(morphtrain.compose(*SMALL, *more), CPU) for more in ((), (f"architecture={structure}",)))
     assert narrow.macs < 0.7 * dense.macs
     measured = measure([dense.config, narrow.config], number=6)
-    assert (len(measured.seconds["B"]), len(measured.turns.b)) == (6 + WARMUP_STEPS, 6)
+    assert (len(measured.spent["B"]), len(measured.turns.b)) == (6 + WARMUP_STEPS, 6)
     assert measured.turns.unit == "step"
     assert not measured.records["A"]
 
@@ -267,7 +267,8 @@ def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
     content = json.loads((tmp_path / "pairs.json").read_text())
     (repeat,) = content["repeats"]
-    a, b = (repeat["seconds"][name][repeat["warmup"] :] for name in "AB")
+    kind = content["ratio_of"]  # CPU seconds, if other tests run meanwhile
+    a, b = ([one[kind] for one in repeat["spent"][name][repeat["warmup"] :]] for name in "AB")
     found = block_ratio(a, b)
     assert content["ratio"]["mean"] == found.mean
     assert f"B takes {found.mean:.3f} of the time that A takes for an epoch (95 % interval {found.low:.3f}" in out
@@ -289,7 +290,8 @@ def test_seeds_are_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert [config["seed"] for repeat in repeats for config in repeat["configs"]] == [1, 1, 2, 2, 3, 3]
     gains = [r["records"]["B"][-1]["val_accuracy"] - r["records"]["A"][-1]["val_accuracy"] for r in repeats]
     assert f"B - A = {np.mean(gains):.4g} [" in out
-    logs = [np.mean(np.log(np.divide(r["seconds"]["B"], r["seconds"]["A"])[1:])) for r in repeats]
+    spent = [[[one["seconds"] for one in r["spent"][name][1:]] for name in "AB"] for r in repeats]
+    logs = [np.mean(np.log(np.divide(b, a))) for a, b in spent]
     assert f"{np.exp(np.mean(logs)):.4g} [" in out
     assert out.count("3 seeds") >= 3
 

@@ -13,7 +13,7 @@ import torch
 from morphtrain import schema
 from morphtrain.compare import own_code
 from morphtrain.compare.training import epochs, steps
-from morphtrain.compare.turns import Randomness, in_turns
+from morphtrain.compare.turns import Randomness, Spent, in_turns
 from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns
 from morphtrain.memory_limit import named_if_out_of_memory
@@ -35,17 +35,19 @@ class Measured:
     """What one measurement gave.
 
     Args:
-        seconds: of side A and of side B, in order, warm-up included.
+        spent: by side A and by side B, in order, warm-up included.
         warmup: how many of each come first and do not count.
-        turns: those that count, and what disturbed them.
+        turns: the seconds by the clock that count, and what disturbed them.
+        cpu_turns: the CPU seconds that count; None if this process does not do all the work: a GPU, the user's code.
         records: of the epochs of each side; empty for steps and for the user's own code.
         batch_sizes: images in the last step of each side that is a config.
         machine: as `environment.json`.
     """
 
-    seconds: Mapping[str, list[float]]
+    spent: Mapping[str, list[Spent]]
     warmup: int
     turns: Turns
+    cpu_turns: Turns | None
     records: Mapping[str, list[Record]]
     batch_sizes: Mapping[str, int]
     machine: Mapping[str, str]
@@ -65,24 +67,27 @@ def measure(configs: Sequence[Config], vs: str | None = None, number: int | None
     """
     unit, warmup = ("step", WARMUP_STEPS) if number is not None else ("epoch", _warmup_epochs(configs))
     runs: dict[str, Run] = {}
-    sides: dict[str, Iterator[float]] = {}
+    sides: dict[str, Iterator[Spent]] = {}
     with prepared(configs[0]) as slot:
         for name, config in zip("AB", configs, strict=False):
             runs[name], sides[name] = _training(config, slot.device, None if number is None else warmup + number)
         if vs is not None:
             times = configs[0].epochs if number is None else warmup + number
             sides["B"] = itertools.islice(_own(vs, unit, slot.device), times)
-        seconds, foreign, others = _take_turns(sides, slot, unit)
+        spent, foreign, others = _take_turns(sides, slot, unit)
         machine = environment.describe(slot.device)
-    a, b = (seconds[name][warmup:] for name in sides)
+    a, b = (spent[name][warmup:] for name in sides)
     if number is not None and min(len(a), len(b)) < number:
         whole = f"there are {min(len(a), len(b)) + warmup} whole batches in all epochs, and {warmup} warm up"
         raise UserError(f"--steps {number}: {whole}; a smaller number, or larger epochs, works")
     changed = any(record["changed"] for run in runs.values() for record in run.history)
+    clock, computed = (([getattr(one, kind) for one in a], [getattr(one, kind) for one in b]) for kind in Spent._fields)
+    in_process = slot.device.type == "cpu" and vs is None
     return Measured(
-        seconds=seconds,
+        spent=spent,
         warmup=warmup,
-        turns=Turns(a, b, unit, changed, foreign, others),
+        turns=Turns(clock[0], clock[1], unit, changed, foreign, others),
+        cpu_turns=Turns(computed[0], computed[1], unit, changed) if in_process else None,
         records={name: run.history for name, run in runs.items()},
         batch_sizes={name: run.batch_size for name, run in runs.items()},
         machine=machine,
@@ -97,7 +102,7 @@ def _warmup_epochs(configs: Sequence[Config]) -> int:
     return warmup
 
 
-def _training(config: Config, device: torch.device, number: int | None) -> tuple[Run, Iterator[float]]:
+def _training(config: Config, device: torch.device, number: int | None) -> tuple[Run, Iterator[Spent]]:
     """A run that is ready, and its epochs, or as many of its steps."""
     randomness, keys = Randomness(device), sizes(config)
     with named_if_out_of_memory(keys), randomness.own():
@@ -107,12 +112,12 @@ def _training(config: Config, device: torch.device, number: int | None) -> tuple
     return run, _named(randomness.of(side), keys)
 
 
-def _named(side: Iterator[float], keys: str) -> Iterator[float]:
+def _named(side: Iterator[Spent], keys: str) -> Iterator[Spent]:
     with named_if_out_of_memory(keys):
         yield from side
 
 
-def _own(target: str, unit: str, device: torch.device) -> Iterator[float]:
+def _own(target: str, unit: str, device: torch.device) -> Iterator[Spent]:
     randomness = Randomness(device)
     with randomness.own():
         side = own_code.clocked(target, unit, device)
@@ -120,21 +125,21 @@ def _own(target: str, unit: str, device: torch.device) -> Iterator[float]:
 
 
 def _take_turns(
-    sides: Mapping[str, Iterator[float]], slot: Slot, unit: str
-) -> tuple[dict[str, list[float]], float | None, list[int]]:
-    """The seconds of each side, the share of the cores that others used, and who else trained on them."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    sides: Mapping[str, Iterator[Spent]], slot: Slot, unit: str
+) -> tuple[dict[str, list[Spent]], float | None, list[int]]:
+    """What each side spent, the share of the cores that others used, and who else trained on them."""
+    spent: dict[str, list[Spent]] = {name: [] for name in sides}
     others = set(slot.claim.others())
     before = _reading(slot.cpus)
-    for name, spent in in_turns(sides):
-        seconds[name].append(spent)
+    for name, one in in_turns(sides):
+        spent[name].append(one)
         if sys.stderr.isatty():
-            print(f"\r{name}: {unit} {len(seconds[name])} ", end="", file=sys.stderr)
+            print(f"\r{name}: {unit} {len(spent[name])} ", end="", file=sys.stderr)
     after = _reading(slot.cpus)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     foreign = None if before is None or after is None else foreign_share(before, after, len(slot.cpus))
-    return seconds, foreign, sorted(others | set(slot.claim.others()))
+    return spent, foreign, sorted(others | set(slot.claim.others()))
 
 
 def _reading(cpus: frozenset[int]) -> Reading | None:

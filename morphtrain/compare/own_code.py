@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from morphtrain import interrupts
-from morphtrain.cost.stopwatch import timed
+from morphtrain.compare.turns import Spent, spent
 from morphtrain.errors import UserError, said
 
 
-def clocked(target: str, unit: str, device: torch.device) -> Iterator[float]:
-    """Seconds of the function that `--vs` names, whenever they are asked for; its module's `setup()` comes first.
+def clocked(target: str, unit: str, device: torch.device) -> Iterator[Spent]:
+    """What the function that `--vs` names takes, whenever it is asked for; its module's `setup()` comes first.
 
     Args:
         target: FILE.py or MODULE, perhaps followed by :FUNCTION.
@@ -45,7 +45,7 @@ def clocked(target: str, unit: str, device: torch.device) -> Iterator[float]:
         raise UserError(f"--vs {target}: has no function {name}; {hint}")
     if (setup := getattr(module, "setup", None)) is not None:
         _attempt(target, "setup()", setup)
-    work = partial(timed, function, device)
+    work = partial(spent, function, device)
     return (_attempt(target, f"{name}()", work) for _ in itertools.count())
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.compare.measure import Measured
-from morphtrain.evidence.interleaved import block_ratio, blocks, doubts
+from morphtrain.evidence.interleaved import FOREIGN, Turns, block_ratio, blocks, doubts
 from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
 from morphtrain.files import write_atomically
 
@@ -37,7 +37,10 @@ def show(sides: Mapping[str, str], repeats: Repeats) -> None:
     for seed, measured in repeats.items():
         for doubt in doubts(measured.turns):
             console.print(f"{'doubtful' if seed is None else f'seed {seed} is doubtful'}: {doubt}")
-    console.print(answer(unit, ratio(repeats)))
+    turns = decisive(repeats)
+    if turns[0] is not first.turns:
+        console.print("since others were busy on these cores, what follows is of the CPU seconds")
+    console.print(answer(unit, ratio(turns)))
 
 
 def answer(unit: str, found: Estimate | None) -> str:
@@ -51,12 +54,27 @@ def answer(unit: str, found: Estimate | None) -> str:
     return f"B takes {found.mean:.3f} of the time that A takes for {_a(unit)} ({interval})."
 
 
-def ratio(repeats: Repeats) -> Estimate | None:
-    """B / A of the time of an epoch or a step: from the blocks of one measurement, or paired by seed from several."""
-    each = [block_ratio(measured.turns.a, measured.turns.b) for measured in repeats.values()]
-    if len(each) == 1:
-        return each[0]
-    means = {number: found.mean for number, found in enumerate(each) if found is not None}
+def decisive(repeats: Repeats) -> list[Turns]:
+    """The times that the answer rests on: the clock's, or CPU seconds where others were busy on the same cores.
+
+    What others take of a core at one moment and not at the next swamps the clock, and is no part of CPU seconds.
+    """
+    disturbed = any((measured.turns.foreign_cpu or 0.0) > FOREIGN for measured in repeats.values())
+    computed = cpu_turns(repeats)
+    return computed if disturbed and computed else [measured.turns for measured in repeats.values()]
+
+
+def cpu_turns(repeats: Repeats) -> list[Turns]:
+    """The CPU seconds of each repeat; none if this process does not do all the work."""
+    return [measured.cpu_turns for measured in repeats.values() if measured.cpu_turns is not None]
+
+
+def ratio(each: Sequence[Turns]) -> Estimate | None:
+    """B / A of an epoch or a step: from the blocks of one measurement, or paired by seed from several."""
+    found = [block_ratio(turns.a, turns.b) for turns in each]
+    if len(found) == 1:
+        return found[0]
+    means = {number: one.mean for number, one in enumerate(found) if one is not None}
     return paired_ratio(means, dict.fromkeys(means, 1.0))
 
 
@@ -73,19 +91,25 @@ def table(repeats: Repeats) -> Table:
 def rows(repeats: Repeats) -> list[Row]:
     """The rows of the table; accuracies and totals only if both sides have trained to their end."""
     several = list(repeats.values())
-    turns = [measured.turns for measured in several]
-    number = sum(len(blocks(turn.a, turn.b)[0]) for turn in turns)
-    rests = f"{number} blocks of A B B A" if len(several) == 1 else f"{len(several)} seeds, {number} blocks"
-    medians = (statistics.median(time for turn in turns for time in getattr(turn, side)) for side in "ab")
-    found = [(f"seconds {_a(turns[0].unit)}", *map(_seconds, medians), str(ratio(repeats) or "-"), rests)]
+    found = [_of_all("seconds", [measured.turns for measured in several])]
     found += [_of_seed(seed, measured) for seed, measured in repeats.items() if len(several) > 1]
-    found += _per_image(several[0], ratio(repeats))
+    found += _per_image(several[0], ratio(decisive(repeats)))
+    if computed := cpu_turns(repeats):
+        found.append(_of_all("CPU seconds", computed))
     if all(set(measured.records) == {"A", "B"} and measured.records["A"] for measured in several):
         found.append(_at_end("train_seconds in all", several, "train_seconds", _ratio_of_all, _seconds))
         for metric, name in ACCURACIES.items():
             if all(metric in records[-1] for measured in several for records in measured.records.values()):
                 found.append(_at_end(name, several, metric, _difference, lambda value: f"{value:.4f}"))
     return found
+
+
+def _of_all(name: str, each: Sequence[Turns]) -> Row:
+    """Medians over all repeats, and B against A."""
+    number = sum(len(blocks(turns.a, turns.b)[0]) for turns in each)
+    rests = f"{number} blocks of A B B A" if len(each) == 1 else f"{len(each)} seeds, {number} blocks"
+    medians = (statistics.median(time for turns in each for time in getattr(turns, side)) for side in "ab")
+    return f"{name} {_a(each[0].unit)}", *map(_seconds, medians), str(ratio(each) or "-"), rests
 
 
 def _of_seed(seed: int | None, measured: Measured) -> Row:
@@ -136,17 +160,20 @@ def _seconds(value: float) -> str:
 
 def write(path: Path, sides: Mapping[str, str], configs: Mapping[int | None, Any], repeats: Repeats) -> None:
     """Write everything as JSON: what the sides are, their configs, all times, records and the machine, by seed."""
-    found = ratio(repeats)
+    turns = decisive(repeats)
+    found = ratio(turns)
+    first = next(iter(repeats.values()))
     content = {
         "sides": sides,
-        "unit": next(iter(repeats.values())).turns.unit,
+        "unit": first.turns.unit,
+        "ratio_of": "seconds" if turns[0] is first.turns else "cpu_seconds",
         "ratio": None if found is None else asdict(found),
         "repeats": [
             {
                 "seed": seed,
                 "configs": configs[seed],
                 "warmup": measured.warmup,
-                "seconds": measured.seconds,
+                "spent": {name: [one._asdict() for one in side] for name, side in measured.spent.items()},
                 "foreign_cpu": measured.turns.foreign_cpu,
                 "doubts": doubts(measured.turns),
                 "records": measured.records,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from morphtrain import interrupts
-from morphtrain.cost.stopwatch import timed
+from morphtrain.compare.turns import Spent, spent
 from morphtrain.state import Run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch
 from morphtrain.trainer.loop import train_epoch, training_steps
 
 
-def epochs(run: Run) -> Iterator[float]:
-    """Train a started run to its end; yields the seconds that each epoch adds to `train_seconds`, without the set-up.
+def epochs(run: Run) -> Iterator[Spent]:
+    """Train a started run to its end; yields what each epoch adds to `train_seconds`, without the set-up.
 
     `run.history` has the records, as those of `morphtrain.run` but for what is measured around epochs there.
     """
@@ -22,13 +22,15 @@ def epochs(run: Run) -> Iterator[float]:
         train_epoch(run)
         record = finish_epoch(run)
         record.pop("peak_memory_bytes", None)  # of both sides together
-        yield record["epoch_seconds"] + record["morph_seconds"]
+        parts = "epoch_seconds", "morph_seconds"
+        cpu_seconds = run.clock.cpu_seconds
+        yield Spent(sum(record[part] for part in parts), sum(cpu_seconds[part] for part in parts))
     for hook in run.hooks("after_training"):
         hook(run)
 
 
-def steps(run: Run) -> Iterator[float]:
-    """Seconds of each training step on a whole batch, with all of its hooks; the network keeps its structure.
+def steps(run: Run) -> Iterator[Spent]:
+    """What each training step takes on a whole batch, with all of its hooks; the network keeps its structure.
 
     What follows an epoch, such as pruning and evaluation, is left out.
     """
@@ -36,4 +38,4 @@ def steps(run: Run) -> Iterator[float]:
         begin_epoch(run)
         training = training_steps(run)
         for _ in range(len(run.data.train) // run.batch_size):
-            yield timed(lambda training=training: next(training), run.device)  # type: ignore[misc]
+            yield spent(lambda training=training: next(training), run.device)  # type: ignore[misc]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+from morphtrain.cost.stopwatch import timed
 
 T = TypeVar("T")
 
@@ -27,6 +30,20 @@ def in_turns(sides: Mapping[str, Iterator[T]]) -> Iterator[tuple[str, T]]:
             else:
                 going.remove(name)
         going.reverse()
+
+
+class Spent(NamedTuple):
+    """What a piece of work takes by the clock, and what this process's threads compute: others add nothing to that."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def spent(work: Callable[[], object], device: torch.device) -> Spent:
+    """What `work` takes, from an idle `device` until it is idle again."""
+    computed = time.process_time()
+    seconds = timed(work, device)
+    return Spent(seconds, time.process_time() - computed)
 
 
 class Randomness:

@@ -14,6 +14,8 @@ from morphtrain.cost.stopwatch import wait_for
 class Clock:
     """Times blocks of work on `device`; `seconds` holds the latest time of each block, by name.
 
+    `cpu_seconds` holds what the threads of this process have computed meanwhile: others on its cores do not count.
+
     Args:
         device: to wait for.
         sync: "edges" waits for the device when a block starts and ends, "each" also after every training step (the
@@ -24,17 +26,18 @@ class Clock:
         self.device = device
         self.sync = sync
         self.seconds: dict[str, float] = {"setup_seconds": 0.0}
+        self.cpu_seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Store the time of the block in `seconds[name]`."""
         if self.sync != "none":
             self.wait()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         yield
         if self.sync != "none":
             self.wait()
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name], self.cpu_seconds[name] = time.perf_counter() - start, time.process_time() - computed
 
     def step_done(self) -> None:
         """Wait for the device if `sync` is "each"; call this after every training step."""
