@@ -152,6 +152,28 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
     return Experiment("e", "small", "Is it?", "", "factor", "params", arms, seeds, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("    question: Does it pay?\n", "", "question"),
+        ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
+        ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
+        ("{role: dense}", "{role: dense, rule: 1}", "hydra.sweeper.arms.dense.rule=1: no such key"),
+        ("epochs: 0.5", "epochs: -1", "epochs=-1.0: must be above 0"),
+        ("seeds: [1, 2]", "seeds: some", "hydra.sweeper.sizes.small.seeds=some: must be a list"),
+        ("of: pruned", "of: dense", "arms.scratch.of=dense: must be the name of a method's arm"),
+    ],
+)
+def test_a_file_that_declares_no_experiment_is_refused(
+    before: str, after: str, said: str, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own / "own" / "experiment" / "quick.yaml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    monkeypatch.chdir(own)
+    assert said in refusal(monkeypatch)
+
+
 ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}
 
 
