@@ -152,6 +152,28 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
     return Experiment("e", "small", "Is it?", "", "factor", "params", arms, seeds, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("    question: Does it pay?\n", "", "question"),
+        ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
+        ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
+        ("{role: dense}", "{role: dense, rule: 1}", "hydra.sweeper.arms.dense.rule=1: no such key"),
+        ("epochs: 0.5", "epochs: -1", "epochs=-1.0: must be above 0"),
+        ("seeds: [1, 2]", "seeds: some", "hydra.sweeper.sizes.small.seeds=some: must be a list"),
+        ("of: pruned", "of: dense", "arms.scratch.of=dense: must be the name of a method's arm"),
+    ],
+)
+def test_a_file_that_declares_no_experiment_is_refused(
+    before: str, after: str, said: str, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own / "own" / "experiment" / "quick.yaml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    monkeypatch.chdir(own)
+    assert said in refusal(monkeypatch)
+
+
 ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}
 
 
@@ -219,8 +241,10 @@ class Jobs:
         return JobReturn(status=JobStatus.COMPLETED, _return_value=1.0)
 
 
-def swept(directory: Path, plan: dict[str, list[Any]], at_once: bool = False) -> tuple[Jobs, dict[Run, str], list[Run]]:
-    """Run an experiment of one seed with such jobs: the launcher, what failed, and all runs."""
+def swept(
+    directory: Path, plan: dict[str, list[Any]], at_once: bool = False, seeds: tuple[int, ...] = (1,)
+) -> tuple[Jobs, dict[Run, str], list[Run]]:
+    """Run an experiment with such jobs: the launcher, what failed, and all runs."""
     sweeper = ArmsSweeper({"attempts": 3})
     sweeper.directory, sweeper.one_at_a_time = directory, not at_once
     logging = OmegaConf.create({"version": 1, "root": None})  # leaves pytest's as it is
@@ -228,9 +252,9 @@ def swept(directory: Path, plan: dict[str, list[Any]], at_once: bool = False) ->
     sweeper.hydra_context = SimpleNamespace(execution_whitelist=None)
     jobs = Jobs(plan)
     sweeper.launcher = jobs
-    of_one_seed = experiment(ARMS, (1,))
-    runs = planned(of_one_seed, directory)
-    failures = sweeper._run_all(of_one_seed, runs, declaration.Typed((), (), None), None)
+    declared = experiment(ARMS, seeds)
+    runs = planned(declared, directory)
+    failures = sweeper._run_all(declared, runs, declaration.Typed((), (), None), None)
     return jobs, failures, runs
 
 
@@ -268,6 +292,14 @@ def test_a_mistake_is_not_repeated_but_the_other_arms_run(tmp_path: Path) -> Non
     assert {str(run): why for run, why in failures.items()} == {"seed 1 b": "optimizer.lr=9: training diverged"}
     assert [subdir for subdir, _, _ in jobs.started].count("1/b") == 1
     assert sum(run.ended for run in runs) == len(ARMS) - 1
+
+
+def test_if_no_arm_can_run_it_ends_after_the_first_seed(tmp_path: Path) -> None:
+    missing = [UserError("data.root=data: there is no CIFAR10")]
+    jobs, failures, _ = swept(tmp_path, {arm: list(missing) for arm in ARMS}, seeds=(1, 2))
+    assert {str(run).split()[1] for run in failures} == {"1"}
+    assert len(failures) == len(ARMS)
+    assert len(jobs.started) == len(ARMS) - 1, "what waits for another arm is not tried"
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from morphtrain import schema
-from morphtrain.evidence.experiment import CURVE, Experiment
+from morphtrain.evidence.experiment import CURVE
 from morphtrain.experiment.declaration import declared, typed
 
 NAMES = sorted(path.stem for path in (schema.CONF / "experiment").glob("*.yaml"))
-FIGURES = [f"3.{number}" for number in range(1, 12)]
-SECTIONS = ["3.1.2", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "3.5", "3.6.1"]
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -24,63 +25,66 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-@pytest.fixture(scope="module", params=["small", pytest.param("thesis", marks=pytest.mark.slow)])
-def experiments(request: pytest.FixtureRequest) -> dict[str, Experiment]:
-    """Every experiment by name; `declared` raises for an arm that cannot run or is the same as another."""
-    found = {}
+@pytest.fixture(scope="module")
+def files() -> dict[str, dict[str, Any]]:
+    """What each file declares, by name."""
     with initialize_config_dir(str(schema.CONF)):
-        for name in NAMES:
-            given = typed([f"+experiment={name}", f"size={request.param}"])
-            keys = compose("config", overrides=list(given.aside), return_hydra_config=True).hydra.sweeper
-            found[name] = declared(name, OmegaConf.to_container(keys), given, composed)
-    return found
+        return {name: keys_of(f"+experiment={name}") for name in NAMES}
 
 
-def test_every_question_composes_for_every_arm(experiments: dict[str, Experiment]) -> None:
+def keys_of(*arguments: str) -> dict[str, Any]:
+    keys: Any = OmegaConf.to_container(compose("config", list(arguments), return_hydra_config=True).hydra.sweeper)
+    return keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["small", "thesis"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_question_can_be_run_arm_by_arm(name: str, size: str) -> None:
+    """`declared` composes every arm, and raises for one that cannot run or is the same as another."""
+    with initialize_config_dir(str(schema.CONF)):
+        given = typed([f"+experiment={name}", f"size={size}"])
+        experiment = declared(name, keys_of(*given.aside), given, composed)
+    assert (experiment.name, experiment.size) == (name, size)
+    assert ("data=cifar10" in experiment.overrides) == (size == "thesis")
+    if experiment.analysis in ("pays", "factor", "curves"):
+        assert ("epochs=180" in experiment.overrides) == (size == "thesis")
+
+
+def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files: dict[str, dict[str, Any]]) -> None:
+    about_time = {name: keys for name, keys in files.items() if keys["response"] == "calibrated_train_seconds"}
+    assert len(about_time) == 8
+    for name, keys in about_time.items():
+        assert keys["analysis"] == "pays"
+        roles = {arm: node.get("role", "method") for arm, node in keys["arms"].items()}
+        counts = Counter(roles.values())
+        assert counts["dense"] == 1 and counts["sooner"] >= 2 and counts["narrower"] >= 2, name
+        methods = {arm for arm, role in roles.items() if role == "method"}
+        shaped = [node["of"] for node in keys["arms"].values() if "of" in node]
+        assert methods and set(shaped) == methods and len(shaped) == counts["from_scratch"], name
+        curve = [keys["arms"][arm] for arm, role in roles.items() if role in CURVE]
+        assert all(set(node) <= {"role", "epochs", "width"} for node in curve), "which differ in nothing else"
+
+
+def test_a_test_has_five_seeds_or_more(files: dict[str, dict[str, Any]]) -> None:
     assert len(NAMES) == 20
-    for name, experiment in experiments.items():
-        assert experiment.name == name
-        thesis = experiment.size == "thesis"
-        assert ("data=cifar10" in experiment.overrides) == thesis
-        if experiment.analysis in ("pays", "factor", "curves"):
-            assert ("epochs=180" in experiment.overrides) == thesis
+    for name, keys in files.items():
+        assert set(keys["sizes"]) == {"small", "thesis"}
+        for size in keys["sizes"].values():
+            assert len(size["seeds"]) >= 5 or name in ("blocks_params", "blocks_batch"), "which are exact"
 
 
-def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(
-    experiments: dict[str, Experiment],
-) -> None:
-    about_time = [e for e in experiments.values() if e.response == "calibrated_train_seconds"]
-    assert len(about_time) >= 8
-    for experiment in about_time:
-        assert experiment.analysis == "pays"
-        roles = [arm.role for arm in experiment.arms.values()]
-        assert roles.count("sooner") >= 2 and roles.count("narrower") >= 2
-        shaped = {arm.of for arm in experiment.arms.values()} - {None}
-        methods = {name for name, arm in experiment.arms.items() if arm.role == "method"}
-        assert methods and shaped == methods, experiment.name
-        dense = experiment.arms["dense"]
-        assert all(
-            "prune" not in o and "grow" not in o
-            for a in experiment.arms.values()
-            if a.role in CURVE
-            for o in a.overrides
-        )
-        assert dense.overrides == ()
+@pytest.mark.parametrize("figure", [f"3.{number}" for number in range(1, 12)])
+def test_every_figure_of_the_thesis_is_asked_about(figure: str, files: dict[str, dict[str, Any]]) -> None:
+    assert any(figure in keys["thesis"].replace(",", "").partition("Figure")[2].split() for keys in files.values())
 
 
-def test_a_test_has_five_seeds_or_more(experiments: dict[str, Experiment]) -> None:
-    for name, experiment in experiments.items():
-        if name not in ("blocks_params", "blocks_batch"):  # which are exact
-            assert len(experiment.seeds) >= 5, name
+@pytest.mark.parametrize("section", ["3.1.2", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "3.5", "3.6.1"])
+def test_every_section_of_the_thesis_is_asked_about(section: str, files: dict[str, dict[str, Any]]) -> None:
+    assert any(section in keys["thesis"].replace(",", "").partition("Figure")[0].split() for keys in files.values())
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_every_figure_of_the_thesis_is_asked_about(figure: str, experiments: dict[str, Experiment]) -> None:
-    words = [e.thesis.replace(",", "").partition("Figure")[2].split() for e in experiments.values()]
-    assert any(figure in named for named in words)
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_every_section_of_the_thesis_is_asked_about(section: str, experiments: dict[str, Experiment]) -> None:
-    words = [e.thesis.replace(",", "").partition("Figure")[0].split() for e in experiments.values()]
-    assert any(section in named for named in words)
+def test_the_guide_lists_every_question() -> None:
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "experiments.md"
+    table = [line for line in guide.read_text().splitlines() if line.startswith("| `")]
+    assert [name for name in NAMES if not any(f"`{name}`" in line for line in table)] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -85,8 +85,9 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
         UserError: naming the key, if there is no such size, a typed key is one that arms differ in, an arm cannot be
             run, or two arms are the same.
     """
-    own = [field.name for field in fields(ExperimentKeys)]
-    facts = schema.typed(ExperimentKeys, {key: keys[key] for key in own}, "hydra.sweeper")
+    facts = schema.typed(
+        ExperimentKeys, {key: keys[key] for key in keys if key not in ("arms", "sizes")}, "hydra.sweeper"
+    )
     schema.check_one_of("size", facts.size, tuple(keys["sizes"]))
     size = _sizes(keys)[facts.size]
     common = merged(size.overrides, arguments.overrides)

@@ -86,7 +86,7 @@ class ArmsSweeper:
             if failures:
                 run, why = next(iter(failures.items()))
                 count = f"{len(failures)} of {len(found)} runs failed, as {run}"
-                raise UserError(f"{count}, as {run}: {why}; the same command repeats them; {run.directory} has its log")
+                raise UserError(f"{count}: {why}; the same command repeats them, {run.directory} has its log")
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
