@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test test-all lint docs bench ui clean
+.PHONY: setup run report test test-all lint docs bench ui clean
 
 setup: .venv/.installed
 
@@ -15,6 +15,13 @@ setup: .venv/.installed
 PRUNE ?= prune=prunetrain prune.lasso_ratio=12.5 prune.interval=2
 run: setup
 	$(BIN)/python -m morphtrain.run model.width=32 epochs=120 $(PRUNE)
+
+# Every question of conf/experiment at its small size, and the report of what they gave. Typed again, it goes on.
+QUESTIONS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
+report: setup
+	failed=; for question in $(QUESTIONS); do \
+		$(BIN)/python -m morphtrain.run +experiment=$$question || { code=$$?; [ $$code -lt 128 ] || exit $$code; failed="$$failed $$question"; }; \
+	done; $(BIN)/python -m morphtrain.report experiments && { [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }; }
 
 # Two at a time, each on one core: torch's threads would fight over them.
 test: setup

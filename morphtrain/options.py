@@ -9,10 +9,11 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import custom
+from morphtrain import custom, schema
 from morphtrain.contracts import Data, Precision
 from morphtrain.errors import UserError
 from morphtrain.method import Method
@@ -121,3 +122,24 @@ def _lacking(kind: type, part: Any) -> str:
         return ""
     names = [name for name in (*kind.__annotations__, *vars(kind)) if not name.startswith("_")]
     return f"; it lacks {', '.join(name for name in names if not hasattr(part, name))}"
+
+
+def method(option: str, **keys: Any) -> Method:
+    """One of MorphTrain's own methods as a further one of a run, beside those of its groups.
+
+    methods=[{_target_: morphtrain.options.method, option: grow/deeper, at_epochs: [8]}]
+
+    Args:
+        option: group and name, such as grow/deeper.
+        keys: of the option, where they differ from its file in `conf`.
+
+    Raises:
+        UserError: if there is no such option, or a key has a wrong type or range.
+    """
+    group, _, name = option.partition("/")
+    schema.check_one_of("option", group, ("prune", "grow", "batch_policy"))
+    schema.check_one_of("option", name, tuple(known for known in schema.OPTIONS[group] if known != "custom"))
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{name}.yaml"))
+    config = schema.typed(schema.OPTIONS[group][name], {**defaults, **keys}, f"methods, option {option}")
+    made: Method = build(group, config)
+    return made

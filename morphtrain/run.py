@@ -27,11 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 from morphtrain import config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
+from morphtrain.experiment.plugin import CHOSEN, ExperimentSweeper
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
+Plugins.instance().register(ExperimentSweeper)
 # Hydra makes callbacks without saying which it trusts, and warns of it; conf/config.yaml names ours.
 warnings.filterwarnings("ignore", message=r".* _target_='morphtrain\.sweep\.multirun\.Summary'")
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
@@ -160,7 +162,9 @@ def behind_hydra() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; an experiment is a multirun without `-m`, too."""
+    if any(argument.startswith(CHOSEN) for argument in sys.argv[1:]):
+        sys.argv.append("hydra.mode=MULTIRUN")  # an option's file cannot say so: Hydra would not look there
     with_messages(job)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_declaration_is_named(change: dict[str, Any], said: str, tmp_
         ({"role": "king"}, "role=king: must be one of method, dense"),
         ({"role": "from_scratch"}, "of=None: must be an arm for role=from_scratch"),
         ({"of": "pruned"}, "of=pruned: must be an arm for role=from_scratch, null for others"),
-        ({"role": "from_scratch", "of": "dense"}, "arms.new.of=dense: must be a method's arm"),
+        ({"role": "from_scratch", "of": "dense"}, "arms.new.of=dense: must be the name of a method's arm"),
         ({"overrides": "epochs=3"}, "arms.new.overrides is a str"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import morphtrain
-from morphtrain import schema
+from morphtrain import options, schema
 from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
@@ -585,3 +585,31 @@ def test_an_option_file_that_hydra_would_pass_over_is_named(command: Command, tm
     (tmp_path / "options" / "prune" / "prunetrain.yaml").write_text("_target_: mine.Own")
     result = command("--config-dir", "options", *DENSE, "tracking=none", "prune=prunetrain")
     check_failure(result, ["options/prune/prunetrain.yaml: MorphTrain has an option of that name"])
+
+
+def test_a_further_method_can_be_one_of_morphtrains_own(tmp_path: Path) -> None:
+    """Wider after one epoch, deeper after another: two methods of one group, which has one option."""
+    listed = "methods=[{_target_: morphtrain.options.method, option: grow/deeper, at_epochs: [2]}]"
+    keys = ["grow=wider", "grow.at_epochs=[1]", "epochs=3", "tracking=none", listed]
+    config = morphtrain.compose(*DENSE, *keys)
+    train(config, tmp_path, {})
+    records = read_records(tmp_path)
+    assert [record["changed"] for record in records] == [1, 1, 0]
+    network = morphtrain.load(tmp_path / "last.pt")
+    grown = [int(record["params"]) for record in records]
+    assert grown[0] < grown[1] == grown[2] == sum(p.numel() for p in network.parameters())
+    assert network.stem[0].out_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"option": "norm/ghost"}, "option=norm: must be one of prune, grow, batch_policy"),
+        ({"option": "grow/taller"}, "option=taller: must be one of"),
+        ({"option": "grow/deeper", "typo": 1}, "methods, option grow/deeper.typo=1: no such key"),
+    ],
+)
+def test_a_further_method_that_does_not_exist_is_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        options.method(**keys)
+    assert said in str(raised.value)

@@ -23,7 +23,7 @@ from morphtrain.schema import (
     tracking,
 )
 from morphtrain.schema.checks import check, check_one_of
-from morphtrain.schema.config import METRICS, Config
+from morphtrain.schema.config import METRICS, TESTED, Config
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.max_batch import MaxBatch
 from morphtrain.schema.option import OPTIONS, Option, keywords, option_of, size_keys
@@ -35,6 +35,7 @@ from morphtrain.schema.parse import (
     parse,
     parse_max_batch,
     stored_option,
+    typed,
 )
 
 for _module in pkgutil.iter_modules(__path__):  # an option may have a module of its own
@@ -48,6 +49,7 @@ __all__ = [
     "CONF",
     "METRICS",
     "OPTIONS",
+    "TESTED",
     "Config",
     "Custom",
     "MaxBatch",
@@ -75,4 +77,5 @@ __all__ = [
     "stored_option",
     "timing",
     "tracking",
+    "typed",
 ]

@@ -52,6 +52,11 @@ def check_sweeper(values: Mapping[str, Any]) -> None:
     _typed(Sweeper, node, "hydra.sweeper")
 
 
+def typed(kind: type, values: Mapping[str, Any], at: str) -> Any:
+    """An instance of dataclass `kind`, whose keys are below `at`; raises `UserError` for a wrong type or range."""
+    return _typed(kind, OmegaConf.create(dict(values)), at)
+
+
 def own_directories(runtime: Any) -> list[Path]:
     """The directories of option files that the user's command names; `runtime` is Hydra's `hydra.runtime`."""
     return [Path(source.path) for source in runtime.config_sources if source.provider == "command-line"]

@@ -20,7 +20,10 @@ OVERRIDES = Path(".hydra", "overrides.yaml")
 LEFT_AT_THE_END = "run.png"  # by a run that was not interrupted
 
 # Overrides that do not change what is computed.
-UNNAMED = ("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers=")
+UNNAMED = (
+    *("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers="),
+    *("experiment=", "size="),
+)
 
 CALIBRATED_CLOCK = "calibrated_train_seconds"
 

@@ -1,0 +1,1 @@
+"""Experiments: the arms of a question over its seeds, as a sweep of Hydra's. `+experiment=...`, conf/experiment."""

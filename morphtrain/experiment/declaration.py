@@ -1,0 +1,187 @@
+"""From an experiment's file and what was typed beside it to its declaration, which has no more to be worked out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.evidence.experiment import Arm, Experiment
+from morphtrain.schema.experiment import ArmKeys, ExperimentKeys, SizeKeys
+
+ASIDE = ("experiment", "size", "launcher", "tracking", "data.root", "data.download")  # change nothing that is computed
+OWN = ("resume", "trial", "architecture")  # keys that an experiment sets by itself
+SHAPING = (
+    "prune",
+    "grow",
+    "methods",
+    "epochs",
+)  # what a network trained from scratch does not take from the arm that shaped it
+
+Compose = Callable[[Sequence[str]], DictConfig]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What was typed beside the experiment's name.
+
+    Args:
+        overrides: those of all arms, which belong to the declaration.
+        aside: those of all runs that do not: where they run, and where records go.
+        seeds: instead of the file's; None: the file's.
+    """
+
+    overrides: tuple[str, ...]
+    aside: tuple[str, ...]
+    seeds: tuple[int, ...] | None
+
+
+def typed(arguments: Sequence[str]) -> Typed:
+    """Sort the overrides of the command line.
+
+    Raises:
+        UserError: for a key that an experiment sets by itself, or several values of any but the seed.
+    """
+    overrides: list[str] = []
+    aside: list[str] = []
+    seeds = None
+    for argument, parsed in zip(arguments, OverridesParser.create().parse_overrides(list(arguments)), strict=True):
+        key = key_of(argument)
+        if key == "seed":
+            values = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
+            seeds = tuple(map(_seed, values))
+        elif key in OWN:
+            raise UserError(f"{argument}: an experiment sets {key} by itself")
+        elif parsed.is_sweep_override():
+            raise UserError(
+                f"{argument}: an experiment has its arms in its file, and one value here; seed takes several"
+            )
+        else:
+            (aside if _is_of(key, ASIDE) else overrides).append(argument)
+    return Typed(tuple(overrides), tuple(aside), seeds)
+
+
+def _seed(value: Any) -> int:
+    number = int(value) if str(value).isdecimal() else -1
+    schema.check(0 <= number < 2**32, "seed", value, "0 to 4294967295, or several of them: seed=1,2,3")
+    return number
+
+
+def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Compose) -> Experiment:
+    """The declaration of an experiment.
+
+    Args:
+        name: of its file.
+        keys: the config node `hydra.sweeper`.
+        compose: makes the config of a run from its overrides.
+
+    Raises:
+        UserError: naming the key, if there is no such size, a typed key is one that arms differ in, an arm cannot be
+            run, or two arms are the same.
+    """
+    own = [field.name for field in fields(ExperimentKeys)]
+    facts = schema.typed(ExperimentKeys, {key: keys[key] for key in own}, "hydra.sweeper")
+    schema.check_one_of("size", facts.size, tuple(keys["sizes"]))
+    size = _sizes(keys)[facts.size]
+    common = merged(size.overrides, arguments.overrides)
+    arms = _arms(keys["arms"], facts.size)
+    _check_free(arguments.overrides, arms)
+
+    @functools.cache  # a composition takes a tenth of a second, and arms with shares have the same one
+    def whole(overrides: tuple[str, ...]) -> DictConfig:
+        return compose(merged(common, arguments.aside, overrides))
+
+    resolved: dict[str, Arm] = {}
+    configs: dict[str, DictConfig] = {}
+    for arm, keys_of_arm in arms.items():
+        overrides = _overrides(keys_of_arm, arms, whole)
+        resolved[arm] = Arm(overrides, keys_of_arm.role, keys_of_arm.of)
+        configs[arm] = whole(overrides)
+    plain = {key: value for key, value in asdict(facts).items() if key != "attempts"}
+    seeds = arguments.seeds or tuple(size.seeds)
+    experiment = Experiment(name=name, arms=resolved, seeds=seeds, overrides=tuple(common), **plain)
+    _check_runs(experiment, configs)
+    return experiment
+
+
+def merged(*lists: Sequence[str]) -> list[str]:
+    """Overrides of which the last of a key counts, as one list."""
+    last = {key_of(override): override for overrides in lists for override in overrides}
+    return list(last.values())
+
+
+def key_of(override: str) -> str:
+    """The key or group of an override."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _sizes(keys: Mapping[str, Any]) -> dict[str, SizeKeys]:
+    default: dict[str, list[str]] = {"overrides": []}
+    return {
+        name: schema.typed(SizeKeys, {**default, **node}, f"hydra.sweeper.sizes.{name}")
+        for name, node in keys["sizes"].items()
+    }
+
+
+def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
+    """The arms, with the overrides of this size among those of all sizes."""
+    arms = {}
+    for name, node in nodes.items():
+        arm = schema.typed(ArmKeys, {**asdict(ArmKeys()), **(node or {})}, f"hydra.sweeper.arms.{name}")
+        arm.overrides = merged(arm.overrides, getattr(arm, size))
+        arms[str(name)] = arm
+    return arms
+
+
+def _check_free(overrides: Sequence[str], arms: Mapping[str, ArmKeys]) -> None:
+    """Raise a `UserError` for a typed key that arms have values of their own of, which would win."""
+    for override in overrides:
+        for name, arm in arms.items():
+            if key_of(override) in map(key_of, arm.overrides):
+                raise UserError(f"{override}: arm {name} of the experiment has a value of its own; take another key")
+
+
+def _overrides(
+    arm: ArmKeys, arms: Mapping[str, ArmKeys], whole: Callable[[tuple[str, ...]], DictConfig]
+) -> tuple[str, ...]:
+    """An arm's overrides, with those of the arm that shaped its network, and with shares worked out."""
+    shaped_by = arms[arm.of].overrides if arm.of is not None and arm.of in arms else []
+    overrides = merged([other for other in shaped_by if not _is_of(key_of(other), SHAPING)], arm.overrides)
+    shares = {"epochs": arm.epochs, "model.width": arm.width}
+    plain = tuple(overrides)
+    for key, share in shares.items():
+        if share is not None:
+            full = OmegaConf.select(whole(plain), key)
+            schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
+            overrides.append(f"{key}={max(1, round(share * full))}")
+    return tuple(overrides)
+
+
+def _is_of(key: str, keys: Sequence[str]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def _check_runs(experiment: Experiment, configs: Mapping[str, DictConfig]) -> None:
+    """Raise a `UserError` for an arm that cannot run, is the same as another, or does not record what decides."""
+    plain = {}
+    for name, config in configs.items():
+        parsed = schema.parse(config)
+        known = (*parsed.recorded, *schema.TESTED)
+        for metric in (experiment.response, experiment.y):
+            if metric is not None and not parsed.records_more:
+                schema.check_one_of("hydra.sweeper.response", metric, known)
+        if experiment.x is not None and experiment.x not in known:
+            value = OmegaConf.select(config, experiment.x)
+            schema.check(value is not None, "hydra.sweeper.x", experiment.x, f"a metric, or a key that arm {name} has")
+        plain[name] = (OmegaConf.to_container(config, resolve=True), experiment.arms[name].of)
+    names = list(plain)
+    for index, name in enumerate(names):
+        for other in names[:index]:
+            if plain[name] == plain[other]:
+                raise UserError(f"hydra.sweeper.arms.{name}: is the same run as {other}; give it overrides of its own")

@@ -1,0 +1,101 @@
+"""The runs of an experiment: which there are, in which order, and what their directories say of them."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from morphtrain.evidence import records
+from morphtrain.evidence.experiment import Experiment
+from morphtrain.sweep.multirun import LEFT_AT_THE_END
+
+DISTURBED = "disturbed.jsonl"  # what the records of a run are called that counts for nothing
+
+Record = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed.
+
+    Args:
+        number: of the run in the experiment, from 0.
+        directory: that it has, or will have.
+        after: the run whose final structure it trains.
+    """
+
+    number: int
+    arm: str
+    seed: int
+    directory: Path
+    after: Run | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has trained to its end, and counts."""
+        return (self.directory / LEFT_AT_THE_END).exists() and (self.directory / records.FILE).exists()
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether it has failed or been disturbed, so that it has to be run from the beginning."""
+        return (self.directory / DISTURBED).exists()
+
+    def history(self) -> list[dict[str, float]]:
+        """The records of its epochs."""
+        return records.read_records(self.directory)
+
+    def spoil(self) -> None:
+        """Let what it has recorded count for nothing; it stays to be read until the run is repeated."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if (self.directory / records.FILE).exists():
+            (self.directory / records.FILE).replace(self.directory / DISTURBED)
+        else:
+            (self.directory / DISTURBED).touch()
+
+    def __str__(self) -> str:
+        return f"seed {self.seed} {self.arm}"
+
+
+def planned(experiment: Experiment, directory: Path) -> list[Run]:
+    """All runs of an experiment: seed by seed, in a seed in an order that chance has fixed once for all.
+
+    A drift of the machine's speed so falls on all arms alike.
+    """
+    found: list[Run] = []
+    for seed in experiment.seeds:
+        order = list(experiment.arms)
+        random.Random(f"{experiment.name} {seed}").shuffle(order)
+        order.sort(key=lambda arm: experiment.arms[arm].of is not None)
+        of_seed: dict[str, Run] = {}
+        for arm in order:
+            after = of_seed.get(experiment.arms[arm].of or "")
+            of_seed[arm] = Run(len(found), arm, seed, directory / str(seed) / arm, after)
+            found.append(of_seed[arm])
+    return found
+
+
+def ready(runs: Sequence[Run]) -> list[Run]:
+    """Those of runs that have not ended which can start: not before the run whose structure they train."""
+    return [run for run in runs if run.after is None or run.after.ended]
+
+
+def contended(history: Sequence[Record]) -> bool:
+    """Whether others have disturbed the run's times, and nothing has calibrated them."""
+    return any(record["contended"] for record in history) and "calibrated_train_seconds" not in history[-1]
+
+
+def epochs_in_the_same_seconds(history: Sequence[Record]) -> int:
+    """How many epochs of a run's last network fit into the seconds of the whole run, and at least one.
+
+    All in calibrated seconds, if there are any. The last network's epoch is the median of those that trained it; if
+    none has, because it changed after the last, then of the last one.
+    """
+    calibrated = "calibrated_train_seconds" in history[-1]
+    total = history[-1]["calibrated_train_seconds" if calibrated else "train_seconds"]
+    changes = [number for number, record in enumerate(history, 1) if record["changed"]]
+    last = history[changes[-1] :] if changes else history[1:]
+    seconds = [record["calibrated_seconds" if calibrated else "epoch_seconds"] for record in last or history[-1:]]
+    return max(1, int(total / statistics.median(seconds)))

@@ -1,0 +1,248 @@
+"""The loop of an experiment: what is left runs, seed by seed, until every arm has its run or has failed too often."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, configure_log
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from morphtrain import interrupts, schema
+from morphtrain.errors import UserError, said
+from morphtrain.evidence import experiment as evidence
+from morphtrain.evidence.experiment import Experiment
+from morphtrain.experiment import runs as run_states
+from morphtrain.experiment.declaration import Typed, declared, merged, typed
+from morphtrain.experiment.runs import Run, contended, planned, ready
+from morphtrain.files import named_lock, write_atomically
+from morphtrain.tracking import begin_sweep, end_sweep, prepare
+
+LOCK = ".experiment.lock"
+PROSE = ("thesis", "claim", "limits")  # what may be worded differently by another version of the file
+
+
+class ArmsSweeper:
+    """What `+experiment=...` does; see `morphtrain.experiment.plugin`.
+
+    Args:
+        keys: those of `conf/hydra/sweeper/experiment.yaml`.
+    """
+
+    def __init__(self, keys: Mapping[str, Any]) -> None:
+        self.keys = keys
+        self.attempts = int(keys["attempts"])
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        choices = config.hydra.runtime.choices
+        self.name = str(choices["experiment"])
+        self.one_at_a_time = choices["hydra/launcher"] == "basic"
+        self.directory = Path(config.hydra.sweep.dir, f"{self.name}-{self.keys['size']}")
+        with read_write(config.hydra):
+            config.hydra.sweep.dir = str(self.directory)  # where launchers begin
+        self.launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run what is left.
+
+        Raises:
+            UserError: before anything runs, for a declaration that cannot be run or differs from the one that the
+                experiment was begun with; at the end, if runs have failed.
+        """
+        with interrupts.at_once():  # there is nothing yet to end in order
+            given = typed(arguments)
+            experiment = declared(self.name, self.keys, given, self._composed)
+            tracking = schema.parse(self._composed([*experiment.overrides, *given.aside])).tracking
+            prepare(tracking)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._settle_declaration(experiment)
+            found = planned(experiment, self.directory.resolve())
+            _show_plan(experiment, found, self.directory)
+            parent = begin_sweep(tracking, self.directory.name, {"study": str(self.directory)}, self.directory)
+            status = "FAILED"
+            try:
+                failures = self._run_all(experiment, found, given, parent)
+                status = "FAILED" if failures else "FINISHED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+                print("interrupted; go on with the same command", flush=True)
+                raise
+            finally:
+                if parent is not None and isinstance(tracking, schema.tracking.MLflow):
+                    ended = {"runs": float(len(found)), "runs_ended": float(sum(run.ended for run in found))}
+                    end_sweep(tracking, parent, ended, {"question": experiment.question}, [], status, self.directory)
+        if failures:
+            run, why = next(iter(failures.items()))
+            count = f"{len(failures)} of {len(found)} runs failed"
+            raise UserError(f"{count}, as {run}: {why}; the same command repeats them, and {run.directory} has its log")
+        print(f"next: python -m morphtrain.report {self.directory}")
+
+    def _composed(self, overrides: Sequence[str]) -> DictConfig:
+        """The config of a run, without Hydra's own."""
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(composed):
+            del composed["hydra"]
+        return composed
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = self.directory / LOCK
+        try:
+            with named_lock(lock, f"process {os.getpid()} on {platform.node()}"):
+                yield
+        except BlockingIOError:
+            raise UserError(
+                f"{self.directory}: {lock.read_text()} is running this experiment; wait for its end"
+            ) from None
+
+    def _settle_declaration(self, experiment: Experiment) -> None:
+        """Write the declaration, or compare it with the one that is there."""
+        path = self.directory / evidence.FILE
+        plain = evidence.as_plain(experiment)
+        if not path.exists():
+            write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
+            return
+        before = evidence.as_plain(evidence.load(self.directory))
+        for key, value in sorted(plain.items(), key=lambda item: item[0] != "overrides"):  # what else follows from them
+            if key not in PROSE and before[key] != value:
+                raise UserError(
+                    f"{path}: the experiment was begun with {_difference(key, before[key], value)}; "
+                    "go on with what it was begun with, or begin another one with hydra.sweep.dir=..."
+                )
+
+    def _run_all(
+        self, experiment: Experiment, found: Sequence[Run], given: Typed, parent: str | None
+    ) -> dict[Run, str]:
+        """Run what has not ended; the runs that cannot, with the reason."""
+        failures: dict[Run, str] = {}
+        clock = _Clock(sum(not run.ended for run in found), len(found))
+        for seed in experiment.seeds:
+            left = [run for run in found if run.seed == seed and not run.ended]
+            tries: Counter[Run] = Counter()
+            while starting := ready(left):
+                interrupts.check()
+                starting = starting[:1] if self.one_at_a_time else starting
+                for run, why in self._launched(experiment, starting, given, parent).items():
+                    tries[run] += 1
+                    again = isinstance(why, str) and tries[run] < self.attempts
+                    clock.show(run, experiment.response, why, again)
+                    if not again:
+                        left.remove(run)
+                        if why is not None:
+                            failures[run] = str(why)
+            for run in left:
+                failures[run] = f"{run.after} has failed, whose structure it trains"
+            if failures and not any(run.ended for run in found):
+                break  # not one arm can run
+        return failures
+
+    def _launched(
+        self, experiment: Experiment, starting: Sequence[Run], given: Typed, parent: str | None
+    ) -> dict[Run, str | UserError | None]:
+        """Run some; for each None if it has ended, else what went wrong: a user's mistake as itself, else a text."""
+        for run in starting:
+            if run.spoilt:
+                shutil.rmtree(run.directory)
+        jobs = [self._job(experiment, run, given, parent) for run in starting]
+        hydra = self.config.hydra
+        try:
+            with _silence():
+                returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
+        finally:  # or what is logged later goes to what was printed to meanwhile
+            configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
+        return {run: _outcome(run, result) for run, result in zip(starting, returned, strict=True)}
+
+    def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
+        """The overrides of a run."""
+        more = [f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir='{self.directory}'"]
+        more += [f"hydra.sweep.subdir='{run.seed}/{run.arm}'"]
+        if parent is not None:
+            more.append(f"tracking.parent_run_id={parent}")
+        if run.after is not None:
+            epochs = run_states.epochs_in_the_same_seconds(run.after.history())
+            more += [f"architecture='{run.after.directory / 'last.pt'}'", f"epochs={epochs}"]
+        return merged(given.aside, experiment.overrides, experiment.arms[run.arm].overrides, more)
+
+
+def _outcome(run: Run, returned: JobReturn) -> str | UserError | None:
+    """None if the run has ended undisturbed; else what went wrong, and what it recorded counts for nothing."""
+    try:
+        _ = returned.return_value
+    except interrupts.JobInterrupted as interrupt:
+        raise interrupts.Interrupted(interrupt.number) from interrupt
+    except Exception as error:  # noqa: BLE001 (whatever a job raises ends its run, not the experiment)
+        interrupts.check()  # a job that fails after a signal fails for it
+        run.spoil()
+        return error if isinstance(error, UserError) else said(error)
+    if contended(run.history()):
+        run.spoil()
+        return "others disturbed it, and timing.reference=0 calibrates no times"
+    return None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what runs print from a table of runs: each has it in its own log."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict):
+        name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
+        return f"{key}.{name}={before.get(name)} and is now given {now.get(name)}"
+    return f"{key}={before} and is now given {now}"
+
+
+def _show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
+    left = sum(not run.ended for run in found)
+    print(f"{experiment.name}, size={experiment.size}: {experiment.question}")
+    if experiment.limits:
+        print(f"  {experiment.limits}")
+    for name, arm in experiment.arms.items():
+        of = f" of {arm.of}" if arm.of else ""
+        print(f"  {name}: {arm.role}{of} {' '.join(arm.overrides)}".rstrip())
+    print(f"  for all: {' '.join(experiment.overrides)}")
+    seeds = f"seeds {', '.join(map(str, experiment.seeds))}"
+    print(f"  {len(found)} runs in {directory}, {seeds}; {len(found) - left} have ended, {left} are left", flush=True)
+
+
+class _Clock:
+    """A line per run, with the time that is left as those before it took theirs.
+
+    Args:
+        left: number of runs to go.
+        total: and of all.
+    """
+
+    def __init__(self, left: int, total: int) -> None:
+        self.begun, self.left, self.to_do, self.total = time.monotonic(), left, left, total
+
+    def show(self, run: Run, response: str, why: str | UserError | None, again: bool) -> None:
+        self.left -= not again
+        done = self.to_do - self.left
+        text = f"{self.total - self.left:4d}/{self.total} {run}:"
+        if why is not None:
+            text += f" {why}" + ("; once more" if again else "")
+        else:
+            end = run.history()[-1]
+            shown = dict.fromkeys((response, "calibrated_train_seconds", "test_accuracy", "params"))
+            text += "".join(f"  {metric} {end[metric]:.6g}" for metric in shown if metric in end)
+        if done and self.left:
+            minutes = (time.monotonic() - self.begun) / done * self.left / 60
+            text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
+        print(text, flush=True)

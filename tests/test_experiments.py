@@ -1,0 +1,307 @@
+"""Experiments through the real command: order, what goes on, what is repeated, what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Command
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+from morphtrain.errors import UserError
+from morphtrain.evidence import experiment as evidence
+from morphtrain.evidence.experiment import Arm, Experiment
+from morphtrain.experiment import declaration
+from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
+from morphtrain.experiment.sweeper import ArmsSweeper
+from morphtrain.run import main
+
+DECLARED = """
+# @package _global_
+defaults:
+  - /size: small
+
+hydra:
+  sweeper:
+    question: Does it pay?
+    analysis: pays
+    margin: 0.01
+    sizes:
+      small:
+        seeds: [1, 2]
+        overrides:
+          - data=synthetic
+          - data.train_samples=128
+          - data.val_samples=64
+          - data.image_size=8
+          - model.width=4
+          - batch_policy.batch_size=32
+          - epochs=3
+    arms:
+      dense: {role: dense}
+      sooner: {role: sooner, epochs: 0.5}
+      pruned: {overrides: [prune=prunetrain, prune.interval=1, prune.start_epoch=1, prune.lasso_ratio=60]}
+      scratch: {role: from_scratch, of: pruned}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A directory with an experiment of the user's own, `quick`."""
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "quick.yaml").write_text(DECLARED.strip())
+    return tmp_path
+
+
+TYPED = ("--config-dir=own", "+experiment=quick", "tracking=none")
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The one line with which the command ends that is typed so in the present directory."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run", *TYPED, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert "\n" not in str(ended.value)
+    return str(ended.value)
+
+
+def histories(directory: Path) -> dict[str, list[dict[str, float]]]:
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}": [json.loads(line) for line in path.read_text().splitlines()]
+        for path in directory.rglob("records.jsonl")
+    }
+
+
+def test_an_experiment_runs_goes_on_and_refuses_to_change(
+    own: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = own / "experiments" / "quick-small"
+    words = [sys.executable, "-m", "morphtrain.run", *TYPED]
+    first = subprocess.Popen(words, cwd=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(directory.glob("2/*/last.pt")):  # somewhere in the second seed
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    declared = evidence.load(directory)
+    assert declared.seeds == (1, 2)
+    assert declared.arms["sooner"].overrides == ("epochs=2",), "half of three, rounded"
+    before = histories(directory)
+    assert {name for name in before if name.startswith("1/")} == {"1/dense", "1/sooner", "1/pruned", "1/scratch"}
+    stamps = {path: path.stat().st_mtime_ns for path in directory.glob("1/*/last.pt")}
+
+    second = command(*TYPED)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "of 8" not in second.stderr
+    assert second.stdout.rstrip().endswith("python -m morphtrain.report experiments/quick-small")
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "what has ended is not run again"
+    after = histories(directory)
+    assert len(after) == 8
+    assert all(len(history) == 3 for name, history in after.items() if name.endswith(("dense", "pruned")))
+    for seed in "12":
+        pruned, scratch = after[f"{seed}/pruned"], after[f"{seed}/scratch"]
+        assert len(scratch) == epochs_in_the_same_seconds(pruned)
+        assert scratch[0]["params"] == pruned[-1]["params"]
+    assert len({history[0]["train_loss"] for name, history in after.items() if name.endswith("dense")}) == 2
+
+    monkeypatch.chdir(own)
+    for change, difference in (("epochs=6", "epochs=3"), ("seed=1,2,3", "seeds=[1, 2]")):
+        refused = refusal(monkeypatch, change)
+        assert "experiment.yaml: the experiment was begun with " in refused
+        assert difference in refused and "hydra.sweep.dir" in refused
+    assert histories(directory) == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("size=thesis",), "size=thesis: must be one of small"),
+        (("resume=auto",), "resume=auto: an experiment sets resume by itself"),
+        (("prune=none",), "prune=none: arm pruned of the experiment has a value of its own"),
+        (("epochs=1,2",), "epochs=1,2: an experiment has its arms in its file"),
+        (("seed=x",), "seed=x: must be 0 to 4294967295"),
+        (("epochs=1",), "is the same run as"),
+        (("hydra.sweeper.response=speed",), "hydra.sweeper.response=speed: must be one of"),
+        (("hydra.sweeper.attempts=0",), "hydra.sweeper.attempts=0: must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(
+    arguments: tuple[str, ...],
+    said: str,
+    own: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(own)
+    assert said in refusal(monkeypatch, *arguments)
+    assert not list(own.glob("experiments/*/*"))
+
+
+def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Experiment:
+    return Experiment("e", "small", "Is it?", "", "factor", "params", arms, seeds, 0.1)
+
+
+ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}
+
+
+def test_arms_of_a_seed_lie_side_by_side_in_an_order_by_chance(tmp_path: Path) -> None:
+    runs = planned(experiment(ARMS), tmp_path)
+    assert [run.number for run in runs] == list(range(25))
+    assert [run.seed for run in runs] == [seed for seed in (1, 2, 3, 4, 5) for _ in ARMS]
+    orders = [tuple(run.arm for run in runs if run.seed == seed) for seed in (1, 2, 3, 4, 5)]
+    assert all(sorted(order) == sorted(ARMS) for order in orders)
+    assert len(set(orders)) > 1, "no arm is always the first of its seed"
+    assert planned(experiment(ARMS), tmp_path) == runs, "the same when the command is typed again"
+    for run in runs:
+        assert (run.after is not None) == (run.arm == "c_again")
+        assert run.after is None or (run.after.arm, run.after.seed) == ("c", run.seed)
+        assert run.directory == tmp_path / str(run.seed) / run.arm
+
+
+def record(**values: float) -> dict[str, float]:
+    return {"changed": 0.0, "contended": 0.0, **values}
+
+
+def test_epochs_from_scratch_take_the_seconds_of_the_whole_run() -> None:
+    """Ten slow epochs, then, after a change, fast ones of which one was disturbed: 20 s are forty of the last."""
+    slow = [record(epoch_seconds=1.5, train_seconds=1.5 * n) for n in range(1, 11)]
+    slow[-1]["changed"] = 1.0
+    fast = [record(epoch_seconds=seconds, train_seconds=0.0) for seconds in (0.5, 3.0, 0.5)]
+    fast[-1]["train_seconds"] = 20.0
+    assert epochs_in_the_same_seconds([*slow, *fast]) == 40
+    calibrated = [{**r, "calibrated_seconds": 2 * r["epoch_seconds"]} for r in (*slow, *fast)]
+    calibrated[-1]["calibrated_train_seconds"] = 60.0
+    assert epochs_in_the_same_seconds(calibrated) == 60
+    assert epochs_in_the_same_seconds([record(epoch_seconds=9.0, train_seconds=3.0)]) == 1
+    changed_last = [record(epoch_seconds=1.0), record(epoch_seconds=2.0, train_seconds=4.0, changed=1.0)]
+    assert epochs_in_the_same_seconds(changed_last) == 2
+
+
+def test_a_run_counts_as_contended_only_without_calibrated_times() -> None:
+    disturbed = [record(contended=1.0), record()]
+    assert contended(disturbed)
+    assert not contended([record(), record()])
+    assert not contended([disturbed[0], record(calibrated_train_seconds=3.0)])
+
+
+class Jobs:
+    """A launcher whose jobs leave records at once; `plan` says how the next runs of an arm end."""
+
+    def __init__(self, plan: dict[str, list[Any]]) -> None:
+        self.plan, self.started = plan, []  # type: ignore[var-annotated]
+
+    def launch(self, jobs: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        return [self._run(dict(job.split("=", 1) for job in jobs)) for jobs in jobs]
+
+    def _run(self, job: dict[str, str]) -> JobReturn:
+        subdir = job["hydra.sweep.subdir"].strip("'")
+        directory = Path(job["hydra.sweep.dir"].strip("'"), subdir)
+        arm = directory.name
+        self.started.append((subdir, job, (directory / DISTURBED).exists()))
+        directory.mkdir(parents=True, exist_ok=True)
+        how = self.plan.get(arm, []).pop(0) if self.plan.get(arm) else "well"
+        values = record(epoch_seconds=1.0, train_seconds=7.0, params=5.0, contended=float(how == "contended"))
+        (directory / "records.jsonl").write_text(json.dumps(values) + "\n")
+        if isinstance(how, Exception):
+            return JobReturn(status=JobStatus.FAILED, _return_value=how)
+        (directory / "run.png").touch()
+        return JobReturn(status=JobStatus.COMPLETED, _return_value=1.0)
+
+
+def swept(directory: Path, plan: dict[str, list[Any]], at_once: bool = False) -> tuple[Jobs, dict[Run, str], list[Run]]:
+    """Run an experiment of one seed with such jobs: the launcher, what failed, and all runs."""
+    sweeper = ArmsSweeper({"attempts": 3})
+    sweeper.directory, sweeper.one_at_a_time = directory, not at_once
+    logging = OmegaConf.create({"version": 1, "root": None})  # leaves pytest's as it is
+    sweeper.config = SimpleNamespace(hydra=SimpleNamespace(hydra_logging=logging, verbose=False))
+    sweeper.hydra_context = SimpleNamespace(execution_whitelist=None)
+    jobs = Jobs(plan)
+    sweeper.launcher = jobs
+    of_one_seed = experiment(ARMS, (1,))
+    runs = planned(of_one_seed, directory)
+    failures = sweeper._run_all(of_one_seed, runs, declaration.Typed((), (), None), None)
+    return jobs, failures, runs
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one at a time", "a seed at once"])
+@pytest.mark.parametrize("first", [OSError("disk"), "contended"], ids=["failed", "contended"])
+def test_what_was_spoilt_is_run_again_from_the_beginning(first: Any, at_once: bool, tmp_path: Path) -> None:
+    jobs, failures, runs = swept(tmp_path, {"b": [first, first]}, at_once)
+    assert failures == {}
+    assert all(run.ended for run in runs)
+    started = [subdir for subdir, _, _ in jobs.started]
+    assert started.count("1/b") == 3
+    assert len(started) == len(ARMS) + 2
+    assert not any(spoilt for _, _, spoilt in jobs.started), "nothing of it is left to go on from"
+    assert not list(tmp_path.rglob(DISTURBED))
+    (scratch,) = [job for subdir, job, _ in jobs.started if subdir == "1/c_again"]
+    assert scratch["epochs"] == "7"
+    assert scratch["architecture"] == f"'{tmp_path / '1/c/last.pt'}'"
+    assert started.index("1/c_again") > started.index("1/c")
+
+
+@pytest.mark.parametrize("how", [RuntimeError("broken"), "contended"], ids=["failed", "contended"])
+def test_what_is_spoilt_every_time_counts_for_nothing(how: Any, tmp_path: Path) -> None:
+    jobs, failures, _ = swept(tmp_path, {"c": [how] * 9})
+    assert [str(run) for run in failures] == ["seed 1 c", "seed 1 c_again"]
+    assert [subdir for subdir, _, _ in jobs.started].count("1/c") == 3
+    assert not (tmp_path / "1/c/records.jsonl").exists(), "a loader finds no records of it"
+    assert (tmp_path / "1/c" / DISTURBED).exists()
+    again, failures, _ = swept(tmp_path, {})
+    assert failures == {}
+    assert [subdir for subdir, _, _ in again.started] == ["1/c", "1/c_again"]
+
+
+def test_a_mistake_is_not_repeated_but_the_other_arms_run(tmp_path: Path) -> None:
+    jobs, failures, runs = swept(tmp_path, {"b": [UserError("optimizer.lr=9: training diverged")] * 3})
+    assert {str(run): why for run, why in failures.items()} == {"seed 1 b": "optimizer.lr=9: training diverged"}
+    assert [subdir for subdir, _, _ in jobs.started].count("1/b") == 1
+    assert sum(run.ended for run in runs) == len(ARMS) - 1
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """Records without the picture of the end: neither ended nor spoilt."""
+    (tmp_path / "1/a").mkdir(parents=True)
+    (tmp_path / "1/a/records.jsonl").write_text(json.dumps(record()) + "\n")
+    (tmp_path / "1/a/last.pt").write_text("kept")
+    jobs, _, _ = swept(tmp_path, {})
+    (job,) = [job for subdir, job, _ in jobs.started if subdir == "1/a"]
+    assert job["resume"] == "auto"
+    assert (tmp_path / "1/a/last.pt").read_text() == "kept"
+
+
+def test_two_commands_do_not_run_one_experiment_at_once(own: Path, command: Command) -> None:
+    from morphtrain.files import named_lock
+
+    directory = own / "experiments" / "quick-small"
+    directory.mkdir(parents=True)
+    with named_lock(directory / ".experiment.lock", "process 7 on earth"):
+        result = command(*TYPED)
+    assert result.returncode == 1
+    assert "quick-small: process 7 on earth is running this experiment" in result.stderr
+    assert not (directory / "experiment.yaml").exists()
+
+
+def test_what_is_typed_is_of_all_arms_but_for_where_runs_go() -> None:
+    aside = ("+experiment=e", "size=small", "tracking=none", "+launcher=joblib")
+    given = declaration.typed([*aside, "epochs=3", "seed=4,5"])
+    assert given.overrides == ("epochs=3",)
+    assert given.aside == aside
+    assert given.seeds == (4, 5)
+    assert declaration.merged(["epochs=3", "prune=none"], ["+epochs=4"]) == ["+epochs=4", "prune=none"]
+
+
+def test_runs_that_wait_start_when_what_they_wait_for_has_ended(tmp_path: Path) -> None:
+    runs = planned(experiment(ARMS, (1,)), tmp_path)
+    assert sorted(run.arm for run in ready(runs)) == ["a", "b", "c", "d"]
