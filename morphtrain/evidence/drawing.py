@@ -108,6 +108,7 @@ def curves(axes: Any, arms: Mapping[str, Sequence[tuple[float, Estimate]]], ylab
         high = [estimate.mean if estimate.high is None else estimate.high for _, estimate in arms[name]]
         axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
         axes.plot(x, means, color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=0.12, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.legend(fontsize=9)
 

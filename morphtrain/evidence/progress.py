@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ENVIRONMENT = "environment.json"
+DISTURBED = "disturbed.jsonl"  # what the records of a run are called that counts for nothing
 
 
 @dataclass(frozen=True)
 class Progress:
     """One declared run: its epochs, whether it has finished, in how many epochs others disturbed it, and its machines.
 
-    `machines` has more than one if the run went on elsewhere, and none if it has not begun.
+    `spoilt`: it has failed or was disturbed, and waits to be repeated. `machines` has more than one if the run went on elsewhere, and none if it has not begun.
     """
 
     arm: str
@@ -30,9 +31,12 @@ class Progress:
     epochs: int = 0
     finished: bool = False
     contended: int = 0
+    spoilt: bool = False
     machines: tuple[dict[str, str], ...] = ()
 
     def __str__(self) -> str:
+        if self.spoilt:
+            return "to be repeated"
         if not self.machines:
             return "not begun"
         disturbed = f", {self.contended} contended" if self.contended else ""
@@ -50,9 +54,10 @@ def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> li
     found = []
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            row, machines = last.get((arm, seed)), _machines(directory / str(seed) / arm / ENVIRONMENT)
+            run, row = directory / str(seed) / arm, last.get((arm, seed))
             done = () if row is None else (int(row.epoch), bool(row.finished), int(row.contended_epochs))
-            found.append(Progress(arm, seed, *done, machines=machines))
+            spoilt = (run / DISTURBED).exists()
+            found.append(Progress(arm, seed, *done, spoilt=spoilt, machines=_machines(run / ENVIRONMENT)))
     return found
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from morphtrain.evidence import records
 from morphtrain.evidence.experiment import Experiment
+from morphtrain.evidence.progress import DISTURBED
 from morphtrain.sweep.multirun import LEFT_AT_THE_END
-
-DISTURBED = "disturbed.jsonl"  # what the records of a run are called that counts for nothing
 
 Record = Mapping[str, float]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -17,6 +18,7 @@ from morphtrain.evidence.progress import Progress
 from morphtrain.evidence.section import Section
 from morphtrain.report.svg import inline
 from morphtrain.report.tables import Column, Shown, shown
+from morphtrain.schema import CONF
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +84,18 @@ class Question:
     @property
     def notes(self) -> list[str]:
         """What limits the answer: what is missing, disturbed, or ran elsewhere."""
-        return [note for note in (self._missing(), self._disturbed(), self._mixed(), self.experiment.limits) if note]
+        found = (self._missing(), self._spoilt(), self._contended(), self._mixed(), self._limits())
+        return [note for note in found if note]
+
+    def _limits(self) -> str:
+        limits = self.experiment.limits
+        return f"What it cannot show: {limits}." if limits else ""
+
+    def _spoilt(self) -> str:
+        spoilt = [f"{run.arm} with seed {run.seed}" for run in self.progress if run.spoilt]
+        if not spoilt:
+            return ""
+        return f"Failed or disturbed, and left out until it is repeated: {words.listed(spoilt)}."
 
     def _missing(self) -> str:
         missing = [run for run in self.progress if not run.finished]
@@ -95,14 +108,14 @@ class Question:
             "answer is about those that have, and may change."
         )
 
-    def _disturbed(self) -> str:
-        disturbed = [run for run in self.progress if run.contended]
-        if not disturbed:
+    def _contended(self) -> str:
+        contended = [run for run in self.progress if run.contended]
+        if not contended:
             return ""
-        epochs = sum(run.contended for run in disturbed)
+        epochs = sum(run.contended for run in contended)
         of = sum(run.epochs for run in self.progress)
         return (
-            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(disturbed)} of the runs; "
+            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(contended)} of the runs; "
             "calibrated times allow for it, raw ones do not."
         )
 
@@ -125,7 +138,7 @@ class Question:
             ("Experiment", f"{experiment.name}, size {experiment.size}"),
             ("Analysis", f"{experiment.analysis}: {TESTS[experiment.analysis]}"),
             ("What decides", experiment.response + (f", against {experiment.x}" if experiment.x else "")),
-            ("Margin", f"{words.number(experiment.margin)}: a smaller difference would not matter"),
+            ("Margin", f"{experiment.margin:g}: a smaller difference would not matter"),
             ("Seeds", ", ".join(map(str, experiment.seeds)) + "; every arm has a run of each"),
             ("Overrides of all arms", " ".join(experiment.overrides)),
             ("In the thesis", experiment.thesis),
@@ -162,8 +175,24 @@ class Question:
 
     @property
     def command(self) -> str:
+        """Runs the experiment again as it was declared, with what was typed beside its name."""
         experiment = self.experiment
-        return f"python -m morphtrain.run -m +experiment={experiment.name} size={experiment.size}"
+        seeds, overrides = _in_file(experiment)
+        typed = [override for override in experiment.overrides if override not in overrides]
+        typed += ["seed=" + ",".join(map(str, experiment.seeds))] if experiment.seeds != seeds else []
+        words = (f"+experiment={experiment.name}", f"size={experiment.size}", *typed)
+        return f"python -m morphtrain.run {shlex.join(words)}"
+
+
+def _in_file(experiment: Experiment) -> tuple[tuple[int, ...], Sequence[str]]:
+    """The seeds and overrides that an experiment's file has for its size; none of a file of one's own."""
+    from omegaconf import OmegaConf
+
+    path = CONF / "experiment" / f"{experiment.name}.yaml"
+    if not path.exists():
+        return experiment.seeds, ()
+    size: Any = OmegaConf.select(OmegaConf.load(path), f"hydra.sweeper.sizes.{experiment.size}")
+    return (tuple(size.seeds), tuple(size.get("overrides", ()))) if size is not None else (experiment.seeds, ())
 
 
 def _facts(machine: dict[str, str], names: Sequence[str]) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ def shown(table: Table) -> Shown:
     """A table of a section, its numbers rounded and its intervals in one cell with their values."""
     frame = table.frame
     names = [str(name) for name in frame.columns if not str(name).endswith((LOW, HIGH))]
+    names = [name for name in names if not frame[name].isna().all()]
     columns = [Column(str(frame.index.name or ""), False)]
     columns += [Column(name, frame[name].dtype.kind in "iuf") for name in names]
     rows = [(str(head), *(_cell(row, name) for name in names)) for head, row in frame.iterrows()]

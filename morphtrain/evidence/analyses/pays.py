@@ -130,13 +130,13 @@ def _methods(found: Mapping[str, Method]) -> Table:
 
     rows = {
         arm: {
+            "verdict": method.verdict,
+            **values.columns("difference", method.ahead),
+            "n": method.ahead.n,
             **values.columns("seconds", method.seconds),
             **values.columns("of the dense seconds", method.ratio),
             **values.columns("accuracy", method.accuracy),
-            "dense accuracy at these seconds": method.dense.mean,
-            **values.columns("difference", method.ahead),
-            "n": method.ahead.n,
-            "verdict": method.verdict,
+            "dense accuracy in these seconds": method.dense.mean,
         }
         for arm, method in found.items()
     }
