@@ -185,7 +185,9 @@ def test_a_download_that_fails_leaves_what_it_found(
 ) -> None:
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use, for later tests too
+    monkeypatch.setattr(
+        urllib.request, "_opener", None
+    )  # it remembers the proxies of its first use, for later tests too
     root = tmp_path / "deep" / "data"
     if there:
         (root / "empty").mkdir(parents=True)

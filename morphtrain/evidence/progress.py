@@ -23,7 +23,8 @@ DISTURBED = "disturbed.jsonl"  # what the records of a run are called that count
 class Progress:
     """One declared run: its epochs, whether it has finished, in how many epochs others disturbed it, and its machines.
 
-    `spoilt`: it has failed or was disturbed, and waits to be repeated. `machines` has more than one if the run went on elsewhere, and none if it has not begun.
+    `spoilt`: it has failed or was disturbed, and waits to be repeated. `machines` has more than one if the run went on
+    elsewhere, and none if it has not begun.
     """
 
     arm: str

@@ -67,7 +67,8 @@ def find(directory: Path) -> list[Path]:
 def read(directory: Path) -> Question:
     """An experiment and all that its runs have recorded so far."""
     experiment = declaration.load(directory)
-    table = records.load(directory) if any(directory.rglob(records.FILE)) else _empty()
+    begun = any(path.stat().st_size for path in directory.rglob(records.FILE))
+    table = records.load(directory) if begun else _empty()
     return Question(experiment, directory, table, progress(directory, experiment, table))
 
 

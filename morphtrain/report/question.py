@@ -180,8 +180,9 @@ class Question:
         seeds, overrides = _in_file(experiment)
         typed = [override for override in experiment.overrides if override not in overrides]
         typed += ["seed=" + ",".join(map(str, experiment.seeds))] if experiment.seeds != seeds else []
-        words = (f"+experiment={experiment.name}", f"size={experiment.size}", *typed)
-        return f"python -m morphtrain.run {shlex.join(words)}"
+        return "python -m morphtrain.run " + shlex.join(
+            [f"+experiment={experiment.name}", f"size={experiment.size}", *typed]
+        )
 
 
 def _in_file(experiment: Experiment) -> tuple[tuple[int, ...], Sequence[str]]:
