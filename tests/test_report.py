@@ -179,6 +179,22 @@ def test_the_front_page_has_every_method_with_its_verdict(report: Report) -> Non
     assert "does not pay" in front
 
 
+def test_a_method_that_no_dense_run_is_as_fast_as_is_named_and_not_judged(tmp_path: Path) -> None:
+    def hurried(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        record = metrics(arm, seed, epoch)
+        share = {"good": 0.1, "poor": 5.0}.get(arm, 1.0)
+        return record | {"calibrated_train_seconds": share * record["calibrated_train_seconds"]}
+
+    write(tmp_path, declared("pays", ARMS, SEEDS), hurried, EPOCHS)
+    found = reported(tmp_path)
+    assert "Not judged: good, which was faster than every dense arm" in found.answer("pays_question")
+    assert "slower than every dense arm: poor: 7 of 7" in found.section("pays_question")
+    assert list(found.table("pays_question-small-methods").index) == ["poor"]
+    accuracy = found.values("pays_question", "test_accuracy")
+    wanted = t_interval(np.subtract(accuracy["poor"], accuracy["dense"]))
+    assert row(found.table("pays_question-small-methods"), "poor", "difference") == pytest.approx(wanted, rel=1e-8)
+
+
 def test_a_ratio_is_that_of_the_logarithms_of_pairs(report: Report) -> None:
     seconds = report.values("ratio_question", "calibrated_train_seconds")
     table = report.table("ratio_question-small-ratios")
@@ -308,6 +324,17 @@ def test_one_seed_is_no_answer(kind: str, runs: bool, tmp_path: Path) -> None:
     assert not list((tmp_path / "report-tables").glob(f"{kind}*"))
 
 
+def test_copies_of_an_experiment_are_told_apart(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        write(tmp_path / place, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    found = reported(tmp_path)
+    page = Page(found.html)
+    assert page.wrong == []
+    assert len(page.ids) == len(set(page.ids))
+    assert {"q-here-ratio_question-small", "q-there-ratio_question-small"} <= set(page.ids)
+    assert len(found.table("there-ratio_question-small-ratios")) == len(THREE)
+
+
 def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:
     write(tmp_path, declared("ratio", THREE, range(1, 6)), metrics, EPOCHS)
     found = reported(tmp_path)
@@ -344,7 +371,7 @@ def test_a_verdict_on_the_thesis_follows_from_the_interval(
         return metrics("dense" if arm == "same" else arm, seed + (arm == "same"), epoch)
 
     experiment = declared("ratio", {**THREE, "same": ARMS["dense"]}, SEEDS)
-    question = read(write(tmp_path, experiment, seconds, EPOCHS))
+    question = read(write(tmp_path, experiment, seconds, EPOCHS), tmp_path)
     assert chapter3.verdict(chapter3.Claim("", "", "ratio_question", expects), question) == verdict
     assert chapter3.verdict(chapter3.Claim("", "", "", expects, "gpu"), question) == "needs a GPU"
     assert chapter3.verdict(chapter3.Claim("", "", "", expects), None) == "not yet run"

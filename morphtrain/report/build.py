@@ -38,7 +38,7 @@ def build(directory: Path, out: Path) -> list[Path]:
         UserError: if there is no experiment, or one that cannot be read.
         OSError: if nothing can be written there.
     """
-    questions = [read(path) for path in find(directory)]
+    questions = [read(path, directory) for path in find(directory)]
     folder = out.with_name(f"{out.stem}-tables")
     tables = _tables(questions)
     page = render(questions, folder.name)
@@ -64,12 +64,14 @@ def find(directory: Path) -> list[Path]:
     return found
 
 
-def read(directory: Path) -> Question:
-    """An experiment and all that its runs have recorded so far."""
+def read(directory: Path, root: Path) -> Question:
+    """An experiment and all that its runs have recorded so far; it is called after its place below `root`."""
     experiment = declaration.load(directory)
     begun = any(path.stat().st_size for path in directory.rglob(records.FILE))
     table = records.load(directory) if begun else _empty()
-    return Question(experiment, directory, table, progress(directory, experiment, table))
+    place = directory.relative_to(root).parts or (directory.resolve().name,)
+    name = re.sub(r"[^\w.-]", "-", "-".join(place))
+    return Question(name, experiment, table, progress(directory, experiment, table))
 
 
 def _empty() -> pd.DataFrame:
@@ -117,6 +119,5 @@ def _tables(questions: Sequence[Question]) -> dict[str, pd.DataFrame]:
     found = {"ends.csv": ends.set_index("run")}
     for question in questions:
         for table in question.section.tables:
-            name = re.sub(r"[^\w.-]", "-", f"{question.directory.name}-{table.name}")
-            found[f"{name}.csv"] = table.frame
+            found[f"{question.name}-{table.name}.csv"] = table.frame
     return found

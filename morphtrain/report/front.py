@@ -34,8 +34,7 @@ def front(questions: Sequence[Question]) -> Front:
             if table.name == METHODS:
                 part = shown(table)
                 columns = (*part.columns, Column("question", False))
-                name = question.directory.name
-                rows += [(Link(str(row[0]), question.anchor), *row[1:], name) for row in part.rows]
+                rows += [(Link(str(row[0]), question.anchor), *row[1:], question.name) for row in part.rows]
     if not rows:
         return Front(NONE, None)
     return Front(TEXT, Shown("Every method against the dense network at the same seconds.", columns, tuple(rows)))

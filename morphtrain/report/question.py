@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -36,10 +34,10 @@ TESTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """An experiment and its section; the properties are what the page shows."""
+    """An experiment and its section; the properties are what the page shows. No two of a page have the same name."""
 
+    name: str
     experiment: Experiment
-    directory: Path
     table: pd.DataFrame = field(repr=False)
     progress: Sequence[Progress]
 
@@ -54,7 +52,7 @@ class Question:
 
     @property
     def anchor(self) -> str:
-        return "q-" + re.sub(r"[^\w-]", "-", self.directory.name)
+        return f"q-{self.name}"
 
     @property
     def title(self) -> str:

@@ -31,7 +31,8 @@ TEST = (
     "that is no better than a faster one is left out. A method's accuracy less the curve's at its seconds is one "
     "difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is above 0. Does not "
     "pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster than every dense arm "
-    "has no curve to be read at, and a seed without all dense arms has none."
+    "has no curve to be read at, one slower than all is read at the best of them, and a seed without all dense arms "
+    "has no curve."
 )
 
 
@@ -61,9 +62,12 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
     if not found:
         there = {arm: {seed: point.seconds for seed, point in seeds.items()} for arm, seeds in runs.items()}
         return values.too_few(experiment, f"{SECONDS} and {ACCURACY}", there)
+    unjudged = [_unjudged(experiment, arm, runs) for arm in methods if arm not in found]
+    beyond = [f"{arm}: {len(m.judged.beyond)} of {m.ahead.n}" for arm, m in found.items() if m.judged.beyond]
+    longer = f" Seeds in which a method was slower than every dense arm: {words.listed(beyond)}." if beyond else ""
     return Section(
-        answer=_answer(found),
-        test=TEST.format(margin=experiment.margin),
+        answer=" ".join([_answer(found), *unjudged]),
+        test=TEST.format(margin=experiment.margin) + longer,
         tables=(_methods(found), _dense(experiment, runs), *_from_scratch(experiment, runs)),
         picture=_picture(experiment, found, runs),
     )
@@ -82,11 +86,24 @@ def _arms(experiment: Experiment, *roles: str) -> list[str]:
     return [name for name, arm in experiment.arms.items() if arm.role in roles]
 
 
-def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
-    """None with fewer than two seeds in which the method and every dense arm have finished."""
+def _curves(experiment: Experiment, runs: Runs) -> dict[int, list[Point]]:
+    """The points of each seed in which every dense arm has finished."""
     dense = _arms(experiment, *CURVE)
     complete = [seed for seed in experiment.seeds if all(seed in runs[name] for name in dense)]
-    curves = {seed: [runs[name][seed] for name in dense] for seed in complete}
+    return {seed: [runs[name][seed] for name in dense] for seed in complete}
+
+
+def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
+    """Why a method is not in the table."""
+    seeds = [seed for seed in _curves(experiment, runs) if seed in runs[arm]]
+    if len(seeds) < values.LEAST_SEEDS:
+        return f"Not judged: {arm}, with {words.count(len(seeds), 'seed')} beside a full curve."
+    return f"Not judged: {arm}, which was faster than every dense arm, so that there is nothing to compare it with."
+
+
+def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
+    """None with fewer than two seeds at which it can be read against a curve."""
+    curves = _curves(experiment, runs)
     reached = {
         seed: accuracy
         for seed, curve in curves.items()
