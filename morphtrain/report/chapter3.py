@@ -69,7 +69,7 @@ def verdict(claim: Claim, question: Question | None) -> str:
     if not question.section.tables:
         return "too few runs yet"
     if claim.expects is None:
-        return "left open by the draft, answered here"
+        return "open in the draft, answered here"
     return judged(claim.expects, question)
 
 
