@@ -27,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from morphtrain import config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import is_immaterial
 from morphtrain.experiment.plugin import CHOSEN, ExperimentSweeper
 from morphtrain.sweep import launcher_errors
-from morphtrain.sweep.multirun import UNNAMED
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
 Plugins.instance().register(MorphTrainSweeper)
@@ -99,7 +99,7 @@ def study(settings: Any) -> str:
 
 def run_name(settings: Any, config: schema.Config) -> str:
     """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
-    typed = [override for override in settings.overrides.task if not override.lstrip("+").startswith(UNNAMED)]
+    typed = [override for override in settings.overrides.task if not is_immaterial(override)]
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]

@@ -24,7 +24,10 @@ DECLARATION = "experiment.yaml"  # in the directory of an experiment, above <see
 CONFIG = Path(".hydra", "config.yaml")  # missing with hydra.output_subdir=null
 
 # Keys that do not change what is computed.
-IMMATERIAL = ("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers")
+IMMATERIAL = (
+    *("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers"),
+    *("experiment", "size"),  # presets, whose keys are there by themselves
+)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ def _values(configs: Sequence[Mapping[str, Any]], key: str) -> set[str]:
     return {repr(config[key]) for config in configs if key in config}
 
 
-def is_immaterial(key: str) -> bool:
-    """Whether a dotted key does not change what is computed."""
+def is_immaterial(override: str) -> bool:
+    """Whether an override, or its dotted key alone, does not change what is computed."""
+    key = override.lstrip("+").partition("=")[0]
     return any(key == name or key.startswith(f"{name}.") for name in IMMATERIAL)
 
 

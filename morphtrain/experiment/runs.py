@@ -11,7 +11,6 @@ from pathlib import Path
 from morphtrain.evidence import records
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.progress import DISTURBED
-from morphtrain.sweep.multirun import LEFT_AT_THE_END
 
 Record = Mapping[str, float]
 
@@ -35,7 +34,7 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether it has trained to its end, and counts."""
-        return (self.directory / LEFT_AT_THE_END).exists() and (self.directory / records.FILE).exists()
+        return (self.directory / records.LEFT_AT_THE_END).exists() and (self.directory / records.FILE).exists()
 
     @property
     def spoilt(self) -> bool:

@@ -12,19 +12,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from morphtrain import interrupts
+from morphtrain.evidence.records import LEFT_AT_THE_END, is_immaterial, read_records
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 OVERRIDES = Path(".hydra", "overrides.yaml")
-LEFT_AT_THE_END = "run.png"  # by a run that was not interrupted
-
-# Overrides that do not change what is computed.
-UNNAMED = (
-    *("tracking", "resume", "trial=", "objective=", "timing", "data.root=", "data.download=", "data.num_workers="),
-    *("experiment=", "size="),
-)
-
 CALIBRATED_CLOCK = "calibrated_train_seconds"
 
 
@@ -76,11 +69,9 @@ def finished_runs(sweep_dir: Path) -> tuple[list[FinishedRun], int]:
 
 
 def _read(run_dir: Path) -> FinishedRun:
-    from morphtrain.evidence.records import read_records
-
     overrides = [str(override) for override in OmegaConf.load(run_dir / OVERRIDES)]
     config = OmegaConf.load(run_dir / ".hydra" / "config.yaml")
-    named = (o for o in overrides if not o.lstrip("+").startswith(("seed=", *UNNAMED)))
+    named = (o for o in overrides if not o.lstrip("+").startswith("seed=") and not is_immaterial(o))
     reshapes = any(OmegaConf.select(config, f"{group}.name") != "none" for group in ("prune", "grow"))
     return FinishedRun(tuple(named), int(config.seed), reshapes, read_records(run_dir))
 

@@ -1,0 +1,171 @@
+"""Statistics of your own runs.
+
+python -m morphtrain.evidence table multirun/2026-01-31/12-00-00 --csv runs.csv
+python -m morphtrain.evidence test multirun/2026-01-31/12-00-00 --by prune --metric train_seconds --paired seed
+python -m morphtrain.evidence fit multirun/2026-01-31/12-00-00 --x model.blocks --y params
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morphtrain.errors import UserError
+from morphtrain.evidence import samples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRIC = "test_accuracy"
+HIGHER_IS_BETTER = ("accuracy", "samples_per_second")
+RAW_TIMES = (
+    "epoch_seconds",
+    "train_seconds",
+    "data_seconds",
+    "morph_seconds",
+    "samples_per_second",
+    "time_to_accuracy",
+)
+RUNS_HELP = (
+    "directories of runs, or directories with runs below them, or a store of MLflow's, as sqlite:///mlflow.db or "
+    "http://127.0.0.1:5000"
+)
+MARGIN_HELP = (
+    "what would matter, chosen before the runs: for an accuracy a difference (0.01), for anything else a share of the "
+    "first group's (0.05); tests whether the others are no worse, and whether they are equivalent"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 if it could say something, 1 otherwise."""
+    given = _parser().parse_args(arguments)
+    try:
+        given.command(given)
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m morphtrain.evidence",
+        description="Statistics of the last epochs of runs; offline, from what the runs have recorded.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="table|test|fit")
+    for name, command, what in (
+        ("table", _table, "the last record of each run"),
+        ("test", _test, "compare groups of runs, each with the first: effect, interval, test"),
+        ("fit", _fit, "the least-squares line of a metric against a config key or metric, with diagnostics"),
+    ):
+        each = commands.add_parser(name, help=what, description=what)
+        each.set_defaults(command=command)
+        each.add_argument("runs", nargs="+", metavar="RUNS", help=RUNS_HELP)
+        each.add_argument("--study", help="only runs of this study; of an MLflow store only")
+        each.add_argument("--mlflow-experiment", metavar="NAME", default="morphtrain", help="%(default)s by default")
+        if name == "table":
+            each.add_argument("--csv", type=Path, metavar="FILE", help="write all columns there")
+        elif name == "test":
+            each.add_argument("--by", required=True, metavar="KEY", help="what groups the runs: a config key, or arm")
+            each.add_argument("--metric", default=METRIC, help="of the last epoch; %(default)s by default")
+            each.add_argument("--paired", metavar="KEY", help="what pairs the runs of different groups, as seed")
+            each.add_argument("--margin", type=float, help=MARGIN_HELP)
+        else:
+            each.add_argument("--x", required=True, metavar="KEY", help="a config key or metric")
+            each.add_argument("--y", required=True, metavar="METRIC", help="a metric of the last epoch")
+    return parser
+
+
+def _table(given: argparse.Namespace) -> None:
+    table = _ends(given)
+    if given.csv is not None:
+        from morphtrain.files import write_atomically
+
+        write_atomically(given.csv, table.to_csv(index=False).encode())
+        print(f"{given.csv}: {len(table)} runs, {len(table.columns)} columns")
+        return
+    wanted = ("arm", "seed", "finished", "contended_epochs", "epoch", "calibrated_train_seconds", "train_seconds")
+    shown = [name for name in ("run", *wanted, "val_accuracy", METRIC, "params") if name in table]
+    print(table[shown].to_string(index=False, float_format="{:.6g}".format))
+
+
+def _fit(given: argparse.Namespace) -> None:
+    from morphtrain.evidence.regressions import fit_line
+
+    table = _finished(given)
+    points = samples.numbers(table, given.x, given.y)
+    _say_left_out(len(table) - len(points), len(table), f"without a number for {given.x} or {given.y}")
+    with _as_user_error():
+        print(fit_line([x for x, _ in points], [y for _, y in points], names=(given.x, given.y)))
+
+
+def _test(given: argparse.Namespace) -> None:
+    from morphtrain.evidence import comparisons, variance
+
+    table = _finished(given)
+    scale = comparisons.DIFFERENCE if given.metric.endswith(("accuracy", "loss")) else comparisons.RATIO
+    if given.metric in RAW_TIMES and table["contended_epochs"].any():
+        print(f"note: others have disturbed some of these runs, so {given.metric} may not compare; calibrated times do")
+    groups: Any = samples.by_group(table, given.by, given.metric)
+    compare: tuple[Any, Any] = comparisons.compare_groups, variance.compare_many
+    if given.paired is not None:
+        groups = samples.by_pair(table, given.by, given.metric, given.paired)
+        compare = comparisons.compare_pairs, variance.compare_blocks
+    first, second, *more = groups
+    with _as_user_error():
+        print(
+            compare[1](groups, scale)
+            if more
+            else compare[0](groups[second], groups[first], scale, names=(second, first))
+        )
+        if given.margin is not None:
+            _print_margin(groups, scale, given)
+
+
+def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespace) -> None:
+    from morphtrain.evidence import comparisons
+
+    within: Any = comparisons.groups_within if given.paired is None else comparisons.pairs_within
+    worse = "below" if given.metric.endswith(HIGHER_IS_BETTER) else "above"
+    first, *others = groups
+    for other in others:
+        for sides in ((worse,), ("below", "above")):
+            bounds = dict.fromkeys(sides, given.margin)
+            print(within(groups[other], groups[first], scale, **bounds, names=(other, first)))
+
+
+def _ends(given: argparse.Namespace) -> pd.DataFrame:
+    from morphtrain.evidence.records import ends, load
+
+    return ends(load(*given.runs, study=given.study, mlflow_experiment=given.mlflow_experiment))
+
+
+def _finished(given: argparse.Namespace) -> pd.DataFrame:
+    table = _ends(given)
+    finished = table[table["finished"]]
+    if finished.empty:
+        raise UserError(f"{' '.join(given.runs)}: none of {len(table)} runs has come to its end")
+    _say_left_out(len(table) - len(finished), len(table), "which did not come to their end")
+    return finished
+
+
+def _say_left_out(count: int, runs: int, why: str) -> None:
+    if count:
+        print(f"note: {count} of {runs} runs left out, {why}")
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    """What the statistics refuse, the user can mend: other runs, another metric."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

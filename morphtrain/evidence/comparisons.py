@@ -1,0 +1,337 @@
+"""Two groups of runs: how far they are apart, how sure that is, and whether they are as good as equal.
+
+print(compare_pairs({1: 8.1, 2: 7.9, 3: 8.4}, {1: 10.2, 2: 9.7, 3: 10.1}, RATIO, names=("pruned", "dense")))
+
+The number of runs is chosen before the first (`power.pairs_needed`). Adding runs until a test is significant makes its
+p meaningless, so nothing here takes a look at a part of the runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, estimate
+
+RATIO, DIFFERENCE = "ratio", "difference"
+ROUNDING = 1e-12  # of the largest value: values that differ by less are alike
+RESAMPLES = 9999
+BOOTSTRAP_SEED = 0  # the same interval for the same runs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The effect of the first group against the second, with an interval from `low` to `high` and a p.
+
+    Args:
+        names: of the two groups.
+        scale: RATIO (of geometric means) or DIFFERENCE (of means).
+        effect, low, high: on that scale; no interval with fewer than three values.
+        n: the number of pairs alone, or the numbers of both groups.
+        p: two-sided, of the t test; None where there is no interval or nothing scatters.
+        rank_p: two-sided, of Wilcoxon's signed ranks, as a check; None if not paired, or if no result of so few pairs
+            could be significant.
+        test: its name.
+        confidence: of the intervals.
+        family: how many comparisons p and rank_p are corrected for (Holm); the intervals are each for itself.
+    """
+
+    names: tuple[str, str]
+    scale: str
+    effect: float
+    low: float | None
+    high: float | None
+    n: tuple[int, ...]
+    p: float | None
+    rank_p: float | None
+    test: str
+    confidence: float
+    samples: tuple[Any, ...] = field(repr=False, compare=False)  # differences of pairs or both groups, perhaps as logs
+    family: int = 1
+
+    @cached_property
+    def bootstrap(self) -> tuple[float, float] | None:
+        """The interval of BCa (Efron 1987), which supposes no normal distribution.
+
+        None for fewer than three values, or if they are too much alike.
+        """
+        found = _bca(self.samples, self.confidence) if _has_interval(self.samples) else None
+        return None if found is None else (_unscaled(found[0], self.scale), _unscaled(found[1], self.scale))
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether there are so few pairs that a rank test could not find even the clearest effect."""
+        return len(self.n) == 1 and self.n[0] < least_pairs(self.confidence)
+
+    @property
+    def significant(self) -> bool:
+        """Whether p is small enough, and the number of pairs large enough."""
+        return self.p is not None and not self.out_of_reach and self.p < 1 - self.confidence
+
+    def __str__(self) -> str:
+        what = " / " if self.scale == RATIO else " - "
+        count = f"{self.n[0]} pairs" if len(self.n) == 1 else f"{self.n[0]} and {self.n[1]} runs"
+        return f"{what.join(self.names)}: {self.effect:.4g} {self._interval()} ({count}), {self._said()}"
+
+    def _interval(self) -> str:
+        if self.low is None or self.high is None:
+            return "without an interval"
+        bootstrap = "" if self.bootstrap is None else "; BCa [{:.4g}, {:.4g}]".format(*self.bootstrap)
+        return f"[{self.low:.4g}, {self.high:.4g}]{bootstrap}"
+
+    def _said(self) -> str:
+        if self.out_of_reach:
+            return f"significance out of reach: {least_pairs(self.confidence)} pairs or more could show it"
+        if self.p is None:
+            return "no test: " + ("nothing scatters" if self.low is not None else "too few runs")
+        rank = "" if self.rank_p is None else f", Wilcoxon p = {self.rank_p:.2g}"
+        family = "" if self.family == 1 else f", corrected for {self.family} comparisons (Holm)"
+        return f"{self.test} p = {self.p:.2g}{rank}{family}"
+
+
+@dataclass(frozen=True)
+class WithinMargin:
+    """Whether an effect lies within a margin that was stated before, from `lowest` to `highest` on its scale.
+
+    A bound that does not matter is infinite (on a ratio's lower side 0): then it is a test of non-inferiority,
+    otherwise of equivalence (two one-sided tests, Schuirmann 1987). Either is shown if p < 0.05, which is if the
+    interval of 90 % lies within the bounds. What is not shown is not refuted.
+    """
+
+    names: tuple[str, str]
+    scale: str
+    effect: float
+    low: float
+    high: float
+    lowest: float
+    highest: float
+    n: tuple[int, ...]
+    p: float
+    level: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether the effect is shown to lie within the margin."""
+        return self.p < self.level
+
+    def __str__(self) -> str:
+        what = " / " if self.scale == RATIO else " - "
+        one_sided = math.isinf(self.highest) or math.isinf(self.lowest) or self.lowest == 0
+        claim = f"{'is' if self.shown else 'is not shown to be'} {'no worse' if one_sided else 'equivalent'}"
+        return (
+            f"{what.join(self.names)}: {claim} within {self.lowest:.4g} to {self.highest:.4g}: {self.effect:.4g} "
+            f"[{self.low:.4g}, {self.high:.4g}] ({1 - 2 * self.level:.0%}; n = {' and '.join(map(str, self.n))}), "
+            f"p = {self.p:.2g}"
+        )
+
+
+def least_pairs(confidence: float = 0.95) -> int:
+    """The fewest pairs with which a rank test can be significant: all of one sign has p = 2 / 2^n. Six at 95 %."""
+    return math.floor(1 - math.log2(1 - confidence)) + 1
+
+
+def compare_pairs(
+    ours: Mapping[Any, float],
+    theirs: Mapping[Any, float],
+    scale: str,
+    *,
+    names: tuple[str, str],
+    confidence: float = 0.95,
+) -> Comparison:
+    """Compare values that are paired, by seed for instance; only what both have counts.
+
+    On a ratio's scale this is the paired t test of log ratios: what slows both runs of a pair by the same factor has no
+    influence.
+
+    Raises:
+        ValueError: without a pair, for numbers that are not finite, or on a ratio's scale not above 0.
+    """
+    differences = _paired(ours, theirs, scale)
+    n = len(differences)
+    from scipy import stats
+
+    p = rank_p = None
+    if _has_interval((differences,)) and _scatters((differences,)):
+        p = float(stats.ttest_1samp(differences, 0).pvalue)
+        rank_p = float(stats.wilcoxon(differences).pvalue) if n >= least_pairs(confidence) else None
+    return _comparison((differences,), scale, names, confidence, p, rank_p)
+
+
+def compare_groups(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    scale: str,
+    *,
+    names: tuple[str, str],
+    confidence: float = 0.95,
+) -> Comparison:
+    """Compare two independent groups, by Welch's t test, on a ratio's scale that of the logarithms.
+
+    Raises:
+        ValueError: for an empty group, numbers that are not finite, or on a ratio's scale not above 0.
+    """
+    samples = scaled(ours, scale), scaled(theirs, scale)
+    from scipy import stats
+
+    p = None
+    if _has_interval(samples) and _scatters(samples):
+        p = float(stats.ttest_ind(*samples, equal_var=False).pvalue)
+    return _comparison(samples, scale, names, confidence, p, None)
+
+
+def pairs_within(
+    ours: Mapping[Any, float],
+    theirs: Mapping[Any, float],
+    scale: str,
+    *,
+    below: float | None = None,
+    above: float | None = None,
+    names: tuple[str, str],
+    level: float = 0.05,
+) -> WithinMargin:
+    """Test whether paired values differ by less than a margin.
+
+    Args:
+        below, above: how far ours may be below and above theirs: a difference, or on a ratio's scale 0.1 for 1 / 1.1
+            and 1.1; None: any distance. Both are a test of equivalence, one alone of non-inferiority.
+        level: of the test.
+
+    Raises:
+        ValueError: as `compare_pairs`, without a margin above 0, or for fewer than three pairs or pairs all alike.
+    """
+    return _within((_paired(ours, theirs, scale),), scale, below, above, names, level)
+
+
+def groups_within(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    scale: str,
+    *,
+    below: float | None = None,
+    above: float | None = None,
+    names: tuple[str, str],
+    level: float = 0.05,
+) -> WithinMargin:
+    """The same as `pairs_within` for independent groups, by Welch's test."""
+    return _within((scaled(ours, scale), scaled(theirs, scale)), scale, below, above, names, level)
+
+
+def _comparison(
+    samples: tuple[Any, ...],
+    scale: str,
+    names: tuple[str, str],
+    confidence: float,
+    p: float | None,
+    rank_p: float | None,
+) -> Comparison:
+    """`samples`: the differences of pairs, or both groups; logarithms on a ratio's scale."""
+    low, high = _t_interval(samples, confidence) if _has_interval(samples) else (None, None)
+    effect, low, high = (None if value is None else _unscaled(value, scale) for value in (_effect(*samples), low, high))
+    assert effect is not None
+    test = ("paired t test" if len(samples) == 1 else "Welch's t test") + (" of logs" if scale == RATIO else "")
+    n = tuple(map(len, samples))
+    return Comparison(names, scale, effect, low, high, n, p, rank_p, test, confidence, samples)
+
+
+def _within(
+    samples: tuple[Any, ...],
+    scale: str,
+    below: float | None,
+    above: float | None,
+    names: tuple[str, str],
+    level: float,
+) -> WithinMargin:
+    margins = [margin for margin in (below, above) if margin is not None]
+    if not margins or not all(margin > 0 for margin in margins):
+        raise ValueError(f"below={below}, above={above}: one or both must be given, above 0")
+    if not _has_interval(samples) or not _scatters(samples):
+        raise ValueError(f"n={[*map(len, samples)]}: a margin needs three values or more that are not all alike")
+    reach = math.log1p if scale == RATIO else float
+    lowest, highest = -math.inf if below is None else -reach(below), math.inf if above is None else reach(above)
+    from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+
+    sides = [(end, side) for end, side in ((lowest, "larger"), (highest, "smaller")) if math.isfinite(end)]
+    if len(samples) == 1:
+        tests = [DescrStatsW(samples[0]).ttest_mean(end, side) for end, side in sides]
+    else:
+        means = CompareMeans(*map(DescrStatsW, samples))
+        tests = [means.ttest_ind(side, "unequal", end) for end, side in sides]
+    p = max(float(test[1]) for test in tests)
+    ends = (_effect(*samples), *_t_interval(samples, 1 - 2 * level), lowest, highest)
+    return WithinMargin(names, scale, *(_unscaled(end, scale) for end in ends), tuple(map(len, samples)), p, level)
+
+
+def _effect(*samples: Any, axis: int = -1) -> Any:
+    """The mean of differences, or the difference of two means."""
+    means = [sample.mean(axis=axis) for sample in samples]
+    return means[0] if len(means) == 1 else means[0] - means[1]
+
+
+def _t_interval(samples: tuple[Any, ...], confidence: float) -> tuple[float, float]:
+    if len(samples) == 1:
+        found = estimate(samples[0].tolist(), confidence)
+        assert found.low is not None and found.high is not None
+        return found.low, found.high
+    if not _scatters(samples):
+        return float(_effect(*samples)), float(_effect(*samples))
+    from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+
+    low, high = CompareMeans(*map(DescrStatsW, samples)).tconfint_diff(1 - confidence, usevar="unequal")
+    return float(low), float(high)
+
+
+def _bca(samples: tuple[Any, ...], confidence: float) -> tuple[float, float] | None:
+    import warnings
+
+    import numpy as np
+    from scipy import stats
+
+    if not _scatters(samples):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the ends are NaN then
+        found = stats.bootstrap(
+            samples,
+            _effect,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            confidence_level=confidence,
+            method="BCa",
+            rng=np.random.default_rng(BOOTSTRAP_SEED),
+        ).confidence_interval
+    return None if np.isnan(found).any() else (float(found.low), float(found.high))
+
+
+def _scatters(samples: tuple[Any, ...]) -> bool:
+    """Whether a group's values differ by more than rounding errors."""
+    return any(sample.max() - sample.min() > ROUNDING * abs(sample).max() for sample in samples)
+
+
+def _has_interval(samples: tuple[Any, ...]) -> bool:
+    return all(len(sample) >= LEAST_FOR_INTERVAL for sample in samples)
+
+
+def _paired(ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], scale: str) -> Any:
+    keys = [key for key in ours if key in theirs]
+    return scaled([ours[key] for key in keys], scale) - scaled([theirs[key] for key in keys], scale)
+
+
+def scaled(values: Sequence[float], scale: str) -> Any:
+    """Checked values as an array, logarithms on a ratio's scale."""
+    import numpy as np
+
+    if scale not in (RATIO, DIFFERENCE):
+        raise ValueError(f"scale={scale!r}: {RATIO} or {DIFFERENCE} works")
+    array = np.asarray(values, float)
+    if not len(array) or not np.isfinite(array).all():
+        raise ValueError(f"values={list(values)}: must be one or more finite numbers")
+    if scale == RATIO and not (array > 0).all():
+        raise ValueError(f"values={list(values)}: a ratio needs numbers above 0")
+    return np.log(array) if scale == RATIO else array
+
+
+def _unscaled(value: float, scale: str) -> float:
+    return math.exp(value) if scale == RATIO else float(value)

@@ -1,0 +1,74 @@
+"""Does a method pay? Against curves of dense runs whose values are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from morphtrain.evidence.frontier import CANNOT_TELL, DOES_NOT_PAY, PAYS, Point, dense_accuracy, judge
+from morphtrain.evidence.power import power_of_pairs
+
+RUNS = st.lists(st.builds(Point, st.floats(1, 100), st.floats(0, 1)), min_size=1, max_size=8)
+SECONDS = st.floats(0.5, 200)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(curve=RUNS, seconds=SECONDS, more=st.floats(1, 2))
+def test_the_curve_rises_and_is_never_below_a_run(curve: list[Point], seconds: float, more: float) -> None:
+    found = dense_accuracy(curve, seconds)
+    in_time = [point.accuracy for point in curve if point.seconds <= seconds]
+    assert (found is None) == (not in_time)
+    if found is not None:
+        assert max(in_time) - 1e-9 <= found <= max(point.accuracy for point in curve) + 1e-9
+        later = dense_accuracy(curve, seconds * more)
+        assert later is not None and later >= found - 1e-9
+
+
+def test_the_curve_is_straight_in_the_logarithm_of_seconds_and_passes_over_a_bad_run() -> None:
+    curve = [Point(40, 0.9), Point(10, 0.8), Point(20, 0.3)]
+    assert dense_accuracy(curve, 20) == pytest.approx(0.85)
+    assert dense_accuracy(curve, 10 * math.sqrt(2)) == pytest.approx(0.825)
+    assert dense_accuracy([*curve, Point(80, 0.7)], 80) == 0.9
+    assert dense_accuracy(curve, 9.9) is None
+
+
+def judged(gains: list[float], margin: float = 0.01):
+    """A method that is ahead by these gains, a seed each, of dense runs that differ much from seed to seed."""
+    dense = {s: [Point(10, 0.5 + s / 20), Point(40, 0.6 + s / 20)] for s in range(len(gains))}
+    return judge({s: Point(20, 0.55 + s / 20 + gain) for s, gain in enumerate(gains)}, dense, margin)
+
+
+def test_a_verdict_follows_the_interval_of_paired_differences() -> None:
+    assert judged([0.02, 0.021, 0.019]).verdict == PAYS
+    assert judged([-0.02, -0.021, -0.019]).verdict == DOES_NOT_PAY
+    assert judged([0.001, 0.002, -0.001, 0.0]).verdict == DOES_NOT_PAY, "the interval ends below what would matter"
+    unsure = judged([0.02, -0.01, 0.03])
+    assert unsure.verdict == CANNOT_TELL and unsure.ahead is not None
+    assert unsure.ahead.mean == pytest.approx(0.04 / 3)
+    assert judged([0.02, 0.02]).verdict == CANNOT_TELL, "two seeds have no interval"
+
+
+def test_the_seeds_asked_for_would_tell() -> None:
+    for gains, distance in (([0.02, -0.01, 0.03], 0.04 / 3), ([0.012, -0.01, 0.001], 0.009)):
+        n = judged(gains).seeds_needed
+        deviation = float(np.std(gains, ddof=1))
+        assert n is not None
+        assert power_of_pairs(distance, deviation, n) >= 0.8 > power_of_pairs(distance, deviation, n - 1)
+        assert f"cannot tell yet: accuracy {np.mean(gains):+.4f}" in str(judged(gains))
+        assert f"{n} seeds in a new experiment would tell" in str(judged(gains))
+
+
+def test_what_lies_outside_of_the_curve() -> None:
+    dense = {s: [Point(10, 0.8), Point(40, 0.9)] for s in range(5)}
+    long = judge({s: Point(80, 0.95) for s in range(4)}, dense, 0.01)
+    assert long.verdict == PAYS and long.beyond == (0, 1, 2, 3) and long.unpaired == (4,)
+    assert long.ahead is not None and long.ahead.mean == pytest.approx(0.05), "against the best dense run"
+    short = judge({s: Point(5, 0.95) for s in range(4)}, dense, 0.01)
+    assert short.verdict == CANNOT_TELL and short.ahead is None and short.too_short == (0, 1, 2, 3)
+    assert "shorter than the shortest dense run, about which nothing can be said" in str(short)
+    with pytest.raises(ValueError, match="margin=0"):
+        judge({}, dense, 0)

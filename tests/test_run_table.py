@@ -1,0 +1,213 @@
+"""The table of runs, from directories and from MLflow, and the commands that compare its rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import SMALL, Command
+
+from morphtrain.errors import UserError
+from morphtrain.evidence.__main__ import main
+from morphtrain.evidence.records import ends, load, read_records
+
+Stored = Callable[..., Path]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Stored:
+    """Writes a run as it is left on disk: an epoch for each accuracy, ten seconds long."""
+
+    def write(name: str, config: str, *accuracies: float, ended: bool = True, **metrics: float) -> Path:
+        directory = tmp_path / name
+        (directory / ".hydra").mkdir(parents=True)
+        (directory / ".hydra" / "config.yaml").write_text(config)
+        records = [
+            {"epoch": n, "train_seconds": 10.0 * n, "contended": 0.0, "test_accuracy": a, **metrics}
+            for n, a in enumerate(accuracies, 1)
+        ]
+        (directory / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if ended:
+            (directory / "run.png").touch()
+        return directory
+
+    return write
+
+
+def pruned(seed: int, ratio: float = 0.2) -> str:
+    return f"seed: {seed}\nmodel: {{blocks: 1}}\nprune: {{name: prunetrain, lasso_ratio: {ratio}, interval: 10}}\n"
+
+
+def dense(seed: int) -> str:
+    return f"seed: {seed}\nmodel: {{blocks: 1}}\nprune: {{name: none}}\n"
+
+
+def test_a_row_is_an_epoch_and_columns_say_where_it_belongs(stored: Stored, tmp_path: Path) -> None:
+    stored("sweep/2", pruned(2), 0.5, 0.7, contended=1.0)
+    stored("sweep/10", dense(1), 0.4, ended=False)
+    found = load(tmp_path / "sweep", tmp_path / "sweep" / "2")
+    assert found["run"].tolist() == [str(tmp_path / "sweep" / name) for name in ("2", "2", "10")], "2 before 10, once"
+    assert found["epoch"].tolist() == [1, 2, 1]
+    assert found["seed"].tolist() == [2, 2, 1]
+    assert found["prune"].tolist() == ["prunetrain", "prunetrain", "none"]
+    assert found["prune.lasso_ratio"].tolist()[:2] == [0.2, 0.2] and pd.isna(found["prune.lasso_ratio"][2])
+    assert "model.blocks" not in found, "it is the same in all"
+    assert found["arm"].tolist() == ["prune=prunetrain", "prune=prunetrain", "prune=none"]
+    assert found["finished"].tolist() == [True, True, False]
+    assert found["contended_epochs"].tolist() == [2, 2, 0]
+    last = ends(found)
+    assert last["test_accuracy"].tolist() == [0.7, 0.4] and last.index.tolist() == [0, 1]
+
+
+def test_arms_that_differ_by_a_number_are_told_apart(stored: Stored, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        stored(f"a{seed}", pruned(seed, 0.1), 0.5)
+        stored(f"b{seed}", pruned(seed, 0.4), 0.5)
+    arms = ends(load(tmp_path))["arm"]
+    assert arms.tolist() == ["prune.lasso_ratio=0.1"] * 2 + ["prune.lasso_ratio=0.4"] * 2
+
+
+def test_the_place_below_an_experiment_is_its_arm(stored: Stored, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for arm, config in (("dense", dense(seed)), ("pruned", pruned(seed))):
+            stored(f"experiments/pays-small/{seed}/{arm}", config, 0.5)
+    (tmp_path / "experiments/pays-small/experiment.yaml").touch()
+    found = load(tmp_path / "experiments")
+    assert found["experiment"].unique().tolist() == ["pays-small"]
+    assert list(zip(found["seed"], found["arm"], strict=True)) == [
+        (1, "dense"), (1, "pruned"), (2, "dense"), (2, "pruned")
+    ]  # fmt: skip
+
+
+def test_an_epoch_being_written_is_not_there_yet(stored: Stored) -> None:
+    run = stored("run", dense(1), 0.5, 0.6)
+    path = run / "records.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert [record["epoch"] for record in read_records(run)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"epoch": 3', "line 3: damaged, it is no JSON"),
+        ("[1, 2]", "line 3: damaged, the record is a list"),
+        ('{"test_accuracy": 0.5}', "line 3: damaged, the record has no epoch"),
+        ('{"epoch": 3, "test_accuracy": "high"}', "test_accuracy is a str, not float"),
+        ('{"epoch": 2}', "line 3: epoch 2 after epoch 2"),
+        ("[" * 100000, "line 3: damaged, it is no JSON"),
+    ],
+)
+def test_damaged_records_are_named(stored: Stored, line: str, message: str) -> None:
+    run = stored("run", dense(1), 0.5, 0.6)
+    with (run / "records.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"records\.jsonl") as error:
+        load(run)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["seed: [", "seed: one", "- 1", "seed: 1.5", "{{{"])
+def test_a_damaged_config_is_named(stored: Stored, config: str) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml: damaged") as error:
+        load(stored("run", config, 0.5))
+    assert "\n" not in str(error.value)
+
+
+def test_a_value_of_a_config_is_read_and_not_looked_up(stored: Stored, tmp_path: Path) -> None:
+    stored("a", "seed: 1\ndevice: ${oc.env:HOME}\n", 0.5)
+    stored("b", "seed: 1\ndevice: cpu\n", 0.5)
+    assert load(tmp_path)["device"].tolist() == ["${oc.env:HOME}", "cpu"]
+
+
+def test_what_holds_no_run_is_refused(tmp_path: Path) -> None:
+    for source, message in (
+        (tmp_path, "holds no run"),
+        (tmp_path / "nothing", "no such directory"),
+        (f"sqlite:///{tmp_path}/mlflow.db", "no such database"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(source)
+    assert not list(tmp_path.iterdir()), "nothing is made by looking"
+    with pytest.raises(UserError, match="no runs"):
+        load()
+
+
+def test_mlflow_has_the_same_table(command: Command, tmp_path: Path) -> None:
+    overrides = (*SMALL, "epochs=2", "prune=none,prunetrain", "hydra.sweep.dir=grid")
+    overrides = tuple(o for o in overrides if o != "prune=prunetrain" and not o.startswith("prune."))
+    result = command("-m", *overrides)
+    assert result.returncode == 0, result.stderr
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (study,) = {path.parent.name for path in (tmp_path / "grid").glob("*")}
+    here, there = load(tmp_path / "grid"), load(uri)
+    places = ["run", "arm"]
+    assert set(there.columns) == set(here.columns)
+    pd.testing.assert_frame_equal(
+        here.drop(columns=places), there[here.columns].drop(columns=places), check_dtype=False, atol=1e-3, rtol=0
+    )
+    assert there["arm"].tolist() == here["arm"].tolist()
+    assert len(load(uri, study=study)) == len(here)
+    with pytest.raises(UserError, match="has no run of study 'other' with an epoch"):
+        load(uri, study="other")
+    with pytest.raises(UserError, match="has no experiment 'other'; it has Default, morphtrain"):
+        load(uri, mlflow_experiment="other")
+
+
+@pytest.fixture
+def grid(stored: Stored, tmp_path: Path) -> str:
+    for seed in range(1, 8):
+        stored(f"dense{seed}", dense(seed), 0.5, 0.9 + seed / 1000, params=100 + seed)
+        stored(f"pruned{seed}", pruned(seed), 0.5, 0.905 + seed / 900, params=70 + seed)
+    stored("unfinished", dense(9), 0.1, ended=False, params=9)
+    return str(tmp_path)
+
+
+def test_the_commands_say_effect_interval_and_n(grid: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["test", grid, "--by", "prune", "--paired", "seed", "--margin", "0.01"]) == 0
+    note, test, no_worse, equivalent = capsys.readouterr().out.splitlines()
+    assert note == "note: 1 of 15 runs left out, which did not come to their end"
+    assert test.startswith("prunetrain - none: 0.005444 [") and "(7 pairs), paired t test p = " in test
+    assert no_worse.startswith("prunetrain - none: is no worse within -0.01 to inf: 0.005444 [")
+    assert equivalent.startswith("prunetrain - none: is equivalent within -0.01 to 0.01: 0.005444 [")
+    assert main(["test", grid, "--by", "prune", "--metric", "params"]) == 0
+    assert "prunetrain / none: 0.711" in capsys.readouterr().out
+    assert main(["test", grid, "--by", "seed", "--metric", "params"]) == 1
+    assert "a group of 2 runs: must be 3 or more in each" in capsys.readouterr().err
+    assert main(["fit", grid, "--x", "params", "--y", "test_accuracy"]) == 0
+    assert "test_accuracy against params (14 points, R^2 = " in capsys.readouterr().out
+    assert main(["table", grid, "--csv", str(tmp_path / "runs.csv")]) == 0
+    assert len(pd.read_csv(tmp_path / "runs.csv")) == 15
+    assert main(["table", grid]) == 0
+    assert "prune=prunetrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--by", "prun"], "prun: no metric, and no config key in which these runs differ; did you mean prune"),
+        (["--by", "prune", "--metric", "speed"], "speed: no metric"),
+        (["--by", "prune", "--metric", "arm"], "arm=prune=none: is no number"),
+        (["--by", "prune", "--paired", "finished"], "has two runs with finished=True"),
+        (["--by", "prune", "--paired", "params"], "no value of it is in every group"),
+        (["--by", "finished"], "all runs have the same, True"),
+        (["--by", "prune", "--margin", "-1"], "must be given, above 0"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    grid: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["test", grid, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_help_imports_nothing_slow() -> None:
+    script = "import sys, morphtrain.evidence.__main__ as m\ntry: m.main(['test', '--help'])\nexcept SystemExit: pass\n"
+    script += "print(sorted({'torch', 'pandas', 'numpy', 'scipy', 'statsmodels', 'mlflow'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "--margin" in shown and shown.endswith("[]\n")
