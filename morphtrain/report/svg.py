@@ -19,8 +19,9 @@ NAMED = re.compile(r"^#|(?<=url\(#)")  # where an attribute names another elemen
 def inline(picture: Picture, prefix: str) -> Markup:
     """The picture as an `<svg>` element, all ids of which begin with `prefix`."""
     root = ElementTree.fromstring(picture.svg())
-    for definitions in root.findall("{*}defs"):  # a style sheet, which would hold for the whole page
-        root.remove(definitions)
+    for definitions in root.findall("{*}defs"):
+        for sheet in definitions.findall("{*}style"):  # it would hold for the whole page
+            definitions.remove(sheet)
     for element in root.iter():
         element.tag = _local(element.tag)
         element.attrib = {_local(name): _adapted(name, value, prefix) for name, value in element.attrib.items()}
