@@ -64,6 +64,10 @@ def test_a_heavy_package_is_imported_in_one_room(package: str, room: str, graph:
     assert all(module.split(".")[1] == room for module in importers)
 
 
-@pytest.mark.parametrize("room", ["schema", "sweep", "tracking"])
+def test_the_report_reads_what_evidence_finds(graph: grimp.ImportGraph) -> None:
+    assert rooms(graph, "report") <= {"errors", "evidence", "files", "schema"}
+
+
+@pytest.mark.parametrize("room", ["schema", "sweep", "tracking", "evidence", "report"])
 def test_what_starts_a_run_or_reports_it_waits_for_no_torch(room: str, graph: grimp.ImportGraph) -> None:
     assert not graph.chain_exists(importer=f"morphtrain.{room}", imported="torch", as_packages=True)

@@ -26,7 +26,7 @@ CONFIG = Path(".hydra", "config.yaml")  # missing with hydra.output_subdir=null
 # Keys that do not change what is computed.
 IMMATERIAL = (
     *("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers"),
-    *("experiment", "size"),
+    *("experiment", "size"),  # presets, whose keys are there by themselves
 )
 
 

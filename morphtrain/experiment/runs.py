@@ -10,8 +10,7 @@ from pathlib import Path
 
 from morphtrain.evidence import records
 from morphtrain.evidence.experiment import Experiment
-
-DISTURBED = "disturbed.jsonl"  # what the records of a run are called that counts for nothing
+from morphtrain.evidence.progress import DISTURBED
 
 Record = Mapping[str, float]
 

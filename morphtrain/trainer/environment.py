@@ -30,6 +30,7 @@ def describe(device: torch.device) -> dict[str, str]:
     """
     facts = {
         "host": platform.node(),
+        "device": str(device),
         "processor": processor(device),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

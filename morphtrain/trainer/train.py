@@ -87,7 +87,7 @@ def _train(
     records.begin(run_dir, run.history)
     run_id = stored.facts["tracking_id"] if stored else None
     tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
-    tags = {**tags, "seed": str(config.seed), "device": str(run.device), **machine}
+    tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)

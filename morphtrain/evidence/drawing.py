@@ -1,0 +1,119 @@
+"""The pictures of the five analyses, on axes of matplotlib; told apart by marker and line, not by colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from morphtrain.evidence.pictures import INK, PAPER, RULE, SERIES, looks
+from morphtrain.evidence.regressions import Prediction
+from morphtrain.evidence.repeats import Estimate
+
+Point = tuple[Estimate, Estimate]  # of x and y
+
+
+def log_ticks(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten; where these are too few, wherever they fit."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in LogLocator(subs=(1.0, 2.0, 5.0)).tick_values(low, high) if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def against_seconds(
+    axes: Any, dense: Mapping[str, Point], curve: Sequence[tuple[float, float]], methods: Mapping[str, Point]
+) -> None:
+    """Accuracy against seconds: the dense curve, its arms, and methods with the intervals of both.
+
+    Args:
+        curve: of the dense network, seconds and accuracy, from left to right.
+    """
+    axes.set_xscale("log")
+    axes.plot(*zip(*curve, strict=True), color=INK, linewidth=1.4, label="dense, as good as it gets in these seconds")
+    for name, (seconds, accuracy) in dense.items():
+        _cross(axes, seconds, accuracy, color=INK, marker="o", markerfacecolor=PAPER, markersize=5)
+        axes.annotate(name, (seconds.mean, accuracy.mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
+    for name, look in looks(methods).items():
+        _cross(axes, *methods[name], color=look.color, marker=look.marker, markersize=8, label=name)
+    bottom, top = axes.get_ylim()
+    x, y = zip(*curve, strict=True)
+    axes.fill_between(x, y, max(top, max(y)), color=RULE, alpha=0.35, linewidth=0, label="here a method pays", zorder=0)
+    axes.set_ylim(bottom, top)
+    axes.set(xlabel="seconds of training (calibrated, log scale)", ylabel="accuracy on the test images")
+    log_ticks(axes.xaxis)
+    axes.legend(fontsize=9, loc="lower right")
+
+
+def ratios(axes: Any, found: Mapping[str, Estimate], reference: str, what: str) -> None:
+    """A dot and an interval an arm, with the pairs themselves below it; 1 is as much as the reference."""
+    axes.set_xscale("log")
+    axes.axvline(1, color=INK, linewidth=1)
+    for row, (name, look) in enumerate(looks(found).items()):
+        ratio = found[name]
+        axes.plot(ratio.values, [row + 0.22] * ratio.n, "|", color=INK, markersize=6, linewidth=0)
+        _cross(axes, ratio, Estimate((row,), row, None, None), color=look.color, marker=look.marker, markersize=8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set(xlabel=f"{what}, as a multiple of that of {reference} (log scale)")
+    log_ticks(axes.xaxis)
+
+
+def boxes(axes: Any, groups: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> None:
+    """A box a group, and every value in it as a point."""
+    axes.boxplot(
+        list(groups.values()),
+        tick_labels=list(groups),
+        widths=0.5,
+        showfliers=False,
+        **{f"{part}props": {"color": INK} for part in ("box", "whisker", "cap")},
+        medianprops={"color": INK, "linewidth": 2.4},
+    )
+    for place, (name, look) in enumerate(looks(groups).items(), 1):
+        values = groups[name]
+        spread = [place + 0.12 * (2 * i / max(len(values) - 1, 1) - 1) for i in range(len(values))]
+        axes.plot(spread, values, look.marker, color=look.color, markersize=6)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def line(axes: Any, points: Sequence[tuple[float, float]], fit: Sequence[Prediction], labels: tuple[str, str]) -> None:
+    """Points, the line through them, where it may lie, and where a further point may.
+
+    Args:
+        fit: of the line, from left to right.
+    """
+    x = [place.x for place in fit]
+    axes.plot(*zip(*points, strict=True), "o", color=INK, label="runs")
+    axes.plot(x, [place.mean for place in fit], color=SERIES[0], label="least squares")
+    for low, high, style, label in (
+        ([p.low for p in fit], [p.high for p in fit], "--", "95 % confidence band of the line"),
+        ([p.new_low for p in fit], [p.new_high for p in fit], ":", "95 % prediction band of a new run"),
+    ):
+        axes.plot(x, low, style, color=SERIES[0], linewidth=1.2, label=label)
+        axes.plot(x, high, style, color=SERIES[0], linewidth=1.2)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(fontsize=9)
+
+
+def curves(axes: Any, arms: Mapping[str, Sequence[tuple[float, Estimate]]], ylabel: str) -> None:
+    """The mean of each arm over the epochs, and its interval as a band."""
+    for name, look in looks(arms).items():
+        x = [epoch for epoch, _ in arms[name]]
+        means = [estimate.mean for _, estimate in arms[name]]
+        low = [estimate.mean if estimate.low is None else estimate.low for _, estimate in arms[name]]
+        high = [estimate.mean if estimate.high is None else estimate.high for _, estimate in arms[name]]
+        axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
+        axes.plot(x, means, color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=0.12, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.legend(fontsize=9)
+
+
+def _cross(axes: Any, x: Estimate, y: Estimate, **look: Any) -> None:
+    """A mark at the means, with the intervals of x and y where there are any."""
+    ends = [None if e.low is None or e.high is None else [[e.mean - e.low], [e.high - e.mean]] for e in (x, y)]
+    axes.errorbar([x.mean], [y.mean], xerr=ends[0], yerr=ends[1], linestyle="none", capsize=3, elinewidth=1.2, **look)

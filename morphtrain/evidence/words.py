@@ -1,0 +1,75 @@
+"""Numbers and names as they are read: as many digits as an interval warrants, metrics in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+UNKNOWN = "not known"
+METRICS = {
+    "calibrated_train_seconds": "training time in calibrated seconds",
+    "train_seconds": "training time in seconds",
+    "median_epoch_seconds": "the median time of an epoch in seconds",
+    "calibrated_seconds": "the time of an epoch in calibrated seconds",
+    "epoch_seconds": "the time of an epoch in seconds",
+    "test_accuracy": "test accuracy",
+    "val_accuracy": "validation accuracy",
+    "params": "the number of parameters",
+    "macs": "MACs of one image",
+    "batch_size": "the batch size",
+    "channel_density": "the share of channels that is left",
+    "weight_density": "the share of weights that is left",
+}
+
+
+def metric(name: str) -> str:
+    """A metric in words; one without any as it is called."""
+    return METRICS.get(name, name)
+
+
+def sentence(text: str) -> str:
+    """With a capital at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
+def number(value: float) -> str:
+    """Four significant digits; whole numbers in full."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    if abs(value) < 1e15 and (float(value).is_integer() or abs(value) >= 1e4):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.012`; never 0."""
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+
+
+def interval(value: float, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """`value [low, high]`, to two significant digits of the interval's width; `value` alone without an interval.
+
+    Args:
+        signed: with a + before what is above 0, as a difference is written.
+    """
+    sign = "+" if signed else ""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return (sign if value > 0 else "") + number(value)
+    width = high - low
+    if width <= 0 or width < 1e-5 * max(abs(low), abs(high)):
+        return f"{value:{sign}.6g} [{low:{sign}.6g}, {high:{sign}.6g}]"
+    places = 1 - math.floor(math.log10(width))
+    if places > 6:
+        return f"{value:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
+    digits = max(places, 0)
+    return " ".join((f"{value:{sign},.{digits}f}", f"[{low:{sign},.{digits}f}, {high:{sign},.{digits}f}]"))
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

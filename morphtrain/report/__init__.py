@@ -1,0 +1,1 @@
+"""The report: every experiment's answer, with what it rests on, as one HTML file and tables as CSV."""

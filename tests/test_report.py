@@ -1,0 +1,419 @@
+"""The report says what the records say, of all of them, and as a page that anybody can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from experiments import MACHINE, cut, declared, write, write_declaration
+from omegaconf import OmegaConf
+from scipy import stats
+
+from morphtrain import schema
+from morphtrain.evidence.experiment import Arm
+from morphtrain.report import chapter3
+from morphtrain.report.__main__ import main
+from morphtrain.report.build import build, read
+
+SEEDS = range(1, 8)
+EPOCHS = 4
+SECONDS = {"dense": 100, "sooner": 50, "soonest": 25, "narrower": 80, "good": 50, "poor": 60, "fresh": 50}
+ACCURACY = {"dense": 0.96, "sooner": 0.94, "soonest": 0.9, "narrower": 0.93, "good": 0.96, "poor": 0.90, "fresh": 0.95}
+ROLES = {"dense": "dense", "sooner": "sooner", "soonest": "sooner", "narrower": "narrower", "fresh": "from_scratch"}
+INTERVALS = {"every_2": 60, "every_5": 63, "every_10": 70}
+BLOCKS = (1, 2, 3, 5, 8)
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+def noise(*key: object, spread: float) -> float:
+    """The same for the same key."""
+    return float(np.random.default_rng([*map(ord, repr(key))]).normal(0, spread))
+
+
+def metrics(arm: str, seed: int, epoch: int) -> dict[str, float]:
+    """Times that share a seed's drift, and accuracies that share a seed's luck."""
+    seconds = ({**SECONDS, **INTERVALS}[arm]) * np.exp(noise(seed, spread=0.1) + noise(arm, seed, spread=0.01))
+    accuracy = ACCURACY.get(arm, 0.95) + noise("luck", seed, spread=0.003) + noise("luck", arm, seed, spread=0.001)
+    record = {"val_accuracy": accuracy - 0.3 / epoch, "calibrated_train_seconds": seconds * epoch / EPOCHS}
+    return record | ({"test_accuracy": accuracy} if epoch == EPOCHS else {})
+
+
+def batches(arm: str, seed: int, _: int) -> dict[str, float]:
+    blocks = int(arm.removeprefix("blocks_"))
+    return {"batch_size": 1e4 / (3 + 4 * blocks) * (1 + noise(arm, seed, spread=0.01))}
+
+
+ARMS = {
+    name: Arm(role=ROLES.get(name, "method"), of="good" if name == "fresh" else None, overrides=(f"arm={name}",))
+    for name in SECONDS
+}
+THREE = {name: ARMS[name] for name in ("dense", "good", "poor")}
+FACTOR = {name: Arm((f"prune.interval={name.removeprefix('every_')}",)) for name in INTERVALS}
+LINE = {f"blocks_{n}": Arm((f"model.blocks={n}",)) for n in BLOCKS}
+
+
+@dataclass
+class Page(HTMLParser):
+    """The page as a browser takes it: elements that are closed in order, their names, and what they refer to."""
+
+    text: str
+    ids: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    attributes: list[tuple[str, str, str]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.open: list[tuple[str, list[str]]] = [("", [])]
+        self.feed(self.text)
+        self.close()
+        self.wrong += [f"{tag} is not closed" for tag, _ in self.open[1:]]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.open[-1][1].append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append((tag, []))
+
+    def handle_endtag(self, tag: str) -> None:
+        name, children = self.open.pop()
+        if name != tag:
+            self.wrong.append(f"</{tag}> closes {name}")
+        first = {"table": "caption", "svg": "title"}.get(tag)
+        if first and children[:1] != [first]:
+            self.wrong.append(f"a {tag} without a {first}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report, and the experiments it is about."""
+
+    root: Path
+    html: str
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.root / "report-tables" / f"{name}.csv", index_col=0)
+
+    def section(self, name: str) -> str:
+        found = re.search(rf'<section id="q-{name}-small".*?</section>', self.html, re.DOTALL)
+        assert found is not None
+        return found[0]
+
+    def answer(self, name: str) -> str:
+        found = re.search(r'class="answer">(.*?)</p>', self.section(name), re.DOTALL)
+        assert found is not None
+        return found[1]
+
+    def values(self, name: str, metric: str) -> dict[str, list[float]]:
+        """Of the last epoch by arm, in the order of seeds: read without the product's loader."""
+        arms: dict[str, list[float]] = {}
+        for run in sorted((self.root / f"{name}-small").glob("*/*")):
+            last = json.loads((run / "records.jsonl").read_text().splitlines()[-1])
+            arms.setdefault(run.name, []).append(last[metric])
+        return arms
+
+
+def reported(root: Path) -> Report:
+    page, *_ = build(root, root / "report.html")
+    return Report(root, page.read_text())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("experiments")
+    write(root, declared("pays", ARMS, SEEDS), metrics, EPOCHS)
+    write(root, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    write(root, declared("curves", THREE, SEEDS, response="test_accuracy"), metrics, EPOCHS)
+    write(root, declared("factor", FACTOR, SEEDS, x="prune.interval"), metrics, EPOCHS)
+    configs = {name: {"model": {"blocks": int(name.removeprefix("blocks_"))}} for name in LINE}
+    line = declared("line", LINE, (1, 2), response="batch_size", inverse=True, x="model.blocks")
+    write(root, line, batches, 1, configs)
+    return reported(root)
+
+
+def t_interval(values: Any) -> tuple[float, float, float]:
+    """Mean and 95 % interval."""
+    mean = float(np.mean(values))
+    return (mean, *map(float, stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))))
+
+
+def row(table: pd.DataFrame, arm: str, column: str) -> list[float]:
+    return [float(table.loc[arm, name]) for name in (column, f"{column} low", f"{column} high")]
+
+
+def test_a_method_is_held_against_the_dense_curve_of_its_own_seed(report: Report) -> None:
+    seconds, accuracy = (report.values("pays_question", f"{m}") for m in ("calibrated_train_seconds", "test_accuracy"))
+    table = report.table("pays_question-small-methods")
+    for arm in ("good", "poor"):
+        ahead = []
+        for seed in range(len(SEEDS)):  # the narrower arm is worse than the faster one, so no part of the curve
+            x = [np.log(seconds[name][seed]) for name in ("soonest", "sooner", "dense")]
+            y = [accuracy[name][seed] for name in ("soonest", "sooner", "dense")]
+            ahead.append(accuracy[arm][seed] - np.interp(np.log(seconds[arm][seed]), x, y))
+        assert row(table, arm, "difference") == pytest.approx(t_interval(ahead), rel=1e-8)
+        assert row(table, arm, "seconds") == pytest.approx(t_interval(seconds[arm]), rel=1e-8)
+    assert list(table["verdict"]) == ["pays", "does not pay"]
+    assert "1 of 2 methods pays" in report.answer("pays_question")
+    fresh = np.subtract(accuracy["good"], accuracy["fresh"])
+    found = row(report.table("pays_question-small-from-scratch"), "good", "the method is ahead by")
+    assert found == pytest.approx(t_interval(fresh), rel=1e-8)
+
+
+def test_the_front_page_has_every_method_with_its_verdict(report: Report) -> None:
+    front = report.html.partition('id="methods"')[2].partition("</section>")[0]
+    rows = re.findall(r'<tr><th scope="row"><a href="#q-pays_question-small">(\w+)</a>.*?</tr>', front)
+    assert rows == ["good", "poor"]
+    assert "does not pay" in front
+
+
+def test_a_method_that_no_dense_run_is_as_fast_as_is_named_and_not_judged(tmp_path: Path) -> None:
+    def hurried(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        record = metrics(arm, seed, epoch)
+        share = {"good": 0.1, "poor": 5.0}.get(arm, 1.0)
+        return record | {"calibrated_train_seconds": share * record["calibrated_train_seconds"]}
+
+    write(tmp_path, declared("pays", ARMS, SEEDS), hurried, EPOCHS)
+    found = reported(tmp_path)
+    assert "Not judged: good, which was faster than every dense arm" in found.answer("pays_question")
+    assert "slower than every dense arm: poor: 7 of 7" in found.section("pays_question")
+    assert list(found.table("pays_question-small-methods").index) == ["poor"]
+    accuracy = found.values("pays_question", "test_accuracy")
+    wanted = t_interval(np.subtract(accuracy["poor"], accuracy["dense"]))
+    assert row(found.table("pays_question-small-methods"), "poor", "difference") == pytest.approx(wanted, rel=1e-8)
+
+
+def test_a_ratio_is_that_of_the_logarithms_of_pairs(report: Report) -> None:
+    seconds = report.values("ratio_question", "calibrated_train_seconds")
+    table = report.table("ratio_question-small-ratios")
+    ps = []
+    for arm in ("good", "poor"):
+        logs = np.log(np.divide(seconds[arm], seconds["dense"]))
+        assert row(table, arm, "ratio") == pytest.approx(np.exp(t_interval(logs)), rel=1e-8)
+        ps.append(stats.ttest_1samp(logs, 0).pvalue)
+    assert list(table["p"][1:]) == pytest.approx(holm(ps))
+    low, high = table.loc["good", ["ratio low", "ratio high"]]
+    digits = 1 - math.floor(math.log10(high - low))  # two of the interval's width
+    assert f"[{low:.{digits}f}, {high:.{digits}f}] with good (n = 7 seeds)" in report.answer("ratio_question")
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Of two p."""
+    small, large = sorted(ps)
+    corrected = {small: min(1, 2 * small), large: max(min(1, 2 * small), large)}
+    return [corrected[p] for p in ps]
+
+
+def test_differences_at_the_end_are_paired_by_seed(report: Report) -> None:
+    accuracy = report.values("curves_question", "test_accuracy")
+    table = report.table("curves_question-small-ends")
+    for arm in ("good", "poor"):
+        wanted = t_interval(np.subtract(accuracy[arm], accuracy["dense"]))
+        assert row(table, arm, "difference") == pytest.approx(wanted, rel=1e-8)
+    assert "n = 7 seeds" in report.answer("curves_question")
+
+
+def test_the_analysis_of_variance_takes_the_seeds_as_blocks(report: Report) -> None:
+    logs = np.log(np.array([report.values("factor_question", "calibrated_train_seconds")[arm] for arm in FACTOR]))
+    arms, seeds = logs.shape
+    arm_means, seed_means = logs.mean(1, keepdims=True), logs.mean(0, keepdims=True)
+    between = seeds * ((arm_means - logs.mean()) ** 2).sum() / (arms - 1)
+    within = ((logs - arm_means - seed_means + logs.mean()) ** 2).sum() / ((arms - 1) * (seeds - 1))
+    assert f"F(2, 12) = {between / within:.3g}" in report.section("factor_question")
+    assert "every_10 and every_2 are the farthest apart" in report.answer("factor_question")
+    table = report.table("factor_question-small-pairs")
+    wanted = np.exp(t_interval(logs[2] - logs[0]))
+    assert row(table, "every_10 against every_2", "ratio") == pytest.approx(wanted, rel=1e-8)
+
+
+def test_the_line_is_that_of_scipy(report: Report) -> None:
+    points = report.values("line_question", "batch_size")
+    x = [n for n in BLOCKS for _ in points[f"blocks_{n}"]]
+    y = [1 / batch for n in BLOCKS for batch in points[f"blocks_{n}"]]
+    wanted = stats.linregress(x, y)
+    table = report.table("line_question-small-line")
+    assert table.loc["slope", "estimate"] == pytest.approx(wanted.slope, rel=1e-8)
+    assert table.loc["intercept", "estimate"] == pytest.approx(wanted.intercept, rel=1e-8)
+    assert f"n = 10 runs, R² = {wanted.rvalue**2:.4f}" in report.answer("line_question")
+
+
+def test_the_page_is_well_formed_and_has_a_name_for_everything(report: Report) -> None:
+    page = Page(report.html)
+    assert page.wrong == []
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == 5
+    for tag, name, value in page.attributes:
+        if name in ("href", "src", "xlink:href", "srcset", "action", "data"):
+            assert value == "data:," or value.removeprefix("#") in page.ids, (tag, name, value)
+        if name in ("aria-labelledby", "clip-path"):
+            assert all(part in page.ids for part in value.replace("url(#", "").strip(")").split()), value
+    assert not {"script", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert "@import" not in report.html and not re.search(r"url\((?!#)", report.html)
+    assert page.tags.count("h1") == 1 and page.tags.count("main") == 1
+    heads = [name for tag, name, _ in page.attributes if tag == "th" and name == "scope"]
+    assert len(heads) == page.tags.count("th")
+
+
+def test_every_answer_has_n_and_an_interval_and_every_section_a_command(report: Report) -> None:
+    for name in ("pays", "ratio", "curves", "factor", "line"):
+        assert re.search(r"n = \d+ (seed|run)s", report.answer(f"{name}_question")), name
+        assert re.search(r"\[[-+0-9.e]+, [-+0-9.e]+\]", report.answer(f"{name}_question")), name
+        assert f"+experiment={name}_question size=small" in report.section(f"{name}_question")
+
+
+def test_the_same_records_make_the_same_page(report: Report) -> None:
+    def undated(html: str) -> str:
+        return re.sub(r"Built \d.*?\.", "", html)
+
+    assert undated(reported(report.root).html) == undated(report.html)
+
+
+HOSTILE = """</title><script>alert(1)</script>"><img src=http://example.org/x onerror=alert(2)> ' id="methods"""
+
+
+def test_what_is_in_files_is_text_on_the_page(tmp_path: Path) -> None:
+    arms = {name: Arm((f"model={HOSTILE}",)) for name in ("dense", "other")}
+    more = {"question": f"{HOSTILE}?", "claim": HOSTILE, "limits": HOSTILE, "thesis": HOSTILE}
+    response = f"x{HOSTILE}"
+    experiment = declared("ratio", arms, SEEDS, response=response, **more)
+    machine = {**MACHINE, "processor": HOSTILE}
+    write(tmp_path, experiment, lambda arm, seed, _: {response: seed + len(arm)}, 2, machine=machine)
+    page = Page(reported(tmp_path).html)
+    assert page.wrong == []
+    assert not {"script", "img"} & set(page.tags)
+    assert len(page.ids) == len(set(page.ids))
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+
+def test_an_experiment_under_way_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    cut(directory, 7, "poor", 2)
+    cut(directory, 6, "poor", 0)
+    found = reported(tmp_path)
+    section = found.section("ratio_question")
+    assert "Incomplete: 2 of 21 runs have not finished (1 begun, 1 not begun)" in section
+    assert "with poor (n = 5 seeds)" in found.answer("ratio_question")
+    assert "stopped after 2" in section and "not begun" in section
+    assert found.table("ratio_question-small-ratios").loc["poor", "seeds"] == 5
+
+
+@pytest.mark.parametrize("kind", ["pays", "ratio", "factor", "curves", "line"])
+@pytest.mark.parametrize("runs", [True, False])
+def test_one_seed_is_no_answer(kind: str, runs: bool, tmp_path: Path) -> None:
+    arms = {"pays": ARMS, "line": THREE}.get(kind, THREE)
+    x = "model.blocks" if kind == "line" else None
+    experiment = declared(kind, arms, (1, 2), x=x)
+    directory = write(tmp_path, experiment, metrics, EPOCHS) if runs else write_declaration(tmp_path, experiment)
+    for arm in arms if runs else []:
+        cut(directory, 2, arm, 1)
+    found = reported(tmp_path)
+    assert found.answer(f"{kind}_question").startswith("Nothing can be said yet")
+    assert "<svg" not in found.html
+    assert not list((tmp_path / "report-tables").glob(f"{kind}*"))
+
+
+def test_copies_of_an_experiment_are_told_apart(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        write(tmp_path / place, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    found = reported(tmp_path)
+    page = Page(found.html)
+    assert page.wrong == []
+    assert len(page.ids) == len(set(page.ids))
+    assert {"q-here-ratio_question-small", "q-there-ratio_question-small"} <= set(page.ids)
+    assert len(found.table("there-ratio_question-small-ratios")) == len(THREE)
+
+
+def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:
+    write(tmp_path, declared("ratio", THREE, range(1, 6)), metrics, EPOCHS)
+    found = reported(tmp_path)
+    assert found.table("ratio_question-small-ratios")[["p", "Wilcoxon p"]].isna().all(axis=None)
+    assert "With fewer than 6 pairs significance is out of reach" in found.section("ratio_question")
+
+
+def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) -> None:
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), lambda *key: {**metrics(*key), "contended": 1}, EPOCHS)
+    assert "Mixed" not in reported(tmp_path).html
+    path = directory / "3" / "poor" / "environment.json"
+    path.write_text(json.dumps({**MACHINE, "before": [{**MACHINE, "host": "other", "morphtrain_commit": "beef"}]}))
+    section = reported(tmp_path).section("ratio_question")
+    assert "Mixed machines: the runs come from 2" in section
+    assert "Mixed code: the runs come from 2 commits" in section
+    assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of the runs" in section
+
+
+@pytest.mark.parametrize(
+    ("expects", "verdict"),
+    [
+        ({"is": "lower", "arm": "poor"}, chapter3.AGREES),
+        ({"is": "higher", "arm": "poor"}, chapter3.DISAGREES),
+        ({"is": "different", "arm": "poor"}, chapter3.AGREES),
+        ({"is": "higher", "arm": "good", "against": "poor", "metric": "test_accuracy"}, chapter3.AGREES),
+        ({"is": "higher", "arm": "same"}, chapter3.UNTOLD),
+        ({"is": "higher", "arm": "renamed"}, "too few runs yet"),
+    ],
+)
+def test_a_verdict_on_the_thesis_follows_from_the_interval(
+    expects: Mapping[str, str], verdict: str, tmp_path: Path
+) -> None:
+    def seconds(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        return metrics("dense" if arm == "same" else arm, seed + (arm == "same"), epoch)
+
+    experiment = declared("ratio", {**THREE, "same": ARMS["dense"]}, SEEDS)
+    question = read(write(tmp_path, experiment, seconds, EPOCHS), tmp_path)
+    assert chapter3.verdict(chapter3.Claim("", "", "ratio_question", expects), question) == verdict
+    assert chapter3.verdict(chapter3.Claim("", "", "", expects, "gpu"), question) == "needs a GPU"
+    assert chapter3.verdict(chapter3.Claim("", "", "", expects), None) == "not yet run"
+
+
+def test_claims_name_experiments_and_arms_that_are_declared() -> None:
+    files = {path.stem: path for path in (schema.CONF / "experiment").glob("*.yaml")}
+    for claim in chapter3.read():
+        if claim.experiment in files:
+            arms = OmegaConf.load(files[claim.experiment]).hydra.sweeper.arms
+            named = {claim.expects[key] for key in ("arm", "against") if key in (claim.expects or {})}
+            assert named <= set(arms), claim
+
+
+def test_help_waits_for_nothing_slow() -> None:
+    code = "import sys\nfrom morphtrain.report.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'pandas', 'scipy', 'matplotlib', 'statsmodels', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("wrong", ["missing", "empty", "declaration", "records", "environment"])
+def test_mistakes_are_one_line_and_leave_nothing(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write(tmp_path / "all", declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    place = {"missing": tmp_path / "nowhere", "empty": directory / "1" / "good"}.get(wrong, tmp_path / "all")
+    damaged = {"records": "1/good/records.jsonl", "environment": "1/good/environment.json"}
+    damaged["declaration"] = "experiment.yaml"
+    if wrong in damaged:
+        (directory / damaged[wrong]).write_text("{nonsense\n{}\n")
+    assert main([str(place), "--out", str(tmp_path / "out.html")]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert str(directory / damaged[wrong] if wrong in damaged else place) in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_command_says_what_it_wrote(report: Report, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "mine.html"
+    assert main([str(report.root), "--out", str(out)]) == 0
+    tables = list((tmp_path / "new" / "mine-tables").glob("*.csv"))
+    folder = tmp_path / "new" / "mine-tables"
+    assert capsys.readouterr().out.splitlines() == [str(out), f"{folder}/: {len(tables)} tables"]
+    assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3) + 10
