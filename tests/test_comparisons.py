@@ -197,6 +197,20 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     assert power_of_groups(0.5, 1.0, 64) == pytest.approx(0.8015, abs=1e-4)
 
 
+def test_power_is_a_number_everywhere_and_grows_with_the_pairs() -> None:
+    """Where one tail of the noncentral t is empty, scipy's has no digits, and a search for the least n went astray."""
+    counts = [*range(6, 60), *(int(1.3**k) for k in range(16, 53))]
+    for effect in (0, 1e-200, 0.01, 0.22, 0.45, 0.96, 50, 1e12):
+        found = [power_of_pairs(effect, 1.0, n) for n in counts]
+        assert all(0.05 - CLOSE <= power <= 1 for power in found), effect
+        assert found == sorted(found), effect
+        assert [power_of_groups(-effect, 1.0, n) for n in counts] == sorted(
+            power_of_groups(effect, 1.0, n) for n in counts
+        )
+    for effect, wanted in ((0.96, 11), (0.45, 41), (0.22, 165)):
+        assert pairs_needed(effect, 1.0) == wanted, "the number that statsmodels' solve_power finds"
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(effect=st.floats(0.05, 100), power=st.floats(0.5, 0.99))
 def test_the_number_of_pairs_is_the_smallest_that_will_do(effect: float, power: float) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from morphtrain.evidence.comparisons import least_pairs
 
 MOST = 1_000_000  # runs; an experiment that needs more is none
-SURE = 30.0  # an effect of so many standard errors is always found; the noncentral t loses its digits there
+CERTAIN = 1e6  # an effect of so many standard errors is always found; far beyond it there are no digits left
 
 
 def power_of_pairs(effect: float, deviation: float, pairs: int, level: float = 0.05) -> float:
@@ -25,23 +25,26 @@ def power_of_pairs(effect: float, deviation: float, pairs: int, level: float = 0
         ValueError: for a deviation that is not above 0 or fewer than two pairs.
     """
     _check(deviation, pairs)
-    size = abs(effect) / deviation
-    if size * math.sqrt(pairs) > SURE * _critical(pairs - 1, level):
-        return 1.0
-    from statsmodels.stats.power import TTestPower
-
-    return float(TTestPower().power(size, pairs, level))
+    return _power(effect / deviation * math.sqrt(pairs), pairs - 1, level)
 
 
 def power_of_groups(effect: float, deviation: float, runs: int, level: float = 0.05) -> float:
     """The same for two independent groups of `runs` runs each, each with this deviation."""
     _check(deviation, runs)
-    size = abs(effect) / deviation
-    if size * math.sqrt(runs / 2) > SURE * _critical(2 * runs - 2, level):
-        return 1.0
-    from statsmodels.stats.power import TTestIndPower
+    return _power(effect / deviation * math.sqrt(runs / 2), 2 * runs - 2, level)
 
-    return float(TTestIndPower().power(size, runs, level))
+
+def _power(shift: float, freedom: int, level: float) -> float:
+    """Of a two-sided t test if the effect is `shift` standard errors.
+
+    t^2 is an F. Unlike the noncentral t, the noncentral F is a number also where one of the tails is empty.
+    """
+    from scipy import stats
+
+    noncentrality = min(abs(shift), CERTAIN) ** 2
+    if noncentrality == 0:
+        return level
+    return float(stats.ncf.sf(stats.t.isf(level / 2, freedom) ** 2, 1, freedom, noncentrality))
 
 
 def pairs_needed(effect: float, deviation: float, power: float = 0.8, level: float = 0.05) -> int | None:
@@ -64,12 +67,6 @@ def _smallest(power_of: Callable[[int], float], wanted: float, least: int) -> in
         raise ValueError(f"power={wanted}: must be between 0 and 1")
     found = bisect_left(range(MOST + 1), True, least, key=lambda n: power_of(n) >= wanted)
     return None if found > MOST else found
-
-
-def _critical(freedom: int, level: float) -> float:
-    from scipy import stats
-
-    return float(stats.t.isf(level / 2, freedom))
 
 
 def _check(deviation: float, runs: int) -> None:
