@@ -129,7 +129,7 @@ WRONG_MODELS = {
     "nowhere": (["model=custom", "model._target_=a.B", "+model.a=${b}"], "model.a: Interpolation key 'b' not found"),
     "number as key": (["model=custom", "model._target_=a.B", "+model.a={1:8}"], r"model.a=\{1: 8\}: .*keys: text"),
     "not a number": (["model=custom", "model._target_=a.B", "+model.a=nan"], "model.a=nan: must be"),
-    "key of Hydra": (["model=custom", "model._target_=a.B", "+model._partial_=true"], "model._partial_=True: .* left"),
+    "key of Hydra": (["model=custom", "model._target_=a.B", "+model._partial_=true"], "model._partial_=true: .* left"),
 }
 
 

@@ -63,4 +63,5 @@ class Look:
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for each name, in order: the first six differ in colour, marker and line."""
-    return {name: Look(*look) for name, *look in zip(names, cycle(SERIES), cycle(MARKERS), cycle(LINES), strict=False)}
+    looks = zip(cycle(SERIES), cycle(MARKERS), cycle(LINES), strict=False)
+    return {name: Look(*look) for name, look in zip(names, looks, strict=False)}

@@ -29,11 +29,11 @@ class Progress:
 
     arm: str
     seed: int
-    epochs: int = 0
-    finished: bool = False
-    contended: int = 0
-    spoilt: bool = False
-    machines: tuple[dict[str, str], ...] = ()
+    epochs: int
+    finished: bool
+    contended: int
+    spoilt: bool
+    machines: tuple[dict[str, str], ...]
 
     def __str__(self) -> str:
         if self.spoilt:
@@ -56,9 +56,8 @@ def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> li
     for seed in experiment.seeds:
         for arm in experiment.arms:
             run, row = directory / str(seed) / arm, last.get((arm, seed))
-            done = () if row is None else (int(row.epoch), bool(row.finished), int(row.contended_epochs))
-            spoilt = (run / DISTURBED).exists()
-            found.append(Progress(arm, seed, *done, spoilt=spoilt, machines=_machines(run / ENVIRONMENT)))
+            done = (0, False, 0) if row is None else (int(row.epoch), bool(row.finished), int(row.contended_epochs))
+            found.append(Progress(arm, seed, *done, (run / DISTURBED).exists(), _machines(run / ENVIRONMENT)))
     return found
 
 

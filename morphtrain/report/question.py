@@ -68,7 +68,7 @@ class Question:
 
     @cached_property
     def picture(self) -> Markup | None:
-        return self.section.picture and inline(self.section.picture, self.anchor)
+        return None if self.section.picture is None else inline(self.section.picture, self.anchor)
 
     @property
     def caption(self) -> str:

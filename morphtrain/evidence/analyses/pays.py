@@ -117,8 +117,8 @@ def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
         {seed: runs[arm][seed].seconds for seed in reached}, {seed: point.seconds for seed, point in first.items()}
     )
     assert judged.ahead is not None and ratio is not None  # there are seeds
-    seconds, accuracy = _means(runs[arm], list(reached))
-    return Method(seconds, ratio, accuracy, estimate(list(reached.values())), judged.ahead, judged)
+    seconds, reaches = _means(runs[arm], list(reached))
+    return Method(seconds, ratio, reaches, estimate(list(reached.values())), judged.ahead, judged)
 
 
 def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate, Estimate]:
@@ -208,7 +208,8 @@ def _picture(experiment: Experiment, found: Mapping[str, Method], runs: Runs) ->
     dense = _points(_arms(experiment, *CURVE), runs)
     means = [Point(x.mean, y.mean) for x, y in dense.values()]
     seconds = [point.seconds for point in means]
-    curve = [(float(x), dense_accuracy(means, x)) for x in np.geomspace(min(seconds), max(seconds), PLACES)]
+    places = np.geomspace(min(seconds), max(seconds), PLACES)
+    curve = [(float(x), y) for x in places if (y := dense_accuracy(means, x)) is not None]
     methods = {arm: (method.seconds, method.accuracy) for arm, method in found.items()}
     spoken = "; ".join(f"{arm}: {words.number(x.mean)} s, {words.number(y.mean)}" for arm, (x, y) in dense.items())
     return Picture(
