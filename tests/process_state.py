@@ -17,6 +17,7 @@ from morphtrain.tracking import store
 KEYS_OF_OTHERS = {
     "PYTEST_CURRENT_TEST",
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # set where scikit-learn is imported
+    "TORCHINDUCTOR_CACHE_DIR",  # set where torchvision is imported
     *store.ENVIRONMENT,  # set where MLflow is imported, and stays
 }
 

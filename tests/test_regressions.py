@@ -64,7 +64,7 @@ def test_a_law_is_told_from_a_sample() -> None:
 
 def test_a_line_reads_well() -> None:
     text = str(memory_against_batch([64, 128, 256], [70.1, 133.8, 262.4], confidence=0.9))
-    first, slope, intercept = text.splitlines()
+    first, slope, intercept, _ = text.splitlines()
     assert "bytes against batch (3 points, R^2 = 0.99" in first
     assert "intervals of 90%" in first
     assert slope.startswith("  slope     1.0")
