@@ -34,16 +34,18 @@ class Verdict:
             CANNOT_TELL otherwise, too if there is no interval.
         ahead: by how much the method's accuracy is above the curve's in the same seconds, over the seeds; None if there
             is no seed to compare.
+        reached: what the dense network reaches in the method's seconds, by the seeds that can be compared.
         margin: what would matter, of accuracy.
         seeds_needed: how many seeds a new experiment of fixed size needs to tell with a power of 0.8, if the difference
             and its scatter are what they seem; None if it can tell, or if nothing can be said about that.
-        beyond: seeds whose run of the method took longer than every dense run: compared with the best dense one.
+        beyond: seeds whose run of the method took longer than every dense run: compared with the best dense arm.
         too_short: seeds whose run was shorter than every dense run: no statement, they are left out.
         unpaired: seeds that only the method or only the dense arms have; left out.
     """
 
     verdict: str
     ahead: Estimate | None
+    reached: Mapping[int, float]
     margin: float
     seeds_needed: int | None
     beyond: tuple[int, ...]
@@ -63,7 +65,7 @@ class Verdict:
     def _notes(self) -> list[str]:
         notes = [f"{self.seeds_needed} seeds in a new experiment would tell"] if self.seeds_needed else []
         for seeds, what in (
-            (self.beyond, "longer than the longest dense run, compared with the best dense one"),
+            (self.beyond, "longer than the longest dense run, compared with the best dense arm"),
             (self.too_short, "shorter than the shortest dense run, about which nothing can be said"),
             (self.unpaired, "without a counterpart, left out"),
         ):
@@ -72,61 +74,80 @@ class Verdict:
         return notes
 
 
-def dense_accuracy(curve: Sequence[Point], seconds: float) -> float | None:
-    """The accuracy that the dense network reaches in some seconds; None if it was never run so short.
+def on_curve(dense: Mapping[int, Mapping[str, Point]]) -> list[str]:
+    """The dense arms that make the curve, from fast to slow: those that no faster one equals, by their means.
 
-    The curve goes through the runs that no shorter run equals (the upper envelope, which rises), straight in the
-    logarithm of the seconds, and stays at the best accuracy after the last of them.
+    They are the same for every seed. The best run of each seed would be the luckiest of several, and a method that is
+    as good as the dense network would seem worse.
 
     Args:
-        curve: the dense runs of one seed, in any order.
+        dense: the dense runs by seed, and by arm. An arm that a seed lacks is left out.
 
     Raises:
-        ValueError: without a run.
+        ValueError: if there is no arm that all seeds have.
     """
-    if not curve:
-        raise ValueError("a curve needs one or more runs")
-    if seconds < min(point.seconds for point in curve):
-        return None
-    best: list[Point] = []
-    for point in sorted(curve, key=lambda point: (point.seconds, -point.accuracy)):
-        if not best or point.accuracy > best[-1].accuracy:
-            best.append(point)
+    arms = set.intersection(*map(set, dense.values())) if dense else set()
+    if not arms:
+        raise ValueError("a curve needs a dense arm that every seed has")
+    means = {arm: mean([runs[arm] for runs in dense.values()]) for arm in sorted(arms)}
+    best: list[str] = []
+    for arm in sorted(means, key=lambda arm: (means[arm].seconds, -means[arm].accuracy)):
+        if not best or means[arm].accuracy > means[best[-1]].accuracy:
+            best.append(arm)
+    return best
+
+
+def mean(runs: Sequence[Point]) -> Point:
+    """The means of seconds and of accuracy."""
+    return Point(statistics.fmean(run.seconds for run in runs), statistics.fmean(run.accuracy for run in runs))
+
+
+def read(curve: Sequence[Point], seconds: float) -> float | None:
+    """The accuracy of a curve, straight in the logarithm of the seconds; None before its first point.
+
+    After its last point it stays as it is there.
+    """
     import numpy as np
 
-    times, accuracies = [np.log(point.seconds) for point in best], [point.accuracy for point in best]
+    points = sorted(curve, key=lambda point: point.seconds)
+    if seconds < points[0].seconds:
+        return None
+    times, accuracies = [np.log(point.seconds) for point in points], [point.accuracy for point in points]
     return float(np.interp(np.log(seconds), times, accuracies))
 
 
 def judge(
-    method: Mapping[int, Point], dense: Mapping[int, Sequence[Point]], margin: float, confidence: float = 0.95
+    method: Mapping[int, Point], dense: Mapping[int, Mapping[str, Point]], margin: float, confidence: float = 0.95
 ) -> Verdict:
     """Whether a method pays, by its runs and the dense runs of the same seeds.
 
     Args:
         method: a run by seed.
-        dense: the dense runs, full, sooner and narrower, by seed.
+        dense: the dense runs, full, sooner and narrower, by seed and by arm.
         margin: the least gain of accuracy that would matter, as a share; stated before the runs.
 
     Raises:
-        ValueError: for a margin that is not above 0.
+        ValueError: for a margin that is not above 0, or if there is no dense arm that every seed has.
     """
     if not margin > 0:
         raise ValueError(f"margin={margin}: must be above 0")
-    common = sorted(seed for seed in method if dense.get(seed))
-    reached = {seed: dense_accuracy(dense[seed], method[seed].seconds) for seed in common}
-    differences = [method[seed].accuracy - found for seed, found in reached.items() if found is not None]
+    common = sorted(method.keys() & dense.keys())
+    arms = on_curve(dense) if common else []
+    found = {seed: read([dense[seed][arm] for arm in arms], method[seed].seconds) for seed in common}
+    reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
+    differences = [method[seed].accuracy - accuracy for seed, accuracy in reached.items()]
     ahead = estimate(differences, confidence) if differences else None
     verdict = _verdict(ahead, margin)
-    longest = {seed: max(point.seconds for point in dense[seed]) for seed in common}
+    longest = {seed: max(point.seconds for point in dense[seed].values()) for seed in common}
     return Verdict(
         verdict,
         ahead,
+        reached,
         margin,
         _seeds_needed(differences, margin, confidence) if verdict == CANNOT_TELL else None,
         tuple(seed for seed in common if method[seed].seconds > longest[seed]),
-        tuple(seed for seed, found in reached.items() if found is None),
-        tuple(sorted((method.keys() | {seed for seed in dense if dense[seed]}) - set(common))),
+        tuple(seed for seed in common if seed not in reached),
+        tuple(sorted(method.keys() ^ dense.keys())),
     )
 
 

@@ -14,7 +14,7 @@ from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
 from morphtrain.evidence.experiment import CURVE, Experiment
-from morphtrain.evidence.frontier import PAYS, Point, Verdict, dense_accuracy, judge
+from morphtrain.evidence.frontier import PAYS, Point, Verdict, judge, mean, on_curve, read
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
 from morphtrain.evidence.section import Section, Table
@@ -28,11 +28,11 @@ PLACES = 200  # of the drawn curve
 Runs = Mapping[str, Mapping[int, Point]]  # by arm and seed
 TEST = (
     "For each seed, the accuracies of the dense arms are joined to a curve, linear in the logarithm of seconds; an arm "
-    "that is no better than a faster one is left out. A method's accuracy less the curve's at its seconds is one "
-    "difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is above 0. Does not "
-    "pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster than every dense arm "
-    "has no curve to be read at, one slower than all is read at the best of them, and a seed without all dense arms "
-    "has no curve."
+    "whose mean is no better than that of a faster one is left out. A method's accuracy less the curve's at its "
+    "seconds is one difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is "
+    "above 0. Does not pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster "
+    "than every dense arm has no curve to be read at, one slower than all is read at the best of them, and a seed "
+    "without all dense arms has no curve."
 )
 
 
@@ -86,11 +86,11 @@ def _arms(experiment: Experiment, *roles: str) -> list[str]:
     return [name for name, arm in experiment.arms.items() if arm.role in roles]
 
 
-def _curves(experiment: Experiment, runs: Runs) -> dict[int, list[Point]]:
-    """The points of each seed in which every dense arm has finished."""
+def _curves(experiment: Experiment, runs: Runs) -> dict[int, dict[str, Point]]:
+    """The dense runs of each seed in which every dense arm has finished."""
     dense = _arms(experiment, *CURVE)
     complete = [seed for seed in experiment.seeds if all(seed in runs[name] for name in dense)]
-    return {seed: [runs[name][seed] for name in dense] for seed in complete}
+    return {seed: {name: runs[name][seed] for name in dense} for seed in complete}
 
 
 def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
@@ -103,22 +103,17 @@ def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
 
 def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
     """None with fewer than two seeds at which it can be read against a curve."""
-    curves = _curves(experiment, runs)
-    reached = {
-        seed: accuracy
-        for seed, curve in curves.items()
-        if seed in runs[arm] and (accuracy := dense_accuracy(curve, runs[arm][seed].seconds)) is not None
-    }
-    if len(reached) < values.LEAST_SEEDS:
+    judged = judge(runs[arm], _curves(experiment, runs), experiment.margin)
+    if len(judged.reached) < values.LEAST_SEEDS:
         return None
-    judged = judge({seed: runs[arm][seed] for seed in reached}, curves, experiment.margin)
     first = runs[next(iter(experiment.arms))]
     ratio = paired_ratio(
-        {seed: runs[arm][seed].seconds for seed in reached}, {seed: point.seconds for seed, point in first.items()}
+        {seed: runs[arm][seed].seconds for seed in judged.reached},
+        {seed: point.seconds for seed, point in first.items()},
     )
     assert judged.ahead is not None and ratio is not None  # there are seeds
-    seconds, reaches = _means(runs[arm], list(reached))
-    return Method(seconds, ratio, reaches, estimate(list(reached.values())), judged.ahead, judged)
+    seconds, accuracy = _means(runs[arm], list(judged.reached))
+    return Method(seconds, ratio, accuracy, estimate(list(judged.reached.values())), judged.ahead, judged)
 
 
 def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate, Estimate]:
@@ -206,10 +201,11 @@ def _picture(experiment: Experiment, found: Mapping[str, Method], runs: Runs) ->
     import numpy as np
 
     dense = _points(_arms(experiment, *CURVE), runs)
-    means = [Point(x.mean, y.mean) for x, y in dense.values()]
-    seconds = [point.seconds for point in means]
+    curves = _curves(experiment, runs)
+    means = [mean([curves[seed][arm] for seed in curves]) for arm in on_curve(curves)]
+    seconds = [point.seconds for point in means] + [x.mean for x, _ in dense.values()]
     places = np.geomspace(min(seconds), max(seconds), PLACES)
-    curve = [(float(x), y) for x in places if (y := dense_accuracy(means, x)) is not None]
+    curve = [(float(x), y) for x in places if (y := read(means, x)) is not None]
     methods = {arm: (method.seconds, method.accuracy) for arm, method in found.items()}
     spoken = "; ".join(f"{arm}: {words.number(x.mean)} s, {words.number(y.mean)}" for arm, (x, y) in dense.items())
     return Picture(
