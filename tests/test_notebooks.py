@@ -220,7 +220,7 @@ def test_a_network_of_ones_own_keeps_its_function(monkeypatch: pytest.MonkeyPatc
     (_, first, _), (_, pruned, _), (_, wider, _), (_, deeper, _) = shown["stages"]
     assert shown["table"]["largest difference"].dropna().max() < 1e-4
     assert shown["table"]["accuracy"].nunique() == 1
-    assert shown["table"]["accuracy"].iloc[0] > 0.9
+    assert shown["table"]["accuracy"].iloc[0] > 0.8
 
     def params(stem: int, branch: int) -> int:
         return 10 * stem + 2 * stem + (9 * stem + 1) * branch + 2 * branch + 10 * (stem + branch) + 10
