@@ -163,18 +163,26 @@ def test_pruned_and_dense_runs_are_compared_by_seed(monkeypatch: pytest.MonkeyPa
 
 
 def test_growing_is_read_against_each_seeds_dense_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The curve made anew: at each time the best accuracy so far, joined in the logarithm of seconds."""
+    """The curve made anew: the arms that by their means rise with the seconds, joined in the logarithm of seconds."""
     shown = executed("growth", monkeypatch)
     assert shown["declared"].name == "net2net_wider"
-    dense = [arm for arm, about in shown["declared"].arms.items() if about.role in ("dense", "sooner", "narrower")]
+    roles = ("dense", "sooner", "narrower")
+    dense = {a: last_records("growth", a) for a, about in shown["declared"].arms.items() if about.role in roles}
     assert len(dense) == 5
+    means = sorted(
+        (
+            np.mean([run[SECONDS] for run in runs.values()]),
+            np.mean([run["test_accuracy"] for run in runs.values()]),
+            arm,
+        )
+        for arm, runs in dense.items()
+    )
+    rising = [arm for n, (_, y, arm) in enumerate(means) if all(y > before for _, before, _ in means[:n])]
     ahead = []
     for seed, record in last_records("growth", "wider").items():
-        runs = [last_records("growth", arm)[seed] for arm in dense]
-        points = sorted((math.log(run[SECONDS]), run["test_accuracy"]) for run in runs)
-        rising = [(x, y) for n, (x, y) in enumerate(points) if all(y > before for _, before in points[:n])]
+        points = sorted((math.log(dense[arm][seed][SECONDS]), dense[arm][seed]["test_accuracy"]) for arm in rising)
         assert math.log(record[SECONDS]) >= points[0][0]
-        ahead.append(record["test_accuracy"] - np.interp(math.log(record[SECONDS]), *zip(*rising, strict=True)))
+        ahead.append(record["test_accuracy"] - np.interp(math.log(record[SECONDS]), *zip(*points, strict=True)))
     assert len(ahead) == 3
     assert shown["verdict"].ahead.mean == pytest.approx(np.mean(ahead), abs=1e-12)
     margin, test = shown["declared"].margin, stats.t.interval(0.95, 2, np.mean(ahead), stats.sem(ahead))
