@@ -124,9 +124,10 @@ def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate,
 def _answer(found: Mapping[str, Method]) -> str:
     paying = sum(method.judged.verdict == PAYS for method in found.values())
     parts = [f"{arm} {method.judged.verdict} ({_spoken(method)})" for arm, method in found.items()]
+    verb = "pays" if 1 in (paying, len(found)) else "pay"
     return (
-        f"{paying} of {words.count(len(found), 'method')} {'pays' if paying == 1 else 'pay'} against the dense network "
-        f"at equal seconds: {words.listed(parts)}."
+        f"{paying} of {words.count(len(found), 'method')} {verb} against the dense network at equal seconds: "
+        f"{words.listed(parts)}."
     )
 
 
