@@ -70,7 +70,8 @@ def test_a_method_that_is_as_good_as_the_dense_arms_is_not_held_against_the_luck
 
 def judged(gains: list[float], margin: float = 0.01):
     """A method that is ahead by these gains, a seed each, of dense runs that differ much from seed to seed."""
-    dense = {s: {"sooner": Point(10, 0.5 + s / 20), "full": Point(40, 0.6 + s / 20)} for s in range(len(gains))}
+    curve = {"quarter": (10, 0.5), "half": (20, 0.55), "full": (40, 0.6)}
+    dense = {s: {arm: Point(t, a + s / 20) for arm, (t, a) in curve.items()} for s in range(len(gains))}
     return judge({s: Point(20, 0.55 + s / 20 + gain) for s, gain in enumerate(gains)}, dense, margin)
 
 
@@ -96,11 +97,31 @@ def test_the_seeds_asked_for_would_tell() -> None:
 
 def test_what_lies_outside_of_the_curve() -> None:
     dense = {s: {"sooner": Point(10, 0.8), "full": Point(40, 0.9)} for s in range(5)}
-    long = judge({s: Point(80, 0.95) for s in range(4)}, dense, 0.01)
-    assert long.verdict == PAYS and long.beyond == (0, 1, 2, 3) and long.unpaired == (4,)
-    assert long.ahead is not None and long.ahead.mean == pytest.approx(0.05), "against the best dense arm"
+    long = judge({s: Point(80, 0.95 + s / 1000) for s in range(4)}, dense, 0.01)
+    assert long.verdict == CANNOT_TELL and long.beyond == (0, 1, 2, 3) and long.unpaired == (4,)
+    assert long.ahead is not None and long.ahead.mean == pytest.approx(0.0515), "against the best dense arm"
+    assert "no dense run took so long" in str(long) and long.seeds_needed is None, "more seeds would not tell"
+    worse = judge({s: Point(80, 0.85 + s / 1000) for s in range(4)}, dense, 0.01)
+    assert worse.verdict == DOES_NOT_PAY, "slower and less accurate"
     short = judge({s: Point(5, 0.95) for s in range(4)}, dense, 0.01)
     assert short.verdict == CANNOT_TELL and short.ahead is None and short.too_short == (0, 1, 2, 3)
     assert "shorter than the shortest dense run, about which nothing can be said" in str(short)
     with pytest.raises(ValueError, match="margin=0"):
         judge({}, dense, 0)
+
+
+def test_the_dense_network_itself_does_not_pay_between_two_runs_far_apart() -> None:
+    """Its accuracy levels off, so a straight line between few runs lies below it."""
+    dense = {s: {"short": Point(10, 0.5), "full": Point(100, 0.96 + s / 1000)} for s in range(5)}
+    between = judge({s: Point(50, 0.95 + s / 1000) for s in range(5)}, dense, 0.01)
+    assert between.verdict == CANNOT_TELL and "one of some 50 s would tell" in str(between)
+    better = judge({s: Point(50, 0.97 + 2 * s / 1000) for s in range(5)}, dense, 0.01)
+    assert better.verdict == PAYS, "sooner and better than the full run"
+    closer = {s: runs | {"half": Point(45, 0.94 + s / 1000)} for s, runs in dense.items()}
+    assert judge({s: Point(50, 0.95 + s / 900) for s in range(5)}, closer, 0.01).verdict == PAYS
+
+
+def test_no_scatter_is_no_certainty() -> None:
+    dense = {s: {"sooner": Point(10, 0.3), "full": Point(20, 0.3)} for s in range(4)}
+    for accuracy, verdict in ((0.3, DOES_NOT_PAY), (0.1 + 0.2, DOES_NOT_PAY), (0.3 + 1 / 360, CANNOT_TELL)):
+        assert judge({s: Point(15, accuracy) for s in range(4)}, dense, 0.01).verdict == verdict

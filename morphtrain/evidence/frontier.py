@@ -14,6 +14,8 @@ from morphtrain.evidence.power import pairs_needed
 from morphtrain.evidence.repeats import Estimate, estimate
 
 PAYS, DOES_NOT_PAY, CANNOT_TELL = "pays", "does not pay", "cannot tell yet"
+WIDEST_GAP = 2.5  # between neighbouring dense arms, as a ratio of seconds: a chord far below a curve that levels off
+ROUNDING = 1e-9  # of accuracy, far below one image
 POWER = 0.8  # with which the seeds asked for would tell
 
 
@@ -30,14 +32,15 @@ class Verdict:
     """Whether a method pays.
 
     Args:
-        verdict: PAYS if the interval of the differences lies above 0; DOES_NOT_PAY if it lies below the margin;
-            CANNOT_TELL otherwise, too if there is no interval.
+        verdict: PAYS if the interval of the differences lies above 0 and nothing speaks against the curve there (see
+            `doubt`); DOES_NOT_PAY if it lies below the margin; CANNOT_TELL otherwise, too if there is no interval.
         ahead: by how much the method's accuracy is above the curve's in the same seconds, over the seeds; None if there
             is no seed to compare.
         reached: what the dense network reaches in the method's seconds, by the seeds that can be compared.
         margin: what would matter, of accuracy.
         seeds_needed: how many seeds a new experiment of fixed size needs to tell with a power of 0.8, if the difference
             and its scatter are what they seem; None if it can tell, or if nothing can be said about that.
+        doubt: why a method that is ahead of the curve cannot be said to pay, and what would tell; "" for others.
         beyond: seeds whose run of the method took longer than every dense run: compared with the best dense arm.
         too_short: seeds whose run was shorter than every dense run: no statement, they are left out.
         unpaired: seeds that only the method or only the dense arms have; left out.
@@ -48,6 +51,7 @@ class Verdict:
     reached: Mapping[int, float]
     margin: float
     seeds_needed: int | None
+    doubt: str
     beyond: tuple[int, ...]
     too_short: tuple[int, ...]
     unpaired: tuple[int, ...]
@@ -63,7 +67,8 @@ class Verdict:
         return f"{self.verdict}: " + "; ".join([found, *self._notes()])
 
     def _notes(self) -> list[str]:
-        notes = [f"{self.seeds_needed} seeds in a new experiment would tell"] if self.seeds_needed else []
+        notes = [self.doubt] if self.doubt else []
+        notes += [f"{self.seeds_needed} seeds in a new experiment would tell"] if self.seeds_needed else []
         for seeds, what in (
             (self.beyond, "longer than the longest dense run, compared with the best dense arm"),
             (self.too_short, "shorter than the shortest dense run, about which nothing can be said"),
@@ -86,15 +91,20 @@ def on_curve(dense: Mapping[int, Mapping[str, Point]]) -> list[str]:
     Raises:
         ValueError: if there is no arm that all seeds have.
     """
-    arms = set.intersection(*map(set, dense.values())) if dense else set()
-    if not arms:
+    means = _means(dense)
+    if not means:
         raise ValueError("a curve needs a dense arm that every seed has")
-    means = {arm: mean([runs[arm] for runs in dense.values()]) for arm in sorted(arms)}
     best: list[str] = []
     for arm in sorted(means, key=lambda arm: (means[arm].seconds, -means[arm].accuracy)):
         if not best or means[arm].accuracy > means[best[-1]].accuracy:
             best.append(arm)
     return best
+
+
+def _means(dense: Mapping[int, Mapping[str, Point]]) -> dict[str, Point]:
+    """The mean run of each arm that every seed has."""
+    arms = set.intersection(*map(set, dense.values())) if dense else set()
+    return {arm: mean([runs[arm] for runs in dense.values()]) for arm in sorted(arms)}
 
 
 def mean(runs: Sequence[Point]) -> Point:
@@ -138,13 +148,16 @@ def judge(
     differences = [method[seed].accuracy - accuracy for seed, accuracy in reached.items()]
     ahead = estimate(differences, confidence) if differences else None
     verdict = _verdict(ahead, margin)
+    doubt = _doubt([method[seed] for seed in reached], _means(dense), arms) if verdict == PAYS else ""
+    verdict = CANNOT_TELL if doubt else verdict
     longest = {seed: max(point.seconds for point in dense[seed].values()) for seed in common}
     return Verdict(
         verdict,
         ahead,
         reached,
         margin,
-        _seeds_needed(differences, margin, confidence) if verdict == CANNOT_TELL else None,
+        _seeds_needed(differences, margin, confidence) if verdict == CANNOT_TELL and not doubt else None,
+        doubt,
         tuple(seed for seed in common if method[seed].seconds > longest[seed]),
         tuple(seed for seed in common if seed not in reached),
         tuple(sorted(method.keys() ^ dense.keys())),
@@ -154,7 +167,23 @@ def judge(
 def _verdict(ahead: Estimate | None, margin: float) -> str:
     if ahead is None or ahead.low is None or ahead.high is None:
         return CANNOT_TELL
+    if max(ahead.values) - min(ahead.values) < ROUNDING:  # an interval of no width is no certainty
+        return DOES_NOT_PAY if ahead.mean < ROUNDING else CANNOT_TELL
     return PAYS if ahead.low > 0 else DOES_NOT_PAY if ahead.high < margin else CANNOT_TELL
+
+
+def _doubt(method: Sequence[Point], dense: Mapping[str, Point], curve: Sequence[str]) -> str:
+    """Why a method that is ahead of the curve may not be ahead of the dense network, or ""."""
+    ours, slowest = mean(method), max(point.seconds for point in dense.values())
+    if ours.seconds > slowest:
+        return f"no dense run took so long: one of {ours.seconds:.3g} s, more epochs or wider, would tell"
+    slower = [dense[arm] for arm in curve if dense[arm].seconds > ours.seconds]
+    if not slower or ours.accuracy > slower[0].accuracy:
+        return ""
+    faster = [dense[arm].seconds for arm in curve if dense[arm].seconds <= ours.seconds]
+    if faster and slower[0].seconds / faster[-1] <= WIDEST_GAP:
+        return ""
+    return f"the dense runs beside it are too far apart: one of some {ours.seconds:.3g} s would tell"
 
 
 def _seeds_needed(differences: Sequence[float], margin: float, confidence: float) -> int | None:
