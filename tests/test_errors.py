@@ -294,6 +294,10 @@ CASES = {
         ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.direction=true", "model.width=4,6"],
         "hydra.sweeper.direction=true: must be one of minimize, maximize",
     ),
+    "baseline that overrides nothing": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=[1]", "model.width=4,6"],
+        "hydra.sweeper.baseline=['1']: must be a list of overrides, as [optimizer.lr=0.1], or null",
+    ),
     "search space that is no node": (
         ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.params=much", "model.width=4,6"],
         "hydra.sweeper.params=much: must be keys with values, as {key: value}",

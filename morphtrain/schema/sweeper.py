@@ -35,6 +35,8 @@ class Sweeper:
         check(
             0 <= self.max_failure_rate <= 1, "hydra.sweeper.max_failure_rate", self.max_failure_rate, "a share, 0 to 1"
         )
+        typed = all("=" in override or override.startswith("~") for override in self.baseline or [])
+        check(typed, "hydra.sweeper.baseline", self.baseline, "a list of overrides, as [optimizer.lr=0.1], or null")
         check(self.heartbeat_seconds > 0, "hydra.sweeper.heartbeat_seconds", self.heartbeat_seconds, "above 0")
 
 

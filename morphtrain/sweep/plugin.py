@@ -59,7 +59,7 @@ class MorphTrainSweeper(OptunaSweeper):
             self.sweeper,
             extend=extend,
             pruner=make_pruner(pruner),
-            baseline=None if baseline is None else list(map(str, baseline)),
+            baseline=None if baseline is None else list(baseline),
             min_accuracy=min_accuracy,
             heartbeat_seconds=heartbeat_seconds,
         )
