@@ -140,6 +140,6 @@ def _all_values(key: str, distribution: BaseDistribution) -> list[Any]:
     raise UserError(f"{key}={distribution}: a grid needs choices or a range with steps, such as 0.1,0.2 or range(1,9)")
 
 
-def as_space(parameters: Mapping[str, Any]) -> list[str]:
+def as_space(parameters: Mapping[str, Any] | None) -> list[str]:
     """The sweeper's `params` as overrides."""
-    return [f"{key}={value}" for key, value in parameters.items()]
+    return [f"{key}={value}" for key, value in (parameters or {}).items()]
