@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import postgres_server
 import pytest
 import torch
 from fork_server import ForkServer
+from hydra.core.global_hydra import GlobalHydra
 from process_state import process_state
 
 import morphtrain
+from morphtrain import run as run_command
 from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import start
@@ -41,6 +44,7 @@ KILLED_RUN = str(Path(__file__).with_name("killed_run.py"))
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Kill = Callable[..., None]
+Answer = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +92,26 @@ def fresh_command(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
+    """What the command answers to overrides that it refuses, asked in this process: a thirtieth of the time."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["morphtrain", *overrides])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it to 1
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as ended:
+            run_command.main()
+        assert isinstance(ended.value.code, str), "Python prints a text to stderr, and exits with 1"
+        return ended.value.code
+
+    yield ask
+    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture(autouse=True)

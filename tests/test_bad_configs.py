@@ -12,12 +12,15 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from conftest import Answer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from test_config import OPTION_FILES, REQUIRED, composed
 
 from morphtrain import config_errors, schema
 from morphtrain.errors import UserError
+from morphtrain.experiment.sweeper import ArmsSweeper
+from morphtrain.sweep import sweeper as study_sweeper
 
 NONSENSE: dict[str, Any] = {
     "text": "much",
@@ -51,7 +54,7 @@ ACCEPTED = {
         *("architecture", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stop_epoch", "prune.strength"),
-        *("tracking.parent_run_id", "tracking.uri"),
+        *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),
     },
 }
 # Keys whose nonsense is found by what it does to another key, which the message names.
@@ -110,3 +113,46 @@ def test_misspelt_keys_are_answered_with_the_right_one() -> None:
                 wrong.append((choice, key, said))
     print(f"{asked} misspelt keys")
     assert not wrong
+
+
+# The keys of the two sweepers, and the shortest command that reads them.
+SWEEPERS = {
+    "experiment": ["+experiment=lasso_ratio"],
+    "morphtrain": ["-m", "hydra/sweeper=morphtrain", "model.width=4,6"],
+}
+PROSE = {"thesis", "claim", "limits"}
+ACCEPTED_BY_SWEEPERS = {
+    **dict.fromkeys(("text", "negative", "infinite", "huge"), PROSE | {"study_name"}),
+    "true": PROSE | {"study_name", "inverse"},
+    "empty": PROSE,
+    "null": {"x", "y", "baseline", "min_accuracy", "custom_search_space"},
+}
+NAN_IS_NO_NAN = "'hydra.sweeper' must be configured before the sweep starts"  # Hydra compares the config with itself
+
+
+def as_typed(value: Any) -> str:
+    return "''" if value == "" else "null" if value is None else str(value).replace("'", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweeper", SWEEPERS)
+def test_nonsense_is_refused_by_sweepers_too(sweeper: str, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept(*_: Any, **__: Any) -> None:
+        raise SystemExit("accepted")
+
+    monkeypatch.setattr(ArmsSweeper, "_settle_declaration", accept)  # the first step that keeps anything
+    monkeypatch.setattr(study_sweeper, "SharedStudy", accept)
+    keys = [key for key in OmegaConf.load(schema.CONF / f"hydra/sweeper/{sweeper}.yaml") if key != "defaults"]
+    wrong, refused = [], 0
+    for key in keys[1:]:  # after _target_
+        for kind, value in NONSENSE.items():
+            said = answer("tracking=none", *SWEEPERS[sweeper], f"hydra.sweeper.{key}={as_typed(value)}")
+            refused += said != "accepted"
+            names = (f"hydra.sweeper.{key}=", *(["size="] if key == "size" else []))  # the group that sets it
+            named = said.startswith(names) and "\n" not in said
+            hydras = kind == "not a number" and said.startswith(NAN_IS_NO_NAN)
+            meant = said == "accepted" and key in ACCEPTED_BY_SWEEPERS.get(kind, ())
+            if not (named or hydras or meant):
+                wrong.append((key, kind, said))
+    assert not wrong
+    assert refused > 80

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Command, Kill
+from conftest import SMALL, Answer, Command, Kill
 from fork_server import ForkServer
-from hydra.core.global_hydra import GlobalHydra
 
-from morphtrain import run
 from morphtrain.schema import names
 
 ANY_MODEL = [override for override in SMALL if not override.startswith("model.")]  # without the keys of a ResNet
@@ -295,6 +290,34 @@ CASES = {
         ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.direction=up", "model.width=4,6"],
         "hydra.sweeper.direction=up: must be one of minimize, maximize",
     ),
+    "direction that is no text": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.direction=true", "model.width=4,6"],
+        "hydra.sweeper.direction=true: must be one of minimize, maximize",
+    ),
+    "baseline that overrides nothing": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=[1]", "model.width=4,6"],
+        "hydra.sweeper.baseline=['1']: must be a list of overrides, as [optimizer.lr=0.1], or null",
+    ),
+    "search space that is no node": (
+        ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.params=much", "model.width=4,6"],
+        "hydra.sweeper.params=much: must be keys with values, as {key: value}",
+    ),
+    "attempts that are no number": (
+        ["+experiment=lasso_ratio", "hydra.sweeper.attempts=often"],
+        "hydra.sweeper.attempts=often: must be a whole number",
+    ),
+    "arms that are no node": (
+        ["+experiment=lasso_ratio", "hydra.sweeper.arms=both"],
+        "hydra.sweeper.arms=both: must be keys with values, as {key: value}",
+    ),
+    "experiment without sizes": (
+        ["+experiment=lasso_ratio", "hydra.sweeper.sizes=null"],
+        "hydra.sweeper.sizes=null: must be keys with values, as {key: value}",
+    ),
+    "question without a question mark": (
+        ["+experiment=lasso_ratio", "hydra.sweeper.question=much"],
+        "hydra.sweeper.question=much: must be one sentence that ends in a question mark",
+    ),
 }
 
 # Hydra announces a job of a multirun in lines of its own.
@@ -388,29 +411,9 @@ def check_failure(result: subprocess.CompletedProcess[str], parts: list[str]) ->
     assert len(lines) <= 12, said
 
 
-@pytest.fixture
-def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """What the command answers to overrides that it refuses, asked in this process: a thirtieth of the time."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    monkeypatch.chdir(tmp_path)
-
-    def ask(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["morphtrain", *overrides])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it to 1
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as ended:
-            run.main()
-        assert isinstance(ended.value.code, str), "Python prints a text to stderr, and exits with 1"
-        return ended.value.code
-
-    yield ask
-    root.handlers[:], root.level = handlers, level
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_answered_in_one_line(
-    case: str, answer: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    case: str, answer: Answer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     overrides, line = CASES[case]
     assert answer("tracking=none", *overrides) == line

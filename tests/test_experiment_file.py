@@ -53,7 +53,7 @@ def test_a_declaration_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"margin": 0.0}, "margin=0.0: must be above 0"),
         ({"typo": 1}, "the declaration.typo: no such key"),
         ({"arms": {"dense": {"overrides": [], "role": "dense", "of": None}}}, "must be two or more arms"),
-        ({"analysis": "line"}, "x=None: must be the config's key or the metric on the x axis"),
+        ({"analysis": "line"}, "x=null: must be the config's key or the metric on the x axis"),
     ],
 )
 def test_what_is_no_declaration_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ def test_what_is_no_declaration_is_named(change: dict[str, Any], said: str, tmp_
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
-        ({"role": "king"}, "role=king: must be one of method, dense"),
-        ({"role": "from_scratch"}, "of=None: must be an arm for role=from_scratch"),
-        ({"of": "pruned"}, "of=pruned: must be an arm for role=from_scratch, null for others"),
+        ({"role": "king"}, "arms.new.role=king: must be one of method, dense"),
+        ({"role": "from_scratch"}, "arms.new.of=null: must be an arm for role=from_scratch"),
+        ({"of": "pruned"}, "arms.new.of=pruned: must be an arm for role=from_scratch, null for others"),
         ({"role": "from_scratch", "of": "dense"}, "arms.new.of=dense: must be the name of a method's arm"),
         ({"overrides": "epochs=3"}, "arms.new.overrides is a str"),
     ],

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Answer, Command
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
@@ -23,7 +23,6 @@ from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.experiment import declaration
 from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
 from morphtrain.experiment.sweeper import ArmsSweeper, _spoil_unjudged
-from morphtrain.run import main
 
 DECLARED = """
 # @package _global_
@@ -66,14 +65,11 @@ def own(tmp_path: Path) -> Path:
 TYPED = ("--config-dir=own", "+experiment=quick", "tracking=none")
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """The one line with which the command ends that is typed so in the present directory."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["run", *TYPED, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert "\n" not in str(ended.value)
-    return str(ended.value)
+def refusal(answer: Answer, *arguments: str) -> str:
+    """The one line with which the command ends that is typed so."""
+    said = answer(*TYPED, *arguments)
+    assert "\n" not in said
+    return said
 
 
 def histories(directory: Path) -> dict[str, list[dict[str, float]]]:
@@ -83,9 +79,7 @@ def histories(directory: Path) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def test_an_experiment_runs_goes_on_and_refuses_to_change(
-    own: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Command, answer: Answer) -> None:
     directory = own / "experiments" / "quick-small"
     words = [sys.executable, "-m", "morphtrain.run", *TYPED]
     first = subprocess.Popen(words, cwd=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -115,9 +109,8 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(
         assert scratch[0]["params"] == pruned[-1]["params"]
     assert len({history[0]["train_loss"] for name, history in after.items() if name.endswith("dense")}) == 2
 
-    monkeypatch.chdir(own)
     for change, difference in (("epochs=6", "epochs=3"), ("seed=1,2,3", "seeds=[1, 2]")):
-        refused = refusal(monkeypatch, change)
+        refused = refusal(answer, change)
         assert "experiment.yaml: the experiment was begun with " in refused
         assert difference in refused and "hydra.sweep.dir" in refused
     assert histories(directory) == after
@@ -132,6 +125,9 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(
         (("epochs=1,2",), "epochs=1,2: an experiment has its arms in its file"),
         (("seed=x",), "seed=x: must be 0 to 4294967295"),
         (("epochs=1",), "is the same run as"),
+        (("seed=1,1",), "seed=[1, 1]: must be one or more different seeds"),
+        (("hydra.sweeper.y=speed",), "hydra.sweeper.y=speed: must be one of"),
+        (("hydra.sweeper.x=''",), "hydra.sweeper.x=: must be a metric"),
         (("hydra.sweeper.response=speed",), "hydra.sweeper.response=speed: must be one of"),
         (("hydra.sweeper.attempts=0",), "hydra.sweeper.attempts=0: must be 1 or more"),
     ],
@@ -140,11 +136,10 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
     arguments: tuple[str, ...],
     said: str,
     own: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    answer: Answer,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(own)
-    assert said in refusal(monkeypatch, *arguments)
+    assert said in refusal(answer, *arguments)
     assert not list(own.glob("experiments/*/*"))
 
 
@@ -159,19 +154,23 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
         ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
         ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
         ("{role: dense}", "{role: dense, rule: 1}", "hydra.sweeper.arms.dense.rule=1: no such key"),
-        ("epochs: 0.5", "epochs: -1", "epochs=-1.0: must be above 0"),
+        ("epochs: 0.5", "epochs: -1", "hydra.sweeper.arms.sooner.epochs=-1.0: must be above 0"),
         ("seeds: [1, 2]", "seeds: some", "hydra.sweeper.sizes.small.seeds=some: must be a list"),
-        ("of: pruned", "of: dense", "arms.scratch.of=dense: must be the name of a method's arm"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "hydra.sweeper.sizes.small.seeds=[1, 1]: must be one or more different"),
+        ("seeds: [1, 2]", "seeds: [1, -2]", "hydra.sweeper.sizes.small.seeds=[1, -2]: must be one or more different"),
+        ("{role: dense}", "{role: king}", "hydra.sweeper.arms.dense.role=king: must be one of method, dense"),
+        ("{role: dense}", "false", "hydra.sweeper.arms.dense=false: must be keys with values"),
+        ("{role: dense}", "3", "hydra.sweeper.arms.dense=3: must be keys with values"),
+        ("of: pruned", "of: dense", "hydra.sweeper.arms.scratch.of=dense: must be the name of a method's arm"),
     ],
 )
 def test_a_file_that_declares_no_experiment_is_refused(
-    before: str, after: str, said: str, own: Path, monkeypatch: pytest.MonkeyPatch
+    before: str, after: str, said: str, own: Path, answer: Answer
 ) -> None:
     path = own / "own" / "experiment" / "quick.yaml"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
-    monkeypatch.chdir(own)
-    assert said in refusal(monkeypatch)
+    assert said in refusal(answer)
 
 
 ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}
@@ -192,7 +191,7 @@ def test_arms_of_a_seed_lie_side_by_side_in_an_order_by_chance(tmp_path: Path) -
 
 
 def record(**values: float) -> dict[str, float]:
-    return {"changed": 0.0, "contended": 0.0, **values}
+    return {"epoch": 1, "changed": 0.0, "contended": 0.0, **values}
 
 
 def test_epochs_from_scratch_take_the_seconds_of_the_whole_run() -> None:

@@ -34,7 +34,7 @@ def files() -> dict[str, dict[str, Any]]:
 
 def keys_of(*arguments: str) -> dict[str, Any]:
     keys: Any = OmegaConf.to_container(compose("config", list(arguments), return_hydra_config=True).hydra.sweeper)
-    return keys
+    return {key: value for key, value in keys.items() if key != "_target_"}  # which Hydra keeps
 
 
 @pytest.mark.slow

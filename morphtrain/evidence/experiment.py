@@ -11,6 +11,7 @@ from typing import Any
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.plain_data import mismatch
+from morphtrain.wording import as_yaml
 
 FILE = "experiment.yaml"
 ANALYSES = ("pays", "ratio", "factor", "line", "curves")
@@ -39,19 +40,11 @@ class Arm:
         overrides: what it is run with, beside the experiment's own overrides and the seed.
         role: method | dense | sooner | narrower | from_scratch.
         of: for from_scratch, the arm whose final structure it trains from fresh weights, for that arm's seconds.
-
-    Raises:
-        UserError: for another role, or `of` with the wrong one.
     """
 
     overrides: tuple[str, ...] = ()
     role: str = "method"
     of: str | None = None
-
-    def __post_init__(self) -> None:
-        _check(self.role in ROLES, "role", self.role, "one of " + ", ".join(ROLES))
-        needs_one = self.role == "from_scratch"
-        _check((self.of is not None) == needs_one, "of", self.of, "an arm for role=from_scratch, null for others")
 
 
 @dataclass(frozen=True)
@@ -104,6 +97,9 @@ class Experiment:
         _check(len(self.arms) > 1, "arms", list(self.arms), "two or more arms, by name")
         for name, arm in self.arms.items():
             _check(NAME.fullmatch(name) is not None, "arms", name, "names of letters, digits, _, ., + and -")
+            _check(arm.role in ROLES, f"arms.{name}.role", arm.role, "one of " + ", ".join(ROLES))
+            fits = (arm.of is not None) == (arm.role == "from_scratch")
+            _check(fits, f"arms.{name}.of", arm.of, "an arm for role=from_scratch, null for others")
             _check(arm.of is None or arm.of in self._methods(), f"arms.{name}.of", arm.of, "the name of a method's arm")
         if self.analysis == "line":
             _check(self.x is not None, "x", None, "the config's key or the metric on the x axis")
@@ -164,4 +160,4 @@ def _check_keys(plain: Any, kinds: dict[str, Any], name: str) -> None:
 
 def _check(ok: bool, key: str, value: object, wanted: str) -> None:
     if not ok:
-        raise UserError(f"{key}={value}: must be {wanted}")
+        raise UserError(f"{key}={as_yaml(value)}: must be {wanted}")

@@ -85,13 +85,11 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
         UserError: naming the key, if there is no such size, a typed key is one that arms differ in, an arm cannot be
             run, or two arms are the same.
     """
-    facts = schema.typed(
-        ExperimentKeys, {key: keys[key] for key in keys if key not in ("arms", "sizes")}, "hydra.sweeper"
-    )
-    schema.check_one_of("size", facts.size, tuple(keys["sizes"]))
-    size = _sizes(keys)[facts.size]
+    facts = schema.typed(ExperimentKeys, keys, "hydra.sweeper")
+    schema.check_one_of("size", facts.size, tuple(facts.sizes))
+    size = _sizes(facts.sizes)[facts.size]
     common = merged(size.overrides, arguments.overrides)
-    arms = _arms(keys["arms"], facts.size)
+    arms = _arms(facts.arms, facts.size)
     _check_free(arguments.overrides, arms)
 
     @functools.cache  # a composition takes a tenth of a second, and arms with shares have the same one
@@ -104,9 +102,13 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
         overrides = _overrides(keys_of_arm, arms, whole)
         resolved[arm] = Arm(overrides, keys_of_arm.role, keys_of_arm.of)
         configs[arm] = whole(overrides)
-    plain = {key: value for key, value in asdict(facts).items() if key != "attempts"}
+    own = {key: value for key, value in asdict(facts).items() if key not in ("arms", "sizes", "attempts")}
     seeds = arguments.seeds or tuple(size.seeds)
-    experiment = Experiment(name=name, arms=resolved, seeds=seeds, overrides=tuple(common), **plain)
+    _check_seeds(seeds, "seed" if arguments.seeds else f"hydra.sweeper.sizes.{facts.size}.seeds")
+    try:
+        experiment = Experiment(name=name, arms=resolved, seeds=seeds, overrides=tuple(common), **own)
+    except UserError as error:  # names the key as it is in experiment.yaml
+        raise UserError(f"hydra.sweeper.{error}") from error
     _check_runs(experiment, configs)
     return experiment
 
@@ -122,20 +124,32 @@ def key_of(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
-def _sizes(keys: Mapping[str, Any]) -> dict[str, SizeKeys]:
+def _check_seeds(seeds: Sequence[int], key: str) -> None:
+    right = len(set(seeds)) == len(seeds) > 0 and all(0 <= seed < 2**32 for seed in seeds)
+    schema.check(right, key, list(seeds), "one or more different seeds, each 0 to 4294967295")
+
+
+def _sizes(nodes: Mapping[str, Any]) -> dict[str, SizeKeys]:
     default: dict[str, list[str]] = {"overrides": []}
-    return {
-        name: schema.typed(SizeKeys, {**default, **node}, f"hydra.sweeper.sizes.{name}")
-        for name, node in keys["sizes"].items()
-    }
+    return {name: _filled(SizeKeys, default, node, f"hydra.sweeper.sizes.{name}") for name, node in nodes.items()}
+
+
+def _filled(kind: type, defaults: Mapping[str, Any], node: Any, at: str) -> Any:
+    """An instance of dataclass `kind` from a node of the file, with the defaults of what that leaves out."""
+    schema.check(isinstance(node, Mapping), at, node, "keys with values, as {overrides: [epochs=6]}")
+    return schema.typed(kind, {**defaults, **node}, at)
 
 
 def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
     """The arms, with the overrides of this size among those of all sizes."""
     arms = {}
     for name, node in nodes.items():
-        arm = schema.typed(ArmKeys, {**asdict(ArmKeys()), **(node or {})}, f"hydra.sweeper.arms.{name}")
-        arm.overrides = merged(arm.overrides, getattr(arm, size))
+        at = f"hydra.sweeper.arms.{name}"
+        arm = _filled(ArmKeys, asdict(ArmKeys()), {} if node is None else node, at)
+        for key in ("epochs", "width"):
+            share = getattr(arm, key)
+            schema.check(share is None or share > 0, f"{at}.{key}", share, "above 0, a share of what it would be")
+        arm.overrides = merged(arm.overrides, {"small": arm.small, "thesis": arm.thesis}.get(size, []))
         arms[str(name)] = arm
     return arms
 
@@ -174,11 +188,12 @@ def _check_runs(experiment: Experiment, configs: Mapping[str, DictConfig]) -> No
     for name, config in configs.items():
         parsed = schema.parse(config)
         known = (*parsed.recorded, *schema.TESTED)
-        for metric in (experiment.response, experiment.y):
+        for key in ("response", "y"):
+            metric = getattr(experiment, key)
             if metric is not None and not parsed.records_more:
-                schema.check_one_of("hydra.sweeper.response", metric, known)
+                schema.check_one_of(f"hydra.sweeper.{key}", metric, known)
         if experiment.x is not None and experiment.x not in known:
-            value = OmegaConf.select(config, experiment.x)
+            value = OmegaConf.select(config, experiment.x) if experiment.x else None  # "" selects everything
             schema.check(value is not None, "hydra.sweeper.x", experiment.x, f"a metric, or a key that arm {name} has")
         plain[name] = (OmegaConf.to_container(config, resolve=True), experiment.arms[name].of)
     names = list(plain)

@@ -40,7 +40,6 @@ class ArmsSweeper:
 
     def __init__(self, keys: Mapping[str, Any]) -> None:
         self.keys = keys
-        self.attempts = int(keys["attempts"])
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -144,7 +143,7 @@ class ArmsSweeper:
                 starting = starting[:1] if self.one_at_a_time else starting
                 for run, why in self._launched(experiment, starting, given, parent).items():
                     tries[run] += 1
-                    again = isinstance(why, str) and tries[run] < self.attempts
+                    again = isinstance(why, str) and tries[run] < int(self.keys["attempts"])
                     clock.show(run, experiment.response, why, again)
                     if not again:
                         left.remove(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from morphtrain.schema.checks import check
 
@@ -19,11 +20,6 @@ class ArmKeys:
     epochs: float | None = None  # as a share of those that it would have
     width: float | None = None  # of the model, as a share of what it would be
 
-    def __post_init__(self) -> None:
-        for key in ("epochs", "width"):
-            share = getattr(self, key)
-            check(share is None or share > 0, key, share, "above 0, a share of what it would be")
-
 
 @dataclass
 class SizeKeys:
@@ -35,7 +31,7 @@ class SizeKeys:
 
 @dataclass
 class ExperimentKeys:
-    """What is declared of an experiment beside its arms and sizes."""
+    """What a file declares of an experiment; its arms are `ArmKeys`, its sizes `SizeKeys`, by name."""
 
     size: str
     question: str
@@ -48,6 +44,8 @@ class ExperimentKeys:
     x: str | None
     y: str | None
     inverse: bool
+    arms: dict[Any, Any]
+    sizes: dict[str, Any]
     attempts: int
 
     def __post_init__(self) -> None:

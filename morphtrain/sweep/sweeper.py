@@ -167,8 +167,6 @@ class StudySweeper:
 
     def _directions(self, objective: Sequence[str]) -> list[Any]:
         directions = self.plain._get_directions()
-        for direction in directions:
-            schema.check_one_of("hydra.sweeper.direction", direction, ("minimize", "maximize"))
         if len(directions) != len(objective):
             raise UserError(
                 f"hydra.sweeper.direction={directions}: objective={objective} has {len(objective)} metrics; give one "
