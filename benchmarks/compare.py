@@ -2,9 +2,10 @@
 
     python compare.py [tries]
 
-Each try measures ten pairs of epochs. The same config twice has to give an interval with 1 in it, which an interval of
-95 % does in 19 of 20. A config whose epochs have 44 steps instead of 40 has to be found slower while another run
-trains on all cores. It takes some three minutes; nothing else should run meanwhile.
+Each try measures ten pairs of epochs, and takes the answer that the command gives: by the clock, or by CPU seconds
+where others are busy. The same config twice has to give an interval with 1 in it, which an interval of 95 % does in 19
+of 20, with the machine to itself and while another run trains on all cores. There, a config whose epochs have 44 steps
+instead of 40 has to be found slower. It takes some five minutes; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import morphtrain
 from morphtrain.compare.measure import measure
@@ -37,13 +39,22 @@ RUN = (
 )
 
 
-def tried(work: float) -> Estimate:
+class Try(NamedTuple):
+    """The answer, and whether it is of CPU seconds."""
+
+    found: Estimate
+    computed: bool
+
+
+def tried(work: float) -> Try:
     configs = [
         morphtrain.compose(*RUN, f"data.train_samples={round(TRAIN_SAMPLES * factor)}") for factor in (1.0, work)
     ]
-    found = ratio(decisive({None: measure(configs)}))  # what the command answers
+    measured = measure(configs)
+    turns = decisive({None: measured})
+    found = ratio(turns)
     assert found is not None
-    return found
+    return Try(found, turns[0] is measured.cpu_turns)
 
 
 @contextlib.contextmanager
@@ -67,22 +78,33 @@ def neighbour() -> Iterator[None]:
 
 def main() -> None:
     tries = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    report("the same config twice", [tried(1.0) for _ in range(tries)], lambda found: found.low <= 1 <= found.high)
+    report("the same config twice", [tried(1.0) for _ in range(tries)], has_one)
     with neighbour():
-        slower = [tried(MORE) for _ in range(tries)]
-    report("a tenth more work, beside another run", slower, lambda found: found.low > 1)
+        report("the same config twice, beside another run", [tried(1.0) for _ in range(tries)], has_one)
+        report("a tenth more work, beside another run", [tried(MORE) for _ in range(tries)], above_one)
 
 
-def report(title: str, results: Sequence[Estimate], right: Callable[[Estimate], bool]) -> None:
-    count, tries = sum(map(right, results)), len(results)
-    middle = statistics.median(found.mean for found in results)
-    width = statistics.median(found.high / found.low - 1 for found in results)
+def has_one(found: Estimate) -> bool:
+    return found.low <= 1 <= found.high
+
+
+def above_one(found: Estimate) -> bool:
+    return found.low > 1
+
+
+def report(title: str, results: Sequence[Try], right: Callable[[Estimate], bool]) -> None:
+    estimates = [one.found for one in results]
+    count, tries, computed = sum(map(right, estimates)), len(results), sum(one.computed for one in results)
+    middle = statistics.median(found.mean for found in estimates)
+    width = statistics.median(found.high / found.low - 1 for found in estimates)
     limit = LEAST * tries / 20
     print(
         f"compare: {title}: right in {count} of {tries}   limit {limit:g} {'ok' if count >= limit else 'MISSED'} "
-        f"(median ratio {middle:.4f}, median width of the interval {width:.1%}, {PAIRS} pairs a try)"
+        f"(median ratio {middle:.4f}, median width of the interval {width:.1%}, {PAIRS} pairs a try, "
+        f"{computed} by CPU seconds)",
+        flush=True,
     )
-    for found in results:
+    for found in estimates:
         if not right(found):
             print(f"    wrong: {found}")
 

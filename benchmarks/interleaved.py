@@ -1,4 +1,4 @@
-"""Compare variants of the same work in one process: A B B A A B B A ..., and report ratios of paired times.
+"""Compare variants of the same work in one process, A B B A or B A A B by chance, and report ratios of paired times.
 
 A machine's speed drifts by more than what is measured here; neighbours in time share the drift.
 """
@@ -13,7 +13,7 @@ from morphtrain.compare.turns import in_turns
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the order is reversed after every round."""
+    """Seconds of each variant in each round; the second round of two has the reverse order of the first."""
 
     def timed(work: Callable[[], object]) -> Iterator[float]:
         for _ in range(warmup + rounds):
@@ -23,7 +23,7 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup
 
     sides = {name: timed(work) for name, work in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for name, spent in in_turns(sides):
+    for name, spent in in_turns(sides, warmup):
         seconds[name].append(spent)
     return {name: spent[warmup:] for name, spent in seconds.items()}
 

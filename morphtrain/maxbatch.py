@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from morphtrain import interrupts, schema
-from morphtrain.run import past_hydra, with_messages
+from morphtrain.run import past_hydra, through_hydra, with_messages
 
 
 @hydra.main(config_path=str(schema.CONF), config_name="maxbatch")
@@ -30,7 +30,7 @@ def job(composed: DictConfig) -> int:
 
 def main() -> None:
     """Run the command."""
-    with_messages(job)
+    with_messages(lambda: through_hydra(job))
 
 
 if __name__ == "__main__":

@@ -165,16 +165,22 @@ def behind_hydra() -> Iterator[None]:
 
 def main() -> None:
     """Run the command."""
-    with_messages(job)
+    with_messages(lambda: through_hydra(job))
+
+
+def through_hydra(job: Callable[[], Any]) -> None:
+    """Run a job whose command line Hydra reads, after a check of that."""
+    sys.argv[1:] = arguments.prepared(sys.argv[1:])
+    with behind_hydra():
+        job()
 
 
 def with_messages(command: Callable[[], Any]) -> None:
-    """Run a Hydra command; a user's mistake ends it with a message and exit code 1, a bug with a traceback."""
+    """Run a command; a user's mistake ends it with a message and exit code 1, a bug with a traceback."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra let errors through to here
     try:
-        sys.argv[1:] = arguments.prepared(sys.argv[1:])
-        with interrupts.command(), behind_hydra():
+        with interrupts.command():
             command()
     except (interrupts.Interrupted, interrupts.JobInterrupted) as interrupt:
         interrupts.leave(interrupt.exit_code)

@@ -21,14 +21,14 @@ from conftest import SMALL
 from test_networks import narrower
 
 import morphtrain
-from morphtrain.compare import own_code
+from morphtrain.compare import own_code, report
 from morphtrain.compare.__main__ import parse
 from morphtrain.compare.command import show
-from morphtrain.compare.measure import WARMUP_STEPS, measure
+from morphtrain.compare.measure import WARMUP_STEPS, Measured, measure
 from morphtrain.compare.training import steps
 from morphtrain.compare.turns import Randomness, in_turns
 from morphtrain.errors import UserError
-from morphtrain.evidence.interleaved import block_ratio
+from morphtrain.evidence.interleaved import Turns, block_ratio
 from morphtrain.method import Method
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, checkpoint, finish_epoch, start, train_epoch
@@ -279,7 +279,32 @@ def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
     assert f"{totals[1] / totals[0]:.4g}" in out
     assert [config["prune"]["name"] for config in repeat["configs"]] == ["prunetrain", "none"]
     assert repeat["machine"]["torch"] == torch.__version__
-    assert "doubtful: only 3 blocks of A B B A" in out
+    assert "doubtful: only 3 blocks" in out
+
+
+@pytest.mark.parametrize("foreign", [None, 0.0, 0.0999, 0.1001, 0.9])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("number", [1, 3])
+def test_where_others_are_busy_the_answer_is_of_cpu_seconds(
+    foreign: float | None, counted: bool, number: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By the clock B takes twice as long, by CPU seconds 1.25 times; one busy repeat of several is enough."""
+    machine = {"processor": "one", "threads": "1"}
+    repeats: dict[int | None, Measured] = {}
+    for seed in range(number):
+        share = foreign if seed == number - 1 else 0.0
+        clock, computed = (Turns([1.0] * 10, [b] * 10, "epoch", foreign_cpu=share) for b in (2.0, 1.25))
+        repeats[seed] = Measured({}, 0, clock, computed if counted else None, {}, {}, machine)
+    report.show({}, repeats)
+    out = capsys.readouterr().out
+    report.write(tmp_path / "x.json", {}, dict.fromkeys(repeats), repeats)
+    content = json.loads((tmp_path / "x.json").read_text())
+    busy = foreign is not None and foreign > 0.1 and counted
+    kind, wanted = ("cpu_seconds", 1.25) if busy else ("seconds", 2.0)
+    assert (content["ratio_of"], content["ratio"]["mean"]) == (kind, pytest.approx(wanted))
+    assert f"B takes {wanted:.3f} of the time" in out
+    assert ("what follows is of the CPU seconds" in out) == busy
+    assert ("CPU seconds an epoch" in out) == counted
 
 
 def test_seeds_are_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

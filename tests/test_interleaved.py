@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,38 +27,79 @@ class Machine:
     Args:
         drift: of the logarithm of the time, in all.
         noise: standard deviation of the logarithm, with a correlation of `memory` from one piece of work to the next.
+        pulse: of the logarithm, once in every `period` pieces of work.
     """
 
-    def __init__(self, rng: np.random.Generator, drift: float = 0.0, noise: float = 0.0, memory: float = 0.0) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        drift: float = 0.0,
+        noise: float = 0.0,
+        memory: float = 0.0,
+        pulse: float = 0.0,
+        period: int = 4,
+    ) -> None:
         number = 2 * PAIRS
         shocks = rng.normal(0, noise * math.sqrt(1 - memory**2), number)
         shocks[0] = rng.normal(0, noise)
         state = list(itertools.accumulate(shocks, lambda before, shock: memory * before + shock))
         wave = np.sin(np.linspace(0, 2, number) + rng.uniform(0, 2 * math.pi))  # slow, but no straight line
-        self.factors = iter(np.exp(drift * (np.linspace(0, 1, number) + 0.2 * wave) + state))
+        pulses = pulse * (np.arange(number) % period == rng.integers(period))
+        self.factors = iter(np.exp(drift * (np.linspace(0, 1, number) + 0.2 * wave) + state + pulses))
 
     def work(self, seconds: float) -> Iterator[float]:
         for _ in range(PAIRS):
             yield seconds * next(self.factors)
 
 
-def measured(machine: Machine, ratio: float) -> tuple[list[float], list[float]]:
+class Fixed(random.Random):
+    """Draws the order A B B A A B B A, always."""
+
+    def shuffle(self, x: Any) -> None:
+        x.sort()
+
+
+def measured(machine: Machine, ratio: float, order: random.Random) -> tuple[list[float], list[float]]:
     seconds: dict[str, list[float]] = {"A": [], "B": []}
-    for name, spent in in_turns({"A": machine.work(1.0), "B": machine.work(ratio)}):
+    for name, spent in in_turns({"A": machine.work(1.0), "B": machine.work(ratio)}, rng=order):
         seconds[name].append(spent)
     return seconds["A"], seconds["B"]
 
 
-def test_the_order_is_reversed_after_every_round_and_who_ends_leaves_the_other_to_go_on() -> None:
-    sides = {"A": iter(range(5)), "B": iter(range(3))}
-    assert "".join(name for name, _ in in_turns(sides)) == "ABBAABAA"
-    assert list(in_turns({"A": iter([0.0, 0.0]), "B": iter([None])})) == [("A", 0.0), ("B", None), ("A", 0.0)]
+def names(a: int, b: int, warmup: int = 0, order: random.Random | None = None) -> str:
+    """The turns of sides that have so many pieces of work each."""
+    return "".join(name for name, _ in in_turns({"A": iter(range(a)), "B": iter(range(b))}, warmup, order))
+
+
+def test_who_ends_leaves_the_other_to_go_on() -> None:
+    assert names(5, 3, order=Fixed()) == "ABBAABAA"
+    assert list(in_turns({"A": iter([None])})) == [("A", None)]
+    assert names(0, 0) == ""
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 8), st.randoms(use_true_random=False))
+def test_after_the_warm_up_come_whole_blocks_of_either_order(warmup: int, number: int, order: random.Random) -> None:
+    turns = names(warmup + 2 * number, warmup + 2 * number, warmup, order)
+    assert sorted(turns) == sorted("AB" * (warmup + 2 * number))
+    counted = turns[2 * warmup :]
+    assert {counted[n : n + 4] for n in range(0, len(counted), 4)} <= {"ABBA", "BAAB"}
+
+
+def test_each_order_is_as_likely_and_drawn_without_the_random_numbers_of_the_sides() -> None:
+    before = random.getstate()
+    turns = names(2 * 1000, 2 * 1000)
+    assert random.getstate() == before
+    starts = [turns[n] for n in range(0, len(turns), 4)]
+    assert abs(starts.count("A") - 500) < 80  # five standard deviations
+    assert abs(sum(one == other for one, other in itertools.pairwise(starts)) - 500) < 80
+    assert names(200, 200) != names(200, 200)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.2, 5), st.floats(-0.1, 0.1), st.integers(2, 30))
 def test_a_steady_drift_cancels_in_every_block(ratio: float, drift: float, pairs: int) -> None:
-    order = [name for name, _ in in_turns({"A": iter(range(pairs)), "B": iter(range(pairs))})]
+    order = names(pairs, pairs, order=random.Random(pairs))
     times = [(name, math.exp(drift * turn) * (ratio if name == "B" else 1)) for turn, name in enumerate(order)]
     a, b = ([spent for name, spent in times if name == side] for side in "AB")
     found = block_ratio(a, b)
@@ -81,9 +124,9 @@ def test_the_interval_is_students_of_the_blocks_logarithms() -> None:
 
 def test_the_same_work_twice_is_told_apart_as_seldom_as_promised_and_not_so_one_after_the_other() -> None:
     """With 15 % of drift and noise that remembers; the limits are five standard deviations of the count."""
-    rng, tries, wrong, sequential = np.random.default_rng(1), 2000, 0, 0
+    rng, order, tries, wrong, sequential = np.random.default_rng(1), random.Random(1), 2000, 0, 0
     for _ in range(tries):
-        a, b = measured(Machine(rng, drift=rng.choice([-0.15, 0.15]), noise=0.05, memory=0.5), 1.0)
+        a, b = measured(Machine(rng, drift=rng.choice([-0.15, 0.15]), noise=0.05, memory=0.5), 1.0, order)
         found = block_ratio(a, b)
         wrong += not found.low <= 1 <= found.high
         turns = [spent for pair in zip(a, b, strict=True) for spent in pair]
@@ -92,9 +135,21 @@ def test_the_same_work_twice_is_told_apart_as_seldom_as_promised_and_not_so_one_
     assert sequential / tries > 0.3
 
 
+@pytest.mark.parametrize(("order", "low", "high"), [(Fixed(), 0.9, 1.0), (random.Random(2), 0.03, 0.1)])
+def test_what_comes_every_fourth_turn_is_not_held_against_one_side(
+    order: random.Random, low: float, high: float
+) -> None:
+    """Always A B B A, it would be: the interval is narrow and wrong. The five blocks have one sign by chance in 6 %."""
+    rng, tries, wrong = np.random.default_rng(3), 1000, 0
+    for _ in range(tries):
+        found = block_ratio(*measured(Machine(rng, noise=0.01, pulse=0.07), 1.0, order))
+        wrong += not found.low <= 1 <= found.high
+    assert low < wrong / tries <= high
+
+
 def test_a_tenth_is_found_with_ten_pairs() -> None:
-    rng, tries = np.random.default_rng(2), 500
-    results = [block_ratio(*measured(Machine(rng, 0.15, 0.05, 0.5), 1.1)) for _ in range(tries)]
+    rng, order, tries = np.random.default_rng(2), random.Random(3), 500
+    results = [block_ratio(*measured(Machine(rng, 0.15, 0.05, 0.5), 1.1, order)) for _ in range(tries)]
     assert sum(found.low > 1 for found in results) > 0.9 * tries
     assert statistics.fmean(found.mean for found in results) == pytest.approx(1.1, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""The command: what does B cost, as a ratio to A? Both train in one process, in turns A B B A, with an interval.
+"""The command: what does B cost, as a ratio to A, with an interval? Both train in one process, A B B A or B A A B.
 
 python -m morphtrain.compare prune=none -- prune=prunetrain prune.lasso_ratio=8
 python -m morphtrain.compare model.width=32 -- precision=o0 -- precision=bf16 --steps 200
@@ -16,10 +16,10 @@ from pathlib import Path
 USAGE = """python -m morphtrain.compare [COMMON.. --] A.. -- B.. [options]
        python -m morphtrain.compare A.. --vs FILE.py[:FUNCTION] [options]"""
 DESCRIPTION = (
-    "Train two configs in one process, in turns: an epoch of A, one of B, one of B, one of A, and so on. What the "
-    "machine does meanwhile is common to neighbours, so the ratio of their times is truer than that of two runs after "
-    "each other. A, B and what both have in common are overrides, as those of morphtrain.run. Nothing is tracked, and "
-    "nothing is written but --json."
+    "Train two configs in one process, in turns: an epoch of A, one of B, one of B, one of A, or by chance B A A B, "
+    "and so on. What the machine does meanwhile is common to neighbours, so the ratio of their times is truer than "
+    "that of two runs after each other. A, B and what both have in common are overrides, as those of morphtrain.run. "
+    "Nothing is tracked, and nothing is written but --json."
 )
 STEPS_HELP = "take turns by training step and measure N of each; nothing is pruned, grown or evaluated"
 SEEDS_HELP = "repeat it with each of these seeds, such as 1,2,3; ratios and differences are paired by seed"

@@ -74,7 +74,7 @@ def measure(configs: Sequence[Config], vs: str | None = None, number: int | None
         if vs is not None:
             times = configs[0].epochs if number is None else warmup + number
             sides["B"] = itertools.islice(_own(vs, unit, slot.device), times)
-        spent, foreign, others = _take_turns(sides, slot, unit)
+        spent, foreign, others = _take_turns(sides, slot, unit, warmup)
         machine = environment.describe(slot.device)
     a, b = (spent[name][warmup:] for name in sides)
     if number is not None and min(len(a), len(b)) < number:
@@ -125,13 +125,13 @@ def _own(target: str, unit: str, device: torch.device) -> Iterator[Spent]:
 
 
 def _take_turns(
-    sides: Mapping[str, Iterator[Spent]], slot: Slot, unit: str
+    sides: Mapping[str, Iterator[Spent]], slot: Slot, unit: str, warmup: int
 ) -> tuple[dict[str, list[Spent]], float | None, list[int]]:
     """What each side spent, the share of the cores that others used, and who else trained on them."""
     spent: dict[str, list[Spent]] = {name: [] for name in sides}
     others = set(slot.claim.others())
     before = _reading(slot.cpus)
-    for name, one in in_turns(sides):
+    for name, one in in_turns(sides, warmup):
         spent[name].append(one)
         if sys.stderr.isatty():
             print(f"\r{name}: {unit} {len(spent[name])} ", end="", file=sys.stderr)

@@ -32,7 +32,9 @@ def show(sides: Mapping[str, str], repeats: Repeats) -> None:
     for name, words in sides.items():
         console.print(f"{name}: {words}")
     where = f"{first.machine['processor']}, {first.machine['threads']} threads"
-    console.print(f"in turns A B B A, by {unit}, on {where}; of each side {first.warmup} to warm up do not count")
+    console.print(
+        f"in turns A B B A or B A A B, by {unit}, on {where}; of each side {first.warmup} to warm up do not count"
+    )
     console.print(table(repeats))
     for seed, measured in repeats.items():
         for doubt in doubts(measured.turns):
@@ -107,7 +109,7 @@ def rows(repeats: Repeats) -> list[Row]:
 def _of_all(name: str, each: Sequence[Turns]) -> Row:
     """Medians over all repeats, and B against A."""
     number = sum(len(blocks(turns.a, turns.b)[0]) for turns in each)
-    rests = f"{number} blocks of A B B A" if len(each) == 1 else f"{len(each)} seeds, {number} blocks"
+    rests = f"{number} blocks" if len(each) == 1 else f"{len(each)} seeds, {number} blocks"
     medians = (statistics.median(time for turns in each for time in getattr(turns, side)) for side in "ab")
     return f"{name} {_a(each[0].unit)}", *map(_seconds, medians), str(ratio(each) or "-"), rests
 

@@ -1,7 +1,8 @@
-"""What times that were taken in turns, A B B A A B B A ..., tell of a ratio, and what may be wrong with them.
+"""What times that were taken in turns, in blocks, tell of a ratio, and what may be wrong with them.
 
-The unit is a block, A B B A: a machine that becomes steadily slower or faster takes as much from A as from B within it,
-and what lasts longer than a block is common to both. So blocks are nearly independent where the times are not.
+The unit is a block, A B B A or B A A B: a machine that becomes steadily slower or faster takes as much from A as from B
+within it, and what lasts longer than a block is common to both. So blocks are nearly independent where the times are
+not; and as each has its order by chance, what comes every so many turns does not fall to one side.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def doubts(turns: Turns) -> list[str]:
 def _few(turns: Turns) -> Iterator[str]:
     number = len(turns.ratios)
     if number < LEAST_FOR_INTERVAL:
-        yield f"only {number} blocks of A B B A, of which no interval can be told: {turns.more}"
+        yield f"only {number} blocks, of which no interval can be told: {turns.more}"
     elif number < FEW_BLOCKS:
-        yield f"only {number} blocks of A B B A, so the interval is wide and itself uncertain: {turns.more}"
+        yield f"only {number} blocks, so the interval is wide and itself uncertain: {turns.more}"
 
 
 def _scattered(turns: Turns) -> Iterator[str]:
