@@ -27,6 +27,7 @@ from morphtrain.data.image_bytes import ByteData
 from morphtrain.data.image_files import FileData
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
+from morphtrain.wording import as_yaml
 
 KINDS = pytest.mark.parametrize("in_memory", [False, True], ids=["files", "memory"])
 ODD_SIZES = [(40, 30), (31, 53), (64, 64), (33, 40), (90, 35), (36, 37), (20, 20), (37, 36)]  # height, width
@@ -392,7 +393,7 @@ def test_grey_values_of_32_bits_are_refused(kind: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [True, -1, 1.5, "many"])
 def test_wrong_values_are_refused(value: object) -> None:
     for key in ("num_workers", "resize"):
-        with pytest.raises(UserError, match=rf"data\.{key}={value}: must be auto, or"):
+        with pytest.raises(UserError, match=rf"data\.{key}={as_yaml(value)}: must be auto, or"):
             config(Path("x"), **{key: value})
     if value != 1.5:
         with pytest.raises(UserError, match=r"data\.memory_limit=.*: must be auto, a number of GiB"):

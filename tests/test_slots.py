@@ -150,6 +150,7 @@ def test_runs_of_different_sizes_never_share_while_there_is_room(steps: list[tup
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
         patch.setattr(slot, "allowed_cores", lambda: {f"core {i}": frozenset({i}) for i in range(4)})
         patch.setattr(slot, "pinned", lambda cpus: contextlib.nullcontext())
+        patch.setattr(torch, "set_num_threads", lambda threads: None)  # each restores it, but they end in any order
         running: list = []
         for count, leaves in steps:
             if leaves and running:

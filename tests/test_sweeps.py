@@ -301,8 +301,8 @@ def test_two_workers_share_a_study_and_one_is_killed(kind: str, request: pytest.
     journal = f"journal:///{tmp_path}/study.log"
     storage = journal if kind == "journal" else request.getfixturevalue("postgres").database()
     sweep = (*SWEEP, "model.width=4", "optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=10", "epochs=2")
-    command = [sys.executable, "-m", "morphtrain.run", *sweep, f"hydra.sweeper.storage='{storage}'"]
-    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "morphtrain.run", *sweep, "hydra.sweeper.storage='${oc.env:STUDY}'"]
+    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "env": {**os.environ, "STUDY": storage}}
     victim, other = subprocess.Popen(command, **quiet), subprocess.Popen(command, **quiet)
     while not (tmp_path / "sweep/3/last.pt").exists():
         assert victim.poll() is None

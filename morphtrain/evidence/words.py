@@ -56,11 +56,13 @@ def interval(value: float, low: float | None, high: float | None, *, signed: boo
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return (sign if value > 0 else "") + number(value)
     width = high - low
-    if width <= 0 or width < 1e-5 * max(abs(low), abs(high)):
+    largest = max(abs(low), abs(high))
+    if width <= 1e-9 * largest:  # rounding
         return f"{value:{sign}.6g} [{low:{sign}.6g}, {high:{sign}.6g}]"
     places = 1 - math.floor(math.log10(width))
-    if places > 6:
-        return f"{value:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
+    if places > 6:  # decimals would be many zeros
+        digits = places + 1 + math.floor(math.log10(largest))
+        return f"{value:{sign}.{digits}g} [{low:{sign}.{digits}g}, {high:{sign}.{digits}g}]"
     digits = max(places, 0)
     return " ".join((f"{value:{sign},.{digits}f}", f"[{low:{sign},.{digits}f}, {high:{sign},.{digits}f}]"))
 
