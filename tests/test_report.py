@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -333,6 +334,25 @@ def test_copies_of_an_experiment_are_told_apart(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {"q-here-ratio_question-small", "q-there-ratio_question-small"} <= set(page.ids)
     assert len(found.table("there-ratio_question-small-ratios")) == len(THREE)
+
+
+def test_a_copy_inside_an_experiment_is_no_part_of_it(tmp_path: Path) -> None:
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    before = reported(tmp_path).table("ratio_question-small-ratios")
+    for copy in ("3_old", "aside"):
+        shutil.copytree(directory / "3", directory / copy)
+        for path in (directory / copy).rglob("records.jsonl"):
+            path.write_text(path.read_text().replace('_seconds": ', '_seconds": 9'))
+    (directory / "1" / "good" / ".hydra" / "config.yaml").unlink()
+    pd.testing.assert_frame_equal(reported(tmp_path).table("ratio_question-small-ratios"), before)
+
+
+def test_no_two_experiments_have_one_name(tmp_path: Path) -> None:
+    for place in ("a b", "a-b", "A-b"):
+        write(tmp_path / place, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    page = Page(reported(tmp_path).html)
+    assert page.wrong == [] and len(page.ids) == len(set(page.ids))
+    assert len([name for name in page.ids if name.lower().startswith("q-a-b")]) >= 3
 
 
 def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:

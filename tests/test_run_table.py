@@ -100,6 +100,7 @@ def test_an_epoch_being_written_is_not_there_yet(stored: Stored) -> None:
         ('{"epoch": 3, "test_accuracy": "high"}', "test_accuracy is a str, not float"),
         ('{"epoch": 2}', "line 3: epoch 2 after epoch 2"),
         ("[" * 100000, "line 3: damaged, it is no JSON"),
+        ('{"epoch": 3, "params": 1%s}' % ("0" * 400), "line 3: damaged, params is no number"),
     ],
 )
 def test_damaged_records_are_named(stored: Stored, line: str, message: str) -> None:

@@ -105,9 +105,10 @@ def _fit(given: argparse.Namespace) -> None:
 
 def _test(given: argparse.Namespace) -> None:
     from morphtrain.evidence import comparisons, variance
+    from morphtrain.evidence.analyses import values
 
     table = _finished(given)
-    scale = comparisons.DIFFERENCE if given.metric.endswith(("accuracy", "loss")) else comparisons.RATIO
+    scale = values.scale(given.metric)
     if given.metric in RAW_TIMES and table["contended_epochs"].any():
         print(f"note: others have disturbed some of these runs, so {given.metric} may not compare; calibrated times do")
     groups: Any = samples.by_group(table, given.by, given.metric)
@@ -130,7 +131,8 @@ def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespa
     from morphtrain.evidence import comparisons
 
     within: Any = comparisons.groups_within if given.paired is None else comparisons.pairs_within
-    worse = "below" if given.metric.endswith(HIGHER_IS_BETTER) else "above"
+    is_time = given.metric.endswith("time_to_accuracy")
+    worse = "below" if given.metric.endswith(HIGHER_IS_BETTER) and not is_time else "above"
     first, *others = groups
     for other in others:
         for sides in ((worse,), ("below", "above")):

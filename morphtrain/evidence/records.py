@@ -23,6 +23,8 @@ LEFT_AT_THE_END = "run.png"  # by a run that was not interrupted
 DECLARATION = "experiment.yaml"  # in the directory of an experiment, above <seed>/<arm>/
 CONFIG = Path(".hydra", "config.yaml")  # missing with hydra.output_subdir=null
 
+LARGEST = 2**63  # larger whole numbers are no metric, and no float holds the largest of them
+
 # Keys that do not change what is computed.
 IMMATERIAL = (
     *("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers"),
@@ -70,6 +72,8 @@ def _record(line: str, where: str) -> dict[str, float]:
         raise UserError(f"{where}: damaged, it is no JSON ({error})") from error
     if wrong := mismatch(record, {"epoch": int}, "the record") or mismatch(record, dict[str, float], "the record"):
         raise UserError(f"{where}: damaged, {wrong}")
+    if huge := [name for name, value in record.items() if isinstance(value, int) and abs(value) > LARGEST]:
+        raise UserError(f"{where}: damaged, {huge[0]} is no number of a record")
     return dict(record)
 
 
@@ -132,7 +136,8 @@ def _rows(run: RunRecords, differing: Sequence[str], telling: Sequence[str]) -> 
         "contended_epochs": sum(bool(record.get("contended")) for record in run.history),
     }
     for record in run.history:
-        yield {**place, **record, **settings}
+        measured = {f"metric.{name}" if name in place else name: value for name, value in record.items()}
+        yield {**place, **measured, **settings}
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -184,7 +189,10 @@ def _natural(path: Path) -> list[str | int]:
 def _read(run_dir: Path) -> RunRecords:
     experiment, arm = _place(run_dir.resolve())
     finished = (run_dir / LEFT_AT_THE_END).exists()
-    return RunRecords(str(run_dir), experiment, arm, finished, _config(run_dir / CONFIG), read_records(run_dir))
+    config = _config(run_dir / CONFIG)
+    if experiment and config.get("seed") is None and (seed := run_dir.resolve().parent.name).isdecimal():
+        config["seed"] = int(seed)
+    return RunRecords(str(run_dir), experiment, arm, finished, config, read_records(run_dir))
 
 
 def _place(run_dir: Path) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ def build(directory: Path, out: Path) -> list[Path]:
         UserError: if there is no experiment, or one that cannot be read.
         OSError: if nothing can be written there.
     """
-    questions = [read(path, directory) for path in find(directory)]
+    questions = _named_apart([read(path, directory) for path in find(directory)])
     folder = out.with_name(f"{out.stem}-tables")
     tables = _tables(questions)
     page = render(questions, folder.name)
@@ -67,11 +68,24 @@ def find(directory: Path) -> list[Path]:
 def read(directory: Path, root: Path) -> Question:
     """An experiment and all that its runs have recorded so far; it is called after its place below `root`."""
     experiment = declaration.load(directory)
-    begun = any(path.stat().st_size for path in directory.rglob(records.FILE))
-    table = records.load(directory) if begun else _empty()
+    runs = [directory / str(seed) / arm for seed in experiment.seeds for arm in experiment.arms]
+    begun = [run for run in runs if (run / records.FILE).exists() and (run / records.FILE).stat().st_size]
+    table = records.load(*begun) if begun else _empty()
     place = directory.relative_to(root).parts or (directory.resolve().name,)
     name = re.sub(r"[^\w.-]", "-", "-".join(place))
     return Question(name, experiment, table, progress(directory, experiment, table))
+
+
+def _named_apart(questions: Sequence[Question]) -> list[Question]:
+    """With a number behind a name that another experiment has, too: `a b` and `a-b` are both called `a-b`."""
+    found: dict[str, Question] = {}
+    for question in questions:
+        name, number = question.name, 1
+        while name.lower() in found:
+            number += 1
+            name = f"{question.name}.{number}"
+        found[name.lower()] = replace(question, name=name)
+    return list(found.values())
 
 
 def _empty() -> pd.DataFrame:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ACCURACY = "test_accuracy"
 LEAST_SEEDS = 2  # one run does not say how far another would be from it
 MOST_IN_A_SENTENCE = 4  # arms; the table has all
+TO_ACCURACY = "time_to_accuracy"  # seconds
 SHARES = ("accuracy", "density", "loss")  # whose differences mean more than their ratios
 TEST = (
     "t test paired by seed{of_logs}, with Student's 95 % interval; beside it the bootstrap's (BCa), and Wilcoxon's "
@@ -44,7 +45,7 @@ def last(experiment: Experiment, table: pd.DataFrame, metric: str) -> dict[str, 
 
 def scale(metric: str) -> str:
     """How values of a metric are compared: accuracies by differences, times and sizes by ratios."""
-    return DIFFERENCE if any(share in metric for share in SHARES) else RATIO
+    return DIFFERENCE if metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY) else RATIO
 
 
 def compared(found: Mapping[str, BySeed], scale: str) -> dict[str, Comparison]:
