@@ -79,6 +79,7 @@ def test_a_line_reads_well() -> None:
         ([1, 2], [1, 2], "2 points.* 3 or more"),
         ([1, 2, 3], [1, 2], "3 values of x and 2 of y"),
         ([1, 1, 1], [1, 2, 3], "every x is 1"),
+        ([1, 2, 3], [2, 2, 2], "every y is 2"),
         ([1, 2, 3], [1, math.nan, 3], "not every number in x and y is finite"),
     ],
 )

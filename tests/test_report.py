@@ -336,6 +336,15 @@ def test_copies_of_an_experiment_are_told_apart(tmp_path: Path) -> None:
     assert len(found.table("there-ratio_question-small-ratios")) == len(THREE)
 
 
+def test_a_line_through_equal_values_or_none_at_all(tmp_path: Path) -> None:
+    line = declared("line", LINE, SEEDS, x="model.blocks", y="params")
+    configs = {f"blocks_{n}": {"model": {"blocks": n}} for n in BLOCKS}
+    for params, said in ((7.0, "does not change with"), (math.inf, "Nothing can be said yet")):
+        shutil.rmtree(tmp_path / "line_question-small", ignore_errors=True)
+        write(tmp_path, line, lambda arm, seed, epoch, params=params: {"params": params}, EPOCHS, configs)
+        assert said in reported(tmp_path).html
+
+
 def test_a_copy_inside_an_experiment_is_no_part_of_it(tmp_path: Path) -> None:
     directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
     before = reported(tmp_path).table("ratio_question-small-ratios")

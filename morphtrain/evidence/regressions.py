@@ -223,3 +223,5 @@ def _check(x: Sequence[float], y: Sequence[float]) -> None:
         raise ValueError("not every number in x and y is finite")
     if len(set(x)) == 1:
         raise ValueError(f"every x is {x[0]}: a line needs two or more different values")
+    if len(set(y)) == 1:
+        raise ValueError(f"every y is {y[0]}: there is nothing that a line could explain")

@@ -90,7 +90,7 @@ def _effect(expects: Mapping[str, str], question: Question) -> Coefficient | Com
     if question.section.slope is not None:
         return question.section.slope
     found = values.last(experiment, question.finished, expects.get("metric", experiment.response))
-    arm, against = expects["arm"], expects.get("against", next(iter(found)))
-    if not {arm, against} <= found.keys():  # an experiment of an earlier version, declared with other arms
+    arm, against = expects.get("arm"), expects.get("against", next(iter(found)))
+    if arm is None or not {arm, against} <= found.keys():  # of an earlier version, or somebody else's of this name
         return None
     return values.compared({against: found[against], arm: found[arm]}, DIFFERENCE).get(arm)

@@ -28,6 +28,10 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
             "None, with so few points.",
         )
     names = experiment.x, _name(experiment)
+    if len(set(points["y"])) == 1:
+        value, runs = words.number(points["y"].iloc[0]), words.count(len(points), "run")
+        answer = f"{words.sentence(names[1])} does not change with {names[0]}: it is {value} in all n = {runs}."
+        return Section(answer, "None: there is no scatter.", (_point_table(points, names),))
     fit = fit_line(list(points["x"]), list(points["y"]), names=names)
     return Section(
         answer=_answer(fit),
@@ -44,17 +48,19 @@ def _name(experiment: Experiment) -> str:
 
 
 def _points(experiment: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    """Arm, seed, x and y of every finished run that has both."""
+    """Arm, seed, x and y of every finished run that has both as finite numbers."""
+    import numpy as np
     import pandas as pd
 
     x, y = experiment.x, experiment.y or experiment.response
     last = ends(table)
     if x not in last or y not in last:
         return pd.DataFrame(columns=["arm", "seed", "x", "y"])
-    found = pd.DataFrame({"arm": last["arm"], "seed": last["seed"], "x": last[x], "y": last[y]}).dropna()
-    found = found.astype({"x": float, "y": float})
+    numbers = {name: pd.to_numeric(last[key], errors="coerce").astype(float) for name, key in (("x", x), ("y", y))}
+    found = pd.DataFrame({"arm": last["arm"], "seed": last["seed"], **numbers})
     if experiment.inverse:
         found["y"] = 1 / found["y"]
+    found = found.replace([np.inf, -np.inf], np.nan).dropna()
     return found[found["arm"].isin(list(experiment.arms))]
 
 
