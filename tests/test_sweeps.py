@@ -15,6 +15,9 @@ import mlflow
 import optuna
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow.entities import Run
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
@@ -23,6 +26,7 @@ from morphtrain import schema
 from morphtrain.arguments import prepared
 from morphtrain.schema.names import keys_of_file
 from morphtrain.schema.sweeper import study_name
+from morphtrain.sweep.single_run import as_override, single_run
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
 from tests.conftest import KILLED_RUN, SMALL, Command
@@ -119,6 +123,36 @@ def test_the_command_of_the_winner_trains_what_it_trained(
         [line.split("epoch ")[1] for line in text.splitlines() if "loss" in line] for text in (log, again.stdout)
     )
     assert [line.split("val_accuracy")[0] for line in then] == [line.split("val_accuracy")[0] for line in now] != []
+
+
+TRIALS = {
+    "batch": ["batch_policy.batch_size=64", "norm=ghost", "optimizer.lr=0.1"],
+    "everything": ["prune=prunetrain", "prune.lasso_ratio=3.0"],
+    "growth": ["grow=deeper", "grow.patience=3", "model.width=6"],
+    "growth, baseline": ["grow=none", "model.width=16"],
+    "pareto": ["prune.lasso_ratio=3.0", "optimizer.lr=0.1"],
+    "precision": ["precision=bf16", "optimizer.lr=0.1"],
+    "prunetrain": ["prune.lasso_ratio=3.0", "prune.threshold=0.001"],
+    "prunetrain, baseline": ["prune=none"],
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_a_trial_of_a_preset_is_repeated_by_a_single_run(case: str) -> None:
+    """The preset's options and keys are spelled out: it would make a sweep of the command."""
+    name = case.partition(",")[0]
+    assert {path.stem for path in (schema.CONF / "sweep").glob("*.yaml")} == {key.partition(",")[0] for key in TRIALS}
+    trial = [f"+sweep={name}", "epochs=3", "+launcher=joblib", *TRIALS[case]]
+    with initialize_config_dir(str(schema.CONF)):
+        alone = single_run(trial, GlobalHydra.instance().config_loader(), "config")
+        assert prepared(alone) == alone, "which makes no multirun of it"
+        assert compose("config", alone) == compose("config", [*trial, "hydra.mode=RUN"])
+
+
+@pytest.mark.parametrize("value", [None, True, "null", "a b", "it's", "1", "[x]", 0.5, 3, ["a", "b/c"], {"a": ["x"]}])
+def test_a_value_is_spelled_as_the_command_line_takes_it(value: object) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
+    assert parsed.value() == value
 
 
 @pytest.mark.parametrize(
