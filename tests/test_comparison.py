@@ -94,7 +94,9 @@ def test_times_that_nothing_calibrates_are_not_compared(
     text = closing(made, capsys, monkeypatch)
     assert "1 of 3 trials had contended epochs: their times do not compare" in text
     assert "best / baseline" not in text
-    assert "the baseline is the best" not in closing(study({"raw": 9.0}, {"raw": 9.8, "contended": 1}), capsys, monkeypatch)
+    assert "the baseline is the best" not in closing(
+        study({"raw": 9.0}, {"raw": 9.8, "contended": 1}), capsys, monkeypatch
+    )
 
 
 def test_a_baseline_alone_is_compared_with_nothing(
@@ -103,7 +105,9 @@ def test_a_baseline_alone_is_compared_with_nothing(
     said = closing(study({"raw": 9.0}), capsys, monkeypatch)
     assert "only the baseline has a result" in said
     assert "the baseline is the best" not in said
-    assert "the baseline is the best of 2 trials, from one run each" in closing(study({"raw": 9.0}, {"raw": 9.5}), capsys, monkeypatch)
+    assert "the baseline is the best of 2 trials, from one run each" in closing(
+        study({"raw": 9.0}, {"raw": 9.5}), capsys, monkeypatch
+    )
 
 
 def test_a_search_that_changed_no_network_says_so(

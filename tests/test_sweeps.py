@@ -16,6 +16,7 @@ import optuna
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow.entities import Run
@@ -24,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain import schema
 from morphtrain.arguments import prepared
+from morphtrain.errors import UserError
 from morphtrain.schema.names import keys_of_file
 from morphtrain.schema.sweeper import study_name
 from morphtrain.sweep.single_run import as_override, single_run
@@ -171,12 +173,47 @@ def test_what_only_a_multirun_can_do_makes_one(typed: list[str], several: bool) 
 
 def test_a_grid_of_options_takes_the_keys_that_all_of_them_have() -> None:
     grid = ["-m", "prune=morphnet,prunetrain", "seed=1,2"]
-    assert prepared([*grid, "prune.interval=1,2"]) == [*grid, "++prune.interval=1,2"], "the default, none, lacks it"
+    outermost = ["-m", "seed=1,2", "prune=morphnet,prunetrain"]
+    assert prepared([*grid, "prune.interval=1,2"]) == [*outermost, "++prune.interval=1,2"], (
+        "the default, none, lacks it"
+    )
     unknown = ["-m", "prune=prunetrain,custom,mine", "prune.interval=1"]
     assert prepared(unknown) == unknown, "nobody knows what keys one's own parts have"
     for path in schema.CONF.glob("*/*.yaml"):
         if path.parent.name in schema.OPTIONS and path.stem != "custom":
             assert keys_of_file(path.parent.name, path.stem) is not None, path
+
+
+@pytest.mark.parametrize("seeds", ["seed=1,2,3", "seed=range(1,4)", "seed=choice(1,2,3)"])
+def test_all_configurations_of_a_seed_run_side_by_side(seeds: str) -> None:
+    """Jobs as Hydra's own sweeper numbers them; a further seed leaves the numbers of those before it."""
+
+    def jobs(*typed: str) -> list[list[str]]:
+        given = [argument for argument in prepared(["-m", *typed]) if argument != "-m"]
+        parsed = OverridesParser.create().parse_overrides(given)
+        (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [list(job) for job in batch]
+
+    found = jobs("prune=none,prunetrain", "epochs=2", seeds)
+    assert [job[0] for job in found] == [f"seed={seed}" for seed in (1, 1, 2, 2, 3, 3)]
+    assert [job[1] for job in found] == ["prune=none", "prune=prunetrain"] * 3
+    assert found == jobs(seeds, "prune=none,prunetrain", "epochs=2")
+    assert jobs("prune=none,prunetrain", "epochs=2", "seed=1,2,3,4")[:6] == found
+    assert prepared(["epochs=2", "seed=3"]) == ["epochs=2", "seed=3"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["-m", "prune=none,prunetrain", "--cfg", "job"], "leave out -m and give each key one value"),
+        (["+experiment=lasso_ratio", "-m", "--cfg=job"], "leave out -m"),
+        (["+experiment=lasso_ratio", "--cfg", "job"], "--cfg hydra --package hydra.sweeper shows its declaration"),
+    ],
+)
+def test_a_config_of_several_runs_is_not_shown(typed: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        prepared(typed)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_study_may_be_called_what_yaml_takes_for_something_else(command: Command, tmp_path: Path) -> None:

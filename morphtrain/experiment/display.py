@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> 
 
 
 class Clock:
-    """A line per run, with the time that is left as those before it took theirs.
+    """A line per run, with the time that is left as those before it took theirs, and each arm's warnings once.
 
     Args:
         left: number of runs to go.
@@ -35,6 +36,7 @@ class Clock:
 
     def __init__(self, left: int, total: int) -> None:
         self.begun, self.left, self.to_do, self.total = time.monotonic(), left, left, total
+        self.warned: set[tuple[str, str]] = set()
 
     def show(self, run: Run, response: str, why: str | UserError | None, again: bool) -> None:
         """Print how a run has ended; `why` it does not count, and whether it runs again."""
@@ -51,3 +53,8 @@ class Clock:
             minutes = (time.monotonic() - self.begun) / done * self.left / 60
             text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
         print(text, flush=True)
+        for warning in run.warnings() if why is None else ():
+            kind = (run.arm, re.sub(r"\d+", "", warning))
+            if kind not in self.warned:
+                self.warned.add(kind)
+                print(f"          warning of {run.arm}: {warning}", flush=True)

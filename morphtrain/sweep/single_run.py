@@ -16,7 +16,9 @@ from morphtrain.wording import as_yaml
 NOT_TRAINED = ("hydra", "trial")  # what says where and as which trial a job runs, not what it trains
 
 
-def single_run(overrides: Sequence[str], loader: ConfigLoader, name: str | None, paths: Sequence[str] = ()) -> list[str]:
+def single_run(
+    overrides: Sequence[str], loader: ConfigLoader, name: str | None, paths: Sequence[str] = ()
+) -> list[str]:
     """Overrides that compose the same run without the presets of a multirun.
 
     Args:
