@@ -156,7 +156,7 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
     [
         ("    question: Does it pay?\n", "", "hydra.sweeper.question: "),
         ("# @package", "# momentum.yaml\n# @package", "its first line is `# @package _global_`"),
-        ("epochs: 0.5", "at: 1.5", "hydra.sweeper.arms.sooner.at=1.5: must be between 0 and 1"),
+        ("epochs: 0.5", "at: 1.5", "at=1.5: must be between 0 and 1"),
         ("prune.interval=1,", "prune.interval=0,", "arm pruned: prune.interval=0: must be"),
         ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
         ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
@@ -186,6 +186,7 @@ def test_growth_at_a_share_of_the_epochs_follows_them(epochs: int, at: int) -> N
         given = declaration.typed(["+experiment=net2net_wider", f"epochs={epochs}"])
         config = compose("config", ["+experiment=net2net_wider"], return_hydra_config=True)
         keys: Any = OmegaConf.to_container(config.hydra.sweeper)
+        del keys["_target_"]  # as Hydra does to make the sweeper
         found = declaration.declared("net2net_wider", keys, given, composed)
     assert f"grow.at_epochs=[{at}]" in found.arms["wider"].overrides
     assert not any(override.startswith("grow") for override in found.arms["wider_from_scratch"].overrides)
@@ -196,7 +197,7 @@ def test_what_a_run_warns_of_is_printed_once_for_each_arm(tmp_path: Path, capsys
     clock = Clock(4, 4)
     for run in runs:
         run.directory.mkdir(parents=True)
-        (run.directory / "records.jsonl").write_text(json.dumps(record(params=1.0)) + "\n")
+        (run.directory / "records.jsonl").write_text(json.dumps(record(epoch=1, params=1.0)) + "\n")
         lines = [
             "INFO epoch 1/4",
             f"WARNING ratio=7: limited to 2.{run.number}",

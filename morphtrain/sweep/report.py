@@ -42,8 +42,8 @@ def close(
     """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
 
     Args:
-        repeating: gives the overrides of a single run that repeats a trial. Those stored with it are not used: the line would have the
-            user run what anybody who can write to the study has put there.
+        repeating: gives the overrides of a single run that repeats a trial. Those stored with it are not used: the line
+            would have the user run what anybody who can write to the study has put there.
 
     Raises:
         UserError: if no trial ended with a value.
