@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
-from morphtrain.experiment.runs import Run
+from morphtrain.experiment.runs import Run, kind_of
 
 
 def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
@@ -54,7 +53,7 @@ class Clock:
             text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
         print(text, flush=True)
         for warning in run.warnings() if why is None else ():
-            kind = (run.arm, re.sub(r"\d+", "", warning))
+            kind = (run.arm, kind_of(warning))
             if kind not in self.warned:
                 self.warned.add(kind)
                 print(f"          warning of {run.arm}: {warning}", flush=True)

@@ -54,7 +54,7 @@ class Run:
         path = self.directory / LOG
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         texts = [found.group(1) for line in lines if (found := WARNING.fullmatch(line))]
-        return list({re.sub(r"\d+", "", text): text for text in reversed(texts)}.values())[::-1]
+        return list({kind_of(text): text for text in reversed(texts)}.values())[::-1]
 
     def spoil(self) -> None:
         """Let what it has recorded count for nothing; it stays to be read until the run is repeated."""
@@ -66,6 +66,11 @@ class Run:
 
     def __str__(self) -> str:
         return f"seed {self.seed} {self.arm}"
+
+
+def kind_of(warning: str) -> str:
+    """The warning without its numbers."""
+    return re.sub(r"[\d.]+", "", warning)
 
 
 def planned(experiment: Experiment, directory: Path) -> list[Run]:
