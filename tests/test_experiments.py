@@ -156,7 +156,7 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
     [
         ("    question: Does it pay?\n", "", "hydra.sweeper.question: "),
         ("# @package", "# momentum.yaml\n# @package", "its first line is `# @package _global_`"),
-        ("epochs: 0.5", "at: 1.5", "at=1.5: must be between 0 and 1"),
+        ("epochs: 0.5", "at: 1.5", "hydra.sweeper.arms.sooner.at=1.5: must be between 0 and 1"),
         ("prune.interval=1,", "prune.interval=0,", "arm pruned: prune.interval=0: must be"),
         ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
         ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),

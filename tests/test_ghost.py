@@ -266,7 +266,7 @@ def test_a_run_and_its_loaded_network_have_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("batch", "warned"), [(16, 1), (32, 1), (33, 0)])
 def test_a_ghost_norm_of_whole_batches_is_warned_of(batch: int, warned: int, small_run, caplog) -> None:
     """It compares with batch norm as a network with itself."""
-    small_run("prune=none", "norm=ghost", "norm.ghost_batch_size=32", f"batch_policy.batch_size={batch}")
+    small_run("norm=ghost", "norm.ghost_batch_size=32", f"batch_policy.batch_size={batch}")
     said = [entry.getMessage() for entry in caplog.records if "one chunk" in entry.getMessage()]
     assert len(said) == warned
     assert all(line.startswith("norm.ghost_batch_size=32: a batch of ") for line in said)
