@@ -43,14 +43,15 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files; for
             a key that some options of a grid lack, of which with `++` only their own jobs would complain.
     """
-    check_flags(arguments)
+    flags = check_flags(arguments)
+    _check_shown(flags)
     typed = [argument.lstrip("+").partition("=") for argument in arguments]
     for key, _, value in typed:
         if key.startswith("tracking"):
             schema.tracking.check_address(value)
         if key.startswith("hydra.sweeper"):
             schema.sweeper.check_storage(value)
-    arguments = _in_a_grid(arguments)
+    arguments = _seeds_outermost(_in_a_grid(arguments))
     keys = {key for key, _, _ in typed}
     becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys
     return [*arguments, MULTIRUN] if becomes_one else list(arguments)
@@ -89,11 +90,46 @@ def _of_several(argument: str, chosen: Mapping[str, Sequence[str]]) -> str:
     return f"++{argument}" if keys and len(has) == len(keys) and argument.startswith(key) and not lacking else argument
 
 
-def check_flags(arguments: Sequence[str]) -> None:
-    """Raise a `UserError` for what begins with a dash and is no flag of Hydra's: often a key."""
+def _seeds_outermost(arguments: Sequence[str]) -> list[str]:
+    """The arguments with several seeds before all other keys.
+
+    Hydra's grid varies the first slowest, so all configurations of a seed run side by side, whichever way they are
+    typed; and a further seed at the end leaves the numbers of the jobs before it as they are.
+    """
+    several = [argument for argument in arguments if argument.startswith("seed=") and _is_sweep(argument)]
+    if len(several) != 1:
+        return list(arguments)
+    others = [argument for argument in arguments if argument not in several]
+    first = next((i for i, argument in enumerate(others) if "=" in argument and argument[0] != "-"), len(others))
+    return [*others[:first], *several, *others[first:]]
+
+
+def _is_sweep(argument: str) -> bool:
+    value = argument.partition("=")[2]
+    return "," in value or value.startswith(("range(", "choice("))
+
+
+def _check_shown(flags: argparse.Namespace) -> None:
+    """Raise a `UserError` where `--cfg` could not show what would run."""
+    if not flags.cfg:
+        return
+    if flags.multirun:
+        raise UserError(
+            f"--multirun --cfg {flags.cfg}: a config is shown of one run; leave out -m and give each key one value"
+        )
+    experiment = next((override for override in flags.overrides if override.startswith("+experiment=")), None)
+    if experiment and flags.cfg != "hydra":
+        raise UserError(
+            f"{experiment} --cfg {flags.cfg}: an experiment has a config for each arm; "
+            "--cfg hydra --package hydra.sweeper shows its declaration"
+        )
+
+
+def check_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags as typed; raises a `UserError` for what begins with a dash and is none of them: often a key."""
     parser = get_args_parser()
     vars(parser)["error"] = functools.partial(_end, parser)
-    _, unknown = parser.parse_known_intermixed_args(arguments)
+    flags, unknown = parser.parse_known_intermixed_args(arguments)
     keys = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
     for flag in (argument for argument in unknown if argument.startswith("-")):
         key, equals, value = flag.lstrip("-").partition("=")
@@ -101,6 +137,7 @@ def check_flags(arguments: Sequence[str]) -> None:
         if equals or "." in key or key in keys:
             raise UserError(f"{flag}: no such flag; keys are typed without dashes, as {key}={value or '...'}")
         raise UserError(_no_such_flag(flag, parser._option_string_actions))
+    return flags
 
 
 def _no_such_flag(flag: str, flags: Iterable[str]) -> str:

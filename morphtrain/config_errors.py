@@ -19,6 +19,7 @@ UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'\.\nTo append to y
 UNKNOWN_GROUP = re.compile(r"Could not override '(?P<key>[^']*)'\.\n")
 WRONG_KIND = re.compile(r"Error merging override (?P<override>.*)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(?P<key>[^=]*)=(?P<values>[^']*)'")
+NO_QUESTION = "; an experiment's file declares one, and its first line is `# @package _global_`"
 NO_OPTION = re.compile(r"Config group override must be a string or a list. Got \w+")
 
 
@@ -35,7 +36,8 @@ def one_line(error: Exception) -> str | None:
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
         said = first_line(error)
-        return f"{error.full_key}: {said[0].lower()}{said[1:]}" if error.full_key else said
+        hint = NO_QUESTION if error.full_key == "hydra.sweeper.question" else ""
+        return f"{error.full_key}: {said[0].lower()}{said[1:]}{hint}" if error.full_key else said
     if isinstance(error, ValueError) and NO_OPTION.match(str(error)):
         return _no_name()
     return None

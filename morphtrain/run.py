@@ -101,6 +101,7 @@ def study(settings: Any) -> str:
 def run_name(settings: Any, config: schema.Config) -> str:
     """A name that tells the run apart at a glance: the overrides typed, and always the model and the seed."""
     typed = [override for override in settings.overrides.task if not is_immaterial(override)]
+    typed.sort(key=lambda override: override.startswith("seed="))  # a grid has it first
     keys = {override.partition("=")[0].lstrip("+") for override in typed}
     model = [] if "model" in keys else [settings.runtime.choices["model"]]
     seed = [] if "seed" in keys else [f"seed={config.seed}"]

@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 from conftest import Answer, Command
+from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
+from test_experiments_conf import composed
 
+from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.experiment import declaration
+from morphtrain.experiment.display import Clock
 from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
 from morphtrain.experiment.sweeper import ArmsSweeper, _spoil_unjudged
 
@@ -150,7 +154,10 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("    question: Does it pay?\n", "", "question"),
+        ("    question: Does it pay?\n", "", "hydra.sweeper.question: "),
+        ("# @package", "# momentum.yaml\n# @package", "its first line is `# @package _global_`"),
+        ("epochs: 0.5", "at: 1.5", "hydra.sweeper.arms.sooner.at=1.5: must be between 0 and 1"),
+        ("prune.interval=1,", "prune.interval=0,", "arm pruned: prune.interval=0: must be"),
         ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
         ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
         ("{role: dense}", "{role: dense, rule: 1}", "hydra.sweeper.arms.dense.rule=1: no such key"),
@@ -171,6 +178,37 @@ def test_a_file_that_declares_no_experiment_is_refused(
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
     assert said in refusal(answer)
+
+
+@pytest.mark.parametrize(("epochs", "at"), [(4, 2), (24, 12), (180, 90)])
+def test_growth_at_a_share_of_the_epochs_follows_them(epochs: int, at: int) -> None:
+    with initialize_config_dir(str(schema.CONF)):
+        given = declaration.typed(["+experiment=net2net_wider", f"epochs={epochs}"])
+        config = compose("config", ["+experiment=net2net_wider"], return_hydra_config=True)
+        keys: Any = OmegaConf.to_container(config.hydra.sweeper)
+        del keys["_target_"]  # as Hydra does to make the sweeper
+        found = declaration.declared("net2net_wider", keys, given, composed)
+    assert f"grow.at_epochs=[{at}]" in found.arms["wider"].overrides
+    assert not any(override.startswith("grow") for override in found.arms["wider_from_scratch"].overrides)
+
+
+def test_what_a_run_warns_of_is_printed_once_for_each_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = planned(experiment({"a": Arm(role="dense"), "b": Arm()}, (1, 2)), tmp_path)
+    clock = Clock(4, 4)
+    for run in runs:
+        run.directory.mkdir(parents=True)
+        (run.directory / "records.jsonl").write_text(json.dumps(record(epoch=1, params=1.0)) + "\n")
+        lines = [
+            "INFO epoch 1/4",
+            f"WARNING ratio=7: limited to 2.{run.number}",
+            f"WARNING ratio=8: limited to {run.number}",
+        ]
+        said = "".join(f"2026-01-31 12:00:00,123 {line}\n" for line in lines[: 1 if run.arm == "a" else 3])
+        (run.directory / "run.log").write_text(said)
+        clock.show(run, "params", None, False)
+    (first,) = (run for run in runs if run.seed == 1 and run.arm == "b")
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert said == [f"warning of b: ratio=7: limited to 2.{first.number}"]
 
 
 ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}

@@ -263,6 +263,15 @@ def test_a_run_and_its_loaded_network_have_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("batch", "warned"), [(16, 1), (32, 1), (33, 0)])
+def test_a_ghost_norm_of_whole_batches_is_warned_of(batch: int, warned: int, small_run, caplog) -> None:
+    """It compares with batch norm as a network with itself."""
+    small_run("norm=ghost", "norm.ghost_batch_size=32", f"batch_policy.batch_size={batch}")
+    said = [entry.getMessage() for entry in caplog.records if "one chunk" in entry.getMessage()]
+    assert len(said) == warned
+    assert all(line.startswith("norm.ghost_batch_size=32: a batch of ") for line in said)
+
+
 def test_a_model_without_batch_norm_is_named() -> None:
     with pytest.raises(UserError, match="norm=ghost: the model has no BatchNorm2d"):
         ghost.build(schema.norm.GhostNorm("ghost", 4), nn.Linear(2, 2))

@@ -113,6 +113,7 @@ def test_runs_are_called_after_what_tells_them_apart() -> None:
     assert name() == "resnet8 seed=1"
     assert name("prune=prunetrain", "optimizer.lr=0.05") == "resnet8 prune=prunetrain optimizer.lr=0.05 seed=1"
     assert name("model=vgg8", "seed=3") == "model=vgg8 seed=3"
+    assert name("seed=3", "model=vgg8") == "model=vgg8 seed=3", "as a grid orders them"
     silent = ("tracking.uri=postgresql://u:secret@h/db", "resume=auto", "+timing.cores=1", "trial=4")
     assert name("grow=wider", *silent, trial=4) == "trial 4: resnet8 grow=wider seed=1"
 

@@ -192,7 +192,7 @@ def test_the_commands_say_effect_interval_and_n(grid: str, capsys: pytest.Captur
     [
         (["--by", "prun"], "prun: no metric, and no config key in which these runs differ; did you mean prune"),
         (["--by", "prune", "--metric", "speed"], "speed: no metric"),
-        (["--by", "prune", "--metric", "arm"], "arm=prune=none: is no number"),
+        (["--by", "prune", "--metric", "arm"], "arm: its values are no numbers, such as prune=none"),
         (["--by", "prune", "--paired", "finished"], "has two runs with finished=True"),
         (["--by", "prune", "--paired", "params"], "no value of it is in every group"),
         (["--by", "finished"], "all runs have the same, True"),

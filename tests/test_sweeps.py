@@ -15,14 +15,20 @@ import mlflow
 import optuna
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow.entities import Run
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain import schema
 from morphtrain.arguments import prepared
+from morphtrain.errors import UserError
 from morphtrain.schema.names import keys_of_file
 from morphtrain.schema.sweeper import study_name
+from morphtrain.sweep.single_run import as_override, single_run
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
 from tests.conftest import KILLED_RUN, SMALL, Command
@@ -121,6 +127,36 @@ def test_the_command_of_the_winner_trains_what_it_trained(
     assert [line.split("val_accuracy")[0] for line in then] == [line.split("val_accuracy")[0] for line in now] != []
 
 
+TRIALS = {
+    "batch": ["batch_policy.batch_size=64", "norm=ghost", "optimizer.lr=0.1"],
+    "everything": ["prune=prunetrain", "prune.lasso_ratio=3.0"],
+    "growth": ["grow=deeper", "grow.patience=3", "model.width=6"],
+    "growth, baseline": ["grow=none", "model.width=16"],
+    "pareto": ["prune.lasso_ratio=3.0", "optimizer.lr=0.1"],
+    "precision": ["precision=bf16", "optimizer.lr=0.1"],
+    "prunetrain": ["prune.lasso_ratio=3.0", "prune.threshold=0.001"],
+    "prunetrain, baseline": ["prune=none"],
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_a_trial_of_a_preset_is_repeated_by_a_single_run(case: str) -> None:
+    """The preset's options and keys are spelled out: it would make a sweep of the command."""
+    name = case.partition(",")[0]
+    assert {path.stem for path in (schema.CONF / "sweep").glob("*.yaml")} == {key.partition(",")[0] for key in TRIALS}
+    trial = [f"+sweep={name}", "epochs=3", "+launcher=joblib", *TRIALS[case]]
+    with initialize_config_dir(str(schema.CONF)):
+        alone = single_run(trial, GlobalHydra.instance().config_loader(), "config")
+        assert prepared(alone) == alone, "which makes no multirun of it"
+        assert compose("config", alone) == compose("config", [*trial, "hydra.mode=RUN"])
+
+
+@pytest.mark.parametrize("value", [None, True, "null", "a b", "it's", "1", "[x]", 0.5, 3, ["a", "b/c"], {"a": ["x"]}])
+def test_a_value_is_spelled_as_the_command_line_takes_it(value: object) -> None:
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
+    assert parsed.value() == value
+
+
 @pytest.mark.parametrize(
     ("typed", "several"),
     [
@@ -137,12 +173,47 @@ def test_what_only_a_multirun_can_do_makes_one(typed: list[str], several: bool) 
 
 def test_a_grid_of_options_takes_the_keys_that_all_of_them_have() -> None:
     grid = ["-m", "prune=morphnet,prunetrain", "seed=1,2"]
-    assert prepared([*grid, "prune.interval=1,2"]) == [*grid, "++prune.interval=1,2"], "the default, none, lacks it"
+    outermost = ["-m", "seed=1,2", "prune=morphnet,prunetrain"]
+    assert prepared([*grid, "prune.interval=1,2"]) == [*outermost, "++prune.interval=1,2"], (
+        "the default, none, lacks it"
+    )
     unknown = ["-m", "prune=prunetrain,custom,mine", "prune.interval=1"]
     assert prepared(unknown) == unknown, "nobody knows what keys one's own parts have"
     for path in schema.CONF.glob("*/*.yaml"):
         if path.parent.name in schema.OPTIONS and path.stem != "custom":
             assert keys_of_file(path.parent.name, path.stem) is not None, path
+
+
+@pytest.mark.parametrize("seeds", ["seed=1,2,3", "seed=range(1,4)", "seed=choice(1,2,3)"])
+def test_all_configurations_of_a_seed_run_side_by_side(seeds: str) -> None:
+    """Jobs as Hydra's own sweeper numbers them; a further seed leaves the numbers of those before it."""
+
+    def jobs(*typed: str) -> list[list[str]]:
+        given = [argument for argument in prepared(["-m", *typed]) if argument != "-m"]
+        parsed = OverridesParser.create().parse_overrides(given)
+        (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [list(job) for job in batch]
+
+    found = jobs("prune=none,prunetrain", "epochs=2", seeds)
+    assert [job[0] for job in found] == [f"seed={seed}" for seed in (1, 1, 2, 2, 3, 3)]
+    assert [job[1] for job in found] == ["prune=none", "prune=prunetrain"] * 3
+    assert found == jobs(seeds, "prune=none,prunetrain", "epochs=2")
+    assert jobs("prune=none,prunetrain", "epochs=2", "seed=1,2,3,4")[:6] == found
+    assert prepared(["epochs=2", "seed=3"]) == ["epochs=2", "seed=3"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["-m", "prune=none,prunetrain", "--cfg", "job"], "leave out -m and give each key one value"),
+        (["+experiment=lasso_ratio", "-m", "--cfg=job"], "leave out -m"),
+        (["+experiment=lasso_ratio", "--cfg", "job"], "--cfg hydra --package hydra.sweeper shows its declaration"),
+    ],
+)
+def test_a_config_of_several_runs_is_not_shown(typed: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        prepared(typed)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_study_may_be_called_what_yaml_takes_for_something_else(command: Command, tmp_path: Path) -> None:

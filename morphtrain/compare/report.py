@@ -17,6 +17,7 @@ from morphtrain.compare.measure import Measured
 from morphtrain.evidence.interleaved import FOREIGN, Turns, block_ratio, blocks, doubts
 from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
 from morphtrain.files import write_atomically
+from morphtrain.wording import counted
 
 ACCURACIES = {"val_accuracy": "validation accuracy at the end", "test_accuracy": "test accuracy at the end"}
 
@@ -31,7 +32,7 @@ def show(sides: Mapping[str, str], repeats: Repeats) -> None:
     unit = first.turns.unit
     for name, words in sides.items():
         console.print(f"{name}: {words}")
-    where = f"{first.machine['processor']}, {first.machine['threads']} threads"
+    where = f"{first.machine['processor']}, {counted(int(first.machine['threads']), 'thread')}"
     console.print(
         f"in turns A B B A or B A A B, by {unit}, on {where}; of each side {first.warmup} to warm up do not count"
     )
@@ -109,7 +110,7 @@ def rows(repeats: Repeats) -> list[Row]:
 def _of_all(name: str, each: Sequence[Turns]) -> Row:
     """Medians over all repeats, and B against A."""
     number = sum(len(blocks(turns.a, turns.b)[0]) for turns in each)
-    rests = f"{number} blocks" if len(each) == 1 else f"{len(each)} seeds, {number} blocks"
+    rests = counted(number, "block") if len(each) == 1 else f"{len(each)} seeds, {counted(number, 'block')}"
     medians = (statistics.median(time for turns in each for time in getattr(turns, side)) for side in "ab")
     return f"{name} {_a(each[0].unit)}", *map(_seconds, medians), str(ratio(each) or "-"), rests
 

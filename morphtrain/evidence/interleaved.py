@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, paired_ratio
+from morphtrain.wording import counted
 
 PAIRS = 2  # of neighbours, in a block
 FEW_BLOCKS = 5  # with fewer, the interval rests on an uncertain scatter
@@ -85,9 +86,9 @@ def doubts(turns: Turns) -> list[str]:
 def _few(turns: Turns) -> Iterator[str]:
     number = len(turns.ratios)
     if number < LEAST_FOR_INTERVAL:
-        yield f"only {number} blocks, of which no interval can be told: {turns.more}"
+        yield f"only {counted(number, 'block')}, of which no interval can be told: {turns.more}"
     elif number < FEW_BLOCKS:
-        yield f"only {number} blocks, so the interval is wide and itself uncertain: {turns.more}"
+        yield f"only {counted(number, 'block')}, so the interval is wide and itself uncertain: {turns.more}"
 
 
 def _scattered(turns: Turns) -> Iterator[str]:

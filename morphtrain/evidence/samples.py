@@ -81,5 +81,5 @@ def _number(value: Any, name: str) -> float:
     if pd.isna(value):
         return math.nan
     if isinstance(value, str):
-        raise UserError(f"{name}={value}: is no number")
+        raise UserError(f"{name}: its values are no numbers, such as {value}")
     return float(value)

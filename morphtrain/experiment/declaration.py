@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,9 +100,10 @@ def declared(name: str, keys: Mapping[str, Any], arguments: Typed, compose: Comp
     resolved: dict[str, Arm] = {}
     configs: dict[str, DictConfig] = {}
     for arm, keys_of_arm in arms.items():
-        overrides = _overrides(keys_of_arm, arms, whole)
-        resolved[arm] = Arm(overrides, keys_of_arm.role, keys_of_arm.of)
-        configs[arm] = whole(overrides)
+        with _naming(arm):
+            overrides = _overrides(keys_of_arm, arms, whole)
+            resolved[arm] = Arm(overrides, keys_of_arm.role, keys_of_arm.of)
+            configs[arm] = whole(overrides)
     own = {key: value for key, value in asdict(facts).items() if key not in ("arms", "sizes", "attempts")}
     seeds = arguments.seeds or tuple(size.seeds)
     _check_seeds(seeds, "seed" if arguments.seeds else f"hydra.sweeper.sizes.{facts.size}.seeds")
@@ -149,6 +151,7 @@ def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
         for key in ("epochs", "width"):
             share = getattr(arm, key)
             schema.check(share is None or share > 0, f"{at}.{key}", share, "above 0, a share of what it would be")
+        schema.check(arm.at is None or 0 < arm.at < 1, f"{at}.at", arm.at, "between 0 and 1, a share of the epochs")
         arm.overrides = merged(arm.overrides, {"small": arm.small, "thesis": arm.thesis}.get(size, []))
         arms[str(name)] = arm
     return arms
@@ -175,7 +178,18 @@ def _overrides(
             full = OmegaConf.select(whole(plain), key)
             schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
             overrides.append(f"{key}={max(1, round(share * full))}")
+    if arm.at is not None:
+        overrides.append(f"grow.at_epochs=[{max(1, round(arm.at * whole(tuple(overrides)).epochs))}]")
     return tuple(overrides)
+
+
+@contextlib.contextmanager
+def _naming(arm: str) -> Iterator[None]:
+    """Say of which arm a mistake is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {arm}: {error}") from error
 
 
 def _is_of(key: str, keys: Sequence[str]) -> bool:
@@ -186,7 +200,8 @@ def _check_runs(experiment: Experiment, configs: Mapping[str, DictConfig]) -> No
     """Raise a `UserError` for an arm that cannot run, is the same as another, or does not record what decides."""
     plain = {}
     for name, config in configs.items():
-        parsed = schema.parse(config)
+        with _naming(name):
+            parsed = schema.parse(config)
         known = (*parsed.recorded, *schema.TESTED)
         for key in ("response", "y"):
             metric = getattr(experiment, key)

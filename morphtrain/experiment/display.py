@@ -8,7 +8,7 @@ from pathlib import Path
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
-from morphtrain.experiment.runs import Run
+from morphtrain.experiment.runs import Run, kind_of
 
 
 def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
@@ -26,7 +26,7 @@ def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> 
 
 
 class Clock:
-    """A line per run, with the time that is left as those before it took theirs.
+    """A line per run, with the time that is left as those before it took theirs, and each arm's warnings once.
 
     Args:
         left: number of runs to go.
@@ -35,6 +35,7 @@ class Clock:
 
     def __init__(self, left: int, total: int) -> None:
         self.begun, self.left, self.to_do, self.total = time.monotonic(), left, left, total
+        self.warned: set[tuple[str, str]] = set()
 
     def show(self, run: Run, response: str, why: str | UserError | None, again: bool) -> None:
         """Print how a run has ended; `why` it does not count, and whether it runs again."""
@@ -51,3 +52,8 @@ class Clock:
             minutes = (time.monotonic() - self.begun) / done * self.left / 60
             text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
         print(text, flush=True)
+        for warning in run.warnings() if why is None else ():
+            kind = (run.arm, kind_of(warning))
+            if kind not in self.warned:
+                self.warned.add(kind)
+                print(f"          warning of {run.arm}: {warning}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.progress import DISTURBED
 
 Record = Mapping[str, float]
+
+LOG = "run.log"
+WARNING = re.compile(r"\S+ \S+ WARNING (.+)")  # as conf/config.yaml formats it
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,13 @@ class Run:
         """The records of its epochs."""
         return records.read_records(self.directory)
 
+    def warnings(self) -> list[str]:
+        """What its log warns of, each kind once: of lines that differ only in numbers, the first."""
+        path = self.directory / LOG
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        texts = [found.group(1) for line in lines if (found := WARNING.fullmatch(line))]
+        return list({kind_of(text): text for text in reversed(texts)}.values())[::-1]
+
     def spoil(self) -> None:
         """Let what it has recorded count for nothing; it stays to be read until the run is repeated."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -55,6 +66,11 @@ class Run:
 
     def __str__(self) -> str:
         return f"seed {self.seed} {self.arm}"
+
+
+def kind_of(warning: str) -> str:
+    """The warning without its numbers."""
+    return re.sub(r"[\d.]+", "", warning)
 
 
 def planned(experiment: Experiment, directory: Path) -> list[Run]:

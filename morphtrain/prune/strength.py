@@ -44,7 +44,7 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     if planned <= most:
         return planned
     log.warning(
-        "prune.lasso_ratio=%g: %.2g takes effect, for in a run of so few steps more would be over %.0f %% of the loss",
+        "prune.lasso_ratio=%g: limited to %.2g: in so short a run, more would exceed %.0f %% of the loss",
         *(option.lasso_ratio, option.lasso_ratio * most / planned, 100 * LARGEST_LOSS_SHARE),
     )
     return most

@@ -60,7 +60,7 @@ def find(directory: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"{directory}: no experiment in it or below it (no {declaration.FILE}); run one first, as "
-            "python -m morphtrain.run -m +experiment=reconfigure_interval size=small"
+            "python -m morphtrain.run +experiment=reconfigure_interval size=small"
         )
     return found
 

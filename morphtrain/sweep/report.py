@@ -23,10 +23,12 @@ from morphtrain.errors import UserError
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import Attributes
 from morphtrain.sweep.comparison import CALIBRATED, Comparison, compared, completed
+from morphtrain.wording import counted
 
 log = logging.getLogger(__name__)
 
 FEW = 5  # best trials in the table
+REPEAT = "before you trust this, repeat it and {} with other seeds: the command below with -m and seed=2,3,4"
 RESULTS = "optimization_results.yaml"  # the name that Hydra's own sweeper uses
 
 
@@ -40,8 +42,8 @@ def close(
     """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
 
     Args:
-        repeating: gives the overrides that repeat a trial. Those stored with it are not used: the line would have the
-            user run what anybody who can write to the study has put there.
+        repeating: gives the overrides of a single run that repeats a trial. Those stored with it are not used: the line
+            would have the user run what anybody who can write to the study has put there.
 
     Raises:
         UserError: if no trial ended with a value.
@@ -103,8 +105,8 @@ def _failures(study: optuna.Study) -> str:
 def _table(comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
     """The baseline and the best trials, one per row."""
     study, objective = comparison.study, comparison.objective
-    counted = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
-    table = Table(title=f"study {study.study_name}: {counted}")
+    states = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
+    table = Table(title=f"study {study.study_name}: {states}")
     contended = ["contended epochs"] if comparison.contended else []
     for column in ("trial", *objective, *_shown(objective), *contended, "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
@@ -151,7 +153,8 @@ def _lines(
         lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
-        lines.append(f"importance for {objective[0]} (fANOVA): {shares}")
+        trials = counted(len(completed(comparison.searched)), "trial")
+        lines.append(f"importance for {objective[0]} (fANOVA of {trials}): {shares}")
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
@@ -192,13 +195,15 @@ def _verdict(comparison: Comparison, best: FrozenTrial) -> str:
     if len(completed(study)) == 1:
         return "only the baseline has a result: there is nothing yet to compare it with"
     if best.number == baseline.number:
-        return "the baseline is the best trial: what was searched does not pay off here"
+        ended = len(completed(study))
+        first = f"the baseline is the best of {counted(ended, 'trial')}, from one run each"
+        return f"{first}; {REPEAT.format('the next best')}"
     ratio = best.values[0] / baseline.values[0] if baseline.values[0] else math.nan
     accuracies = [Attributes(trial).metrics.get("val_accuracy", math.nan) for trial in (best, baseline)]
     return (
         f"{comparison.objective[0]}: best / baseline {ratio:.3f}, "
         f"val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
-        f"from one run each, the best of {len(study.trials)}: repeat both with other seeds before you trust this"
+        f"from one run each, the best of {len(study.trials)}; {REPEAT.format('the baseline')}"
     )
 
 

@@ -26,6 +26,7 @@ from morphtrain.sweep.baseline import Baseline
 from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space
+from morphtrain.sweep.single_run import single_run
 from morphtrain.sweep.storage import without_password
 from morphtrain.sweep.study import Plan, SharedStudy
 from morphtrain.sweep.trial import NO_NUMBER
@@ -88,7 +89,7 @@ class StudySweeper:
             with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
                 self._work(study, worker, space, parent)
             own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
-            repeating = functools.partial(self._repeating, space=space)
+            repeating = functools.partial(self._alone, space=space)
             artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own)
             interrupts.check()
             status = "FINISHED"
@@ -230,6 +231,13 @@ class StudySweeper:
         if Attributes(trial).is_baseline and not baseline.values():
             return baseline.overrides()
         return space.suggest(trial) if isinstance(trial, Trial) else space.overrides(trial)
+
+    def _alone(self, trial: FrozenTrial, space: SearchSpace) -> list[str]:
+        """The overrides of a single run that trains what a trial has trained."""
+        hydra = self.config.hydra
+        paths = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+        loader = self.hydra_context.config_loader
+        return single_run(self._repeating(trial, space), loader, hydra.job.config_name, paths)
 
     def _run_dir(self, trial: Trial) -> Path:
         """Where the trial's job goes on or begins.

@@ -85,7 +85,8 @@ class Guard:
         """Why the epoch is contended; empty if it is not."""
         reasons = []
         if others := sorted({*self.others, *self.slot.claim.others()}):
-            reasons.append(f"process {', '.join(map(str, others))} trains on the same device or cores")
+            processes = "process {} trains" if len(others) == 1 else "processes {} train"
+            reasons.append(f"{processes.format(', '.join(map(str, others)))} on the same device or cores")
         if metrics.get("foreign_cpu", 0.0) > FOREIGN_LIMIT:
             reasons.append(f"others used {metrics['foreign_cpu']:.0%} of its cores")
         if self.calibration is not None and (self.foreign is None or self.slot.device.type != "cpu"):

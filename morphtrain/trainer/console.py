@@ -53,8 +53,13 @@ def epoch_line(record: Record, epochs: int, change: str) -> str:
     return f"{line}  [{change}]" if change else line
 
 
-def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
-    """Print the closing table, where the results are, and what to type next; `view` shows the tracker's records."""
+def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str, alone: bool) -> None:
+    """Print the closing table, where the results are, and what to type next.
+
+    Args:
+        view: shows the tracker's records.
+        alone: False for a job of a multirun, which chooses the next one itself.
+    """
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs, run.config.objective))
     print(f"run directory: {_short(run_dir)}")
@@ -63,7 +68,8 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str) -> None:
         record = best.best(run.history)
         what = f"epoch {record['epoch']:.0f}, val_accuracy {record['val_accuracy']:.4f}"
         print(f"the best:      {_short(run_dir / best.BEST)} ({what})")
-    print(f"next:          the same command with {_counterpart(run)}{f'; to compare: {view}' if view else ''}")
+    if alone:
+        print(f"next:          the same command with {_counterpart(run)}{f'; to compare: {view}' if view else ''}")
 
 
 def _counterpart(run: Run) -> str:

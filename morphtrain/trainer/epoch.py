@@ -8,6 +8,7 @@ record = finish_epoch(run)
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from morphtrain import schema
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
@@ -24,6 +26,8 @@ from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
+
+log = logging.getLogger(__name__)
 
 METRIC = re.compile(r"[\w\-./ ]+")  # a name that trackers take
 DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
@@ -37,8 +41,19 @@ def start(run: Run) -> None:
     with run.clock.timed("setup_seconds"):
         for hook in run.hooks("before_training"):
             hook(run)
+    _warn_of_one_chunk(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
+
+
+def _warn_of_one_chunk(run: Run) -> None:
+    norm = run.config.norm
+    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= run.batch_size > 0:
+        log.warning(
+            "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
+            "a larger batch_policy.batch_size makes a difference",
+            *(norm.ghost_batch_size, run.batch_size),
+        )
 
 
 def begin_epoch(run: Run) -> None:

@@ -92,7 +92,7 @@ def _train(
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view())
+    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=tags.get("study", "none") == "none")
     return [run.history[-1][metric] for metric in config.objective]
 
 
