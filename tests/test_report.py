@@ -372,14 +372,22 @@ def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:
 
 
 def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) -> None:
-    directory = write(tmp_path, declared("ratio", THREE, SEEDS), lambda *key: {**metrics(*key), "contended": 1}, EPOCHS)
+    def disturbed(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        """Seed 7's runs were measured once."""
+        return {**metrics(arm, seed, epoch), "contended": 1, "reference_seconds": 1.0 if seed == 7 else 1.0 + epoch}
+
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), disturbed, EPOCHS)
     assert "Mixed" not in reported(tmp_path).html
     path = directory / "3" / "poor" / "environment.json"
     path.write_text(json.dumps({**MACHINE, "before": [{**MACHINE, "host": "other", "morphtrain_commit": "beef"}]}))
     section = reported(tmp_path).section("ratio_question")
     assert "Mixed machines: the runs come from 2" in section
     assert "Mixed code: the runs come from 2 commits" in section
-    assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of the runs" in section
+    assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of 21 runs" in section
+    assert "in 3 of these the machine was measured too seldom" in section
+    for run in (directory / "7").iterdir():
+        cut(directory, 7, run.name, 0)
+    assert "in 18 of 21 runs; calibrated times allow for it" in reported(tmp_path).section("ratio_question")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,36 @@ def test_a_mistake_is_one_line(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("references", "metric", "said"),
+    [
+        ((1.0, 2.0), "train_seconds", "so train_seconds may not compare; calibrated times do"),
+        ((1.0, 2.0), "calibrated_train_seconds", ""),
+        ((1.0, 1.0), "calibrated_train_seconds", "so calibrated_train_seconds may not compare; in some the machine"),
+        ((1.0, 1.0), "test_accuracy", ""),
+    ],
+)
+def test_disturbed_times_are_said_not_to_compare(
+    references: tuple[float, float],
+    metric: str,
+    said: str,
+    stored: Stored,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed in range(1, 5):
+        stored(f"dense{seed}", dense(seed), 0.5, calibrated_train_seconds=5.0 + seed, reference_seconds=1.0)
+        run = stored(f"pruned{seed}", pruned(seed), 0.6 + seed / 100, calibrated_train_seconds=4.0 + seed)
+        record = json.loads((run / "records.jsonl").read_text())
+        record |= {"contended": 1.0, "test_accuracy": 0.6 + seed / 100}
+        lines = [json.dumps({**record, "epoch": n, "reference_seconds": r}) for n, r in enumerate(references, 1)]
+        (run / "records.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["test", str(tmp_path), "--by", "prune", "--metric", metric, "--paired", "seed"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(notes) == bool(said)
+    assert not said or said in notes[0]
+
+
 def test_help_imports_nothing_slow() -> None:
     script = "import sys, morphtrain.evidence.__main__ as m\ntry: m.main(['test', '--help'])\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'pandas', 'numpy', 'scipy', 'statsmodels', 'mlflow'} & set(sys.modules)))"

@@ -30,6 +30,13 @@ RAW_TIMES = (
     "samples_per_second",
     "time_to_accuracy",
 )
+TIMES = (
+    *RAW_TIMES,
+    "median_epoch_seconds",
+    "calibrated_seconds",
+    "calibrated_train_seconds",
+    "calibrated_time_to_accuracy",
+)
 RUNS_HELP = (
     "directories of runs, or directories with runs below them, or a store of MLflow's, as sqlite:///mlflow.db or "
     "http://127.0.0.1:5000"
@@ -109,8 +116,7 @@ def _test(given: argparse.Namespace) -> None:
 
     table = _finished(given)
     scale = values.scale(given.metric)
-    if given.metric in RAW_TIMES and table["contended_epochs"].any():
-        print(f"note: others have disturbed some of these runs, so {given.metric} may not compare; calibrated times do")
+    _say_disturbed(table, given.metric)
     groups: Any = samples.by_group(table, given.by, given.metric)
     compare: tuple[Any, Any] = comparisons.compare_groups, variance.compare_many
     if given.paired is not None:
@@ -125,6 +131,16 @@ def _test(given: argparse.Namespace) -> None:
         )
         if given.margin is not None:
             _print_margin(groups, scale, given)
+
+
+def _say_disturbed(table: pd.DataFrame, metric: str) -> None:
+    """Whether times compare where others have used the machine."""
+    disturbed = table[table["contended_epochs"] > 0]
+    calibrates = bool(disturbed["calibrated"].all())
+    if disturbed.empty or metric not in TIMES or (calibrates and metric not in RAW_TIMES):
+        return
+    verdict = "calibrated times do" if calibrates else "in some the machine was measured too seldom to calibrate times"
+    print(f"note: others have disturbed {len(disturbed)} of these runs, so {metric} may not compare; {verdict}")
 
 
 def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespace) -> None:

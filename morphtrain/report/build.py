@@ -91,7 +91,8 @@ def _named_apart(questions: Sequence[Question]) -> list[Question]:
 def _empty() -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(columns=["run", "experiment", "arm", "seed", "finished", "contended_epochs", "epoch"])
+    columns = ("run", "experiment", "arm", "seed", "finished", "contended_epochs", "calibrated", "epoch")
+    return pd.DataFrame(columns=list(columns))
 
 
 def render(questions: Sequence[Question], folder: str) -> str:

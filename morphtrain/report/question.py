@@ -112,9 +112,13 @@ class Question:
             return ""
         epochs = sum(run.contended for run in contended)
         of = sum(run.epochs for run in self.progress)
+        seldom = sum(not run.calibrated for run in contended)
+        verdict = "calibrated times allow for it, raw ones do not"
+        if seldom:
+            verdict = f"in {seldom} of these the machine was measured too seldom for calibrated times to allow for it"
         return (
-            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(contended)} of the runs; "
-            "calibrated times allow for it, raw ones do not."
+            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(contended)} of "
+            f"{words.count(len(self.progress), 'run')}; {verdict}."
         )
 
     def _mixed(self) -> str:
