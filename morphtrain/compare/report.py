@@ -17,6 +17,7 @@ from morphtrain.compare.measure import Measured
 from morphtrain.evidence.interleaved import FOREIGN, Turns, block_ratio, blocks, doubts
 from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
 from morphtrain.files import write_atomically
+from morphtrain.wording import counted
 
 ACCURACIES = {"val_accuracy": "validation accuracy at the end", "test_accuracy": "test accuracy at the end"}
 
@@ -31,7 +32,7 @@ def show(sides: Mapping[str, str], repeats: Repeats) -> None:
     unit = first.turns.unit
     for name, words in sides.items():
         console.print(f"{name}: {words}")
-    where = f"{first.machine['processor']}, {first.machine['threads']} threads"
+    where = f"{first.machine['processor']}, {counted(int(first.machine['threads']), 'thread')}"
     console.print(
         f"in turns A B B A or B A A B, by {unit}, on {where}; of each side {first.warmup} to warm up do not count"
     )

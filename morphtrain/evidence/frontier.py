@@ -66,9 +66,18 @@ class Verdict:
             found += f" against the dense curve at equal seconds ({self.ahead.n} seeds; {self.margin:g} would matter)"
         return f"{self.verdict}: " + "; ".join([found, *self._notes()])
 
+    @property
+    def outlook(self) -> str:
+        """How many seeds would tell; "" if that is not known, or not needed."""
+        if self.seeds_needed is None:
+            return ""
+        return (
+            f"{self.seeds_needed} seeds in a new experiment would tell with a probability of {100 * POWER:.0f} %, if "
+            "effect and scatter are as they seem"
+        )
+
     def _notes(self) -> list[str]:
-        notes = [self.doubt] if self.doubt else []
-        notes += [f"{self.seeds_needed} seeds in a new experiment would tell"] if self.seeds_needed else []
+        notes = [note for note in (self.doubt, self.outlook) if note]
         for seeds, what in (
             (self.beyond, "longer than the longest dense run, compared with the best dense arm"),
             (self.too_short, "shorter than the shortest dense run, about which nothing can be said"),

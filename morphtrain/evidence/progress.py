@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.records import ends
+from morphtrain.evidence.words import count
 from morphtrain.plain_data import mismatch
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Progress:
         if not self.machines:
             return "not begun"
         disturbed = f", {self.contended} contended" if self.contended else ""
-        return f"{self.epochs} epochs{disturbed}" if self.finished else f"stopped after {self.epochs}{disturbed}"
+        epochs = count(self.epochs, "epoch")
+        return f"{epochs}{disturbed}" if self.finished else f"stopped after {self.epochs}{disturbed}"
 
 
 def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> list[Progress]:

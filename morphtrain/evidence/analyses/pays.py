@@ -14,9 +14,9 @@ from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
 from morphtrain.evidence.experiment import CURVE, Experiment
-from morphtrain.evidence.frontier import PAYS, Point, Verdict, judge, mean, on_curve, read
+from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, Point, Verdict, judge, mean, on_curve, read
 from morphtrain.evidence.pictures import Picture
-from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
+from morphtrain.evidence.repeats import Estimate, estimate, geometric, paired_ratio, share
 from morphtrain.evidence.section import Section, Table
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ TEST = (
     "seconds is one difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is "
     "above 0. Does not pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster "
     "than every dense arm has no curve to be read at, one slower than all is read at the best of them, and a seed "
-    "without all dense arms has no curve."
+    "without all dense arms has no curve. Means of seconds are geometric, with the interval of the logarithms; an "
+    "interval of accuracies ends at 0 and 1."
 )
 
 
@@ -50,8 +51,7 @@ class Method:
     @property
     def verdict(self) -> str:
         """In words, with the number of seeds that would tell."""
-        needed = self.judged.seeds_needed
-        return self.judged.verdict + (f"; {needed} seeds in a new experiment would" if needed else "")
+        return "; ".join(filter(None, (self.judged.verdict, self.judged.outlook)))
 
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Section:
@@ -70,6 +70,7 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
         test=TEST.format(margin=experiment.margin) + longer,
         tables=(_methods(found), _dense(experiment, runs), *_from_scratch(experiment, runs)),
         picture=_picture(experiment, found, runs),
+        is_open=bool(unjudged) or any(method.judged.verdict == CANNOT_TELL for method in found.values()),
     )
 
 
@@ -118,7 +119,7 @@ def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
 
 def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate, Estimate]:
     """Of seconds and of accuracy."""
-    return estimate([points[s].seconds for s in seeds]), estimate([points[s].accuracy for s in seeds])
+    return geometric([points[s].seconds for s in seeds]), share([points[s].accuracy for s in seeds])
 
 
 def _answer(found: Mapping[str, Method]) -> str:

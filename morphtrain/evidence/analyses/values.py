@@ -10,7 +10,7 @@ from morphtrain.evidence import words
 from morphtrain.evidence.comparisons import DIFFERENCE, RATIO, Comparison, compare_pairs, least_pairs
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.records import ends
-from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate
+from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, share
 from morphtrain.evidence.section import Section, Table
 from morphtrain.evidence.variance import corrected
 
@@ -24,7 +24,7 @@ TO_ACCURACY = "time_to_accuracy"  # seconds
 SHARES = ("accuracy", "density", "loss")  # whose differences mean more than their ratios
 TEST = (
     "t test paired by seed{of_logs}, with Student's 95 % interval; beside it the bootstrap's (BCa), and Wilcoxon's "
-    "signed ranks. All p are corrected for the number of comparisons (Holm), intervals are each for itself. With fewer "
+    "signed ranks. All p are corrected for the number of comparisons (Holm), intervals are not. With fewer "
     f"than {least_pairs()} pairs significance is out of reach and no p is given, with fewer than {LEAST_FOR_INTERVAL} "
     "there is no interval either."
 )
@@ -48,6 +48,13 @@ def scale(metric: str) -> str:
     return DIFFERENCE if metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY) else RATIO
 
 
+def mean(metric: str, found: Sequence[float]) -> Estimate:
+    """Over the seeds, with an interval of values that the metric can have."""
+    if scale(metric) == RATIO:
+        return geometric(found)
+    return estimate(found) if "loss" in metric else share(found)
+
+
 def compared(found: Mapping[str, BySeed], scale: str) -> dict[str, Comparison]:
     """Every later arm against the first, paired by seed; arms with fewer than two seeds in common are left out."""
     first, *later = found
@@ -62,13 +69,14 @@ def comparison_table(name: str, metric: str, found: Mapping[str, BySeed], scale:
 
     comparisons = compared(found, scale)
     rows = {
-        arm: {**columns(metric, estimate(list(seeds.values()))), "seeds": len(seeds)}
+        arm: {**columns(metric, mean(metric, list(seeds.values()))), "seeds": len(seeds)}
         | (tested(comparisons[arm]) if arm in comparisons else {})
         for arm, seeds in found.items()
         if seeds
     }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
-    caption = f"{words.sentence(words.metric(metric))}: means over the seeds, and the {scale} to {next(iter(found))}."
+    kind = "geometric means" if scale == RATIO else "means"
+    caption = f"{words.sentence(words.metric(metric))}: {kind} over the seeds, and the {scale} to {next(iter(found))}."
     return Table(name, caption, frame)
 
 
