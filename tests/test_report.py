@@ -22,7 +22,9 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from morphtrain import schema
+from morphtrain.evidence import drawing
 from morphtrain.evidence.experiment import Arm
+from morphtrain.evidence.repeats import geometric, share
 from morphtrain.report import chapter3
 from morphtrain.report.__main__ import main
 from morphtrain.report.build import build, read
@@ -248,6 +250,21 @@ def test_the_line_is_that_of_scipy(report: Report) -> None:
     assert table.loc["slope", "estimate"] == pytest.approx(wanted.slope, rel=1e-8)
     assert table.loc["intercept", "estimate"] == pytest.approx(wanted.intercept, rel=1e-8)
     assert f"n = 10 runs, R² = {wanted.rvalue**2:.4f}" in report.answer("line_question")
+
+
+def test_equal_methods_and_the_legend_hide_nothing() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    points = {name: (geometric([4.0, 5.0, 6.0]), share([0.9, 0.91, 0.92])) for name in ("one", "two", "three")}
+    drawing.against_seconds(axes, points, [(1.0, 0.8), (9.0, 0.95)], points)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    marks = [line for line in axes.lines if line.get_markersize() > 6 and line.get_marker() in ("o", "s", "^")]
+    assert len({mark.get_markersize() for mark in marks}) == len(marks) == 3
+    assert {mark.get_markerfacecolor() for mark in marks} == {"none"}
 
 
 def test_arms_that_computed_the_same_are_no_different_methods(tmp_path: Path) -> None:
