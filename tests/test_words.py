@@ -58,4 +58,3 @@ def test_which_direction_is_better() -> None:
 
 def test_lists_read_as_sentences() -> None:
     assert [words.listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
-    assert [words.count(1, "seed"), words.count(1200, "seed")] == ["1 seed", "1,200 seeds"]

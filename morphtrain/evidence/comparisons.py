@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, estimate
+from morphtrain.wording import counted
 
 RATIO, DIFFERENCE = "ratio", "difference"
 ROUNDING = 1e-12  # of the largest value: values that differ by less are alike
@@ -73,7 +74,7 @@ class Comparison:
 
     def __str__(self) -> str:
         what = " / " if self.scale == RATIO else " - "
-        count = f"{self.n[0]} pairs" if len(self.n) == 1 else f"{self.n[0]} and {self.n[1]} runs"
+        count = counted(self.n[0], "pair") if len(self.n) == 1 else f"{self.n[0]} and {self.n[1]} runs"
         return f"{what.join(self.names)}: {self.effect:.4g} {self._interval()} ({count}), {self._said()}"
 
     def _interval(self) -> str:

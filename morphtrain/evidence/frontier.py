@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from morphtrain.evidence.power import pairs_needed
 from morphtrain.evidence.repeats import Estimate, estimate
+from morphtrain.wording import counted
 
 PAYS, DOES_NOT_PAY, CANNOT_TELL = "pays", "does not pay", "cannot tell yet"
 WIDEST_GAP = 2.5  # between neighbouring dense arms, as a ratio of seconds: a chord far below a curve that levels off
@@ -63,7 +64,8 @@ class Verdict:
             found = f"accuracy {self.ahead.mean:+.4f}"
             if self.ahead.low is not None and self.ahead.high is not None:
                 found += f" [{self.ahead.low:+.4f}, {self.ahead.high:+.4f}]"
-            found += f" against the dense curve at equal seconds ({self.ahead.n} seeds; {self.margin:g} would matter)"
+            n = counted(self.ahead.n, "seed")
+            found += f" against the dense curve at equal seconds ({n}; {self.margin:g} would matter)"
         return f"{self.verdict}: " + "; ".join([found, *self._notes()])
 
     @property

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.records import ends
-from morphtrain.evidence.words import count
 from morphtrain.plain_data import mismatch
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ class Progress:
         if not self.machines:
             return "not begun"
         disturbed = f", {self.contended} contended" if self.contended else ""
-        epochs = count(self.epochs, "epoch")
+        epochs = counted(self.epochs, "epoch")
         return f"{epochs}{disturbed}" if self.finished else f"stopped after {self.epochs}{disturbed}"
 
 

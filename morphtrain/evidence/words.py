@@ -78,8 +78,3 @@ def interval(value: float, low: float | None, high: float | None, *, signed: boo
 def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def count(n: int, noun: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

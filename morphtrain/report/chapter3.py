@@ -13,6 +13,7 @@ from morphtrain.evidence.comparisons import DIFFERENCE, Comparison
 from morphtrain.evidence.regressions import Coefficient
 from morphtrain.report.question import Question
 from morphtrain.report.tables import Column, Link, Shown
+from morphtrain.wording import counted
 
 FILE = Path(__file__).with_name("chapter3.yaml")
 TEXT = (
@@ -81,7 +82,7 @@ def measured_for(claim: Claim, question: Question) -> str:
         return question.section.answer
     what = words.metric(claim.expects.get("metric", question.experiment.response))
     found = words.interval(effect.effect, effect.low, effect.high, signed=True)
-    return f"{words.sentence(what)}, {' - '.join(effect.names)}: {found} (n = {words.count(effect.n[0], 'seed')})."
+    return f"{words.sentence(what)}, {' - '.join(effect.names)}: {found} (n = {counted(effect.n[0], 'seed')})."
 
 
 def judged(expects: Mapping[str, str], question: Question) -> str:

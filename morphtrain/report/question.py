@@ -18,6 +18,7 @@ from morphtrain.evidence.section import Section
 from morphtrain.report.svg import inline
 from morphtrain.report.tables import Column, Shown, shown
 from morphtrain.schema import CONF
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +116,7 @@ class Question:
         begun = sum(bool(run.machines) for run in missing)
         state = f"{begun} begun, {len(missing) - begun} not begun"
         have = "has" if len(missing) == 1 else "have"
-        of = words.count(len(self.progress), "run")
+        of = counted(len(self.progress), "run")
         return (
             f"Incomplete: {len(missing)} of {of} {have} not finished ({state}); the "
             "answer is about those that have, and may change."
@@ -132,8 +133,8 @@ class Question:
         if seldom:
             verdict = f"in {seldom} of these the machine was measured too seldom for calibrated times to allow for it"
         return (
-            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(contended)} of "
-            f"{words.count(len(self.progress), 'run')}; {verdict}."
+            f"Others used the machine in {epochs} of {counted(of, 'epoch')}, in {len(contended)} of "
+            f"{counted(len(self.progress), 'run')}; {verdict}."
         )
 
     def _mixed(self) -> str:

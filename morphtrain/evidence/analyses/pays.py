@@ -18,6 +18,7 @@ from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, Point, Verdict, judg
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import Estimate, estimate, geometric, paired_ratio, share
 from morphtrain.evidence.section import Section, Table
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,8 +51,8 @@ class Method:
 
     @property
     def verdict(self) -> str:
-        """In words, with the number of seeds that would tell."""
-        return "; ".join(filter(None, (self.judged.verdict, self.judged.outlook)))
+        """In words, with what would tell if it cannot be told yet."""
+        return "; ".join(filter(None, (self.judged.verdict, self.judged.doubt, self.judged.outlook)))
 
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Section:
@@ -98,7 +99,7 @@ def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
     """Why a method is not in the table."""
     seeds = [seed for seed in _curves(experiment, runs) if seed in runs[arm]]
     if len(seeds) < values.LEAST_SEEDS:
-        return f"Not judged: {arm}, with {words.count(len(seeds), 'seed')} beside a full curve."
+        return f"Not judged: {arm}, with {counted(len(seeds), 'seed')} beside a full curve."
     return f"Not judged: {arm}, which was faster than every dense arm, so that there is nothing to compare it with."
 
 
@@ -127,16 +128,14 @@ def _answer(found: Mapping[str, Method]) -> str:
     parts = [f"{arm} {method.judged.verdict} ({_spoken(method)})" for arm, method in found.items()]
     verb = "pays" if 1 in (paying, len(found)) else "pay"
     return (
-        f"{paying} of {words.count(len(found), 'method')} {verb} against the dense network at equal seconds: "
+        f"{paying} of {counted(len(found), 'method')} {verb} against the dense network at equal seconds: "
         f"{words.listed(parts)}."
     )
 
 
 def _spoken(method: Method) -> str:
     ahead = words.interval(method.ahead.mean, method.ahead.low, method.ahead.high, signed=True)
-    return (
-        f"{ahead} of test accuracy in {words.number(method.seconds.mean)} s, n = {words.count(method.ahead.n, 'seed')}"
-    )
+    return f"{ahead} of test accuracy in {words.number(method.seconds.mean)} s, n = {counted(method.ahead.n, 'seed')}"
 
 
 def _methods(found: Mapping[str, Method]) -> Table:

@@ -13,6 +13,7 @@ from morphtrain.evidence.records import ends
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, share
 from morphtrain.evidence.section import Section, Table
 from morphtrain.evidence.variance import corrected
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,7 @@ def too_few(experiment: Experiment, metric: str, found: Mapping[str, BySeed]) ->
     """A section that says what is missing, instead of numbers."""
     there = [f"{arm} {len(seeds)} of {len(experiment.seeds)}" for arm, seeds in found.items()]
     answer = (
-        f"Nothing can be said yet: it takes {words.count(LEAST_SEEDS, 'seed')} of the arms that are compared, finished "
+        f"Nothing can be said yet: it takes {counted(LEAST_SEEDS, 'seed')} of the arms that are compared, finished "
         f"and with {metric}. There are: {words.listed(there)}."
     )
     return Section(answer, "None, with so few runs.")
@@ -132,9 +133,9 @@ def spoken(found: Mapping[str, Comparison]) -> str:
         arms = [ordered[0], ordered[-1]]
     parts = [
         f"{words.interval(c.effect, c.low, c.high, signed=c.scale == DIFFERENCE)} with {arm} "
-        f"(n = {words.count(c.n[0], 'seed')})"
+        f"(n = {counted(c.n[0], 'seed')})"
         for arm, c in ((arm, found[arm]) for arm in arms)
     ]
     if len(found) == len(arms):
         return words.listed(parts)
-    return f"from {parts[0]} to {parts[1]}, of {words.count(len(found), 'arm')}"
+    return f"from {parts[0]} to {parts[1]}, of {counted(len(found), 'arm')}"
