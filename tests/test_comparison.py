@@ -21,6 +21,7 @@ from morphtrain.sweep.attributes import (
     CONTENDED_ATTR,
     METRICS_ATTR,
     OVERRIDES_ATTR,
+    REFERENCES_ATTR,
     Attributes,
 )
 from morphtrain.sweep.comparison import compared
@@ -41,9 +42,10 @@ def study(*trials: dict[str, Any], objective: tuple[str, ...] = ("train_seconds"
     made = optuna.create_study(study_name="s", directions=["minimize"] * len(objective))
     for number, given in enumerate(trials):
         metrics = {"train_seconds": given["raw"], "val_accuracy": 0.9, "params": 10.0, "epoch": 5.0}
+        attrs: dict[str, Any] = {METRICS_ATTR: metrics, OVERRIDES_ATTR: [f"lr={number}"]}
         if "calibrated" in given:
             metrics["calibrated_train_seconds"] = given["calibrated"]
-        attrs: dict[str, Any] = {METRICS_ATTR: metrics, OVERRIDES_ATTR: [f"lr={number}"]}
+            attrs[REFERENCES_ATTR] = given.get("references", [0.01, 0.02])
         if "contended" in given:
             attrs[CONTENDED_ATTR] = list(range(given["contended"]))
         if "changed" in given:
@@ -99,6 +101,18 @@ def test_times_that_nothing_calibrates_are_not_compared(
     )
 
 
+def test_one_measurement_of_the_machine_in_a_disturbed_trial_calibrates_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturbed = {"raw": 60.0, "calibrated": 10.0, "contended": 5, "references": [0.01]}
+    text = closing(study(disturbed, {"raw": 9.8, "calibrated": 10.4}), capsys, monkeypatch)
+    assert "their times do not compare, for calibrated_train_seconds does not allow for it" in text
+    assert "baseline is the best" not in text
+    once = {"raw": 9.8, "calibrated": 10.4, "references": [0.01]}
+    text = closing(study({**disturbed, "references": [0.01, 0.02]}, once), capsys, monkeypatch)
+    assert "trials are compared by calibrated times" in text, "nothing disturbed the second"
+
+
 def test_a_baseline_alone_is_compared_with_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +158,7 @@ def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp
         assert reporter.trial_id is not None
         for epoch in epochs:
             flags = {"contended": float(epoch in (2, 4)), "changed": float(epoch == 3)}
-            reporter({"epoch": float(epoch), "train_seconds": 1.0, **flags})
+            reporter({"epoch": float(epoch), "train_seconds": 1.0, "reference_seconds": float(epoch // 3), **flags})
 
     report_epochs()
     assert made.trials[number].user_attrs[CHANGED_ATTR] == []
@@ -152,9 +166,11 @@ def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp
     report_epochs(3, 4, 5)  # its third epoch had not reached a checkpoint
     attrs = made.trials[number].user_attrs
     assert (attrs[CONTENDED_ATTR], attrs[CHANGED_ATTR]) == ([2, 4], [3])
+    assert attrs[REFERENCES_ATTR] == [0, 1]
 
 
-NAMES = (BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, *("overrides", "run_dir", "error", "stopped_at"))
+NAMES = (BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, REFERENCES_ATTR)
+NAMES += ("overrides", "run_dir", "error", "stopped_at")
 
 
 @pytest.mark.parametrize("foreign", ["x", 3.5, None, {"train_seconds": "x"}, ["x", 2], True])

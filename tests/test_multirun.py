@@ -49,11 +49,14 @@ def test_a_ratio_is_paired_and_its_inverse_is_the_inverse(pairs: list[tuple[floa
 
 
 def run(
-    option: str, seed: int, seconds: float, contended: bool = False, calibrated: float | None = None
+    option: str, seed: int, seconds: float, contended: bool = False, calibrated: float | None = None, measured: int = 2
 ) -> FinishedRun:
     record = {"val_accuracy": 0.9, "params": 10.0, "train_seconds": seconds, "contended": float(contended)}
     more = {} if calibrated is None else {"calibrated_train_seconds": calibrated}
-    return FinishedRun((f"prune={option}", "epochs=3"), seed, option != "none", [{**record, **more, "changed": 0.0}])
+    history = [{**record, **more, "changed": 0.0} for _ in range(2)]
+    if calibrated is not None:
+        history = [{**record, "reference_seconds": float(n % measured)} for n, record in enumerate(history)]
+    return FinishedRun((f"prune={option}", "epochs=3"), seed, option != "none", history)
 
 
 def printed(runs: list[FinishedRun]) -> list[str]:
@@ -76,6 +79,11 @@ def test_under_contention_calibrated_times_stand_in_or_none() -> None:
     lines = printed(raw)
     assert not any("time / first" in line for line in lines)
     assert "3 of 6 runs had contended epochs: times do not compare (timing.reference=0)" in lines
+    seldom = [run("none", s, 9.0, contended=True, calibrated=4.0, measured=1) for s in seeds] + calibrated[3:]
+    lines = printed(seldom)
+    assert not any("time / first" in line for line in lines)
+    why = "the machine was measured too seldom to calibrate them"
+    assert f"3 of 6 runs had contended epochs: times do not compare ({why})" in lines
 
 
 def test_a_multirun_over_seeds_ends_with_what_each_configuration_gave(command: Command, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from morphtrain import schema
+from morphtrain.evidence import drawing
 from morphtrain.evidence.experiment import Arm
+from morphtrain.evidence.repeats import geometric, share
 from morphtrain.report import chapter3
 from morphtrain.report.__main__ import main
 from morphtrain.report.build import build, read
@@ -165,7 +167,7 @@ def test_a_method_is_held_against_the_dense_curve_of_its_own_seed(report: Report
             y = [accuracy[name][seed] for name in ("soonest", "sooner", "dense")]
             ahead.append(accuracy[arm][seed] - np.interp(np.log(seconds[arm][seed]), x, y))
         assert row(table, arm, "difference") == pytest.approx(t_interval(ahead), rel=1e-8)
-        assert row(table, arm, "seconds") == pytest.approx(t_interval(seconds[arm]), rel=1e-8)
+        assert row(table, arm, "seconds") == pytest.approx(np.exp(t_interval(np.log(seconds[arm]))), rel=1e-8)
     assert list(table["verdict"]) == ["pays", "does not pay"]
     assert "1 of 2 methods pays" in report.answer("pays_question")
     fresh = np.subtract(accuracy["good"], accuracy["fresh"])
@@ -248,6 +250,80 @@ def test_the_line_is_that_of_scipy(report: Report) -> None:
     assert table.loc["slope", "estimate"] == pytest.approx(wanted.slope, rel=1e-8)
     assert table.loc["intercept", "estimate"] == pytest.approx(wanted.intercept, rel=1e-8)
     assert f"n = 10 runs, R² = {wanted.rvalue**2:.4f}" in report.answer("line_question")
+
+
+def test_equal_methods_and_the_legend_hide_nothing() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    points = {name: (geometric([4.0, 5.0, 6.0]), share([0.9, 0.91, 0.92])) for name in ("one", "two", "three")}
+    drawing.against_seconds(axes, points, [(1.0, 0.8), (9.0, 0.95)], points)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    marks = [line for line in axes.lines if line.get_markersize() > 6 and line.get_marker() in ("o", "s", "^")]
+    assert len({mark.get_markersize() for mark in marks}) == len(marks) == 3
+    assert {mark.get_markerfacecolor() for mark in marks} == {"none"}
+
+
+def test_arms_that_computed_the_same_are_no_different_methods(tmp_path: Path) -> None:
+    arms = {**THREE, "twin": ARMS["good"]}
+
+    def twins(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        of = "good" if arm == "twin" else arm
+        times = {"calibrated_train_seconds": 50.0 + seed + len(arm), "timestamp": float(len(arm))}
+        return {**metrics(of, seed, epoch), **times, "channel_density": 0.5 + (arm == "twin" and seed == 8)}
+
+    configs = {"twin": {"prune": {"lasso_ratio": 0.4}}, "good": {"prune": {"lasso_ratio": 0.2}}}
+    write(tmp_path / "a", declared("ratio", arms, SEEDS), twins, EPOCHS, configs)
+    write(tmp_path / "b", declared("ratio", arms, range(1, 9)), twins, EPOCHS, configs)
+    html = reported(tmp_path).html
+    assert html.count("good and twin computed the same") == 1, "with seed 8 they did not"
+
+
+def test_seconds_are_positive_and_accuracies_at_most_one(tmp_path: Path) -> None:
+    def wide(arm: str, seed: int, _: int) -> dict[str, float]:
+        return {"calibrated_train_seconds": 10.0 ** (seed - 2) * len(arm), "test_accuracy": 0.9 if seed == 2 else 1.0}
+
+    write(tmp_path, declared("pays", ARMS, (1, 2, 3)), wide, 1)
+    table = reported(tmp_path).table("pays_question-small-dense")
+    assert (table["seconds low"] > 0).all() and (table["accuracy high"] == 1).all()
+    assert table.loc["dense", "seconds"] == pytest.approx(5.0)
+
+
+def test_a_claim_shows_what_its_verdict_rests_on(report: Report, tmp_path: Path) -> None:
+    def verdict_of(directory: Path, expects: Mapping[str, str] | None) -> tuple[str, str]:
+        question = read(directory, directory.parent)
+        claim = chapter3.Claim("", "", "", expects)
+        return chapter3.measured_for(claim, question), chapter3.verdict(claim, question)
+
+    pays = report.root / "pays_question-small"
+    shown, verdict = verdict_of(pays, {"is": "lower", "metric": "calibrated_train_seconds", "arm": "good"})
+    assert shown.startswith("Training time in calibrated seconds, good - dense: -") and "(n = 7 seeds)" in shown
+    assert verdict == chapter3.AGREES
+    assert verdict_of(report.root / "ratio_question-small", None)[1] == "open in the draft, answered here"
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    cut(directory, 7, "poor", 2)
+    assert verdict_of(directory, None)[1] == chapter3.UNTOLD, "runs are missing"
+
+    def noisy(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        return {**metrics(arm, seed, epoch), "test_accuracy": 0.9 + (seed * len(arm)) % 7 / 50}
+
+    directory = write(tmp_path, declared("pays", ARMS, SEEDS), noisy, EPOCHS)
+    assert "cannot tell yet" in read(directory, tmp_path).answer
+    assert verdict_of(directory, None)[1] == chapter3.UNTOLD
+
+
+def test_the_command_repeats_an_experiment_of_ones_own(tmp_path: Path) -> None:
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    sources = [{"path": "pkg", "provider": "main"}, {"path": "/home/me/my options", "provider": "command-line"}]
+    hydra = {"hydra": {"runtime": {"config_sources": sources}}}
+    for run in directory.glob("*/*"):
+        (run / ".hydra" / "hydra.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(hydra)))
+    command = read(directory, tmp_path).command
+    assert "--config-dir '/home/me/my options' +experiment=ratio_question size=small" in command
+    assert command.endswith("seed=1,2,3,4,5,6,7")
 
 
 def test_the_page_is_well_formed_and_has_a_name_for_everything(report: Report) -> None:
@@ -372,14 +448,22 @@ def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:
 
 
 def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) -> None:
-    directory = write(tmp_path, declared("ratio", THREE, SEEDS), lambda *key: {**metrics(*key), "contended": 1}, EPOCHS)
+    def disturbed(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        """Seed 7's runs were measured once."""
+        return {**metrics(arm, seed, epoch), "contended": 1, "reference_seconds": 1.0 if seed == 7 else 1.0 + epoch}
+
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), disturbed, EPOCHS)
     assert "Mixed" not in reported(tmp_path).html
     path = directory / "3" / "poor" / "environment.json"
     path.write_text(json.dumps({**MACHINE, "before": [{**MACHINE, "host": "other", "morphtrain_commit": "beef"}]}))
     section = reported(tmp_path).section("ratio_question")
     assert "Mixed machines: the runs come from 2" in section
     assert "Mixed code: the runs come from 2 commits" in section
-    assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of the runs" in section
+    assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of 21 runs" in section
+    assert "in 3 of these the machine was measured too seldom" in section
+    for run in (directory / "7").iterdir():
+        cut(directory, 7, run.name, 0)
+    assert "in 18 of 21 runs; calibrated times allow for it" in reported(tmp_path).section("ratio_question")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import SMALL, Command
+from experiments import declared, write_declaration
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.__main__ import main
+from morphtrain.evidence.experiment import Arm
 from morphtrain.evidence.records import ends, load, read_records
 
 Stored = Callable[..., Path]
@@ -173,7 +175,7 @@ def test_the_commands_say_effect_interval_and_n(grid: str, capsys: pytest.Captur
     note, test, no_worse, equivalent = capsys.readouterr().out.splitlines()
     assert note == "note: 1 of 15 runs left out, which did not come to their end"
     assert test.startswith("prunetrain - none: 0.005444 [") and "(7 pairs), paired t test p = " in test
-    assert no_worse.startswith("prunetrain - none: is no worse within -0.01 to inf: 0.005444 [")
+    assert no_worse.startswith("prunetrain - none: is no worse (not below -0.01): 0.005444 [")
     assert equivalent.startswith("prunetrain - none: is equivalent within -0.01 to 0.01: 0.005444 [")
     assert main(["test", grid, "--by", "prune", "--metric", "params"]) == 0
     assert "prunetrain / none: 0.711" in capsys.readouterr().out
@@ -196,7 +198,8 @@ def test_the_commands_say_effect_interval_and_n(grid: str, capsys: pytest.Captur
         (["--by", "prune", "--paired", "finished"], "has two runs with finished=True"),
         (["--by", "prune", "--paired", "params"], "no value of it is in every group"),
         (["--by", "finished"], "all runs have the same, True"),
-        (["--by", "prune", "--margin", "-1"], "must be given, above 0"),
+        (["--by", "prune", "--margin", "-1"], "--margin -1: must be above 0"),
+        (["--by", "prune", "--metric", "test_acuracy"], "did you mean test_accuracy"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -205,6 +208,60 @@ def test_a_mistake_is_one_line(
     assert main(["test", grid, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_first_group_is_the_arm_declared_first(
+    stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"plain": Arm(role="dense"), "fast": Arm(), "also": Arm()}
+    directory = write_declaration(tmp_path, declared("ratio", arms, range(1, 5)))
+    for seed in range(1, 5):
+        for n, arm in enumerate(arms):
+            stored(f"{directory.name}/{seed}/{arm}", f"seed: {seed}\nlr: {n}\n", 0.5 + seed / 100 + n * seed / 300)
+    assert main(["test", str(directory), "--by", "arm", "--paired", "seed", "--margin", "0.5"]) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first == "every pair of 3 groups is compared; the first is plain"
+    pairs = ["fast - plain", "also - plain", "also - fast"]
+    assert [line.split(":")[0].strip() for line in lines] == [*pairs, *pairs[:1] * 2, *pairs[1:2] * 2]
+
+
+def test_identical_values_are_equivalent(stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(1, 5):
+        stored(f"a{seed}", pruned(seed, 0.1), 0.5)
+        stored(f"b{seed}", pruned(seed, 0.4), 0.5)
+    for paired in ([], ["--paired", "seed"]):
+        assert main(["test", str(tmp_path), "--by", "prune.lasso_ratio", "--margin", "0.01", *paired]) == 0
+        assert "0.4 - 0.1: all alike, difference 0: no worse, and equivalent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("references", "metric", "said"),
+    [
+        ((1.0, 2.0), "train_seconds", "so train_seconds may not compare; calibrated times do"),
+        ((1.0, 2.0), "calibrated_train_seconds", ""),
+        ((1.0, 1.0), "calibrated_train_seconds", "so calibrated_train_seconds may not compare; in some the machine"),
+        ((1.0, 1.0), "test_accuracy", ""),
+    ],
+)
+def test_disturbed_times_are_said_not_to_compare(
+    references: tuple[float, float],
+    metric: str,
+    said: str,
+    stored: Stored,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed in range(1, 5):
+        stored(f"dense{seed}", dense(seed), 0.5, calibrated_train_seconds=5.0 + seed, reference_seconds=1.0)
+        run = stored(f"pruned{seed}", pruned(seed), 0.6 + seed / 100, calibrated_train_seconds=4.0 + seed)
+        record = json.loads((run / "records.jsonl").read_text())
+        record |= {"contended": 1.0, "test_accuracy": 0.6 + seed / 100}
+        lines = [json.dumps({**record, "epoch": n, "reference_seconds": r}) for n, r in enumerate(references, 1)]
+        (run / "records.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["test", str(tmp_path), "--by", "prune", "--metric", metric, "--paired", "seed"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(notes) == bool(said)
+    assert not said or said in notes[0]
 
 
 def test_help_imports_nothing_slow() -> None:

@@ -51,6 +51,10 @@ def test_p_is_never_zero() -> None:
     assert words.p_value(0.0123) == "p = 0.012"
 
 
+def test_which_direction_is_better() -> None:
+    found = [words.better(name) for name in ("val_loss", "test_accuracy", "time_to_accuracy", "batch_size")]
+    assert found == ["less is better", "more is better", "less is better", ""]
+
+
 def test_lists_read_as_sentences() -> None:
     assert [words.listed(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
-    assert [words.count(1, "seed"), words.count(1200, "seed")] == ["1 seed", "1,200 seeds"]

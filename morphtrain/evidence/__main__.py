@@ -30,9 +30,20 @@ RAW_TIMES = (
     "samples_per_second",
     "time_to_accuracy",
 )
+TIMES = (
+    *RAW_TIMES,
+    "median_epoch_seconds",
+    "calibrated_seconds",
+    "calibrated_train_seconds",
+    "calibrated_time_to_accuracy",
+)
 RUNS_HELP = (
     "directories of runs, or directories with runs below them, or a store of MLflow's, as sqlite:///mlflow.db or "
     "http://127.0.0.1:5000"
+)
+BY_HELP = (
+    "what groups the runs: a config key, or arm; the first group, the reference, is that of the arm which an "
+    "experiment declares first, otherwise of the run found first"
 )
 MARGIN_HELP = (
     "what would matter, chosen before the runs: for an accuracy a difference (0.01), for anything else a share of the "
@@ -59,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="table|test|fit")
     for name, command, what in (
         ("table", _table, "the last record of each run"),
-        ("test", _test, "compare groups of runs, each with the first: effect, interval, test"),
+        (
+            "test",
+            _test,
+            "compare groups of runs, of more than two every pair: effect, interval, test",
+        ),
         ("fit", _fit, "the least-squares line of a metric against a config key or metric, with diagnostics"),
     ):
         each = commands.add_parser(name, help=what, description=what)
@@ -70,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "table":
             each.add_argument("--csv", type=Path, metavar="FILE", help="write all columns there")
         elif name == "test":
-            each.add_argument("--by", required=True, metavar="KEY", help="what groups the runs: a config key, or arm")
+            each.add_argument("--by", required=True, metavar="KEY", help=BY_HELP)
             each.add_argument("--metric", default=METRIC, help="of the last epoch; %(default)s by default")
             each.add_argument("--paired", metavar="KEY", help="what pairs the runs of different groups, as seed")
             each.add_argument("--margin", type=float, help=MARGIN_HELP)
@@ -107,16 +122,19 @@ def _test(given: argparse.Namespace) -> None:
     from morphtrain.evidence import comparisons, variance
     from morphtrain.evidence.analyses import values
 
-    table = _finished(given)
+    if given.margin is not None and not given.margin > 0:
+        raise UserError(f"--margin {given.margin:g}: must be above 0")
+    table = _in_declared_order(_finished(given))
     scale = values.scale(given.metric)
-    if given.metric in RAW_TIMES and table["contended_epochs"].any():
-        print(f"note: others have disturbed some of these runs, so {given.metric} may not compare; calibrated times do")
+    _say_disturbed(table, given.metric)
     groups: Any = samples.by_group(table, given.by, given.metric)
     compare: tuple[Any, Any] = comparisons.compare_groups, variance.compare_many
     if given.paired is not None:
         groups = samples.by_pair(table, given.by, given.metric, given.paired)
         compare = comparisons.compare_pairs, variance.compare_blocks
     first, second, *more = groups
+    if more:
+        print(f"every pair of {len(groups)} groups is compared; the first is {first}")
     with _as_user_error():
         print(
             compare[1](groups, scale)
@@ -127,6 +145,16 @@ def _test(given: argparse.Namespace) -> None:
             _print_margin(groups, scale, given)
 
 
+def _say_disturbed(table: pd.DataFrame, metric: str) -> None:
+    """Whether times compare where others have used the machine."""
+    disturbed = table[table["contended_epochs"] > 0]
+    calibrates = bool(disturbed["calibrated"].all())
+    if disturbed.empty or metric not in TIMES or (calibrates and metric not in RAW_TIMES):
+        return
+    verdict = "calibrated times do" if calibrates else "in some the machine was measured too seldom to calibrate times"
+    print(f"note: others have disturbed {len(disturbed)} of these runs, so {metric} may not compare; {verdict}")
+
+
 def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespace) -> None:
     from morphtrain.evidence import comparisons
 
@@ -135,6 +163,9 @@ def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespa
     worse = "below" if given.metric.endswith(HIGHER_IS_BETTER) and not is_time else "above"
     first, *others = groups
     for other in others:
+        if comparisons.are_equal(groups[other], groups[first]):
+            print(f"{other} - {first}: all alike, difference 0: no worse, and equivalent")
+            continue
         for sides in ((worse,), ("below", "above")):
             bounds = dict.fromkeys(sides, given.margin)
             print(within(groups[other], groups[first], scale, **bounds, names=(other, first)))
@@ -153,6 +184,17 @@ def _finished(given: argparse.Namespace) -> pd.DataFrame:
         raise UserError(f"{' '.join(given.runs)}: none of {len(table)} runs has come to its end")
     _say_left_out(len(table) - len(finished), len(table), "which did not come to their end")
     return finished
+
+
+def _in_declared_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one experiment in the order in which it declares its arms; others as they were found."""
+    from morphtrain.evidence import experiment
+
+    directories = {Path(run).parent.parent for run in table["run"]}
+    if len(directories) != 1 or not (directory := directories.pop()).joinpath(experiment.FILE).exists():
+        return table
+    places = {arm: place for place, arm in enumerate(experiment.load(directory).arms)}
+    return table.sort_values("arm", key=lambda arms: arms.map(places), kind="stable")
 
 
 def _say_left_out(count: int, runs: int, why: str) -> None:

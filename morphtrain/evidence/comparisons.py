@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, estimate
+from morphtrain.wording import counted
 
 RATIO, DIFFERENCE = "ratio", "difference"
 ROUNDING = 1e-12  # of the largest value: values that differ by less are alike
@@ -36,7 +37,7 @@ class Comparison:
             could be significant.
         test: its name.
         confidence: of the intervals.
-        family: how many comparisons p and rank_p are corrected for (Holm); the intervals are each for itself.
+        family: how many comparisons p and rank_p are corrected for (Holm); the intervals are not.
     """
 
     names: tuple[str, str]
@@ -73,7 +74,7 @@ class Comparison:
 
     def __str__(self) -> str:
         what = " / " if self.scale == RATIO else " - "
-        count = f"{self.n[0]} pairs" if len(self.n) == 1 else f"{self.n[0]} and {self.n[1]} runs"
+        count = counted(self.n[0], "pair") if len(self.n) == 1 else f"{self.n[0]} and {self.n[1]} runs"
         return f"{what.join(self.names)}: {self.effect:.4g} {self._interval()} ({count}), {self._said()}"
 
     def _interval(self) -> str:
@@ -121,8 +122,12 @@ class WithinMargin:
         what = " / " if self.scale == RATIO else " - "
         one_sided = math.isinf(self.highest) or math.isinf(self.lowest) or self.lowest == 0
         claim = f"{'is' if self.shown else 'is not shown to be'} {'no worse' if one_sided else 'equivalent'}"
+        bounds = f"within {self.lowest:.4g} to {self.highest:.4g}"
+        if one_sided:
+            has_floor = math.isinf(self.highest)
+            bounds = f"(not {'below' if has_floor else 'above'} {self.lowest if has_floor else self.highest:.4g})"
         return (
-            f"{what.join(self.names)}: {claim} within {self.lowest:.4g} to {self.highest:.4g}: {self.effect:.4g} "
+            f"{what.join(self.names)}: {claim} {bounds}: {self.effect:.4g} "
             f"[{self.low:.4g}, {self.high:.4g}] ({1 - 2 * self.level:.0%}; n = {' and '.join(map(str, self.n))}), "
             f"p = {self.p:.2g}"
         )
@@ -217,6 +222,13 @@ def groups_within(
 ) -> WithinMargin:
     """The same as `pairs_within` for independent groups, by Welch's test."""
     return _within((scaled(ours, scale), scaled(theirs, scale)), scale, below, above, names, level)
+
+
+def are_equal(ours: Any, theirs: Any) -> bool:
+    """Whether there is nothing to test: two groups of one and the same value, or pairs without a difference."""
+    if isinstance(ours, Mapping):
+        return all(ours[key] == theirs[key] for key in ours.keys() & theirs.keys())
+    return len({*ours, *theirs}) == 1
 
 
 def _comparison(

@@ -38,15 +38,16 @@ def against_seconds(
     for name, (seconds, accuracy) in dense.items():
         _cross(axes, seconds, accuracy, color=INK, marker="o", markerfacecolor=PAPER, markersize=5)
         axes.annotate(name, (seconds.mean, accuracy.mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
-    for name, look in looks(methods).items():
-        _cross(axes, *methods[name], color=look.color, marker=look.marker, markersize=8, label=name)
+    for place, (name, look) in enumerate(looks(methods).items()):  # hollow and of sizes: equal ones lie in each other
+        mark = {"marker": look.marker, "markerfacecolor": "none", "markersize": 7 + 3 * (len(methods) - 1 - place)}
+        _cross(axes, *methods[name], color=look.color, **mark, label=name)
     bottom, top = axes.get_ylim()
     x, y = zip(*curve, strict=True)
     axes.fill_between(x, y, max(top, max(y)), color=RULE, alpha=0.35, linewidth=0, label="here a method pays", zorder=0)
     axes.set_ylim(bottom, top)
     axes.set(xlabel="seconds of training (calibrated, log scale)", ylabel="accuracy on the test images")
     log_ticks(axes.xaxis)
-    axes.legend(fontsize=9, loc="lower right")
+    axes.figure.legend(fontsize=9, loc="outside lower center", ncols=2)
 
 
 def ratios(axes: Any, found: Mapping[str, Estimate], reference: str, what: str) -> None:

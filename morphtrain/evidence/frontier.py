@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from morphtrain.evidence.power import pairs_needed
 from morphtrain.evidence.repeats import Estimate, estimate
+from morphtrain.wording import counted
 
 PAYS, DOES_NOT_PAY, CANNOT_TELL = "pays", "does not pay", "cannot tell yet"
 WIDEST_GAP = 2.5  # between neighbouring dense arms, as a ratio of seconds: a chord far below a curve that levels off
@@ -63,12 +64,22 @@ class Verdict:
             found = f"accuracy {self.ahead.mean:+.4f}"
             if self.ahead.low is not None and self.ahead.high is not None:
                 found += f" [{self.ahead.low:+.4f}, {self.ahead.high:+.4f}]"
-            found += f" against the dense curve at equal seconds ({self.ahead.n} seeds; {self.margin:g} would matter)"
+            n = counted(self.ahead.n, "seed")
+            found += f" against the dense curve at equal seconds ({n}; {self.margin:g} would matter)"
         return f"{self.verdict}: " + "; ".join([found, *self._notes()])
 
+    @property
+    def outlook(self) -> str:
+        """How many seeds would tell; "" if that is not known, or not needed."""
+        if self.seeds_needed is None:
+            return ""
+        return (
+            f"{self.seeds_needed} seeds in a new experiment would tell with a probability of {100 * POWER:.0f} %, if "
+            "effect and scatter are as they seem"
+        )
+
     def _notes(self) -> list[str]:
-        notes = [self.doubt] if self.doubt else []
-        notes += [f"{self.seeds_needed} seeds in a new experiment would tell"] if self.seeds_needed else []
+        notes = [note for note in (self.doubt, self.outlook) if note]
         for seeds, what in (
             (self.beyond, "longer than the longest dense run, compared with the best dense arm"),
             (self.too_short, "shorter than the shortest dense run, about which nothing can be said"),

@@ -11,6 +11,7 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.records import ends
 from morphtrain.plain_data import mismatch
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ DISTURBED = "disturbed.jsonl"  # what the records of a run are called that count
 class Progress:
     """One declared run: its epochs, whether it has finished, in how many epochs others disturbed it, and its machines.
 
+    `calibrated`: calibrated times allow for what disturbed it.
     `spoilt`: it has failed or was disturbed, and waits to be repeated. `machines` has more than one if the run went on
     elsewhere, and none if it has not begun.
     """
@@ -32,6 +34,7 @@ class Progress:
     epochs: int
     finished: bool
     contended: int
+    calibrated: bool
     spoilt: bool
     machines: tuple[dict[str, str], ...]
 
@@ -41,7 +44,8 @@ class Progress:
         if not self.machines:
             return "not begun"
         disturbed = f", {self.contended} contended" if self.contended else ""
-        return f"{self.epochs} epochs{disturbed}" if self.finished else f"stopped after {self.epochs}{disturbed}"
+        epochs = counted(self.epochs, "epoch")
+        return f"{epochs}{disturbed}" if self.finished else f"stopped after {self.epochs}{disturbed}"
 
 
 def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> list[Progress]:
@@ -56,7 +60,9 @@ def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> li
     for seed in experiment.seeds:
         for arm in experiment.arms:
             run, row = directory / str(seed) / arm, last.get((arm, seed))
-            done = (0, False, 0) if row is None else (int(row.epoch), bool(row.finished), int(row.contended_epochs))
+            done = (0, False, 0, False)
+            if row is not None:
+                done = int(row.epoch), bool(row.finished), int(row.contended_epochs), bool(row.calibrated)
             found.append(Progress(arm, seed, *done, (run / DISTURBED).exists(), _machines(run / ENVIRONMENT)))
     return found
 

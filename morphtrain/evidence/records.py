@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphtrain.errors import UserError, first_line
+from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.plain_data import mismatch
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ def load(*sources: str | Path, study: str | None = None, mlflow_experiment: str 
     Columns: `run` (its directory, or its id in MLflow); `experiment` and `arm`, as its place below an experiment's
     directory says ("" and what differs from the other runs, apart from the seed, if it has none); `seed` (missing if
     there is no config); `finished` (whether the run came to its end); `contended_epochs` (how many of the run's epochs
-    others have disturbed); every metric; every config value that differs between the runs, by its dotted key, a group's
-    option under the group's name. A run that is found twice is there once.
+    others have disturbed); `calibrated` (whether calibrated times allow for that); every metric; every config value
+    that differs between the runs, by its dotted key, a group's option under the group's name. A run that is found twice
+    is there once.
 
     Args:
         sources: run directories, directories with runs below them, or addresses of MLflow's stores (`sqlite:///mlflow.db`,
@@ -134,6 +136,7 @@ def _rows(run: RunRecords, differing: Sequence[str], telling: Sequence[str]) -> 
         "seed": run.config.get("seed"),
         "finished": run.finished,
         "contended_epochs": sum(bool(record.get("contended")) for record in run.history),
+        "calibrated": is_calibrated(run.history),
     }
     for record in run.history:
         measured = {f"metric.{name}" if name in place else name: value for name, value in record.items()}

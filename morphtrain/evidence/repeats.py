@@ -53,6 +53,20 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     return Estimate(tuple(values), mean, mean - reach, mean + reach)
 
 
+def geometric(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The geometric mean of positive values, as times are; its interval, that of the mean logarithm, is above 0."""
+    logs = estimate([math.log(value) for value in values], confidence)
+    ends = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    return Estimate(tuple(values), math.exp(logs.mean), *ends)
+
+
+def share(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """The mean of values from 0 to 1, as accuracies are; its interval ends there, too."""
+    found = estimate(values, confidence)
+    low, high = (None if end is None else min(max(end, 0.0), 1.0) for end in (found.low, found.high))
+    return Estimate(found.values, found.mean, low, high)
+
+
 def paired_ratio(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
 ) -> Estimate | None:
@@ -64,8 +78,4 @@ def paired_ratio(
         values, baseline: positive numbers, such as times, by seed.
     """
     ratios = [values[seed] / baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    if not ratios:
-        return None
-    logs = estimate([math.log(ratio) for ratio in ratios], confidence)
-    ends = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    return Estimate(tuple(ratios), math.exp(logs.mean), *ends)
+    return geometric(ratios, confidence) if ratios else None

@@ -71,7 +71,7 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, map(str, table.columns), n=3)
-    guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    guess = f"; did you mean {' or '.join(near)}?" if near else "; `table RUNS --csv FILE` writes all that there are"
     raise UserError(f"{name}: no metric, and no config key in which these runs differ{guess}")
 
 

@@ -28,7 +28,8 @@ class Table:
 class Section:
     """The answer to a question in a sentence, with its numbers, n and interval, and what it rests on.
 
-    Without tables it is no answer yet, and says what is missing for one. `slope` is that of a line.
+    Without tables it is no answer yet, and says what is missing for one. `slope` is that of a line. `is_open`: the
+    answer is, at least in part, that it cannot be told yet.
     """
 
     answer: str
@@ -36,3 +37,4 @@ class Section:
     tables: tuple[Table, ...] = ()
     picture: Picture | None = None
     slope: Coefficient | None = None
+    is_open: bool = False

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 UNKNOWN = "not known"
+LESS_IS_BETTER = ("seconds", "loss", "time_to_accuracy", "params", "macs", "memory_bytes")
 METRICS = {
     "calibrated_train_seconds": "training time in calibrated seconds",
     "train_seconds": "training time in seconds",
@@ -25,6 +26,13 @@ METRICS = {
 def metric(name: str) -> str:
     """A metric in words; one without any as it is called."""
     return METRICS.get(name, name)
+
+
+def better(name: str) -> str:
+    """Which direction of a metric is better, "" if neither is by itself."""
+    if name.endswith(LESS_IS_BETTER):  # time_to_accuracy is a time
+        return "less is better"
+    return "more is better" if name.endswith(("accuracy", "samples_per_second")) else ""
 
 
 def sentence(text: str) -> str:
@@ -70,8 +78,3 @@ def interval(value: float, low: float | None, high: float | None, *, signed: boo
 def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def count(n: int, noun: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

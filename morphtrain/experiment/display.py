@@ -22,7 +22,7 @@ def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> 
         print(f"  {name}: {arm.role}{of} {' '.join(arm.overrides)}".rstrip())
     print(f"  for all: {' '.join(experiment.overrides)}")
     seeds = f"seeds {', '.join(map(str, experiment.seeds))}"
-    print(f"  {len(found)} runs in {directory}, {seeds}; {len(found) - left} have ended, {left} are left", flush=True)
+    print(f"  {len(found)} runs in {directory}, {seeds}; ended: {len(found) - left}, left: {left}", flush=True)
 
 
 class Clock:

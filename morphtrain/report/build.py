@@ -13,11 +13,11 @@ from morphtrain.errors import UserError
 from morphtrain.evidence import experiment as declaration
 from morphtrain.evidence import records
 from morphtrain.evidence.progress import progress
-from morphtrain.evidence.words import count
 from morphtrain.files import write_atomically
 from morphtrain.report import chapter3
 from morphtrain.report.front import front
 from morphtrain.report.question import Question
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,8 @@ def _named_apart(questions: Sequence[Question]) -> list[Question]:
 def _empty() -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(columns=["run", "experiment", "arm", "seed", "finished", "contended_epochs", "epoch"])
+    columns = ("run", "experiment", "arm", "seed", "finished", "contended_epochs", "calibrated", "epoch")
+    return pd.DataFrame(columns=list(columns))
 
 
 def render(questions: Sequence[Question], folder: str) -> str:
@@ -120,9 +121,8 @@ def _summary(questions: Sequence[Question]) -> str:
     places = {m.get("processor", "an unknown processor") for run in runs for m in run.machines}
     today = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     where = f", on {' and '.join(sorted(places))}" if places else ""
-    return (
-        f"{count(len(questions), 'question')}, {finished} of {count(len(runs), 'run')} finished{where}. Built {today}."
-    )
+    asked, all_runs = counted(len(questions), "question"), counted(len(runs), "run")
+    return f"{asked}, {finished} of {all_runs} finished{where}. Built {today}."
 
 
 def _tables(questions: Sequence[Question]) -> dict[str, pd.DataFrame]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from morphtrain.evidence import words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.comparisons import DIFFERENCE, Comparison
 from morphtrain.evidence.regressions import Coefficient
 from morphtrain.report.question import Question
 from morphtrain.report.tables import Column, Link, Shown
+from morphtrain.wording import counted
 
 FILE = Path(__file__).with_name("chapter3.yaml")
 TEXT = (
@@ -51,7 +53,7 @@ def table(questions: Sequence[Question]) -> Shown:
         question = by_name.get(claim.experiment)
         measured: str | Link = f"not yet run: {claim.experiment}"
         if question is not None:
-            measured = Link(question.section.answer, question.anchor)
+            measured = Link(measured_for(claim, question), question.anchor)
         rows.append((claim.where, claim.reported, measured, verdict(claim, question)))
     return Shown("Chapter 3 of the draft, claim by claim.", columns, tuple(rows))
 
@@ -69,8 +71,18 @@ def verdict(claim: Claim, question: Question | None) -> str:
     if not question.section.tables:
         return "too few runs yet"
     if claim.expects is None:
-        return "open in the draft, answered here"
+        return UNTOLD if question.is_open else "open in the draft, answered here"
     return judged(claim.expects, question)
+
+
+def measured_for(claim: Claim, question: Question) -> str:
+    """The effect that the claim's verdict rests on; the answer, where that is the same or there is none."""
+    effect = None if claim.expects is None else _effect(claim.expects, question)
+    if claim.expects is None or not isinstance(effect, Comparison):
+        return question.section.answer
+    what = words.metric(claim.expects.get("metric", question.experiment.response))
+    found = words.interval(effect.effect, effect.low, effect.high, signed=True)
+    return f"{words.sentence(what)}, {' - '.join(effect.names)}: {found} (n = {counted(effect.n[0], 'seed')})."
 
 
 def judged(expects: Mapping[str, str], question: Question) -> str:

@@ -12,7 +12,8 @@ from morphtrain.report.tables import Column, Link, Shown, shown
 TEXT = (
     "A method pays if it is more accurate than the best the dense network gives for the same seconds, trained for "
     "fewer epochs or made narrower, each with its own full schedule. Differences are paired by seed; in brackets is "
-    "the 95 % interval. Cannot tell yet: the interval contains differences that would matter on either side."
+    "the 95 % interval. Cannot tell yet: the interval lies neither above 0 nor below the margin, or "
+    "above 0 where the dense arms are no measure; its row says what would tell."
 )
 NONE = "No experiment of the kind that compares methods with the dense network at equal seconds has runs here yet."
 

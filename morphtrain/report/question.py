@@ -6,17 +6,19 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from morphtrain.evidence import analyses, words
+from morphtrain.evidence import alike, analyses, words
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.progress import Progress
 from morphtrain.evidence.section import Section
 from morphtrain.report.svg import inline
 from morphtrain.report.tables import Column, Shown, shown
 from morphtrain.schema import CONF
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +65,11 @@ class Question:
         return self.section.answer
 
     @property
+    def is_open(self) -> bool:
+        """Whether the answer may still change: runs are missing, or what decides cannot be told yet."""
+        return self.section.is_open or not all(run.finished for run in self.progress)
+
+    @property
     def test(self) -> str:
         return self.section.test
 
@@ -82,8 +89,15 @@ class Question:
     @property
     def notes(self) -> list[str]:
         """What limits the answer: what is missing, disturbed, or ran elsewhere."""
-        found = (self._missing(), self._spoilt(), self._contended(), self._mixed(), self._limits())
+        found = (self._missing(), self._alike(), self._spoilt(), self._contended(), self._mixed(), self._limits())
         return [note for note in found if note]
+
+    def _alike(self) -> str:
+        """Arms that are no different methods, whatever their names and overrides."""
+        groups = [words.listed(group) for group in alike.groups(self.finished, list(self.experiment.arms))]
+        if not groups:
+            return ""
+        return f"{'; '.join(groups)} computed the same: differences between their times are noise."
 
     def _limits(self) -> str:
         limits = self.experiment.limits
@@ -101,8 +115,10 @@ class Question:
             return ""
         begun = sum(bool(run.machines) for run in missing)
         state = f"{begun} begun, {len(missing) - begun} not begun"
+        have = "has" if len(missing) == 1 else "have"
+        of = counted(len(self.progress), "run")
         return (
-            f"Incomplete: {len(missing)} of {words.count(len(self.progress), 'run')} have not finished ({state}); the "
+            f"Incomplete: {len(missing)} of {of} {have} not finished ({state}); the "
             "answer is about those that have, and may change."
         )
 
@@ -112,9 +128,13 @@ class Question:
             return ""
         epochs = sum(run.contended for run in contended)
         of = sum(run.epochs for run in self.progress)
+        seldom = sum(not run.calibrated for run in contended)
+        verdict = "calibrated times allow for it, raw ones do not"
+        if seldom:
+            verdict = f"in {seldom} of these the machine was measured too seldom for calibrated times to allow for it"
         return (
-            f"Others used the machine in {epochs} of {words.count(of, 'epoch')}, in {len(contended)} of the runs; "
-            "calibrated times allow for it, raw ones do not."
+            f"Others used the machine in {epochs} of {counted(of, 'epoch')}, in {len(contended)} of "
+            f"{counted(len(self.progress), 'run')}; {verdict}."
         )
 
     def _mixed(self) -> str:
@@ -178,9 +198,19 @@ class Question:
         seeds, overrides = _in_file(experiment)
         typed = [override for override in experiment.overrides if override not in overrides]
         typed += ["seed=" + ",".join(map(str, experiment.seeds))] if experiment.seeds != seeds else []
+        own = [] if (directory := self._config_dir()) is None else ["--config-dir", directory]
         return "python -m morphtrain.run " + shlex.join(
-            [f"+experiment={experiment.name}", f"size={experiment.size}", *typed]
+            [*own, f"+experiment={experiment.name}", f"size={experiment.size}", *typed]
         )
+
+    def _config_dir(self) -> str | None:
+        """Where the options of the user's own were, as the first run that has begun was given it."""
+        from omegaconf import OmegaConf
+
+        paths = (Path(run) / ".hydra" / "hydra.yaml" for run in self.table["run"].unique())
+        path = next((path for path in paths if path.exists()), None)
+        sources: Any = None if path is None else OmegaConf.select(OmegaConf.load(path), "hydra.runtime.config_sources")
+        return next((str(s.path) for s in sources or () if s.provider == "command-line"), None)
 
 
 def _in_file(experiment: Experiment) -> tuple[tuple[int, ...], Sequence[str]]:
@@ -189,7 +219,7 @@ def _in_file(experiment: Experiment) -> tuple[tuple[int, ...], Sequence[str]]:
 
     path = CONF / "experiment" / f"{experiment.name}.yaml"
     if not path.exists():
-        return experiment.seeds, ()
+        return (), ()
     size: Any = OmegaConf.select(OmegaConf.load(path), f"hydra.sweeper.sizes.{experiment.size}")
     return (tuple(size.seeds), tuple(size.get("overrides", ()))) if size is not None else (experiment.seeds, ())
 

@@ -14,6 +14,7 @@ ERROR_ATTR = "error"  # why it failed
 METRICS_ATTR = "metrics"  # the record of its last epoch
 STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
 CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
+REFERENCES_ATTR = "reference_seconds"  # the first two values of it that differ; absent with timing.reference=0
 CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
 
 
@@ -61,6 +62,12 @@ class Attributes:
     def changed(self) -> list[int] | None:
         """None if its network was not meant to change."""
         return self._epochs(CHANGED_ATTR)
+
+    @property
+    def references(self) -> list[float]:
+        """Different values of `reference_seconds` in its epochs, two at most."""
+        found = self._stored.get(REFERENCES_ATTR)
+        return [value for value in found if _is_number(value)] if isinstance(found, list) else []
 
     def _epochs(self, name: str) -> list[int] | None:
         epochs = self._stored.get(name)

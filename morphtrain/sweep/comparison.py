@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.sweep.attributes import Attributes
 
 CALIBRATED = {
@@ -70,10 +71,17 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _is_raw(name: str, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether a metric is a time that nothing has calibrated."""
-    if name == "median_epoch_seconds":
-        return any("calibrated_seconds" not in Attributes(trial).metrics for trial in trials)
-    return name in RAW_TIMES
+    """Whether a metric is a time that nothing has calibrated: neither the clock's, nor by one measurement alone."""
+    if name == "median_epoch_seconds" and any("calibrated_seconds" not in Attributes(t).metrics for t in trials):
+        return True
+    is_time = name in {*CALIBRATED.values(), "median_epoch_seconds"}
+    return name in RAW_TIMES or (is_time and not all(map(_is_calibrated, trials)))
+
+
+def _is_calibrated(trial: FrozenTrial) -> bool:
+    """Whether the trial's calibrated times allow for what disturbed it, if anything did."""
+    attributes = Attributes(trial)
+    return not attributes.contended or is_calibrated([{"reference_seconds": s} for s in attributes.references])
 
 
 def _copy(study: optuna.Study, trials: Sequence[FrozenTrial]) -> optuna.Study:

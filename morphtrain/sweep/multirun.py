@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from morphtrain import interrupts
+from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.evidence.records import LEFT_AT_THE_END, is_immaterial, read_records
 from morphtrain.wording import counted
 
@@ -118,7 +119,15 @@ def _clock(runs: Sequence[FinishedRun]) -> str:
 
 
 def _times_compare(runs: Sequence[FinishedRun]) -> bool:
-    return _clock(runs) == CALIBRATED_CLOCK or not any(run.is_contended for run in runs)
+    """Whether nothing has disturbed the runs, or calibrated times allow for it."""
+    contended = [run for run in runs if run.is_contended]
+    return not contended or (_clock(runs) == CALIBRATED_CLOCK and all(is_calibrated(run.history) for run in contended))
+
+
+def _why_not(runs: Sequence[FinishedRun]) -> str:
+    measured = _clock(runs) == CALIBRATED_CLOCK
+    why = "the machine was measured too seldom to calibrate them" if measured else "timing.reference=0"
+    return f"times do not compare ({why})"
 
 
 def notes(runs: Sequence[FinishedRun], unfinished: int) -> list[str]:
@@ -129,7 +138,7 @@ def notes(runs: Sequence[FinishedRun], unfinished: int) -> list[str]:
     if unfinished:
         lines.append(f"left out, since they did not end: {counted(unfinished, 'run')}")
     if contended := sum(run.is_contended for run in runs):
-        verdict = "calibrated times compare" if _times_compare(runs) else "times do not compare (timing.reference=0)"
+        verdict = "calibrated times compare" if _times_compare(runs) else _why_not(runs)
         lines.append(f"{contended} of {len(runs)} runs had contended epochs: {verdict}")
     meant = [run for run in runs if run.reshapes]
     if unchanged := sum(not any(record.get("changed") for record in run.history) for run in meant):

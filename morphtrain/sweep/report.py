@@ -176,7 +176,7 @@ def _doubts(comparison: Comparison) -> list[str]:
         lines.append(f"{infeasible} of {len(completed(comparison.study))} trials miss hydra.sweeper.min_accuracy")
     if comparison.contended:
         if not comparison.fair:
-            verdict = f"their times do not compare, for {', '.join(comparison.objective)} is not calibrated"
+            verdict = f"their times do not compare, for {', '.join(comparison.objective)} does not allow for it"
         elif set(comparison.objective) & set(CALIBRATED.values()):
             verdict = "trials are compared by calibrated times"
         else:

@@ -12,7 +12,14 @@ from omegaconf import DictConfig
 from morphtrain.errors import first_line
 from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.schema.sweeper import study_name
-from morphtrain.sweep.attributes import CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, STOPPED_ATTR, Attributes
+from morphtrain.sweep.attributes import (
+    CHANGED_ATTR,
+    CONTENDED_ATTR,
+    METRICS_ATTR,
+    REFERENCES_ATTR,
+    STOPPED_ATTR,
+    Attributes,
+)
 from morphtrain.sweep.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -56,6 +63,7 @@ class TrialReporter:
         attributes = Attributes(self._frozen())
         self.is_baseline = attributes.is_baseline
         self.epochs = {CONTENDED_ATTR: set(attributes.contended), CHANGED_ATTR: set(attributes.changed or [])}
+        self.references = attributes.references
         if reshapes and attributes.changed is None:
             self.storage.set_trial_user_attr(self.trial_id, CHANGED_ATTR, [])
 
@@ -74,6 +82,10 @@ class TrialReporter:
             if record.get(metric):
                 self.epochs[attr].add(epoch)
                 self.storage.set_trial_user_attr(self.trial_id, attr, sorted(self.epochs[attr]))
+        reference = record.get("reference_seconds")
+        if reference is not None and reference not in self.references and len(self.references) < 2:
+            self.references.append(reference)
+            self.storage.set_trial_user_attr(self.trial_id, REFERENCES_ATTR, self.references)
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])

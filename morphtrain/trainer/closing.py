@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
+from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.timing.summaries import NEVER
 from morphtrain.wording import counted
 
@@ -79,19 +80,11 @@ def _clocked(stage: Sequence[Record], warmup_epochs: int) -> list[Record]:
     return [record for record in warm if not record["contended"]] or warm
 
 
-def _is_calibrated(*stages: Sequence[Record]) -> bool:
-    """Whether the machine was measured often enough for calibrated times to differ from those of the clock."""
-    records = [record for stage in stages for record in stage]
-    if not all("calibrated_seconds" in record for record in records):
-        return False
-    return len(stages) == 1 or len({record["reference_seconds"] for record in records}) > 1
-
-
 def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
     """Why the times of two stages cannot be compared; "" if they can."""
     if not first or not last:
         return f"No ratio of times: no epoch after the warm-up trained the {'last' if first else 'first'} network."
-    if not _is_calibrated(first, last) and any(record["contended"] for record in (*first, *last)):
+    if not is_calibrated([*first, *last]) and any(record["contended"] for record in (*first, *last)):
         return "No ratio of times: epochs were contended, and the machine was measured too seldom to calibrate them."
     return ""
 
@@ -99,7 +92,7 @@ def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
 def _time_rows(first: Sequence[Record], last: Sequence[Record]) -> list[Row]:
     """Medians over the clocked epochs; the ratio stands where it is the truest known, if it is known at all."""
     known = not why_incomparable(first, last)
-    calibrated = _is_calibrated(first, last)
+    calibrated = is_calibrated([*first, *last])
 
     def row(name: str, metric: Callable[[Record], float], with_ratio: bool) -> Row:
         before, after = (statistics.median(map(metric, stage)) if stage else None for stage in (first, last))

@@ -14,6 +14,7 @@ from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL
 from morphtrain.evidence.section import Section, Table
 from morphtrain.evidence.variance import compare_blocks, corrected
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +58,8 @@ def _answer(metric: str, groups: Mapping[str, values.BySeed], pairs: Sequence[Co
     of = f"{effect} above" if largest.scale == DIFFERENCE else f"{effect} times"
     p = "" if largest.p is None or largest.out_of_reach else f"; {words.p_value(largest.p)} after Holm's correction"
     return (
-        f"Of {words.count(len(groups), 'arm')}, {arm} and {below} are the farthest apart: {words.metric(metric)} with "
-        f"{arm} is {of} that with {below} (n = {words.count(largest.n[0], 'seed')}{p})."
+        f"Of {counted(len(groups), 'arm')}, {arm} and {below} are the farthest apart: {words.metric(metric)} with "
+        f"{arm} is {of} that with {below} (n = {counted(largest.n[0], 'seed')}{p})."
     )
 
 
@@ -75,7 +76,7 @@ def _variance(groups: Mapping[str, values.BySeed], scale: str) -> str:
         return "No analysis of variance: within each arm all seeds agree, so the differences are exact."
     found = compare_blocks(groups, scale)
     return (
-        f"Analysis of variance over {words.count(len(groups), 'arm')}, seeds as blocks (n = {len(common)}): arms "
+        f"Analysis of variance over {counted(len(groups), 'arm')}, seeds as blocks (n = {len(common)}): arms "
         f"explain {words.interval(found.effect, found.low, found.high)} of the variance that seeds leave, "
         f"F({found.between:.0f}, {found.within:.0f}) = {found.f:.3g}, {words.p_value(found.p)}."
     )

@@ -10,6 +10,7 @@ from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.records import ends
 from morphtrain.evidence.regressions import LEAST_POINTS, Coefficient, Line, fit_line
 from morphtrain.evidence.section import Section, Table
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
         )
     names = experiment.x, _name(experiment)
     if len(set(points["y"])) == 1:
-        value, runs = words.number(points["y"].iloc[0]), words.count(len(points), "run")
+        value, runs = words.number(points["y"].iloc[0]), counted(len(points), "run")
         answer = f"{words.sentence(names[1])} does not change with {names[0]}: it is {value} in all n = {runs}."
         return Section(answer, "None: there is no scatter.", (_point_table(points, names),))
     fit = fit_line(list(points["x"]), list(points["y"]), names=names)
@@ -69,7 +70,7 @@ def _answer(fit: Line) -> str:
     law = "; the points lie on the line, it is a law" if fit.exact else ""
     return (
         f"{words.sentence(fit.y)} changes by {slope} for each 1 of {fit.x} "
-        f"(n = {words.count(fit.points, 'run')}, R² = {fit.r_squared:.4f}{law})."
+        f"(n = {counted(fit.points, 'run')}, R² = {fit.r_squared:.4f}{law})."
     )
 
 

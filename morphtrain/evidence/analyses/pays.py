@@ -14,10 +14,11 @@ from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
 from morphtrain.evidence.experiment import CURVE, Experiment
-from morphtrain.evidence.frontier import PAYS, Point, Verdict, judge, mean, on_curve, read
+from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, Point, Verdict, judge, mean, on_curve, read
 from morphtrain.evidence.pictures import Picture
-from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
+from morphtrain.evidence.repeats import Estimate, estimate, geometric, paired_ratio, share
 from morphtrain.evidence.section import Section, Table
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,8 @@ TEST = (
     "seconds is one difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is "
     "above 0. Does not pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster "
     "than every dense arm has no curve to be read at, one slower than all is read at the best of them, and a seed "
-    "without all dense arms has no curve."
+    "without all dense arms has no curve. Means of seconds are geometric, with the interval of the logarithms; an "
+    "interval of accuracies ends at 0 and 1."
 )
 
 
@@ -49,9 +51,8 @@ class Method:
 
     @property
     def verdict(self) -> str:
-        """In words, with the number of seeds that would tell."""
-        needed = self.judged.seeds_needed
-        return self.judged.verdict + (f"; {needed} seeds in a new experiment would" if needed else "")
+        """In words, with what would tell if it cannot be told yet."""
+        return "; ".join(filter(None, (self.judged.verdict, self.judged.doubt, self.judged.outlook)))
 
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Section:
@@ -70,6 +71,7 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
         test=TEST.format(margin=experiment.margin) + longer,
         tables=(_methods(found), _dense(experiment, runs), *_from_scratch(experiment, runs)),
         picture=_picture(experiment, found, runs),
+        is_open=bool(unjudged) or any(method.judged.verdict == CANNOT_TELL for method in found.values()),
     )
 
 
@@ -97,7 +99,7 @@ def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
     """Why a method is not in the table."""
     seeds = [seed for seed in _curves(experiment, runs) if seed in runs[arm]]
     if len(seeds) < values.LEAST_SEEDS:
-        return f"Not judged: {arm}, with {words.count(len(seeds), 'seed')} beside a full curve."
+        return f"Not judged: {arm}, with {counted(len(seeds), 'seed')} beside a full curve."
     return f"Not judged: {arm}, which was faster than every dense arm, so that there is nothing to compare it with."
 
 
@@ -118,7 +120,7 @@ def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
 
 def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate, Estimate]:
     """Of seconds and of accuracy."""
-    return estimate([points[s].seconds for s in seeds]), estimate([points[s].accuracy for s in seeds])
+    return geometric([points[s].seconds for s in seeds]), share([points[s].accuracy for s in seeds])
 
 
 def _answer(found: Mapping[str, Method]) -> str:
@@ -126,16 +128,14 @@ def _answer(found: Mapping[str, Method]) -> str:
     parts = [f"{arm} {method.judged.verdict} ({_spoken(method)})" for arm, method in found.items()]
     verb = "pays" if 1 in (paying, len(found)) else "pay"
     return (
-        f"{paying} of {words.count(len(found), 'method')} {verb} against the dense network at equal seconds: "
+        f"{paying} of {counted(len(found), 'method')} {verb} against the dense network at equal seconds: "
         f"{words.listed(parts)}."
     )
 
 
 def _spoken(method: Method) -> str:
     ahead = words.interval(method.ahead.mean, method.ahead.low, method.ahead.high, signed=True)
-    return (
-        f"{ahead} of test accuracy in {words.number(method.seconds.mean)} s, n = {words.count(method.ahead.n, 'seed')}"
-    )
+    return f"{ahead} of test accuracy in {words.number(method.seconds.mean)} s, n = {counted(method.ahead.n, 'seed')}"
 
 
 def _methods(found: Mapping[str, Method]) -> Table:

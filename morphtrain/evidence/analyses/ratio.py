@@ -24,9 +24,10 @@ def section(experiment: Experiment, table: pd.DataFrame) -> Section:
     if not ratios:
         return values.too_few(experiment, metric, found)
     reference, what, spoken = next(iter(found)), words.metric(metric), values.spoken(ratios)
+    better = f" ({direction})" if (direction := words.better(metric)) else ""
     drawn = {arm: ratio for arm in ratios if (ratio := paired_ratio(found[arm], found[reference])) is not None}
     return Section(
-        answer=f"{words.sentence(what)}, as a multiple of that of {reference}: {spoken}.",
+        answer=f"{words.sentence(what)}, as a multiple of that of {reference}{better}: {spoken}.",
         test=values.test_text(RATIO),
         tables=(
             values.comparison_table("ratios", metric, found, RATIO),

@@ -10,9 +10,10 @@ from morphtrain.evidence import words
 from morphtrain.evidence.comparisons import DIFFERENCE, RATIO, Comparison, compare_pairs, least_pairs
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.records import ends
-from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate
+from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, share
 from morphtrain.evidence.section import Section, Table
 from morphtrain.evidence.variance import corrected
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,7 @@ TO_ACCURACY = "time_to_accuracy"  # seconds
 SHARES = ("accuracy", "density", "loss")  # whose differences mean more than their ratios
 TEST = (
     "t test paired by seed{of_logs}, with Student's 95 % interval; beside it the bootstrap's (BCa), and Wilcoxon's "
-    "signed ranks. All p are corrected for the number of comparisons (Holm), intervals are each for itself. With fewer "
+    "signed ranks. All p are corrected for the number of comparisons (Holm), intervals are not. With fewer "
     f"than {least_pairs()} pairs significance is out of reach and no p is given, with fewer than {LEAST_FOR_INTERVAL} "
     "there is no interval either."
 )
@@ -48,6 +49,13 @@ def scale(metric: str) -> str:
     return DIFFERENCE if metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY) else RATIO
 
 
+def mean(metric: str, found: Sequence[float]) -> Estimate:
+    """Over the seeds, with an interval of values that the metric can have."""
+    if scale(metric) == RATIO:
+        return geometric(found)
+    return estimate(found) if "loss" in metric else share(found)
+
+
 def compared(found: Mapping[str, BySeed], scale: str) -> dict[str, Comparison]:
     """Every later arm against the first, paired by seed; arms with fewer than two seeds in common are left out."""
     first, *later = found
@@ -62,13 +70,14 @@ def comparison_table(name: str, metric: str, found: Mapping[str, BySeed], scale:
 
     comparisons = compared(found, scale)
     rows = {
-        arm: {**columns(metric, estimate(list(seeds.values()))), "seeds": len(seeds)}
+        arm: {**columns(metric, mean(metric, list(seeds.values()))), "seeds": len(seeds)}
         | (tested(comparisons[arm]) if arm in comparisons else {})
         for arm, seeds in found.items()
         if seeds
     }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
-    caption = f"{words.sentence(words.metric(metric))}: means over the seeds, and the {scale} to {next(iter(found))}."
+    kind = "geometric means" if scale == RATIO else "means"
+    caption = f"{words.sentence(words.metric(metric))}: {kind} over the seeds, and the {scale} to {next(iter(found))}."
     return Table(name, caption, frame)
 
 
@@ -105,7 +114,7 @@ def too_few(experiment: Experiment, metric: str, found: Mapping[str, BySeed]) ->
     """A section that says what is missing, instead of numbers."""
     there = [f"{arm} {len(seeds)} of {len(experiment.seeds)}" for arm, seeds in found.items()]
     answer = (
-        f"Nothing can be said yet: it takes {words.count(LEAST_SEEDS, 'seed')} of the arms that are compared, finished "
+        f"Nothing can be said yet: it takes {counted(LEAST_SEEDS, 'seed')} of the arms that are compared, finished "
         f"and with {metric}. There are: {words.listed(there)}."
     )
     return Section(answer, "None, with so few runs.")
@@ -124,9 +133,9 @@ def spoken(found: Mapping[str, Comparison]) -> str:
         arms = [ordered[0], ordered[-1]]
     parts = [
         f"{words.interval(c.effect, c.low, c.high, signed=c.scale == DIFFERENCE)} with {arm} "
-        f"(n = {words.count(c.n[0], 'seed')})"
+        f"(n = {counted(c.n[0], 'seed')})"
         for arm, c in ((arm, found[arm]) for arm in arms)
     ]
     if len(found) == len(arms):
         return words.listed(parts)
-    return f"from {parts[0]} to {parts[1]}, of {words.count(len(found), 'arm')}"
+    return f"from {parts[0]} to {parts[1]}, of {counted(len(found), 'arm')}"
