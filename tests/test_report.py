@@ -421,6 +421,18 @@ def test_a_line_through_equal_values_or_none_at_all(tmp_path: Path) -> None:
         assert said in reported(tmp_path).html
 
 
+def test_numbers_that_no_ratio_is_made_of_are_the_answer_of_their_own_section_only(tmp_path: Path) -> None:
+    write(tmp_path, declared("ratio", THREE, SEEDS, response="morph_seconds"), never_morphs, EPOCHS)
+    write(tmp_path / "beside", declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    html = reported(tmp_path).html
+    assert re.search("These numbers cannot be analysed: .*a ratio needs numbers above 0", html)
+    assert len(reported(tmp_path).table("beside-ratio_question-small-ratios")) == len(THREE)
+
+
+def never_morphs(arm: str, seed: int, epoch: int) -> dict[str, float]:
+    return {"morph_seconds": 0.0}
+
+
 def test_a_copy_inside_an_experiment_is_no_part_of_it(tmp_path: Path) -> None:
     directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
     before = reported(tmp_path).table("ratio_question-small-ratios")

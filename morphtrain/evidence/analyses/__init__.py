@@ -21,9 +21,12 @@ ANALYSES = {
 
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Section:
-    """The section of an experiment.
+    """The section of an experiment. Numbers that its statistics refuse, such as ratios of 0, are its answer.
 
     Args:
         table: of `records.load` of its runs, those that have finished.
     """
-    return ANALYSES[experiment.analysis](experiment, table)
+    try:
+        return ANALYSES[experiment.analysis](experiment, table)
+    except ValueError as refusal:
+        return Section(f"These numbers cannot be analysed: {refusal}.", "None.")
