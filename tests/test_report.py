@@ -284,7 +284,8 @@ def test_arms_that_computed_the_same_are_no_different_methods(tmp_path: Path) ->
 
 def test_seconds_are_positive_and_accuracies_at_most_one(tmp_path: Path) -> None:
     def wide(arm: str, seed: int, _: int) -> dict[str, float]:
-        return {"calibrated_train_seconds": 10.0 ** (seed - 2) * SECONDS[arm], "test_accuracy": 0.9 if seed == 2 else 1.0}
+        seconds = 10.0 ** (seed - 2) * SECONDS[arm]
+        return {"calibrated_train_seconds": seconds, "test_accuracy": 0.9 if seed == 2 else 1.0}
 
     write(tmp_path, declared("pays", ARMS, (1, 2, 3)), wide, 1)
     table = reported(tmp_path).table("pays_question-small-dense")
