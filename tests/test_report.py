@@ -284,12 +284,13 @@ def test_arms_that_computed_the_same_are_no_different_methods(tmp_path: Path) ->
 
 def test_seconds_are_positive_and_accuracies_at_most_one(tmp_path: Path) -> None:
     def wide(arm: str, seed: int, _: int) -> dict[str, float]:
-        return {"calibrated_train_seconds": 10.0 ** (seed - 2) * len(arm), "test_accuracy": 0.9 if seed == 2 else 1.0}
+        seconds = 10.0 ** (seed - 2) * SECONDS[arm]
+        return {"calibrated_train_seconds": seconds, "test_accuracy": 0.9 if seed == 2 else 1.0}
 
     write(tmp_path, declared("pays", ARMS, (1, 2, 3)), wide, 1)
     table = reported(tmp_path).table("pays_question-small-dense")
     assert (table["seconds low"] > 0).all() and (table["accuracy high"] == 1).all()
-    assert table.loc["dense", "seconds"] == pytest.approx(5.0)
+    assert table.loc["dense", "seconds"] == pytest.approx(SECONDS["dense"])
 
 
 def test_a_claim_shows_what_its_verdict_rests_on(report: Report, tmp_path: Path) -> None:

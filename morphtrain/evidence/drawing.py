@@ -39,8 +39,8 @@ def against_seconds(
         _cross(axes, seconds, accuracy, color=INK, marker="o", markerfacecolor=PAPER, markersize=5)
         axes.annotate(name, (seconds.mean, accuracy.mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
     for place, (name, look) in enumerate(looks(methods).items()):  # hollow and of sizes: equal ones lie in each other
-        mark = {"marker": look.marker, "markerfacecolor": "none", "markersize": 7 + 3 * (len(methods) - 1 - place)}
-        _cross(axes, *methods[name], color=look.color, **mark, label=name)
+        hollow: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7 + 3 * (len(methods) - 1 - place)}
+        _cross(axes, *methods[name], color=look.color, marker=look.marker, label=name, **hollow)
     bottom, top = axes.get_ylim()
     x, y = zip(*curve, strict=True)
     axes.fill_between(x, y, max(top, max(y)), color=RULE, alpha=0.35, linewidth=0, label="here a method pays", zorder=0)
