@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Answer, Command
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from test_experiments_conf import composed
@@ -26,7 +27,7 @@ from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.experiment import declaration
 from morphtrain.experiment.display import Clock
 from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
-from morphtrain.experiment.sweeper import ArmsSweeper, _spoil_unjudged
+from morphtrain.experiment.sweeper import ArmsSweeper, _quoted, _spoil_unjudged
 
 DECLARED = """
 # @package _global_
@@ -386,3 +387,9 @@ def test_what_is_typed_is_of_all_arms_but_for_where_runs_go() -> None:
 def test_runs_that_wait_start_when_what_they_wait_for_has_ended(tmp_path: Path) -> None:
     runs = planned(experiment(ARMS, (1,)), tmp_path)
     assert sorted(run.arm for run in ready(runs)) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["it's", "two words", "a=b,{c}"])
+def test_the_directory_of_an_experiment_may_have_any_name(name: str) -> None:
+    override = OverridesParser.create().parse_override(f"hydra.sweep.dir={_quoted(Path(name, 'small'))}")
+    assert str(override.value()) == f"{name}/small"

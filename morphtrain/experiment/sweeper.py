@@ -173,14 +173,20 @@ class ArmsSweeper:
 
     def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
         """The overrides of a run."""
-        more = [f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir='{self.directory}'"]
-        more += [f"hydra.sweep.subdir='{run.seed}/{run.arm}'"]
+        more = [f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir={_quoted(self.directory)}"]
+        more += [f"hydra.sweep.subdir={run.seed}/{run.arm}"]
         if parent is not None:
             more.append(f"tracking.parent_run_id={parent}")
         if run.after is not None:
             epochs = run_states.epochs_in_the_same_seconds(run.after.history())
-            more += [f"architecture='{run.after.directory / 'last.pt'}'", f"epochs={epochs}"]
+            more += [f"architecture={_quoted(run.after.directory / 'last.pt')}", f"epochs={epochs}"]
         return merged(given.aside, experiment.overrides, experiment.arms[run.arm].overrides, more)
+
+
+def _quoted(path: Path) -> str:
+    """As a value of an override."""
+    text = str(path).replace("'", "\\'")
+    return f"'{text}'"
 
 
 def _outcome(run: Run, returned: JobReturn) -> str | UserError | None:
