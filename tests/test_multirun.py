@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from morphtrain.evidence.repeats import estimate, paired_ratio
+from morphtrain.evidence.analyses.values import mean
+from morphtrain.evidence.repeats import estimate, geometric, paired_ratio, share
 from morphtrain.sweep.multirun import FinishedRun, finished_runs, notes, table
 
 VALUES = st.lists(st.floats(0.1, 100), min_size=1, max_size=9)
@@ -46,6 +47,17 @@ def test_a_ratio_is_paired_and_its_inverse_is_the_inverse(pairs: list[tuple[floa
         interval = stats.ttest_rel([math.log(a) for a, _ in pairs], [math.log(b) for _, b in pairs])
         assert math.log(ratio.low) == pytest.approx(interval.confidence_interval(0.95).low, abs=1e-6)
     assert paired_ratio({1: 2.0}, {2: 1.0}) is None, "no seed in common"
+
+
+def test_means_have_intervals_of_possible_values() -> None:
+    found, inverse = geometric([1.0, 4.0, 40.0]), geometric([1.0, 0.25, 0.025])
+    assert found.low is not None and inverse.high is not None
+    assert found.low > 0 and found.low * inverse.high == pytest.approx(1)
+    assert (share([0.0, 0.0, 0.1]).low, share([1.0, 0.9, 1.0]).high) == (0, 1)
+    assert mean("val_loss", "ratio", [1.0, 4.0]).mean == pytest.approx(2)
+    assert mean("params", "difference", [1.0, 4.0]).mean == 2.5
+    with pytest.raises(ValueError, match="above 0"):
+        geometric([0.0, 1.0])
 
 
 def run(

@@ -54,7 +54,13 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 
 
 def geometric(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The geometric mean of positive values, as times are; its interval, that of the mean logarithm, is above 0."""
+    """The geometric mean of positive values, as times are; its interval, that of the mean logarithm, is above 0.
+
+    Raises:
+        ValueError: as `estimate`, or if a value is not above 0.
+    """
+    if not all(value > 0 for value in values):
+        raise ValueError(f"values={list(values)}: a geometric mean needs numbers above 0")
     logs = estimate([math.log(value) for value in values], confidence)
     ends = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     return Estimate(tuple(values), math.exp(logs.mean), *ends)

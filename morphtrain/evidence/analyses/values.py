@@ -49,11 +49,12 @@ def scale(metric: str) -> str:
     return DIFFERENCE if metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY) else RATIO
 
 
-def mean(metric: str, found: Sequence[float]) -> Estimate:
-    """Over the seeds, with an interval of values that the metric can have."""
-    if scale(metric) == RATIO:
+def mean(metric: str, scale: str, found: Sequence[float]) -> Estimate:
+    """Over the seeds, as the scale has it; the interval of a share ends at 0 and 1."""
+    if scale == RATIO:
         return geometric(found)
-    return estimate(found) if "loss" in metric else share(found)
+    is_share = metric.endswith(("accuracy", "density")) and not metric.endswith(TO_ACCURACY)
+    return share(found) if is_share else estimate(found)
 
 
 def compared(found: Mapping[str, BySeed], scale: str) -> dict[str, Comparison]:
@@ -70,7 +71,7 @@ def comparison_table(name: str, metric: str, found: Mapping[str, BySeed], scale:
 
     comparisons = compared(found, scale)
     rows = {
-        arm: {**columns(metric, mean(metric, list(seeds.values()))), "seeds": len(seeds)}
+        arm: {**columns(metric, mean(metric, scale, list(seeds.values()))), "seeds": len(seeds)}
         | (tested(comparisons[arm]) if arm in comparisons else {})
         for arm, seeds in found.items()
         if seeds
