@@ -128,6 +128,15 @@ def nothing_is_left_for_the_next_test() -> Iterator[None]:
     assert process_state() == before
 
 
+@pytest.fixture(autouse=True)
+def modules_of_a_test_end_with_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Or another test that has a module of the same name would get this one's."""
+    yield
+    places = {name: str(vars(module).get("__file__")) for name, module in sys.modules.items() if module is not None}
+    for name in (name for name, place in places.items() if place.startswith(str(tmp_path_factory.getbasetemp()))):
+        del sys.modules[name]
+
+
 @pytest.fixture
 def small_run() -> Callable[..., Run]:
     """A run that is ready for its first epoch."""
