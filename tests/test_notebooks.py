@@ -163,7 +163,7 @@ def test_pruned_and_dense_runs_are_compared_by_seed(monkeypatch: pytest.MonkeyPa
 
 
 def test_growing_is_read_against_each_seeds_dense_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The curve made anew: the arms that by their means rise with the seconds, joined in the logarithm of seconds."""
+    """The curve computed independently: the arms whose mean accuracy rises with time, joined in log seconds."""
     shown = executed("growth", monkeypatch)
     assert shown["declared"].name == "net2net_wider"
     roles = ("dense", "sooner", "narrower")

@@ -14,7 +14,7 @@ from morphtrain.trainer.loop import train_epoch, training_steps
 def epochs(run: Run) -> Iterator[Spent]:
     """Train a started run to its end; yields what each epoch adds to `train_seconds`, without the set-up.
 
-    `run.history` has the records, as those of `morphtrain.run` but for what is measured around epochs there.
+    `run.history` has the same records as `morphtrain.run`, without what is measured between epochs there.
     """
     while run.epoch < run.config.epochs and not run.stopped:
         interrupts.check()

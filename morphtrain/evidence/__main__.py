@@ -15,28 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphtrain.errors import UserError
-from morphtrain.evidence import samples
+from morphtrain.evidence import samples, words
+from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METRIC = "test_accuracy"
-HIGHER_IS_BETTER = ("accuracy", "samples_per_second")
-RAW_TIMES = (
-    "epoch_seconds",
-    "train_seconds",
-    "data_seconds",
-    "morph_seconds",
-    "samples_per_second",
-    "time_to_accuracy",
-)
-TIMES = (
-    *RAW_TIMES,
-    "median_epoch_seconds",
-    "calibrated_seconds",
-    "calibrated_train_seconds",
-    "calibrated_time_to_accuracy",
-)
+TIMES = {*RAW_TIMES, "median_epoch_seconds", *CALIBRATED.values()}
 RUNS_HELP = (
     "directories of runs, or directories with runs below them, or a store of MLflow's, as sqlite:///mlflow.db or "
     "http://127.0.0.1:5000"
@@ -159,8 +145,7 @@ def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespa
     from morphtrain.evidence import comparisons
 
     within: Any = comparisons.groups_within if given.paired is None else comparisons.pairs_within
-    is_time = given.metric.endswith("time_to_accuracy")
-    worse = "below" if given.metric.endswith(HIGHER_IS_BETTER) and not is_time else "above"
+    worse = "below" if words.better(given.metric) == words.MORE else "above"
     first, *others = groups
     for other in others:
         if comparisons.are_equal(groups[other], groups[first]):

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+# Times as the clock had them, and what stands for them where the machine was measured.
+CALIBRATED = {
+    "train_seconds": "calibrated_train_seconds",
+    "epoch_seconds": "calibrated_seconds",
+    "time_to_accuracy": "calibrated_time_to_accuracy",
+}
+RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second"}
+
 
 def is_calibrated(history: Sequence[Mapping[str, float]]) -> bool:
     """Whether the machine was measured again while these epochs of a run were trained.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 UNKNOWN = "not known"
+MORE, LESS = "more is better", "less is better"
 LESS_IS_BETTER = ("seconds", "loss", "time_to_accuracy", "params", "macs", "memory_bytes")
 METRICS = {
     "calibrated_train_seconds": "training time in calibrated seconds",
@@ -31,8 +32,8 @@ def metric(name: str) -> str:
 def better(name: str) -> str:
     """Which direction of a metric is better, "" if neither is by itself."""
     if name.endswith(LESS_IS_BETTER):  # time_to_accuracy is a time
-        return "less is better"
-    return "more is better" if name.endswith(("accuracy", "samples_per_second")) else ""
+        return LESS
+    return MORE if name.endswith(("accuracy", "samples_per_second")) else ""
 
 
 def sentence(text: str) -> str:

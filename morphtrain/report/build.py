@@ -77,7 +77,7 @@ def read(directory: Path, root: Path) -> Question:
 
 
 def _named_apart(questions: Sequence[Question]) -> list[Question]:
-    """With a number behind a name that another experiment has, too: `a b` and `a-b` are both called `a-b`."""
+    """Add a number to a name that is already taken: `a b` and `a-b` would both be called `a-b`."""
     found: dict[str, Question] = {}
     for question in questions:
         name, number = question.name, 1

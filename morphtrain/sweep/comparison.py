@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from morphtrain.evidence.calibration import is_calibrated
+from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES, is_calibrated
 from morphtrain.sweep.attributes import Attributes
-
-CALIBRATED = {
-    "train_seconds": "calibrated_train_seconds",
-    "epoch_seconds": "calibrated_seconds",
-    "time_to_accuracy": "calibrated_time_to_accuracy",
-}
-RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second"}
 
 
 @dataclass(frozen=True)

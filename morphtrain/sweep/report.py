@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.errors import UserError
+from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import Attributes
-from morphtrain.sweep.comparison import CALIBRATED, Comparison, compared, completed
+from morphtrain.sweep.comparison import Comparison, compared, completed
 from morphtrain.wording import counted
 
 log = logging.getLogger(__name__)
