@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import morphtrain
-from morphtrain.cost import count_macs, latency, measured_cost
+from morphtrain.cost import WidthCost, count_macs, latency, measured_cost
 from morphtrain.errors import UserError
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.prune.bias_folding import fold_constants
