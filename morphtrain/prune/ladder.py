@@ -78,12 +78,20 @@ class Ladder:
     Attributes:
         pools: of the spaces in `importance`.
         top: the point where everything stays.
+
+    Raises:
+        ValueError: for an importance that is no number; `multiple` or `min_channels` below 1.
     """
 
     def __init__(
         self, graph: ChannelGraph, importance: Mapping[Space, torch.Tensor], multiple: int, min_channels: int
     ) -> None:
-        self.multiple = multiple
+        if multiple < 1 or min_channels < 1:
+            raise ValueError(f"multiple={multiple}, min_channels={min_channels}: both must be 1 or more")
+        for space, values in importance.items():
+            if bool(values.isnan().any()):
+                raise ValueError(f"importance of '{space.name}': not a number (nan)")
+        self.multiple, self.spaces = multiple, graph.spaces
         axes = [axis for axis in graph.axes if axis.weight is not None]
         alike: dict[frozenset[tuple[Axis, int]], list[Space]] = {}
         for space in graph.spaces:
@@ -120,6 +128,13 @@ class Ladder:
         for pool, count in zip(self.pools, removed, strict=True):
             widths.update(pool.widths[count])
         return widths
+
+    def masks(self, removed: Removed) -> dict[Space, torch.Tensor]:
+        """(size,) of every space of the graph: the channels that stay."""
+        masks = {space: torch.ones(space.size, dtype=torch.bool) for space in self.spaces}
+        for pool, count in zip(self.pools, removed, strict=True):
+            masks.update(pool.masks(count))
+        return masks
 
     def _excess(self, side: Side, removed: Removed, direction: Direction) -> int:
         left = (times * (self.pools[number].size - removed[number]) for number, times in side.pools)
