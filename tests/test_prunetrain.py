@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from networks import mask
-from torch import nn
 
 import morphtrain
 from morphtrain.cost import latency
@@ -149,7 +148,7 @@ def test_widths_are_rounded_by_what_was_measured_before_the_first_epoch(
     start(again)
     method.penalty_weight, run.train_loss, again.train_loss, again.epoch = 1e-4, 1.0, 1.0, 1
     for each in (run, again):
-        each.methods["prune"].latency.update(dict.fromkeys(method.latency, [1e-6, 1e-6, 1e-6, 0.0]))
+        each.methods["prune"].latency.update({key: [1e-06, 1e-06, 1e-06, 0.0] for key in method.latency})
         left = kill_a_third(each)
         each.methods["prune"].after_epoch(each)
         assert "removed" in each.change
@@ -164,7 +163,7 @@ def test_what_costs_no_time_stays(small_run) -> None:
     run = small_run("prune.round_to=auto", "prune.round_down=0.5", "model.width=32", "prune.start_epoch=1")
     method = run.methods["prune"]
     method.penalty_weight, run.train_loss = 1e-4, 1.0
-    method.latency.update(dict.fromkeys(method.latency, [0.0, 0.0, 0.0, 1.0]))
+    method.latency.update({key: [0.0, 0.0, 0.0, 1.0] for key in method.latency})
     kill_a_third(run)
     method.after_epoch(run)
     assert not run.change
