@@ -69,7 +69,7 @@ def measured_cost(
         autocast: the context the network runs in.
         known: terms found before, which are used as they are; those that are found now are added. With a
             checkpoint's, a resumed run has the prices it had, whatever `batch_size` and `autocast` are now.
-        limit: seconds to spend at the most, apart from a first step of every layer and the round that is going on.
+        limit: seconds to measure at the most, besides two first steps of every layer and the round that is going on.
     """
     terms = {} if known is None else known
     steps = LayerSteps(graph, batch_size, autocast)
