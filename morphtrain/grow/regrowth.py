@@ -54,7 +54,7 @@ class Regrowth:
             cost, limits = cost_of(run, graph, self.config.cost, self.roofline), self.share_of_limits(run, graph)
             return lambda widths: max(cost(widths) / target, limits(widths))
 
-        with run.precision.autocast():
+        with run.precision.autocast(), run.growing(self.config.new_lr_factor, self.config.new_lr_epochs):
             growth = grow_where_kept(
                 run.graph,
                 self.reference,
