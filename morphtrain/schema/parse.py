@@ -27,7 +27,6 @@ from morphtrain.wording import as_yaml
 
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
-OR_SHARE = ", or a share of the run, as 25%"
 FURTHER_METHOD = "morphtrain.options.method"  # one of the options as a further method
 
 
@@ -186,7 +185,8 @@ def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {first_line(error)}") from error
     wanted, kinds = _in_words(hint), get_args(hint) or (hint,)
-    wanted += OR_SHARE * (name in getattr(kind, "epoch_keys", ()))
+    if name in getattr(kind, "epoch_keys", ()):
+        wanted += " or [25%]" if get_origin(hint) is list else ", or a share of the run, as 25%"
     try:
         typed = OmegaConf.select(OmegaConf.merge(OmegaConf.structured(kind), {name: value}), name)
     except (OmegaConfBaseException, TypeError, ArithmeticError) as error:
