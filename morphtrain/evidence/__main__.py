@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from morphtrain.errors import UserError
 from morphtrain.evidence import samples, words
 from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES
+from morphtrain.flags import Parser
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m morphtrain.evidence",
         description="Statistics of the last epochs of runs; offline, from what the runs have recorded.",
     )

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.plain_data import mismatch
-from morphtrain.schema.checks import check, check_one_of, nearest
+from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.files import CONF
@@ -23,7 +23,7 @@ from morphtrain.schema.names import no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
 from morphtrain.schema.shares import in_epochs
 from morphtrain.schema.sweeper import Sweeper
-from morphtrain.wording import as_yaml
+from morphtrain.wording import as_yaml, nearest
 
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
