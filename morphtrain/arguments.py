@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.schema.checks import nearest
+from morphtrain.flags import end, no_such_flag
 from morphtrain.schema.names import keys_of_file
 
 # What says how a multirun searches and where its jobs run; in a single run it would do nothing.
 OF_A_MULTIRUN = ("sweep", "experiment", "launcher", "hydra/sweeper", "hydra/launcher")
 MULTIRUN = "hydra.mode=MULTIRUN"
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse's, but a mistake is answered in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        _end(self, message)
-
-
-def _end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Exit with argparse's code, 2, and its message in one line."""
-    first = message.removeprefix("unrecognized arguments: ").split()[0]
-    unknown = message.startswith("unrecognized")
-    line = _no_such_flag(first, parser._option_string_actions) if unknown else message.removeprefix("argument ")
-    parser.exit(2, f"{' '.join(line.split())}\n")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
@@ -128,7 +111,7 @@ def _check_shown(flags: argparse.Namespace) -> None:
 def check_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags as typed; raises a `UserError` for what begins with a dash and is none of them: often a key."""
     parser = get_args_parser()
-    vars(parser)["error"] = functools.partial(_end, parser)
+    vars(parser)["error"] = functools.partial(end, parser)
     flags, unknown = parser.parse_known_intermixed_args(arguments)
     keys = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
     for flag in (argument for argument in unknown if argument.startswith("-")):
@@ -136,10 +119,5 @@ def check_flags(arguments: Sequence[str]) -> argparse.Namespace:
         key = key.replace("-", "_")
         if equals or "." in key or key in keys:
             raise UserError(f"{flag}: no such flag; keys are typed without dashes, as {key}={value or '...'}")
-        raise UserError(_no_such_flag(flag, parser._option_string_actions))
+        raise UserError(no_such_flag(flag, parser._option_string_actions))
     return flags
-
-
-def _no_such_flag(flag: str, flags: Iterable[str]) -> str:
-    name = f"--{flag.lstrip('-').partition('=')[0]}"
-    return f"{flag}: no such flag; {nearest(name, [f for f in flags if f.startswith('--')])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph, MorphError, kept_modes
+from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.ramp import Ramp
 from morphtrain.settling import settle, trained_norms
@@ -62,6 +63,7 @@ class Run:
     changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces after it
     lr_factor: float = 1.0  # factor on the schedule's learning rate, set by methods that lower it
     rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after growth
+    growths: list[Ramp] = field(default_factory=list)  # factors on the rate of what each has added, see `growing`
     stopped: bool = False  # a method ends the run after this epoch
     params: int = 0
     macs: int = 0
@@ -92,6 +94,30 @@ class Run:
     def rewarm(self, epochs: float) -> None:
         """Let the learning rate rise again from zero to what it would be, over `epochs`."""
         self.rewarmed = Ramp(0.0, 1.0, self.progress, epochs)
+
+    @contextmanager
+    def growing(self, factor: float, epochs: float) -> Iterator[None]:
+        """Let what a method adds within the block learn at `factor` times the learning rate of all else.
+
+        The factor moves to 1 over `epochs` from now.
+        """
+        if factor == 1:
+            yield
+            return
+        self.growths.append(Ramp(factor, 1.0, self.progress, epochs))
+        additions = additions_of(self.optimizer)
+        additions.growth = len(self.growths)
+        try:
+            yield
+        finally:
+            additions.growth = 0
+
+    def set_learning_rates(self, epochs_done: float) -> None:
+        """Give parameter groups, and what has grown, their learning rates after `epochs_done` epochs."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.learning_rate(epochs_done, number)
+        factors = {number: ramp.at(epochs_done) for number, ramp in enumerate(self.growths, 1)}
+        additions_of(self.optimizer).set_factors(factors)
 
     def learning_rate(self, epochs_done: float, group: int = 0) -> float:
         """The learning rate of one of the optimizer's parameter groups after `epochs_done` epochs."""
@@ -135,6 +161,7 @@ class Run:
         """Give the network new random weights in its present structure, and clear the optimizer's state."""
         fresh_weights(self.model)
         self.optimizer.state.clear()
+        additions_of(self.optimizer).forget(self.model.parameters())
 
     def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
         """Set the images per step and the most that go through the network at once; for batch policies.

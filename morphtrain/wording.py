@@ -1,6 +1,13 @@
-"""Numbers and values as messages show them."""
+"""Numbers, values and names as messages show them."""
 
 from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+# Control characters but tab and newline, lone surrogates, and what is no character: neither XML nor UTF-8 has them all.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def counted(number: float, thing: str) -> str:
@@ -12,3 +19,15 @@ def as_yaml(value: object) -> str:
     """A config value as it is typed: null, true, false, or its text."""
     plain = {None: "null", True: "true", False: "false"}
     return plain[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not among `known`: those that are close to it, or else all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+
+
+def printable(text: str) -> str:
+    """The text with a replacement character for each that a page, a picture or a file of text cannot show."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

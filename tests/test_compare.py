@@ -25,8 +25,9 @@ from morphtrain.compare import own_code, report
 from morphtrain.compare.__main__ import parse
 from morphtrain.compare.command import show
 from morphtrain.compare.measure import WARMUP_STEPS, Measured, measure
+from morphtrain.compare.own_state import OwnState
 from morphtrain.compare.training import steps
-from morphtrain.compare.turns import Randomness, in_turns
+from morphtrain.compare.turns import in_turns
 from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns, block_ratio
 from morphtrain.method import Method
@@ -95,11 +96,11 @@ def weights_after_steps(beside: bool) -> torch.Tensor:
     seed_everything()
     runs, sides = {}, {}
     for name, seed in (("A", 1), ("B", 2)) if beside else (("A", 1),):
-        randomness = Randomness(CPU)
-        with randomness.own():
+        state = OwnState(CPU)
+        with state.own():
             runs[name] = build_run(morphtrain.compose(*SMALL, NOISY, f"seed={seed}"))
             start(runs[name])
-        sides[name] = randomness.of(itertools.islice(steps(runs[name]), 20))
+        sides[name] = state.of(itertools.islice(steps(runs[name]), 20))
     assert [name for name, _ in in_turns(sides)].count("A") == 20
     return weights(runs["A"])
 
@@ -201,6 +202,38 @@ def test_own_code_takes_the_turns_of_b(own: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(Path(own).parent)
     next(own_code.clocked("mine:step", "epoch", CPU))
     assert calls[-2:] == ["setup", "step"]
+
+
+SETTING = """
+import torch
+SEEN = []
+def setup():
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("medium")
+    torch.autograd.set_detect_anomaly(True)
+    torch.backends.mkldnn.enabled = False
+def epoch():
+    SEEN.append((torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled))
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+"""
+
+
+def test_what_own_code_sets_holds_for_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture of all tests sees that nothing is left of it either."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "setting.py").write_text(SETTING)
+    expected = alone(*SMALL, NOISY, "epochs=3")
+    seed_everything()
+    measured = measure([morphtrain.compose(*SMALL, NOISY, "epochs=3")], vs=str(tmp_path / "setting.py"))
+    assert computed(measured.records["A"]) == expected, "as if it were alone"
+    seen = sys.modules["morphtrain.compare.own_code.setting"].SEEN
+    assert seen == [(torch.float64, False, False)] * 3
+    (tmp_path / "failing.py").write_text(f"{SETTING}def broken(): raise KeyError\n")
+    with pytest.raises(UserError):
+        measure([morphtrain.compose(*SMALL, "epochs=3")], vs=f"{tmp_path / 'failing.py'}:broken")
 
 
 @pytest.mark.parametrize(

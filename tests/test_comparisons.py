@@ -20,7 +20,7 @@ from morphtrain.evidence.comparisons import (
     pairs_within,
 )
 from morphtrain.evidence.power import pairs_needed, power_of_groups, power_of_pairs, runs_needed
-from morphtrain.evidence.variance import compare_blocks, compare_many, corrected
+from morphtrain.evidence.variance import compare_blocks, compare_many, corrected, nothing_to_test
 
 NAMES = ("ours", "theirs")
 SIZES = st.integers(6, 15)
@@ -131,6 +131,23 @@ def test_what_does_not_scatter_has_no_p() -> None:
     assert "nothing scatters" in str(pairs)
     with pytest.raises(ValueError, match="all alike"):
         groups_within([1, 1, 1], [2, 2, 2], DIFFERENCE, above=1, names=NAMES)
+
+
+def test_groups_that_leave_nothing_to_test_are_refused_in_words() -> None:
+    constant = {"a": [1.0] * 4, "b": [2.0] * 4}
+    with pytest.raises(ValueError, match="so the differences between groups are exact: there is nothing"):
+        compare_many(constant, DIFFERENCE)
+    with pytest.raises(ValueError, match="all values are equal: there is nothing to test"):
+        compare_many({"a": [0.3] * 4, "b": [0.1 + 0.2] * 4}, DIFFERENCE)
+    times = {"a": {1: 3.0, 2: 5.0, 3: 0.7}}
+    for factor, words in ((1.0, "equal in every block"), (1.1, "equally far apart in every block")):
+        groups = {**times, "b": {seed: factor * value for seed, value in times["a"].items()}}
+        assert words in nothing_to_test(groups, RATIO)
+        with pytest.raises(ValueError, match=words):
+            compare_blocks(groups, RATIO)
+    scattered = {**times, "b": {1: 3.0, 2: 5.0, 3: 0.7000001}}
+    assert nothing_to_test(scattered, RATIO) == "" and compare_blocks(scattered, RATIO).p > 0.3
+    assert nothing_to_test({"a": {1: 1.0}, "b": {1: 2.0}}, RATIO) == "", "too few say nothing"
 
 
 @pytest.mark.parametrize(

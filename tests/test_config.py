@@ -6,6 +6,7 @@ import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -167,3 +168,23 @@ def test_a_missing_part_is_named(key: str) -> None:
     del config[key]
     with pytest.raises(UserError, match=f"{key}: missing"):
         schema.parse(config)
+
+
+@pytest.mark.parametrize(("epochs", "quarter", "third"), [(1, 1, 1), (20, 5, 7), (180, 45, 60)])
+def test_epochs_may_be_shares_of_the_run(epochs: int, quarter: int, third: int) -> None:
+    pruning = ("prune=prunetrain", "prune.start_epoch=25%", "prune.stop_epoch=33.3%", "prune.interval=0.1%")
+    further = "{_target_:morphtrain.options.method,option:grow/deeper,at_epochs:[25%,4]}"
+    own = "{_target_:my_package.Method,option:grow/deeper,at_epochs:[25%]}"
+    adabatch = ("batch_policy=adabatch", "batch_policy.every=33.3%")
+    config = schema.compose(f"epochs={epochs}", *pruning, *adabatch, f"methods=[{further},{own}]")
+    prune: Any = config.prune
+    assert (prune.start_epoch, prune.stop_epoch, prune.interval) == (quarter, third, 1)
+    assert config.batch_policy.every == third  # type: ignore[union-attr]
+    assert [method.arguments["at_epochs"] for method in config.methods] == [[quarter, 4], ["25%"]], "what is not ours"
+
+
+def test_a_network_may_start_narrow_and_be_widened_once_early() -> None:
+    config = schema.compose("grow=wider", "grow.at_epochs=[10%]", "epochs=40")
+    assert asdict(config)["grow"]["at_epochs"] == [4], "as a checkpoint has it"
+    rounds = schema.compose("grow=morphnet", "grow.round_epochs=25%", "prune=morphnet", "prune.stop_epoch=25%")
+    assert asdict(rounds)["grow"]["round_epochs"] == 15

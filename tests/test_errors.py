@@ -140,8 +140,11 @@ CASES = {
     "null for a number": (["seed=null"], "seed=null: must be a whole number"),
     "number for true": (["optimizer.nesterov=2"], "optimizer.nesterov=2: must be true or false"),
     "node for a number": (["model.width={a: 1}"], "model.width={'a': 1}: must be a whole number"),
-    "fraction in a list": (["grow=wider", "grow.at_epochs=[1.5]"], "grow.at_epochs=[1.5]: must be a list, as [1,2]"),
-    "number for a list": (["grow=wider", "grow.at_epochs=3"], "grow.at_epochs=3: must be a list, as [1,2]"),
+    "fraction in a list": (
+        ["grow=wider", "grow.at_epochs=[1.5]"],
+        "grow.at_epochs=[1.5]: must be a list, as [1,2] or [25%]",
+    ),
+    "number for a list": (["grow=wider", "grow.at_epochs=3"], "grow.at_epochs=3: must be a list, as [1,2] or [25%]"),
     "text for an optional number": (["clip_norm=long"], "clip_norm=long: must be a number, or null"),
     "node for a list": (
         ["methods={_target_: a.B}"],
@@ -185,6 +188,34 @@ CASES = {
     "growth after the end": (
         ["grow=wider", "grow.at_epochs=[60]"],
         "grow.at_epochs=[60]: must be before the last epoch (epochs=60)",
+    ),
+    "growth after the whole run": (
+        ["grow=wider", "grow.at_epochs=[100%]"],
+        "grow.at_epochs=[60]: must be before the last epoch (epochs=60)",
+    ),
+    "more than the run": (
+        ["prune=prunetrain", "prune.start_epoch=120%"],
+        "prune.start_epoch=120%: must be above 0% and at most 100%, as a share of the run",
+    ),
+    "a share that is none": (
+        ["prune=prunetrain", "prune.start_epoch=x%"],
+        "prune.start_epoch=x%: must be a whole number, or a share of the run, as 25%",
+    ),
+    "a share of a further method": (
+        ["methods=[{_target_:morphtrain.options.method,option:grow/deeper,at_epochs:[0%]}]"],
+        "methods[0].at_epochs=0%: must be above 0% and at most 100%, as a share of the run",
+    ),
+    "backwards": (
+        ["grow=wider", "grow.at_epochs=[2]", "grow.new_lr_factor=-1"],
+        "grow.new_lr_factor=-1.0: must be 0 or more; 1 is as all else",
+    ),
+    "never back": (
+        ["grow=wider", "grow.at_epochs=[2]", "grow.new_lr_epochs=0"],
+        "grow.new_lr_epochs=0.0: must be above 0 epochs",
+    ),
+    "a rate of its own for all": (
+        ["grow=morphnet", "prune=prunetrain", "prune.stop_epoch=10", "grow.inherit=false", "grow.new_lr_factor=2"],
+        "grow.new_lr_factor=2.0: must be 1 with grow.inherit=false: all weights are new then",
     ),
     "factor 1": (["grow=wider", "grow.at_epochs=[2]", "grow.factor=1"], "grow.factor=1.0: must be above 1"),
     "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], "grow.kernel=4: must be odd"),

@@ -24,10 +24,18 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Arm, Experiment
-from morphtrain.experiment import declaration
+from morphtrain.experiment import declaration, sweeper
 from morphtrain.experiment.display import Clock
-from morphtrain.experiment.runs import DISTURBED, Run, contended, epochs_in_the_same_seconds, planned, ready
-from morphtrain.experiment.sweeper import ArmsSweeper, _quoted, _spoil_unjudged
+from morphtrain.experiment.runs import (
+    DISTURBED,
+    Run,
+    contended,
+    epochs_in_the_same_seconds,
+    planned,
+    ready,
+    why_not_calibrated,
+)
+from morphtrain.experiment.sweeper import ArmsSweeper, _quoted
 
 DECLARED = """
 # @package _global_
@@ -50,6 +58,7 @@ hydra:
           - model.width=4
           - batch_policy.batch_size=32
           - epochs=3
+          - timing.reference=0.9  # measured again in any run, so that a busy machine spoils none
     arms:
       dense: {role: dense}
       sooner: {role: sooner, epochs: 0.5}
@@ -157,7 +166,6 @@ def experiment(arms: dict[str, Arm], seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -
     [
         ("    question: Does it pay?\n", "", "hydra.sweeper.question: "),
         ("# @package", "# momentum.yaml\n# @package", "its first line is `# @package _global_`"),
-        ("epochs: 0.5", "at: 1.5", "hydra.sweeper.arms.sooner.at=1.5: must be between 0 and 1"),
         ("prune.interval=1,", "prune.interval=0,", "arm pruned: prune.interval=0: must be"),
         ("margin: 0.01", "margin: 0.01\n    marign: 0.02", "hydra.sweeper.marign=0.02: no such key"),
         ("margin: 0.01", "margin: much", "hydra.sweeper.margin=much: must be a number"),
@@ -189,7 +197,8 @@ def test_growth_at_a_share_of_the_epochs_follows_them(epochs: int, at: int) -> N
         keys: Any = OmegaConf.to_container(config.hydra.sweeper)
         del keys["_target_"]  # as Hydra does to make the sweeper
         found = declaration.declared("net2net_wider", keys, given, composed)
-    assert f"grow.at_epochs=[{at}]" in found.arms["wider"].overrides
+        config = composed([*found.overrides, *found.arms["wider"].overrides])
+        assert schema.parse(config).grow.at_epochs == [at]
     assert not any(override.startswith("grow") for override in found.arms["wider_from_scratch"].overrides)
 
 
@@ -233,26 +242,57 @@ def record(**values: float) -> dict[str, float]:
     return {"epoch": 1, "changed": 0.0, "contended": 0.0, **values}
 
 
+def trained(*epochs: tuple[float, float], changes: Sequence[int] = (), beside: float = 0.0) -> list[dict[str, float]]:
+    """The records of a run: the seconds of its epochs, and those of a step of the reference that were measured then."""
+    history: list[dict[str, float]] = []
+    clock = calibrated = beside
+    for number, (seconds, reference) in enumerate(epochs, 1):
+        clock, calibrated = clock + seconds, calibrated + seconds / reference
+        times = {"epoch_seconds": seconds, "calibrated_seconds": seconds / reference, "reference_seconds": reference}
+        sums = {"train_seconds": clock, "calibrated_train_seconds": calibrated}
+        history.append(record(epoch=number, changed=float(number in changes), **times, **sums))
+    return history
+
+
 def test_epochs_from_scratch_take_the_seconds_of_the_whole_run() -> None:
-    """Ten slow epochs, then, after a change, fast ones of which one was disturbed: 20 s are forty of the last."""
-    slow = [record(epoch_seconds=1.5, train_seconds=1.5 * n) for n in range(1, 11)]
-    slow[-1]["changed"] = 1.0
-    fast = [record(epoch_seconds=seconds, train_seconds=0.0) for seconds in (0.5, 3.0, 0.5)]
-    fast[-1]["train_seconds"] = 20.0
-    assert epochs_in_the_same_seconds([*slow, *fast]) == 40
-    calibrated = [{**r, "calibrated_seconds": 2 * r["epoch_seconds"]} for r in (*slow, *fast)]
-    calibrated[-1]["calibrated_train_seconds"] = 60.0
-    assert epochs_in_the_same_seconds(calibrated) == 60
+    """Ten epochs of 1.5 s, and after a change ten of 0.5 s, with set-up and the change itself: 40 and 4 of the last."""
+    slow, fast = [(1.5, 1.0)] * 10, [(0.5, 1.0)] * 10
+    assert epochs_in_the_same_seconds(trained(*slow, *fast, changes=[10])) == 40
+    assert epochs_in_the_same_seconds(trained(*slow, *fast, changes=[10], beside=2.0)) == 44
+    assert epochs_in_the_same_seconds(trained(*slow)) == 10
+    assert epochs_in_the_same_seconds(trained(*[(0.1, 1.0)] * 3)) == 3, "whatever a sum of tenths is"
     assert epochs_in_the_same_seconds([record(epoch_seconds=9.0, train_seconds=3.0)]) == 1
-    changed_last = [record(epoch_seconds=1.0), record(epoch_seconds=2.0, train_seconds=4.0, changed=1.0)]
-    assert epochs_in_the_same_seconds(changed_last) == 2
+    assert epochs_in_the_same_seconds(trained((1.0, 1.0), (2.0, 1.0), changes=[2])) == 1, "as long as the last one"
 
 
-def test_a_run_counts_as_contended_only_without_calibrated_times() -> None:
-    disturbed = [record(contended=1.0), record()]
-    assert contended(disturbed)
-    assert not contended([record(), record()])
-    assert not contended([disturbed[0], record(calibrated_train_seconds=3.0)])
+def test_a_machine_that_slows_down_meanwhile_changes_nothing() -> None:
+    speeds = [1 + 0.1 * number for number in range(20)]  # the last epoch takes nearly three times as long
+    drifting = [(seconds * speed, speed) for seconds, speed in zip([1.5] * 10 + [0.5] * 10, speeds, strict=True)]
+    assert epochs_in_the_same_seconds(trained(*drifting, changes=[10])) == 40
+    once = trained(*[(seconds, 1.0) for seconds, _ in drifting], changes=[10])
+    assert epochs_in_the_same_seconds(once) < 30, "a machine measured once has no speed to allow for"
+
+
+@pytest.mark.parametrize("disturbed", [[3], [15], [2, 3, 12, 18]])
+def test_epochs_that_were_disturbed_or_badly_calibrated_change_nothing(disturbed: list[int]) -> None:
+    """Twelve times as long, or measured at another moment than trained: neither the sum nor the epoch may move."""
+    epochs = [(1.5, 1.0)] * 10 + [(0.5, 1.0)] * 10
+    for number in disturbed:
+        epochs[number] = (12 * epochs[number][0], 1.01 if number % 2 else 0.2)
+    assert epochs_in_the_same_seconds(trained(*epochs, changes=[10])) == 40
+    raw = [{**r, "calibrated_train_seconds": 99.0} for r in trained(*[(s, 1.0) for s, _ in epochs], changes=[10])]
+    assert epochs_in_the_same_seconds(raw) == 40
+
+
+def test_a_run_counts_as_contended_unless_the_machine_was_measured_again() -> None:
+    epochs = [(1.0, 1.0), (1.0, 1.0)]
+    disturbed = {"contended": 1.0}
+    once, twice = ([{**r, **disturbed} for r in trained(*epochs[:1], (1.0, then))] for then in (1.0, 2.0))
+    assert contended(once) and "timing.reference" in why_not_calibrated(once)
+    assert not contended(twice)
+    assert not contended(trained(*epochs)), "nothing has disturbed it"
+    never = [record(contended=1.0), record()]
+    assert contended(never) and "timing.reference=0" in why_not_calibrated(never)
 
 
 class Jobs:
@@ -313,6 +353,13 @@ def test_what_was_spoilt_is_run_again_from_the_beginning(first: Any, at_once: bo
     assert started.index("1/c_again") > started.index("1/c")
 
 
+def test_mlflow_is_told_of_a_disturbed_attempt_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Path] = []
+    monkeypatch.setattr(sweeper, "mark_disturbed", lambda config, run_dir: told.append(run_dir))
+    swept(tmp_path, {"b": ["contended"], "c": [RuntimeError("broken")]})
+    assert told == [tmp_path / "1/b"]
+
+
 @pytest.mark.parametrize("how", [RuntimeError("broken"), "contended"], ids=["failed", "contended"])
 def test_what_is_spoilt_every_time_counts_for_nothing(how: Any, tmp_path: Path) -> None:
     jobs, failures, _ = swept(tmp_path, {"c": [how] * 9})
@@ -358,7 +405,7 @@ def test_a_disturbed_run_that_nobody_looked_at_is_spoilt(tmp_path: Path) -> None
         run.directory.mkdir(parents=True)
         (run.directory / "run.png").touch()
         (run.directory / "records.jsonl").write_text(json.dumps(record(contended=disturbed)) + "\n")
-    _spoil_unjudged(runs)
+    ArmsSweeper({})._spoil_unjudged(runs)
     assert [run.ended for run in runs[:2]] == [True, False]
     assert [run.spoilt for run in runs[:2]] == [False, True]
 

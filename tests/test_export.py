@@ -16,13 +16,16 @@ from torch import nn
 
 import morphtrain
 from morphtrain import morph
+from morphtrain.compare import __main__ as compare
 from morphtrain.errors import UserError
+from morphtrain.evidence import __main__ as evidence
 from morphtrain.export import FORMATS
 from morphtrain.export.__main__ import main
 from morphtrain.export.trace import trace
 from morphtrain.export.write import export
 from morphtrain.morph.layers import NoChannels, ScatterChannels, SelectChannels, ZeroBranch
 from morphtrain.preprocessing import Preprocessing
+from morphtrain.report import __main__ as report
 from morphtrain.tracking import __main__ as sending
 from morphtrain.trainer import checkpoint
 from morphtrain.trainer.build import build_run
@@ -218,10 +221,19 @@ def test_each_format_has_a_name_of_its_own(kind: str, stored: Path) -> None:
         (main, ["last.pt", "format=onnx"], "format=onnx: no such flag; did you mean --format?"),
         (main, [], "the following arguments are required: checkpoint"),
         (sending.main, ["run", "--url", "x"], "--url: no such flag; did you mean --uri?"),
+        (report.main, ["--outt", "x.html"], "--outt: no such flag; did you mean --out?"),
+        (
+            evidence.main,
+            ["test", "runs", "--by", "arm", "--piared", "seed"],
+            "--piared: no such flag; did you mean --paired",
+        ),
+        (evidence.main, ["tabel", "runs"], "table|test|fit: invalid choice: 'tabel' (choose from "),
+        (evidence.main, ["test", "runs", "--by", "arm", "--margin", "x"], "--margin: invalid float value: 'x'"),
+        (compare.parse, ["--", "--step", "3"], "--step: no such flag; did you mean --steps?"),
     ],
 )
 def test_a_mistyped_flag_is_answered_in_one_line(
-    command: Callable[[list[str]], int], typed: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    command: Callable[[list[str]], object], typed: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         command(typed)

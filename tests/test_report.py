@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -543,3 +545,45 @@ def test_the_command_says_what_it_wrote(report: Report, capsys: pytest.CaptureFi
     folder = tmp_path / "new" / "mine-tables"
     assert capsys.readouterr().out.splitlines() == [str(out), f"{folder}/: {len(tables)} tables"]
     assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3) + 10
+
+
+def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:
+    odd = "\x00\x0b\x1b\x85\ud800\uffff"
+    text = f"a{odd}b"
+    arms = {name: Arm((f"model={text}{name}",)) for name in ("one", "other", "another")}
+
+    def odd_metrics(arm: str, seed: int, _: int) -> dict[str, float]:
+        return {text: len(arm) + noise(arm, seed, spread=0.1)}
+
+    for kind in ("factor", "ratio", "curves"):
+        experiment = declared(kind, arms, range(1, 4), question=f"{text}?", claim=text, limits=text, response=text)
+        write(tmp_path, experiment, odd_metrics, 2, machine={**MACHINE, "processor": text})
+    page = Page(reported(tmp_path).html)
+    assert page.wrong == []
+    pictures = re.findall(r"<svg.*?</svg>", page.text, re.DOTALL)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert ElementTree.fromstring(picture) is not None and "a\ufffd" in picture
+    tables = [path.read_text() for path in tmp_path.rglob("*.csv")]
+    assert not any(character in shown for shown in (page.text, *tables) for character in odd)
+
+
+@pytest.mark.parametrize(
+    "place", [".", "..", "", "a directory", "a pipe", "a file/report.html", "read-only/report.html"]
+)
+def test_a_place_where_no_report_can_be_is_one_line(
+    place: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here" / "a directory").mkdir(parents=True)
+    (tmp_path / "here" / "a file").touch()
+    os.mkfifo(tmp_path / "here" / "a pipe")
+    (tmp_path / "here" / "read-only").mkdir(mode=0o500)
+    if place.startswith("read-only") and os.access(tmp_path / "here" / "read-only", os.W_OK):
+        pytest.skip("nothing is read-only for this user")
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(report.root), "--out", place]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert str(Path(place)).partition("/")[0] in said
+    assert sorted(tmp_path.rglob("*")) == before

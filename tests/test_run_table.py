@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,3 +270,34 @@ def test_help_imports_nothing_slow() -> None:
     script += "print(sorted({'torch', 'pandas', 'numpy', 'scipy', 'statsmodels', 'mlflow'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert "--margin" in shown and shown.endswith("[]\n")
+
+
+@pytest.mark.parametrize("paired", [[], ["--paired", "seed"]], ids=["groups", "pairs"])
+@pytest.mark.parametrize(
+    ("steps", "by_seed", "said"),
+    [
+        (0.0, 0.0, "3 groups: all values are equal: there is nothing to test"),
+        (0.1, 0.0, "so the differences between "),
+        (0.0, 0.1, {"groups": "p = 1", "pairs": "3 groups: all groups are equal in every block"}),
+        (0.1, 0.1, {"groups": "p = ", "pairs": "3 groups: the groups are equally far apart in every block"}),
+    ],
+)
+def test_many_groups_in_which_nothing_scatters_are_answered_in_words(
+    steps: float,
+    by_seed: float,
+    said: str | dict[str, str],
+    paired: list[str],
+    stored: Stored,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for seed in range(1, 5):
+        for n, ratio in enumerate((0.1, 0.4, 0.7)):
+            stored(f"{ratio}-{seed}", pruned(seed, ratio), 0.3 + n * steps + seed * by_seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["test", str(tmp_path), "--by", "prune.lasso_ratio", *paired]) == 0
+    out = capsys.readouterr().out
+    assert (said if isinstance(said, str) else said["pairs" if paired else "groups"]) in out
+    assert "nan" not in out and "inf" not in out
+    assert ("0.4 - 0.1: " in out) == (steps > 0 or (by_seed > 0 and not paired)), "pairs that differ, or are tested"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -21,8 +22,9 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.addresses import shown
 from morphtrain.errors import UserError
+from morphtrain.evidence.records import load
 from morphtrain.tracking import __main__ as sending
-from morphtrain.tracking import mlflow, store, unsent
+from morphtrain.tracking import mark_disturbed, mlflow, store, unsent
 from morphtrain.tracking.mlflow import MLflowTracker
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
@@ -292,6 +294,26 @@ def test_runs_are_found_by_any_tag(here: Path) -> None:
         found = store.runs_tagged(client, experiment_id, "study", text)
         assert [run.info.run_id for run in found] == [run_id], text
     assert store.runs_tagged(client, experiment_id, "study", "it-s") == []
+
+
+def test_a_disturbed_attempt_stays_in_the_store_but_in_no_table(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its repeat has the same directory."""
+    uri = f"sqlite:///{here}/mlflow.db"
+    trackers = [local_tracker(here) for _ in range(2)]
+    for tracker, offset in zip(trackers, (0.0, 100.0), strict=True):
+        config = schema.tracking.MLflow("mlflow", uri, "e", 0.0, None)
+        if offset:
+            mark_disturbed(config, here)
+        tracker.start({}, TAGS, here, resumed=True)
+        tracker.finish("FINISHED", history_of(2, offset))
+    mark_disturbed(config, here / "another")
+    mark_disturbed(schema.tracking.Tracking("none"), here)
+    assert caplog.text == ""
+    first, second = (tracker.client.get_run(tracker.run_id) for tracker in trackers)
+    assert (first.data.tags.get("disturbed"), second.data.tags.get("disturbed")) == ("true", None)
+    assert set(load(uri, mlflow_experiment="e")["run"]) == {second.info.run_id}
+    mark_disturbed(dataclasses.replace(config, uri="http://127.0.0.1:9"), here)
+    assert caplog.text.count("was disturbed, which it does not say") == 1
 
 
 def test_files_that_a_store_refuses_do_not_hold_up_the_rest(

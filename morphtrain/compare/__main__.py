@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from morphtrain.flags import Parser
+
 USAGE = """python -m morphtrain.compare [COMMON.. --] A.. -- B.. [options]
        python -m morphtrain.compare A.. --vs FILE.py[:FUNCTION] [options]"""
 DESCRIPTION = (
@@ -44,9 +46,7 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     """The options, and the overrides of each part; `--` ends a part, and options may stand in any."""
-    parser = argparse.ArgumentParser(
-        prog="python -m morphtrain.compare", usage=USAGE, description=DESCRIPTION, allow_abbrev=False
-    )
+    parser = Parser(prog="python -m morphtrain.compare", usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, metavar="N", help=STEPS_HELP)
     parser.add_argument("--seeds", type=numbers, default=(), metavar="S,S,..", help=SEEDS_HELP)

@@ -12,8 +12,9 @@ import torch
 
 from morphtrain import schema
 from morphtrain.compare import own_code
+from morphtrain.compare.own_state import OwnState
 from morphtrain.compare.training import epochs, steps
-from morphtrain.compare.turns import Randomness, Spent, in_turns
+from morphtrain.compare.turns import Spent, in_turns
 from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns
 from morphtrain.memory_limit import named_if_out_of_memory
@@ -104,12 +105,12 @@ def _warmup_epochs(configs: Sequence[Config]) -> int:
 
 def _training(config: Config, device: torch.device, number: int | None) -> tuple[Run, Iterator[Spent]]:
     """A run that is ready, and its epochs, or as many of its steps."""
-    randomness, keys = Randomness(device), sizes(config)
-    with named_if_out_of_memory(keys), randomness.own():
+    state, keys = OwnState(device), sizes(config)
+    with named_if_out_of_memory(keys), state.own():
         run = new_run(config, device)
         start(run)
     side = epochs(run) if number is None else itertools.islice(steps(run), number)
-    return run, _named(randomness.of(side), keys)
+    return run, _named(state.of(side), keys)
 
 
 def _named(side: Iterator[Spent], keys: str) -> Iterator[Spent]:
@@ -118,10 +119,10 @@ def _named(side: Iterator[Spent], keys: str) -> Iterator[Spent]:
 
 
 def _own(target: str, unit: str, device: torch.device) -> Iterator[Spent]:
-    randomness = Randomness(device)
-    with randomness.own():
+    state = OwnState(device)
+    with state.own():
         side = own_code.clocked(target, unit, device)
-    return randomness.of(side)
+    return state.of(side)
 
 
 def _take_turns(

@@ -6,10 +6,8 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from morphtrain.cost.stopwatch import timed
@@ -59,46 +57,3 @@ def spent(work: Callable[[], object], device: torch.device) -> Spent:
     computed = time.process_time()
     seconds = timed(work, device)
     return Spent(seconds, time.process_time() - computed)
-
-
-class Randomness:
-    """The random states of Python, NumPy and torch that belong to one side; at first those that there are."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.states = self._taken()
-
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """Within the block the states are the side's; after it those that were there before."""
-        around = self._taken()
-        self._give(self.states)
-        try:
-            yield
-        finally:
-            self.states = self._taken()
-            self._give(around)
-
-    def of(self, side: Iterator[T]) -> Iterator[T]:
-        """What `side` gives, with random states of its own."""
-        while True:
-            with self.own():
-                given = next(side, None)
-            if given is None:
-                return
-            yield given
-
-    def _taken(self) -> tuple[Any, ...]:
-        on_device = None if self.device.type == "cpu" else self._module().get_rng_state(self.device)
-        return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device
-
-    def _give(self, states: tuple[Any, ...]) -> None:
-        python, numpy, cpu, on_device = states
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if on_device is not None:
-            self._module().set_rng_state(on_device, self.device)
-
-    def _module(self) -> Any:
-        return torch.get_device_module(self.device)

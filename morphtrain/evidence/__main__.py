@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from morphtrain.errors import UserError
 from morphtrain.evidence import samples, words
 from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES
+from morphtrain.flags import Parser
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m morphtrain.evidence",
         description="Statistics of the last epochs of runs; offline, from what the runs have recorded.",
     )
@@ -122,11 +124,15 @@ def _test(given: argparse.Namespace) -> None:
     if more:
         print(f"every pair of {len(groups)} groups is compared; the first is {first}")
     with _as_user_error():
-        print(
-            compare[1](groups, scale)
-            if more
-            else compare[0](groups[second], groups[first], scale, names=(second, first))
-        )
+        if not more:
+            print(compare[0](groups[second], groups[first], scale, names=(second, first)))
+        elif alike := variance.nothing_to_test(groups, scale):
+            print(f"{len(groups)} groups: {alike}: there is nothing to test")
+            for a, b in itertools.combinations(groups, 2):
+                if not comparisons.are_equal(groups[a], groups[b]):
+                    print(f"  {compare[0](groups[b], groups[a], scale, names=(b, a))}")
+        else:
+            print(compare[1](groups, scale))
         if given.margin is not None:
             _print_margin(groups, scale, given)
 

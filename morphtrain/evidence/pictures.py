@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+from morphtrain.wording import printable
+
 # Dark on white paper; a page replaces each by a variable of its own, so that it suits a dark one as well.
 INK, RULE, PAPER = "#1b1b1d", "#c8c8cc", "#fefefd"
 SERIES = ("#20508f", "#b5460f", "#2f7d4f", "#7a3f9d", "#8a6a00", "#0d7d8c")
@@ -42,11 +44,14 @@ class Picture:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
+        from matplotlib.text import Text
 
         with rc_context(STYLE):
             figure = Figure(figsize=self.size, layout="constrained")
             FigureCanvasSVG(figure)
             self.draw(figure.subplots())
+            for words in figure.findobj(Text):
+                words.set_text(printable(words.get_text()))
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return text.getvalue()

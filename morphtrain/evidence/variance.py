@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from morphtrain.evidence.comparisons import Comparison, compare_groups, compare_pairs, scaled
+from morphtrain.evidence.comparisons import ROUNDING, Comparison, compare_groups, compare_pairs, scaled
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL
 
 
@@ -43,6 +43,16 @@ class Variance:
         return "\n".join([first, *(f"  {pair}" for pair in self.pairs)])
 
 
+def nothing_to_test(groups: Mapping[str, Any], scale: str) -> str:
+    """Why groups, as `compare_blocks` or `compare_many` takes them, cannot be tested for being alike; "" if they can.
+
+    Groups that are too small are not looked at.
+    """
+    blocked = all(isinstance(group, Mapping) for group in groups.values())
+    values = _in_blocks(groups, scale) if blocked else [scaled(group, scale) for group in groups.values()]
+    return "" if min(map(len, values)) < LEAST_FOR_INTERVAL else _alike(values, blocked)
+
+
 def compare_blocks(groups: Mapping[str, Mapping[Any, float]], scale: str, confidence: float = 0.95) -> Variance:
     """Compare groups whose values belong together across the groups, by seed for instance (randomised blocks).
 
@@ -56,9 +66,8 @@ def compare_blocks(groups: Mapping[str, Mapping[Any, float]], scale: str, confid
         ValueError: for fewer than two groups or three blocks, numbers that do not fit the scale, or values that do not
             scatter.
     """
-    blocks = [key for key in next(iter(groups.values()), {}) if all(key in group for group in groups.values())]
-    values = [scaled([group[key] for key in blocks], scale) for group in groups.values()]
-    _check(values)
+    values = _in_blocks(groups, scale)
+    _check(values, blocked=True)
     import pandas as pd
     from statsmodels.stats.anova import AnovaRM
 
@@ -75,7 +84,7 @@ def compare_blocks(groups: Mapping[str, Mapping[Any, float]], scale: str, confid
 def compare_many(groups: Mapping[str, Sequence[float]], scale: str, confidence: float = 0.95) -> Variance:
     """Compare independent groups of three runs or more; otherwise as `compare_blocks`."""
     values = [scaled(group, scale) for group in groups.values()]
-    _check(values)
+    _check(values, blocked=False)
     from scipy import stats
 
     n = sum(map(len, values))
@@ -105,6 +114,12 @@ def _holm(found: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else float(value) for p, value in zip(found, adjusted, strict=True)]
 
 
+def _in_blocks(groups: Mapping[str, Mapping[Any, float]], scale: str) -> list[Any]:
+    """The values of each group in the blocks that all have, as arrays."""
+    blocks = [key for key in next(iter(groups.values()), {}) if all(key in group for group in groups.values())]
+    return [scaled([group[key] for key in blocks], scale) for group in groups.values()]
+
+
 def _variance(
     names: tuple[str, ...],
     f: float,
@@ -128,10 +143,30 @@ def _variance(
     return Variance(names, f, between, within, p, share, low, high, n, blocked, confidence, corrected(pairs))
 
 
-def _check(values: Sequence[Any]) -> None:
+def _check(values: Sequence[Any], blocked: bool) -> None:
     if len(values) < 2:
         raise ValueError(f"{len(values)} groups: must be two or more")
     if (least := min(map(len, values))) < LEAST_FOR_INTERVAL:
         raise ValueError(f"a group of {least} runs: must be {LEAST_FOR_INTERVAL} or more in each")
-    if all(len(set(group.tolist())) == 1 for group in values):
-        raise ValueError("no group's values scatter: there is nothing to test")
+    if alike := _alike(values, blocked):
+        raise ValueError(f"{alike}: there is nothing to test")
+
+
+def _alike(values: Sequence[Any], blocked: bool) -> str:
+    """What of the groups leaves nothing to test, in words; "" if they scatter."""
+    import numpy as np
+
+    every = np.concatenate(values)
+    rounding = ROUNDING * abs(every).max()
+    if np.ptp(every) <= rounding:
+        return "all values are equal"
+    if not blocked:
+        exact = all(np.ptp(group) <= rounding for group in values)
+        return "the values of each group are equal, so the differences between groups are exact" if exact else ""
+    table = np.stack(values)
+    between = table - table.mean(axis=0)  # what the blocks leave
+    if abs(between - between.mean(axis=1, keepdims=True)).max() > rounding:
+        return ""
+    if abs(between).max() <= rounding:
+        return "all groups are equal in every block"
+    return "the groups are equally far apart in every block, so the differences between them are exact"

@@ -151,7 +151,6 @@ def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
         for key in ("epochs", "width"):
             share = getattr(arm, key)
             schema.check(share is None or share > 0, f"{at}.{key}", share, "above 0, a share of what it would be")
-        schema.check(arm.at is None or 0 < arm.at < 1, f"{at}.at", arm.at, "between 0 and 1, a share of the epochs")
         arm.overrides = merged(arm.overrides, {"small": arm.small, "thesis": arm.thesis}.get(size, []))
         arms[str(name)] = arm
     return arms
@@ -178,8 +177,6 @@ def _overrides(
             full = OmegaConf.select(whole(plain), key)
             schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
             overrides.append(f"{key}={max(1, round(share * full))}")
-    if arm.at is not None:
-        overrides.append(f"grow.at_epochs=[{max(1, round(arm.at * whole(tuple(overrides)).epochs))}]")
     return tuple(overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import statistics
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morphtrain.evidence import records
+from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.progress import DISTURBED
 
@@ -17,6 +19,7 @@ Record = Mapping[str, float]
 
 LOG = "run.log"
 WARNING = re.compile(r"\S+ \S+ WARNING (.+)")  # as conf/config.yaml formats it
+ROUNDING = 1e-6  # of an epoch
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,31 @@ def ready(runs: Sequence[Run]) -> list[Run]:
 
 def contended(history: Sequence[Record]) -> bool:
     """Whether others have disturbed the run's times, and nothing has calibrated them."""
-    return any(record["contended"] for record in history) and "calibrated_train_seconds" not in history[-1]
+    return any(record["contended"] for record in history) and not is_calibrated(history)
+
+
+def why_not_calibrated(history: Sequence[Record]) -> str:
+    """Why the times of a run do not allow for what disturbed it, and what would change that."""
+    if "reference_seconds" not in history[-1]:
+        return "timing.reference=0 calibrates no times"
+    return (
+        "the machine was measured too seldom to calibrate its times; more epochs or a larger timing.reference would do"
+    )
 
 
 def epochs_in_the_same_seconds(history: Sequence[Record]) -> int:
     """How many epochs of a run's last network fit into the seconds of the whole run, and at least one.
 
-    All in calibrated seconds, if there are any. The last network's epoch is the median of those that trained it; if
-    none has, because it changed after the last, then of the last one.
+    All in calibrated seconds if the machine was measured again meanwhile, so that a drift of its speed cancels. Every
+    network's epochs count by their median: one that was disturbed, or calibrated by a bad moment, would otherwise be in
+    the whole, and not in the epoch by which it is divided. If the last network has not been trained, because it changed
+    after the last epoch, it is taken to need what that took.
     """
-    calibrated = "calibrated_train_seconds" in history[-1]
+    calibrated = is_calibrated(history)
     total = history[-1]["calibrated_train_seconds" if calibrated else "train_seconds"]
+    seconds = [record["calibrated_seconds" if calibrated else "epoch_seconds"] for record in history]
     changes = [number for number, record in enumerate(history, 1) if record["changed"]]
-    last = history[changes[-1] :] if changes else history[1:]
-    seconds = [record["calibrated_seconds" if calibrated else "epoch_seconds"] for record in last or history[-1:]]
-    return max(1, int(total / statistics.median(seconds)))
+    networks = [seconds[start:end] for start, end in itertools.pairwise((0, *changes, len(seconds)))]
+    trained = sum(len(epochs) * statistics.median(epochs) for epochs in networks if epochs)
+    beside = total - sum(seconds)  # set-up and changes of structure
+    return max(1, int((trained + beside) / statistics.median(networks[-1] or seconds[-1:]) + ROUNDING))

@@ -23,9 +23,9 @@ from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment import runs as run_states
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
-from morphtrain.experiment.runs import Run, contended, planned, ready
+from morphtrain.experiment.runs import Run, contended, planned, ready, why_not_calibrated
 from morphtrain.files import named_lock, write_atomically
-from morphtrain.tracking import begin_sweep, end_sweep, prepare
+from morphtrain.tracking import begin_sweep, end_sweep, mark_disturbed, prepare
 
 LOCK = ".experiment.lock"
 PROSE = ("thesis", "claim", "limits")  # what may be worded differently by another version of the file
@@ -40,6 +40,7 @@ class ArmsSweeper:
 
     def __init__(self, keys: Mapping[str, Any]) -> None:
         self.keys = keys
+        self.tracking: Any = None  # the config group, once the declaration is known
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -64,19 +65,20 @@ class ArmsSweeper:
         with interrupts.at_once():  # there is nothing yet to end in order
             given = typed(arguments)
             experiment = declared(self.name, self.keys, given, self._composed)
-            tracking = schema.parse(self._composed([*experiment.overrides, *given.aside])).tracking
+            self.tracking = schema.parse(self._composed([*experiment.overrides, *given.aside])).tracking
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._alone():
             self._settle_declaration(experiment)
-            found = planned(experiment, self.directory.resolve())
-            _spoil_unjudged(found)
+            found = planned(experiment, Path(os.path.abspath(self.directory)))
+            self._spoil_unjudged(found)
             show_plan(experiment, found, self.directory)
             if not all(run.ended for run in found):
-                self._run_under_parent(experiment, found, given, tracking)
+                self._run_under_parent(experiment, found, given)
         print(f"next: python -m morphtrain.report {self.directory}")
 
-    def _run_under_parent(self, experiment: Experiment, found: Sequence[Run], given: Typed, tracking: Any) -> None:
+    def _run_under_parent(self, experiment: Experiment, found: Sequence[Run], given: Typed) -> None:
         """Run what has not ended, in MLflow below one run; raises `UserError` if runs have failed."""
+        tracking = self.tracking
         prepare(tracking)
         parent = begin_sweep(tracking, self.directory.name, {"study": str(self.directory)}, self.directory)
         status = "FAILED"
@@ -169,7 +171,34 @@ class ArmsSweeper:
                 returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
         finally:  # or what is logged later goes to what was printed to meanwhile
             configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
-        return {run: _outcome(run, result) for run, result in zip(starting, returned, strict=True)}
+        return {run: self._outcome(run, result) for run, result in zip(starting, returned, strict=True)}
+
+    def _outcome(self, run: Run, returned: JobReturn) -> str | UserError | None:
+        """None if the run has ended undisturbed; else what went wrong, and what it recorded counts for nothing."""
+        try:
+            _ = returned.return_value
+        except interrupts.JobInterrupted as interrupt:
+            raise interrupts.Interrupted(interrupt.number) from interrupt
+        except Exception as error:  # noqa: BLE001 (whatever a job raises ends its run, not the experiment)
+            interrupts.check()  # a job that fails after a signal fails for it
+            run.spoil()
+            return error if isinstance(error, UserError) else said(error)
+        return self._disturbed(run)
+
+    def _disturbed(self, run: Run) -> str | None:
+        """How a run that has ended was disturbed, in which case it counts for nothing; None if it was not."""
+        history = run.history()
+        if not contended(history):
+            return None
+        run.spoil()
+        mark_disturbed(self.tracking, run.directory)
+        return f"others disturbed it, and {why_not_calibrated(history)}"
+
+    def _spoil_unjudged(self, found: Sequence[Run]) -> None:
+        """Spoil disturbed runs of a command that was killed before it looked at what they had left."""
+        for run in found:
+            if run.ended:
+                self._disturbed(run)
 
     def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
         """The overrides of a run."""
@@ -187,29 +216,6 @@ def _quoted(path: Path) -> str:
     """As a value of an override."""
     text = str(path).replace("'", "\\'")
     return f"'{text}'"
-
-
-def _outcome(run: Run, returned: JobReturn) -> str | UserError | None:
-    """None if the run has ended undisturbed; else what went wrong, and what it recorded counts for nothing."""
-    try:
-        _ = returned.return_value
-    except interrupts.JobInterrupted as interrupt:
-        raise interrupts.Interrupted(interrupt.number) from interrupt
-    except Exception as error:  # noqa: BLE001 (whatever a job raises ends its run, not the experiment)
-        interrupts.check()  # a job that fails after a signal fails for it
-        run.spoil()
-        return error if isinstance(error, UserError) else said(error)
-    if contended(run.history()):
-        run.spoil()
-        return "others disturbed it, and timing.reference=0 calibrates no times"
-    return None
-
-
-def _spoil_unjudged(found: Sequence[Run]) -> None:
-    """Spoil runs that others have disturbed, of a command that was killed before it looked at what they had left."""
-    for run in found:
-        if run.ended and contended(run.history()):
-            run.spoil()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from morphtrain.arguments import Parser
 from morphtrain.errors import UserError
 from morphtrain.export import FORMATS, TOLERANCE
+from morphtrain.flags import Parser
 
 if TYPE_CHECKING:
     from morphtrain.preprocessing import Preprocessing

@@ -43,7 +43,7 @@ class Deeper(Method):
             return
         self.when.grown_at.append(run.epoch)
         inputs = run.training_inputs(self.config.calibration_batches)
-        with run.precision.autocast():
+        with run.precision.autocast(), run.growing(self.config.new_lr_factor, self.config.new_lr_epochs):
             inserted = self._insert(run.graph, self._allowed(run, inputs), inputs, run.optimizer)
         if inserted:
             run.shape_changed(f"inserted {self.config.operator}s {', '.join(inserted)} ({reason})")

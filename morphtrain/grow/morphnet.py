@@ -46,14 +46,15 @@ class MorphNetExpansion(Method):
                 self.target,
             )
             return
-        grown = expand_to(
-            run.graph,
-            cost,
-            self.target,
-            noise=self.config.noise,
-            generator=run.generator(run.epoch),
-            optimizer=run.optimizer,
-        )
+        with run.growing(self.config.new_lr_factor, self.config.new_lr_epochs):
+            grown = expand_to(
+                run.graph,
+                cost,
+                self.target,
+                noise=self.config.noise,
+                generator=run.generator(run.epoch),
+                optimizer=run.optimizer,
+            )
         added = sum(after - before for before, after in grown.values())
         log.info(
             "grow=morphnet: round %d: %s %.4g -> %.4g of %.4g", number, self.config.cost, before, cost(), self.target

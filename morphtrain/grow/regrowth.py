@@ -52,7 +52,7 @@ class Regrowth:
             cost, limits = run.width_cost(self.kind, self.latency, graph), self.share_of_limits(run, graph)
             return lambda widths: max(cost(widths) / target, limits(widths))
 
-        with run.precision.autocast():
+        with run.precision.autocast(), run.growing(self.config.new_lr_factor, self.config.new_lr_epochs):
             growth = grow_where_kept(
                 run.graph,
                 self.reference,

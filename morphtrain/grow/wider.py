@@ -45,13 +45,14 @@ class Wider(Method):
         if self._limits(run)({}) > 1:
             log.info("grow=wider: %s, but the network is as large as grow.max_params and max_macs allow", reason)
             return
-        grown = widen(
-            run.graph,
-            target={space.name: width for space, width in self._widths(run).items()},
-            noise=self.config.noise,
-            generator=run.generator(run.epoch),
-            optimizer=run.optimizer,
-        )
+        with run.growing(self.config.new_lr_factor, self.config.new_lr_epochs):
+            grown = widen(
+                run.graph,
+                target={space.name: width for space, width in self._widths(run).items()},
+                noise=self.config.noise,
+                generator=run.generator(run.epoch),
+                optimizer=run.optimizer,
+            )
         self.when.grown_at.append(run.epoch)
         if grown:
             added = sum(after - before for before, after in grown.values())

@@ -17,6 +17,7 @@ from morphtrain.morph.layers import PadChannels, ZeroBranch
 from morphtrain.morph.modes import copy_of, kept_modes, stored_activations
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
+from morphtrain.morph.surgery.additions import Additions, additions_of
 from morphtrain.morph.surgery.architecture import DESCRIPTION, describe, rebuild
 from morphtrain.morph.surgery.gates import Gate
 from morphtrain.morph.surgery.insert import Start
@@ -34,6 +35,7 @@ __all__ = [
     "OUTPUT",
     "SAMPLES",
     "TRANSPOSED",
+    "Additions",
     "Axis",
     "Block",
     "Call",
@@ -47,6 +49,7 @@ __all__ = [
     "Space",
     "Start",
     "ZeroBranch",
+    "additions_of",
     "copy_of",
     "describe",
     "format_of_model",

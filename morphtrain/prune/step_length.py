@@ -10,6 +10,7 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from morphtrain.errors import UserError
+from morphtrain.morph import additions_of
 from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,12 @@ def step_length(optimizer: Optimizer, weight: torch.Tensor) -> Any:
 
     Returns:
         A number; a scalar tensor where the optimizer computes the length on its device; or one of the weight's shape
-        where its elements take steps of their own, as with Adam.
+        where its elements take steps of their own, as with Adam, or after a growth with `new_lr_factor`.
     """
     group = _group_of(optimizer, weight)
     own = getattr(optimizer, "step_size", None)
     lr = group["lr"] * _scale(optimizer.state.get(weight, {}), group) if own is None else own(weight)
-    return lr / (1 - group.get("momentum", 0.0))
+    return lr * additions_of(optimizer).factor(weight) / (1 - group.get("momentum", 0.0))
 
 
 def warn_if_unknown(optimizer: Optimizer) -> None:

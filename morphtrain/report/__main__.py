@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.errors import UserError
+from morphtrain.flags import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the report is written, 1 otherwise."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m morphtrain.report",
         description="Write what the experiments have found as one HTML file, which loads nothing from elsewhere, and "
         "its tables as CSV in a folder beside it. Nothing is trained; what is under way is shown as far as it is.",
@@ -38,6 +39,8 @@ def _write(options: argparse.Namespace) -> None:
 
     if not options.directory.is_dir():
         raise UserError(f"{options.directory}: no such directory; experiments leave theirs in experiments/")
+    if options.out.exists() and not options.out.is_file():
+        raise UserError(f"--out {options.out}: is no file; the name of one works, as report.html")
     page, *tables = build(options.directory, options.out)
     print(f"{page}\n{tables[0].parent}/: {len(tables)} tables")
 

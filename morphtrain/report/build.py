@@ -17,7 +17,7 @@ from morphtrain.files import write_atomically
 from morphtrain.report import chapter3
 from morphtrain.report.front import front
 from morphtrain.report.question import Question
-from morphtrain.wording import counted
+from morphtrain.wording import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ def build(directory: Path, out: Path) -> list[Path]:
     page = render(questions, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
-        write_atomically(folder / name, frame.to_csv().encode())
+        write_atomically(folder / name, printable(frame.to_csv()).encode())
     write_atomically(out, page.encode())
     return [out, *(folder / name for name in tables)]
 
@@ -101,7 +101,12 @@ def render(questions: Sequence[Question], folder: str) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
     )
     return environment.get_template("page.html").render(
         title=TITLE,
@@ -113,6 +118,11 @@ def render(questions: Sequence[Question], folder: str) -> str:
         chapter={"text": chapter3.TEXT, "table": chapter3.table(questions)},
         closing=f"Built by python -m morphtrain.report; the tables as CSV are beside this file, in {folder}/.",
     )
+
+
+def _printable(value: object) -> object:
+    """What the page shows of a value: markup, such as a picture, as it is."""
+    return printable(value) if type(value) is str else value
 
 
 def _summary(questions: Sequence[Question]) -> str:

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from morphtrain.evidence.pictures import INK, PAPER, RULE, SERIES, Picture
+from morphtrain.wording import printable
 
 COLOURS = {INK: "var(--ink)", RULE: "var(--rule)", PAPER: "var(--paper)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)
@@ -29,7 +30,7 @@ def inline(picture: Picture, prefix: str) -> Markup:
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": " ".join(ids)}
     for name, identifier, text in zip(("desc", "title"), ids[::-1], (picture.description, picture.title), strict=True):
         words = ElementTree.Element(name, id=identifier)
-        words.text = text
+        words.text = printable(text)
         root.insert(0, words)
     return Markup(ElementTree.tostring(root, encoding="unicode", method="html"))
 

@@ -35,6 +35,8 @@ class FixedBatch(BatchPolicy, option="fixed"):
 class AdaBatch(BatchPolicy, option="adabatch"):
     """A batch size that is multiplied every few epochs."""
 
+    epoch_keys = ("every",)
+
     factor: int
     every: int
     max_batch_size: int | None

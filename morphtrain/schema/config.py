@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import BatchPolicy
-from morphtrain.schema.checks import check, check_one_of, nearest
+from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.compatibility import check_compatible
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import Data
@@ -22,6 +22,7 @@ from morphtrain.schema.prune import Prune
 from morphtrain.schema.schedule import Schedule
 from morphtrain.schema.timing import Timing
 from morphtrain.schema.tracking import Tracking
+from morphtrain.wording import nearest
 
 TO_ACCURACY = ("time_to_accuracy", "calibrated_time_to_accuracy")  # absent with timing.target_accuracy=null
 # Absent with timing.reference=0.

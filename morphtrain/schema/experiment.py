@@ -19,7 +19,6 @@ class ArmKeys:
     of: str | None = None
     epochs: float | None = None  # as a share of those that it would have
     width: float | None = None  # of the model, as a share of what it would be
-    at: float | None = None  # when it grows (grow.at_epochs), as a share of the epochs
 
 
 @dataclass

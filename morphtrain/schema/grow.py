@@ -21,9 +21,13 @@ class Growth(Grow):
     """
 
     rewarm_epochs: float
+    new_lr_factor: float
+    new_lr_epochs: float
 
     def __post_init__(self) -> None:
         check(self.rewarm_epochs >= 0, "grow.rewarm_epochs", self.rewarm_epochs, "0 or more epochs")
+        check(self.new_lr_factor >= 0, "grow.new_lr_factor", self.new_lr_factor, "0 or more; 1 is as all else")
+        check(self.new_lr_epochs > 0, "grow.new_lr_epochs", self.new_lr_epochs, "above 0 epochs")
 
 
 @dataclass(kw_only=True)
@@ -43,6 +47,8 @@ class Limited(Growth):
 @dataclass(kw_only=True)
 class Planned(Limited):
     """Growth after given epochs and on plateaus."""
+
+    epoch_keys = ("at_epochs",)
 
     at_epochs: list[int]
     patience: int | None
@@ -137,6 +143,8 @@ class Deeper(Planned, Deepening, option="deeper"):
 class MorphNetExpansion(Priced, option="morphnet"):
     """MorphNet's expansion: after each round of shrinking, widen everything to the target cost."""
 
+    epoch_keys = ("round_epochs",)
+
     target: float
     rounds: int
     round_epochs: int
@@ -147,6 +155,8 @@ class MorphNetExpansion(Priced, option="morphnet"):
         check(self.target > 0, "grow.target", self.target, "above 0, as a multiple of the first network's cost")
         check(self.rounds >= 1, "grow.rounds", self.rounds, "1 or more")
         check(self.round_epochs >= 1, "grow.round_epochs", self.round_epochs, "1 or more epochs")
+        apart = self.inherit or self.new_lr_factor == 1
+        check(apart, "grow.new_lr_factor", self.new_lr_factor, "1 with grow.inherit=false: all weights are new then")
 
 
 @dataclass(kw_only=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from morphtrain.schema.checks import nearest
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.files import CONF
 from morphtrain.schema.option import OPTIONS, option_of
+from morphtrain.wording import nearest
 
 TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
 

@@ -36,6 +36,7 @@ class Option:
 
     group: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # what the option adds to every epoch's record
+    epoch_keys: ClassVar[tuple[str, ...]] = ()  # keys that may be shares of the run instead, such as 25%
 
     def __init_subclass__(
         cls,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,18 +14,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.plain_data import mismatch
-from morphtrain.schema.checks import check, check_one_of, nearest
+from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
 from morphtrain.schema.names import no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
+from morphtrain.schema.shares import in_epochs
 from morphtrain.schema.sweeper import Sweeper
-from morphtrain.wording import as_yaml
+from morphtrain.wording import as_yaml, nearest
 
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
+FURTHER_METHOD = "morphtrain.options.method"  # one of the options as a further method
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
@@ -98,33 +100,47 @@ def _parse(kind: Any, keys: type, composed: DictConfig) -> Any:
     for key in map(str, composed):
         if key not in names:
             raise UserError(f"{key}={composed[key]}: no such key; {nearest(key, names)}")
-    values: dict[str, Any] = {name: _option(name, composed[name]) for name in names if name in OPTIONS}
-    if "methods" in names:
-        values["methods"] = _methods(composed["methods"])
-    top = {name: composed[name] for name in names if name not in values}
+    top = {name: composed[name] for name in names if name not in OPTIONS and name != "methods"}
     plain = _typed(keys, OmegaConf.create(top), "")
+    epochs = getattr(plain, "epochs", None)
+    values: dict[str, Any] = {name: _option(name, composed[name], epochs) for name in names if name in OPTIONS}
+    if "methods" in names:
+        values["methods"] = _methods(composed["methods"], epochs)
     return kind(**vars(plain), **values)
 
 
-def _option(group: str, node: Any) -> Option | Custom:
+def _option(group: str, node: Any, epochs: int | None) -> Option | Custom:
     name = option_of(node) if isinstance(node, DictConfig) else node
     if name is None:
         raise UserError(f"{group}: has neither a name nor a _target_; an option file of your own needs a _target_")
     at = "source" if isinstance(node, DictConfig) and "source" in set(node) else "name"
     check_one_of(f"{group}.{at}", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
+    if epochs is not None and isinstance(node, DictConfig):
+        values: Any = OmegaConf.to_container(node, resolve=False)
+        if shares := in_epochs(kind, values, epochs, group):
+            node = OmegaConf.merge(node, shares)
     option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
     return option
 
 
-def _methods(nodes: Any) -> list[Custom]:
+def _methods(nodes: Any, epochs: int | None) -> list[Custom]:
     """`methods`: nodes with a `_target_` each."""
     if not isinstance(nodes, ListConfig):
         raise UserError(f"methods={nodes}: must be a list, as methods=[{{_target_: my_package.Method}}]")
     for number, node in enumerate(nodes):
         if not isinstance(node, DictConfig) or "_target_" not in set(node):
             raise UserError(f"methods[{number}]={node}: must have a _target_, as {{_target_: my_package.Method}}")
-    return [_custom(node, f"methods[{number}]") for number, node in enumerate(nodes)]
+    return [_method(node, f"methods[{number}]", epochs) for number, node in enumerate(nodes)]
+
+
+def _method(node: DictConfig, at: str, epochs: int | None) -> Custom:
+    custom = _custom(node, at)
+    group, _, name = str(custom.arguments.get("option")).partition("/")
+    kind = OPTIONS.get(group, {}).get(name)
+    if custom._target_ != FURTHER_METHOD or kind is None or epochs is None:
+        return custom
+    return replace(custom, arguments={**custom.arguments, **in_epochs(kind, custom.arguments, epochs, at)})
 
 
 def _custom(node: DictConfig, at: str) -> Custom:
@@ -169,6 +185,8 @@ def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {first_line(error)}") from error
     wanted, kinds = _in_words(hint), get_args(hint) or (hint,)
+    if name in getattr(kind, "epoch_keys", ()):
+        wanted += " or [25%]" if get_origin(hint) is list else ", or a share of the run, as 25%"
     try:
         typed = OmegaConf.select(OmegaConf.merge(OmegaConf.structured(kind), {name: value}), name)
     except (OmegaConfBaseException, TypeError, ArithmeticError) as error:

@@ -20,6 +20,7 @@ class PruneTrain(Prune, option="prunetrain"):
     """PruneTrain: group lasso and periodic reconfiguration."""
 
     metrics = ("lasso_ratio",)
+    epoch_keys = ("interval", "start_epoch", "stop_epoch")
 
     lasso_ratio: float
     lasso_ratio_of: str
@@ -54,6 +55,7 @@ class MorphNetPenalty(Prune, option="morphnet"):
     """MorphNet's shrinking: a penalty on the cost of the network."""
 
     metrics = ("lasso_ratio",)
+    epoch_keys = ("interval", "start_epoch", "stop_epoch")
 
     cost: str
     regulariser: str

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.addresses import shown
-from morphtrain.arguments import Parser
 from morphtrain.errors import UserError
+from morphtrain.flags import Parser
 from morphtrain.tracking import mlflow, store, unsent
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from morphtrain.addresses import shown
 from morphtrain.errors import UserError, first_line
-from morphtrain.tracking import store
+from morphtrain.tracking import disturbed, store
 from morphtrain.tracking.sweep_run import SWEEP_DIR_TAG
 
 PAGE = 1000  # runs a request
@@ -28,7 +28,8 @@ class StoredRun:
 def read(uri: str, experiment: str, study: str | None = None) -> list[StoredRun]:
     """The runs of an MLflow experiment that trained an epoch, oldest first; with `study`, those with this tag only.
 
-    Nothing is created or changed. The runs of sweeps themselves, which train nothing, are left out.
+    Nothing is created or changed. The runs of sweeps themselves, which train nothing, are left out, and so are attempts
+    that were disturbed and repeated.
 
     Raises:
         UserError: for a store that cannot be reached, has no such experiment, or no such run in it.
@@ -62,7 +63,8 @@ def _read(uri: str, experiment: str, study: str | None) -> list[StoredRun]:
     return [
         StoredRun(run.info.run_id, run.info.status, run.data.params, run.data.tags, history)
         for run in _runs(client, found.experiment_id)
-        if SWEEP_DIR_TAG not in run.data.tags and (study is None or run.data.tags.get("study") == study)
+        if run.data.tags.keys().isdisjoint((SWEEP_DIR_TAG, disturbed.TAG))
+        and (study is None or run.data.tags.get("study") == study)
         if (history := _history(client, run))
     ]
 

@@ -53,6 +53,8 @@ ADDED_KEYS = {
     "prune.lasso_ratio_of": "loss",
     "data.test_share": 0,
     "data.val_share": 0,
+    "grow.new_lr_factor": 1.0,
+    "grow.new_lr_epochs": 5.0,
 }
 # Parts of a run that may have state if they are the user's own.
 PARTS = ("data", "criterion", "schedule")
@@ -112,6 +114,7 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "preprocessing": asdict(of_data(run.data)),
         **{key: getattr(run, key) for key in RUN_STATE},
         **{key: asdict(getattr(run, key)) for key in RAMPS},
+        "growths": [asdict(ramp) for ramp in run.growths],
         "tracking_id": tracking_id,
     }
     states = {
@@ -120,8 +123,15 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "precision": run.precision.state_dict(),
         "methods": {name: method.state_dict() for name, method in run.methods.items()},
         "parts": {name: part.state_dict() for name, part in _stateful(run).items()},
+        "additions": _additions(run),
     }
     return {"format": FORMAT, "facts": json.dumps(facts), **states}
+
+
+def _additions(run: Run) -> dict[str, torch.Tensor]:
+    """By the names of parameters, which growth has added each of their entries; of those with such entries."""
+    numbers = morph.additions_of(run.optimizer).numbers
+    return {name: numbers[parameter] for name, parameter in run.model.named_parameters() if parameter in numbers}
 
 
 def _stateful(run: Run) -> dict[str, Any]:
@@ -173,6 +183,10 @@ class Checkpoint:
         self._check(mismatch(self.facts, RUN_FACTS, "facts"))
         for change in self.facts["changes"]:
             self._check(mismatch(change, CHANGE, "a change"))
+        self._check(mismatch(self._growths(), list[dict[str, float]], "facts.growths"))
+        for ramp in self._growths():
+            self._check(mismatch(ramp, RAMP, "a growth"))
+        self._check(mismatch(self._additions(), dict[str, torch.Tensor], "additions"))
 
     def _check(self, wrong: str) -> None:
         if wrong:
@@ -198,8 +212,25 @@ class Checkpoint:
         for key in RUN_STATE:
             setattr(run, key, self.facts[key])
         for key in RAMPS:
-            setattr(run, key, Ramp(*(self.facts[key][name] for name in RAMP)))
+            setattr(run, key, _ramp(self.facts[key]))
+        run.growths = [_ramp(facts) for facts in self._growths()]
+        self._load_additions(run)
         return run
+
+    def _growths(self) -> Any:
+        """Those with a learning rate of their own; older checkpoints have none, and no additions."""
+        return self.facts.get("growths", [])
+
+    def _additions(self) -> Any:
+        return self.content.get("additions", {})
+
+    def _load_additions(self, run: Run) -> None:
+        parameters = dict(run.model.named_parameters())
+        for name, numbers in self._additions().items():
+            parameter = parameters.get(name)
+            if parameter is None or numbers.shape != parameter.shape:
+                raise UserError(f"{self.name}: its additions do not fit the parameter {name}")
+            morph.additions_of(run.optimizer).numbers[parameter] = numbers.to(parameter.device)
 
     def _load_state(self, name: str, part: Any, state: Any) -> None:
         try:
@@ -344,6 +375,10 @@ class Checkpoint:
                 f"{here}: {self.name} was written with {there}; resume with the same, or start again in another "
                 "hydra.run.dir with resume=never"
             )
+
+
+def _ramp(facts: Mapping[str, float]) -> Ramp:
+    return Ramp(*(facts[name] for name in RAMP))
 
 
 def _without_values(model: nn.Module) -> bool:

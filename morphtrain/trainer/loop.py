@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from morphtrain import interrupts
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
+from morphtrain.morph import additions_of
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
 
@@ -44,12 +45,13 @@ def training_steps(run: Run) -> Iterator[int]:
     for images, labels in waited_for(batches, run):
         given += len(labels)
         passed = len(labels) / samples
-        set_learning_rates(run, run.progress + passed / 2)
+        run.set_learning_rates(run.progress + passed / 2)
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
         with steps.next():
             loss, right = gradients(run, images, labels)
-            taken = take_step(run, images, labels)
+            with additions_of(run.optimizer).paced():
+                taken = take_step(run, images, labels)
         if taken:
             run.progress += passed
             for hook in after_step:
@@ -136,12 +138,6 @@ def set_mode(run: Run, training: bool) -> None:
     run.model.train(training)
     if isinstance(run.criterion, nn.Module):
         run.criterion.train(training)
-
-
-def set_learning_rates(run: Run, epochs_done: float) -> None:
-    """Give every parameter group of the optimizer its learning rate after `epochs_done` epochs."""
-    for number, group in enumerate(run.optimizer.param_groups):
-        group["lr"] = run.learning_rate(epochs_done, number)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL
 from morphtrain.evidence.section import Section, Table
-from morphtrain.evidence.variance import compare_blocks, corrected
+from morphtrain.evidence.variance import compare_blocks, corrected, nothing_to_test
 from morphtrain.wording import counted
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def _variance(groups: Mapping[str, values.BySeed], scale: str) -> str:
     common = set.intersection(*(set(seeds) for seeds in groups.values()))
     if len(common) < LEAST_FOR_INTERVAL:
         return f"No analysis of variance: it takes {LEAST_FOR_INTERVAL} seeds of all arms, and there are {len(common)}."
-    if all(len({seeds[seed] for seed in common}) == 1 for seeds in groups.values()):
-        return "No analysis of variance: within each arm all seeds agree, so the differences are exact."
+    if alike := nothing_to_test(groups, scale):
+        return f"No analysis of variance, with arms as groups and seeds as blocks: {alike}."
     found = compare_blocks(groups, scale)
     return (
         f"Analysis of variance over {counted(len(groups), 'arm')}, seeds as blocks (n = {len(common)}): arms "

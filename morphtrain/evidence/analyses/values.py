@@ -22,7 +22,7 @@ ACCURACY = "test_accuracy"
 LEAST_SEEDS = 2  # one run does not say how far another would be from it
 MOST_IN_A_SENTENCE = 4  # arms; the table has all
 TO_ACCURACY = "time_to_accuracy"  # seconds
-SHARES = ("accuracy", "density", "loss")  # whose differences mean more than their ratios
+SHARES = ("accuracy", "density")  # from 0 to 1
 TEST = (
     "t test paired by seed{of_logs}, with Student's 95 % interval; beside it the bootstrap's (BCa), and Wilcoxon's "
     "signed ranks. All p are corrected for the number of comparisons (Holm), intervals are not. With fewer "
@@ -45,16 +45,20 @@ def last(experiment: Experiment, table: pd.DataFrame, metric: str) -> dict[str, 
 
 
 def scale(metric: str) -> str:
-    """How values of a metric are compared: accuracies by differences, times and sizes by ratios."""
-    return DIFFERENCE if metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY) else RATIO
+    """How values of a metric are compared: shares and losses by differences, times and sizes by ratios."""
+    return DIFFERENCE if is_share(metric) or metric.endswith("loss") else RATIO
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1."""
+    return metric.endswith(SHARES) and not metric.endswith(TO_ACCURACY)
 
 
 def mean(metric: str, scale: str, found: Sequence[float]) -> Estimate:
     """Over the seeds, as the scale has it; the interval of a share ends at 0 and 1."""
     if scale == RATIO:
         return geometric(found)
-    is_share = metric.endswith(("accuracy", "density")) and not metric.endswith(TO_ACCURACY)
-    return share(found) if is_share else estimate(found)
+    return share(found) if is_share(metric) else estimate(found)
 
 
 def compared(found: Mapping[str, BySeed], scale: str) -> dict[str, Comparison]:

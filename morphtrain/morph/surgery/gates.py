@@ -10,7 +10,8 @@ from torch import nn
 
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
-from morphtrain.morph.surgery.rebind import Change, Rebinder
+from morphtrain.morph.surgery.change import Change
+from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.widths import refresh_widths
 from morphtrain.morph.trace.kinds import CONVOLUTIONS
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.spaces import Axis, Segment, Space
-from morphtrain.morph.surgery.rebind import Change, Rebinder
+from morphtrain.morph.surgery.change import Change
+from morphtrain.morph.surgery.rebind import Rebinder
 
 Index = Sequence[int] | torch.Tensor
 

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain.morph.formats import format_of
+from morphtrain.morph.surgery.additions import additions_of
+from morphtrain.morph.surgery.change import Change, select
 from morphtrain.morph.trace.traced import Shared
 
 # Optimizer state that is an average of gradients: it follows its parameter's index and scale. Other state of the
 # parameter's shape (Adam's second moments) follows the index only.
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg"})
-
-
-class Change(NamedTuple):
-    """Row j along `dim` becomes the old row `rows[j]`, times `scale[j]`."""
-
-    dim: int
-    rows: torch.Tensor
-    scale: torch.Tensor | None = None
 
 
 class Rebinder:
@@ -50,7 +42,7 @@ class Rebinder:
         optimizer state of the parameter's shape follows. The gradient is dropped, so call this between steps.
         """
         old = getattr(module, name)
-        new = _select(old, changes)
+        new = select(old, changes)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             self._update_optimizer(old, new, changes)
@@ -76,6 +68,7 @@ class Rebinder:
             group = groups[id(alike[0])]["params"]
             later = (i for i, p in enumerate(group) if order.get(id(p), -1) > order[id(new)])
             group.insert(next(later, len(group)), new)
+            additions_of(self.optimizer).adopt(new)
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take parameters out of the optimizer's groups and state."""
@@ -86,6 +79,7 @@ class Rebinder:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
         for parameter in gone:
             self.optimizer.state.pop(parameter, None)
+        additions_of(self.optimizer).forget(gone)
 
     def _update_optimizer(self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change]) -> None:
         if self.optimizer is None or id(old) not in self.positions:
@@ -93,27 +87,13 @@ class Rebinder:
         group, position = self.positions.pop(id(old))
         group["params"][position] = new
         self.positions[id(new)] = group, position
+        additions_of(self.optimizer).follow(old, new, changes)
         state = self.optimizer.state.pop(old, None)
         if state is not None:
             unscaled = [change._replace(scale=None) for change in changes]
             self.optimizer.state[new] = {
-                key: _select(value, changes if key in FIRST_MOMENTS else unscaled)
+                key: select(value, changes if key in FIRST_MOMENTS else unscaled)
                 if isinstance(value, torch.Tensor) and value.shape == old.shape
                 else value
                 for key, value in state.items()
             }
-
-
-def _select(tensor: torch.Tensor, changes: Sequence[Change]) -> torch.Tensor:
-    new = tensor.detach()
-    for dim, rows, scale in changes:
-        new = new.index_select(dim, rows.to(tensor.device))
-        if scale is not None:
-            shape = [1] * new.dim()
-            shape[dim] = -1
-            new = new * scale.to(device=new.device, dtype=new.dtype).view(shape)
-    memory_format = format_of(tensor)
-    if memory_format is torch.contiguous_format:
-        return new.contiguous()
-    # contiguous(memory_format=...) would return a tensor of a single channel as it is, with its format lost.
-    return torch.empty(new.shape, dtype=new.dtype, device=new.device, memory_format=memory_format).copy_(new)
