@@ -17,6 +17,7 @@ from morphtrain.plain_data import mismatch
 from morphtrain.schema.checks import check, check_one_of, nearest
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
+from morphtrain.schema.data import Curriculum, CustomData
 from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
 from morphtrain.schema.names import no_such_key
@@ -113,7 +114,7 @@ def _option(group: str, node: Any) -> Option | Custom:
     at = "source" if isinstance(node, DictConfig) and "source" in set(node) else "name"
     check_one_of(f"{group}.{at}", name, tuple(OPTIONS[group]))
     kind = OPTIONS[group][name]
-    option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
+    option: Option | Custom = _custom(node, group, kind) if issubclass(kind, Custom) else _typed(kind, node, group)
     return option
 
 
@@ -127,8 +128,8 @@ def _methods(nodes: Any) -> list[Custom]:
     return [_custom(node, f"methods[{number}]") for number, node in enumerate(nodes)]
 
 
-def _custom(node: DictConfig, at: str) -> Custom:
-    """A user's own part: all keys except `_target_` are keywords of the call, in plain containers."""
+def _custom(node: DictConfig, at: str, kind: type[Custom] = Custom) -> Custom:
+    """A user's own part: all keys except `_target_` and those of `kind` are keywords of the call, in plain containers."""
     for key in ("_target_", *node):
         if key not in node:
             raise UserError(f"{at}.{key}: missing; give it a value")
@@ -137,9 +138,17 @@ def _custom(node: DictConfig, at: str) -> Custom:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(plain, dict)
-    custom = Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # `check` looks at the keys
+    target = str(plain.pop("_target_"))
+    shared = _curriculum(plain, at) if kind is CustomData else {}
+    custom = kind(target, plain, **shared)  # type: ignore[arg-type]  # `check` looks at the keys
     custom.check(at)
     return custom
+
+
+def _curriculum(plain: dict[Any, Any], at: str) -> dict[str, Any]:
+    """Takes the keys of `Curriculum` out of those of a data set of the user's own."""
+    taken = {field.name: plain.pop(field.name, field.default) for field in fields(Curriculum)}
+    return vars(_typed(Curriculum, OmegaConf.create(taken), at))
 
 
 def _typed(kind: type, node: Any, group: str) -> Any:
