@@ -82,7 +82,7 @@ class Data(Protocol):
 
 @runtime_checkable
 class SelectableData(Data, Protocol):
-    """Data whose training images can be asked for one by one, so that an epoch may leave some out (`data.infobatch`)."""
+    """Data that gives training images one asks for, so that an epoch may leave some out (`data.infobatch`)."""
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Training images `rows`, each 0 .. len(train) - 1 (an int64 tensor on the CPU), in this order, augmented.

@@ -1,12 +1,12 @@
 """InfoBatch (Qin et al. 2024, arXiv 2303.04947): epochs that leave out some of what is learnt already.
 
 An image's score is its loss when it was last trained on. Of the images below the mean score, an epoch leaves a random
-share out, and multiplies the losses of those that it keeps by what makes up for them. So the sum of an epoch's gradients
+share out, and multiplies the losses of the others of them by what makes up for that. So the sum of an epoch's gradients
 is, in expectation, that over all images (section 3.3), in fewer steps. The first epoch has no scores and leaves nothing
 out; nor do the last ones, whose images all count the same.
 
-Where the paper draws each image by itself, here their number is fixed, as in its authors' code: of 101 images at a share
-of a half, 50 are kept, which count 101/50 each. So the weights of an epoch sum up to the number of all images exactly.
+Where the paper draws each image by itself, here their number is fixed, as in its authors' code: of 101 images at a
+share of a half, 50 are kept, which count 101/50 each. So the weights of an epoch sum up to the number of all images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InfoBatch:
     def __init__(self, data: SelectableData, losses: Loss, drop: float, last_epoch: int, device: torch.device) -> None:
         self.data, self.losses, self.drop, self.last_epoch = data, losses, drop, last_epoch
         samples = len(data.train)
-        self.scores = torch.full((samples,), math.inf, device=device)  # none is below their mean
+        self.scores = torch.full((samples,), math.inf, device=device)  # not known; none is below a mean
         self.right = torch.zeros(samples, dtype=torch.bool, device=device)
         self.weights = torch.ones(samples, device=device)
         self.rows = torch.arange(samples, device=device)
@@ -70,16 +70,17 @@ class InfoBatch:
 
     def _kept(self, generator: torch.Generator, leaves_single: Callable[[int], bool]) -> torch.Tensor:
         """Which images this epoch keeps, (N,), bool; sets `weights`."""
-        low = (self.scores < self.scores.mean()).nonzero().flatten().cpu()
-        samples, least = len(self.scores), max(1, round((1 - self.drop) * len(low)))
-        number = next(
-            (n for n in range(least, len(low)) if leaves_single(samples) or not leaves_single(samples - len(low) + n)),
-            len(low),
-        )
+        known = self.scores[self.scores.isfinite()]
+        low = (self.scores < known.mean()).nonzero().flatten().cpu()
+        samples, number = len(self.scores), min(len(low), max(1, round((1 - self.drop) * len(low))))
+        if not leaves_single(samples):
+            while leaves_single(samples - len(low) + number):  # in the end it is `samples`
+                number += 1
         drawn = low[torch.randperm(len(low), generator=generator)]
         kept = torch.ones(samples, dtype=torch.bool)
         kept[drawn[number:]] = False
-        self.weights[drawn[:number].to(self.weights.device)] = len(low) / max(1, number)
+        if number:
+            self.weights[drawn[:number].to(self.weights.device)] = len(low) / number
         return kept
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,8 @@ class InfoBatch:
 def unreduced(loss: Loss) -> Loss | None:
     """The loss of each image, (B,), instead of their mean; None if `loss` cannot say it.
 
-    It can if it has torch's `reduction`: an attribute, as `torch.nn.CrossEntropyLoss`, or a keyword, as `cross_entropy`.
+    It can if it has torch's `reduction`: an attribute, as `torch.nn.CrossEntropyLoss` has, or a keyword, as
+    `cross_entropy` has.
     """
     if isinstance(getattr(loss, "reduction", None), str):
         return _Unreduced(loss)
@@ -156,8 +158,8 @@ def build(
         raise UserError(f"{key}: {world.size()} processes would leave out different images; {without}")
     if not isinstance(data, SelectableData) or not _is_consistent(data):
         raise UserError(
-            f"{key}: data={data_name} has no train_batches_of(rows, batch_size, generator) beside its train_batches, to "
-            f"give batches of chosen images (morphtrain.contracts.SelectableData); {without}"
+            f"{key}: data={data_name} has no train_batches_of(rows, batch_size, generator) beside its train_batches, "
+            f"to give batches of chosen images (morphtrain.contracts.SelectableData); {without}"
         )
     losses = unreduced(loss)
     if losses is None or not _averages_to(losses, loss, data.num_classes, device, f"{key}: loss={loss_name}"):

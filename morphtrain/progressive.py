@@ -1,8 +1,8 @@
 """Smaller training images in the first epochs of a run, full ones in the last (`data.progressive`).
 
-Howard 2018 (fast.ai, DAWNBench), and Composer's and FFCV's recipes for ImageNet since. A convolution's work goes with the
-area of its images, so that 0.7 of the side is half the time. Evaluation, and batch norm's settled statistics, see full
-images throughout.
+Howard 2018 (fast.ai, DAWNBench), and Composer's and FFCV's recipes for ImageNet since. The work of a convolution goes
+with the area of its images, so that 0.7 of the side is half of it. Evaluation, and batch norm's settled statistics, see
+full images throughout.
 """
 
 from __future__ import annotations

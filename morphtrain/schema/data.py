@@ -52,8 +52,8 @@ class Curriculum:
             )
         if self.infobatch > 0 and self.thinned_epochs(epochs) < 2:
             raise UserError(
-                f"data.infobatch_until={self.infobatch_until:g}: the first epoch sees all images, and none of the others "
-                f"may leave any out {longer} data.infobatch=0"
+                f"data.infobatch_until={self.infobatch_until:g}: the first epoch sees all images, and none of the "
+                f"others may leave any out {longer} data.infobatch=0"
             )
 
     @property

@@ -129,7 +129,7 @@ def _methods(nodes: Any) -> list[Custom]:
 
 
 def _custom(node: DictConfig, at: str, kind: type[Custom] = Custom) -> Custom:
-    """A user's own part: all keys except `_target_` and those of `kind` are keywords of the call, in plain containers."""
+    """A user's own part: all keys but `_target_` and those of `kind` are keywords of the call, in plain containers."""
     for key in ("_target_", *node):
         if key not in node:
             raise UserError(f"{at}.{key}: missing; give it a value")

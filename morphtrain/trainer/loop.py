@@ -89,8 +89,8 @@ def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> No
     """Raise a `UserError` if a method has changed the number of images whose scores are kept."""
     if rows is not None and len(rows) != len(labels):
         raise UserError(
-            f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of a "
-            "batch, in before_forward, and no score fits; data.infobatch=0 works"
+            f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of "
+            "a batch, in before_forward, and no score fits; data.infobatch=0 works"
         )
 
 
@@ -115,14 +115,14 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients of the batch's mean loss, in several passes if `run.micro_batch` says so.
 
-    Returns the loss, and how many images were classified correctly. With `rows`, see `gradients`, the gradients are those
-    of the images' weighted losses, which stand for all training images: `run.step_weight` times as large on average.
+    Returns the loss, and how many images were classified correctly. With `rows`, see `gradients`, the gradients are of
+    the images' weighted losses, which stand for all training images: `run.step_weight` times as large on average.
     """
     parts = passes(len(labels), run.micro_batch)
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    pieces = (images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts))
-    for number, (x, y, of) in enumerate(zip(*pieces, strict=True), 1):
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
+    for number, (x, y, of) in enumerate(pieces, 1):
         with run.precision.autocast():
             logits = run.model(x)
             loss = _loss(run, logits, y, of) * (len(y) / len(labels))
