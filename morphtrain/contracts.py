@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # (B, C, H, W), float and normalised; (B,), int64
 
-# Logits (B, classes) and labels (B,) -> the mean loss of the batch, a scalar.
+# Logits (B, classes) and labels (B,) -> the mean loss of the batch, a scalar. One that has torch's `reduction`, as an
+# attribute or a keyword, can also say the loss of each image, which `data.infobatch` needs.
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Epochs done so far, fractions included -> factor on the optimizer's learning rates. It has no state: a resumed run
@@ -77,6 +78,17 @@ class Data(Protocol):
 
     def val_batches(self) -> Iterator[Batch]:
         """The held-out set once, in order."""
+
+
+@runtime_checkable
+class SelectableData(Data, Protocol):
+    """Data that gives training images one asks for, so that an epoch may leave some out (`data.infobatch`)."""
+
+    def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Training images `rows`, each 0 .. len(train) - 1 (an int64 tensor on the CPU), in this order, augmented.
+
+        Batches are as those of `train_batches`; the augmentation depends on `rows` and `generator` alone.
+        """
 
 
 @runtime_checkable

@@ -16,14 +16,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain.contracts import Batch, Data, Loss, Schedule
+from morphtrain.contracts import Batch, Data, Loss, Schedule, SelectableData
 from morphtrain.errors import UserError, said
 from morphtrain.preprocessing import of_data
 from morphtrain.wording import counted
 
+TRIED = 16  # training images that are asked for in a certain order
 
-def check_data(name: str, data: Data) -> None:
-    """Look at a batch of each set: training, validation, test if there is one."""
+
+def check_data(name: str, data: Data, chosen: bool = False) -> None:
+    """Look at a batch of each set: training, validation, test if there is one.
+
+    With `chosen`, the run will ask for chosen images (`data.infobatch`), if the data can give them.
+    """
     if not isinstance(data, Data):
         raise UserError(f"{name}: its `to` returns a {type(data).__name__}; the data on the device are needed")
     if min(len(data.train), len(data.val)) < 1:
@@ -36,6 +41,9 @@ def check_data(name: str, data: Data) -> None:
         "train_batches": lambda: data.train_batches(2, torch.Generator().manual_seed(0)),
         "val_batches": data.val_batches,
     }
+    rows = torch.arange(min(TRIED, len(data.train)))
+    if chosen and isinstance(data, SelectableData):
+        makers["train_batches_of"] = lambda: _of_rows(data, rows)
     if getattr(data, "test", None):
         makers["test_batches"] = lambda: data.test_batches()  # type: ignore[attr-defined]  # a missing one is reported
     for method, make in makers.items():
@@ -46,6 +54,19 @@ def check_data(name: str, data: Data) -> None:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= data.num_classes:
             raise UserError(f"{name}: {method} gives labels {low} to {high}; num_classes={data.num_classes} needs less")
+    if chosen and isinstance(data, SelectableData):
+        _check_order(f"{name}: train_batches_of", data, rows)
+
+
+def _of_rows(data: SelectableData, rows: torch.Tensor) -> Iterator[Batch]:
+    return data.train_batches_of(rows, len(rows), torch.Generator().manual_seed(0))
+
+
+def _check_order(what: str, data: SelectableData, rows: torch.Tensor) -> None:
+    """Ask for images in one order and in the other."""
+    (_, labels), (_, turned) = (_tried(what, _first, lambda r=r: _of_rows(data, r)) for r in (rows, rows.flip(0)))
+    if not torch.equal(labels, turned.flip(0)):
+        raise UserError(f"{what} gives images in an order of its own; that of the rows it is asked for is needed")
 
 
 def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) -> None:

@@ -19,10 +19,12 @@ from morphtrain.contracts import Data, Loss, Precision, Schedule
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
 from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
+from morphtrain.infobatch import InfoBatch
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
+from morphtrain.progressive import small_size
 from morphtrain.ramp import Ramp
 from morphtrain.settling import settle, trained_norms
 from morphtrain.timing.clock import Clock
@@ -47,6 +49,7 @@ class Run:
     precision: Precision
     clock: Clock
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
+    infobatch: InfoBatch | None = None  # chooses the images of each epoch; None: all of them
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
     initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the first network
     epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
@@ -124,6 +127,25 @@ class Run:
         scheduled = self.base_lrs[group] * self.schedule(epochs_done)
         return scheduled * self.lr_scale.at(epochs_done) * self.rewarmed.at(epochs_done) * self.lr_factor
 
+    @property
+    def epoch_images(self) -> int:
+        """How many of the training images this epoch trains on."""
+        return len(self.data.train) if self.infobatch is None else len(self.infobatch.rows)
+
+    @property
+    def step_weight(self) -> float:
+        """How many training images stand behind one that this epoch trains on, on average: 1, or more with InfoBatch.
+
+        The gradients of the loss are so much larger in expectation, and whatever a method adds to them, or takes off in
+        a step, has to be, too: an epoch has so many fewer steps.
+        """
+        return len(self.data.train) / self.epoch_images
+
+    def small_size(self, epoch: int) -> tuple[int, int] | None:
+        """(H, W) that the training images of an epoch are resized to; None: they are as the data gives them."""
+        small = epoch <= self.config.data.small_epochs(self.config.epochs)
+        return small_size(self.config.data, self.data.input_shape) if small else None
+
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
         """The images of the first batches of this epoch, as training sees them."""
         loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
@@ -175,12 +197,19 @@ class Run:
                 f"batch_policy.batch_size={batch_size}: the training set has {samples} images; at most that many"
             )
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        if 1 in (batch // passes(batch, micro_batch) for batch in (batch_size, samples % batch_size)):
+        if self.leaves_single(samples):
             self._check_single(samples)
 
+    def leaves_single(self, images: int) -> bool:
+        """Whether a single image goes through the network in some pass of an epoch of so many."""
+        sizes = (self.batch_size, images % self.batch_size)
+        return 1 in (size // passes(size, self.micro_batch) for size in sizes)
+
     def _check_single(self, samples: int) -> None:
+        channels, *full = self.data.input_shape
         try:
-            check_outputs("the model", self.model, self.data.input_shape, self.data.num_classes, samples=1)
+            for size in (full, self.small_size(1) or full):
+                check_outputs("the model", self.model, (channels, *size), self.data.num_classes, samples=1)
         except UserError as error:
             micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
             raise UserError(

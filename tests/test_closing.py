@@ -203,3 +203,34 @@ def test_make_ui_is_named_only_where_it_would_work(tmp_path: Path, monkeypatch: 
 def test_a_server_is_named_without_its_password() -> None:
     assert store.view("http://me:secret@there:5000") == "http://me:***@there:5000"
     assert "secret" not in store.view("postgresql://me:secret@there/mlflow")
+
+
+def test_networks_trained_on_images_of_different_sizes_are_not_compared() -> None:
+    """Epochs of small images are 1 to 6; the network was pruned after the fourth."""
+    history = [{**one, "image_size": 20.0 if one["epoch"] <= 6 else 28.0} for one in pruned()]
+    table, text = rows(history)
+    assert table["pixels a side"] == ["20", "28", ""]
+    assert table["seconds an epoch"][:2] == ["4.200", "2.200"]
+    assert table["seconds an epoch"][2] == ""
+    assert "No ratio of times: the networks were trained on images of different sizes." in text
+    same = [{**one, "image_size": 20.0} for one in pruned()]
+    assert rows(same)[0] == rows(pruned())[0]
+
+
+def test_the_times_of_one_size_of_images_are_not_mixed_with_those_of_another() -> None:
+    """The network stays the same, and the last two of six epochs have full images."""
+    seconds = [9.0, 2.0, 2.1, 2.2, 4.0, 4.2]
+    sizes = [20.0] * 4 + [28.0] * 2
+    table, _ = rows([record(e, 1000, s, image_size=n) for e, (s, n) in enumerate(zip(seconds, sizes, strict=True), 1)])
+    assert table["seconds an epoch"] == ["2.100", "4.100", ""]
+    assert table["(medians of epochs)"] == ["2-4", "5-6", ""]
+
+
+def test_an_epoch_that_left_images_out_is_timed_as_if_it_had_all() -> None:
+    history = [{**one, "share_trained": 0.5 if one["epoch"] <= 7 else 1.0} for one in pruned()]
+    table = rows(history)[0]
+    assert table["seconds an epoch"] == ["8.400", "2.200", f"{2.2 / 8.4:.3f}"]
+    assert (
+        table["share of an epoch spent waiting for data"]
+        == rows(pruned())[0]["share of an epoch spent waiting for data"]
+    )

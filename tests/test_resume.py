@@ -172,6 +172,7 @@ def train_here(run_dir: Path, *overrides: str) -> None:
             *("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=50"),
             *("batch_policy.lr_scaling=linear", "batch_policy.warmup_epochs=1.5", "clip_norm=0.5"),
         ),
+        ("data.image_size=16", "data.progressive=0.5", "data.infobatch=0.5"),
     ],
 )
 def test_other_options_resume_bit_identically(

@@ -36,6 +36,7 @@ def steps(run: Run) -> Iterator[Spent]:
     """
     while run.epoch < run.config.epochs:
         begin_epoch(run)
-        training = training_steps(run)
-        for _ in range(len(run.data.train) // run.batch_size):
+        training, done = training_steps(run), 0
+        while done == 0 or (done + 1) * run.batch_size <= run.epoch_images:  # how many these are, the first step knows
             yield spent(lambda training=training: next(training), run.device)  # type: ignore[misc]
+            done += 1

@@ -79,15 +79,19 @@ class ByteData:
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order; see `Data`."""
         order = torch.randperm(len(self.train), generator=generator)
-        draws = torch.rand(len(order), DRAWS, generator=generator, dtype=torch.float64)
+        yield from self.train_batches_of(order, batch_size, generator)
+
+    def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Random crops of these images in this order; see `SelectableData`."""
+        draws = torch.rand(len(rows), DRAWS, generator=generator, dtype=torch.float64)
         boxes = random_boxes(draws, self.crops.resize, self.crops.resize, self.crops.min_scale)
         flip = mirrored(draws) & self.crops.flip
-        parts = (values.split(batch_size) for values in (order, boxes, flip))
+        parts = (values.split(batch_size) for values in (rows, boxes, flip))
         device = self._normalise.device
-        for rows, box, turned in zip(*parts, strict=True):
-            pixels = self._gathered(self.train.pixels, rows).float()
+        for some, box, turned in zip(*parts, strict=True):
+            pixels = self._gathered(self.train.pixels, some).float()
             pixels = resized_crops(pixels, box.to(device), turned.to(device), self.crops.image_size)
-            yield self._normalise(pixels), self._gathered(self.train.labels, rows)
+            yield self._normalise(pixels), self._gathered(self.train.labels, some)
 
     def val_batches(self) -> Iterator[Batch]:
         """The centres of the validation images, in order."""

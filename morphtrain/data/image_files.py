@@ -204,8 +204,12 @@ class FileData:
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of random crops in random order, the same for any number of workers; see `Data`."""
         order = torch.randperm(len(self.train), generator=generator)
-        seeds = torch.randint(2**63 - 1, (len(order),), generator=generator)
-        yield from self._batches(order.tolist(), seeds.tolist(), batch_size)
+        yield from self.train_batches_of(order, batch_size, generator)
+
+    def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Random crops of these images in this order; see `SelectableData`."""
+        seeds = torch.randint(2**63 - 1, (len(rows),), generator=generator)
+        yield from self._batches(rows.tolist(), seeds.tolist(), batch_size)
 
     def val_batches(self) -> Iterator[Batch]:
         """The centres of the validation images, in order."""

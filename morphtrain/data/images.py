@@ -81,16 +81,20 @@ class ImageData:
         Order and augmentation depend only on `generator`, a CPU generator.
         """
         order = torch.randperm(len(self.train), generator=generator)
-        offsets = torch.randint(2 * self.shift + 1, (2, len(order)), generator=generator)
-        mirrored = torch.rand(len(order), generator=generator) < 0.5
+        yield from self.train_batches_of(order, batch_size, generator)
+
+    def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """These images (N,) in this order, augmented; see `SelectableData`."""
+        offsets = torch.randint(2 * self.shift + 1, (2, len(rows)), generator=generator)
+        mirrored = torch.rand(len(rows), generator=generator) < 0.5
         device = self.train.pixels.device
-        order, offsets, mirrored = order.to(device), offsets.to(device), mirrored.to(device)
-        for i in range(0, len(order), batch_size):
+        rows, offsets, mirrored = rows.to(device), offsets.to(device), mirrored.to(device)
+        for i in range(0, len(rows), batch_size):
             batch = slice(i, i + batch_size)
-            images = self._shifted(order[batch], offsets[:, batch])
+            images = self._shifted(rows[batch], offsets[:, batch])
             if self.flip:
                 images = torch.where(mirrored[batch, None, None, None], images.flip(3), images)
-            yield images, self.train.labels[order[batch]]
+            yield images, self.train.labels[rows[batch]]
 
     def val_batches(self) -> Iterator[Batch]:
         """The validation set once, in order, without augmentation."""

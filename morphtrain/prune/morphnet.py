@@ -64,7 +64,8 @@ class MorphNetPenalty(Method):
     def after_step(self, run: Run) -> None:
         if is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
-            self.norms.shrink(self.penalty_weight * self.slopes, self.norms.step_lengths(run.optimizer))
+            amounts = self.penalty_weight * run.step_weight * self.slopes
+            self.norms.shrink(amounts, self.norms.step_lengths(run.optimizer))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         if not is_active(self.config, run.epoch):

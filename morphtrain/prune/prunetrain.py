@@ -59,13 +59,13 @@ class PruneTrain(Method):
             value, norms, weights = penalty(lassos).item(), total_norm(lassos), total_weight(lassos)
             self.penalty_weight = first_penalty_weight(self.config, run, value, norms, weights)
         if self.config.update == "subgradient" and is_active(self.config, run.epoch):
-            add_gradient(self.lassos, self.penalty_weight)
+            add_gradient(self.lassos, self.penalty_weight * run.step_weight)
 
     def after_step(self, run: Run) -> None:
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
             for lasso in self.lassos:
-                shrink([lasso], step_length(run.optimizer, lasso.weight) * self.penalty_weight)
+                shrink([lasso], step_length(run.optimizer, lasso.weight) * (self.penalty_weight * run.step_weight))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.penalty_weight is not None

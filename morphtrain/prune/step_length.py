@@ -51,7 +51,8 @@ def warn_if_unknown(optimizer: Optimizer) -> None:
 def full_steps(run: Run, last_epoch: int) -> float:
     """How many steps at the full learning rate are as long as all from now to the end of `last_epoch`, as planned now.
 
-    The rate is that of the first parameter group that has one above 0.
+    The rate is that of the first parameter group that has one above 0. An epoch that leaves images out has fewer steps,
+    and each of them counts `run.step_weight` times.
 
     Raises:
         UserError: if the optimizer has no such group.

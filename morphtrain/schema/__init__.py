@@ -44,7 +44,7 @@ for _module in pkgutil.iter_modules(__path__):  # an option may have a module of
 
 for _group in OPTIONS:
     if _group != "timing":  # whose keys say how the user's own parts are clocked, too
-        OPTIONS[_group]["custom"] = Custom
+        OPTIONS[_group].setdefault("custom", Custom)
 
 __all__ = [
     "CONF",

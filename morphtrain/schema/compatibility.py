@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def check_compatible(config: Config) -> None:
     """Raise a `UserError` for the first options that do not go together, saying what to change."""
+    config.data.check_epochs(config.epochs)
     _check_growth(config)
     _check_custom_policy(config)
 

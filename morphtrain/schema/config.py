@@ -10,7 +10,7 @@ from morphtrain.schema.batch_policy import BatchPolicy
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.compatibility import check_compatible
 from morphtrain.schema.custom import Custom
-from morphtrain.schema.data import Data
+from morphtrain.schema.data import CustomData, Data
 from morphtrain.schema.grow import Grow
 from morphtrain.schema.loss import Loss
 from morphtrain.schema.model import Model
@@ -87,7 +87,7 @@ class Config(TopLevel):
     """The config of a run: every group holds the dataclass of the chosen option, or the user's own part."""
 
     model: Model | Custom
-    data: Data | Custom
+    data: Data | CustomData
     prune: Prune | Custom
     grow: Grow | Custom
     methods: list[Custom]  # further methods, the user's own
@@ -116,7 +116,7 @@ class Config(TopLevel):
     def recorded(self) -> tuple[str, ...]:
         """The metrics in every epoch's record, apart from those of custom parts."""
         own = (metric for part in vars(self).values() if isinstance(part, Option) for metric in part.metrics)
-        return (*METRICS, *own)
+        return (*METRICS, *own, *self.data.recorded)
 
     @property
     def records_more(self) -> bool:

@@ -8,14 +8,63 @@ from dataclasses import dataclass
 from typing import Any
 
 from morphtrain.byte_sizes import byte_count
+from morphtrain.errors import UserError
 from morphtrain.schema.checks import check
-from morphtrain.schema.option import Option
+from morphtrain.schema.custom import Custom
+from morphtrain.schema.option import OPTIONS, Option
 
 WITH_UNIT = re.compile(r"\d+(\.\d*)? *([KMGT]i?)?B", re.IGNORECASE)
 
 
+@dataclass(kw_only=True)
+class Curriculum:
+    """How the epochs of a run go through the training images: keys of every option, the user's own data included.
+
+    The defaults here change nothing; own option files may leave these keys out.
+    """
+
+    progressive: float = 1.0
+    progressive_until: float = 0.75
+    infobatch: float = 0.0
+    infobatch_until: float = 0.875
+
+    def __post_init__(self) -> None:
+        check(0 < self.progressive <= 1, "data.progressive", self.progressive, "above 0 and at most 1")
+        _check_share("data.progressive_until", self.progressive_until)
+        check(0 <= self.infobatch < 1, "data.infobatch", self.infobatch, "0 or more and below 1")
+        _check_share("data.infobatch_until", self.infobatch_until)
+
+    def small_epochs(self, epochs: int) -> int:
+        """How many of the first of `epochs` have smaller images."""
+        return _ended(self.progressive_until, epochs) if self.progressive < 1 else 0
+
+    def thinned_epochs(self, epochs: int) -> int:
+        """The last of `epochs` that may leave images out; the first never does. 0: none may."""
+        return _ended(self.infobatch_until, epochs) if self.infobatch > 0 else 0
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise a `UserError` for a key that a run of so many epochs would ignore."""
+        longer = f"with epochs={epochs}; more epochs work, or"
+        if self.progressive < 1 and self.small_epochs(epochs) < 1:
+            raise UserError(
+                f"data.progressive_until={self.progressive_until:g}: no epoch has smaller images {longer} "
+                "data.progressive=1"
+            )
+        if self.infobatch > 0 and self.thinned_epochs(epochs) < 2:
+            raise UserError(
+                f"data.infobatch_until={self.infobatch_until:g}: the first epoch sees all images, and none of the "
+                f"others may leave any out {longer} data.infobatch=0"
+            )
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The metrics that it adds to every epoch's record."""
+        chosen = {"image_size": self.progressive < 1, "share_trained": self.infobatch > 0}
+        return tuple(metric for metric, on in chosen.items() if on)
+
+
 @dataclass
-class Data(Option, group="data"):
+class Data(Curriculum, Option, group="data"):
     """Base of the data sets."""
 
 
@@ -28,6 +77,7 @@ class Digits(Data, option="digits"):
     test_share: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.image_size >= 8, "data.image_size", self.image_size, "8 or more pixels")
         check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
         _check_shift(self.shift, self.image_size)
@@ -45,6 +95,7 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
     val_share: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.root != "", "data.root", self.root, "a directory")
         _check_shift(self.shift, 28)
         check(0 <= self.val_share <= 0.9, "data.val_share", self.val_share, "0 to 0.9")
@@ -70,6 +121,7 @@ class ImageFolder(Data, option="image_folder"):
     num_workers: Any  # auto, or int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.root != "", "data.root", self.root, "a directory")
         check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
         self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
@@ -111,11 +163,29 @@ class Synthetic(Data, option="synthetic"):
     noise: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("train_samples", "val_samples", "image_size", "in_channels"):
             check(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
         check(self.num_classes >= 2, "data.num_classes", self.num_classes, "2 or more")
         check(self.noise >= 0, "data.noise", self.noise, "0 or more")
 
 
+@dataclass
+class CustomData(Custom, Curriculum):
+    """A data set of the user's own, and how a run goes through it."""
+
+
+OPTIONS[Data.group]["custom"] = CustomData
+
+
 def _check_shift(shift: int, image_size: int) -> None:
     check(0 <= shift < image_size, "data.shift", shift, f"0 to {image_size - 1} pixels")
+
+
+def _check_share(key: str, share: float) -> None:
+    check(0 < share < 1, key, share, "a share of the epochs, above 0 and below 1")
+
+
+def _ended(share: float, epochs: int) -> int:
+    """How many epochs have ended after this share of them; 0.29 * 100, which is a little less than 29, is 29."""
+    return math.floor(share * epochs + 1e-9)

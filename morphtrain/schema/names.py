@@ -38,7 +38,9 @@ def no_such_key(key: str, value: str) -> str:
     has = {option: keys(group, option) for option in OPTIONS[group]}
     owners = [option for option, names in has.items() if name in names]
     close = difflib.get_close_matches(name, sorted({n for names in has.values() for n in names}), n=3)
-    if owners:
+    if len(owners) == len(has):
+        hint = f"an option file of your own may leave it out; +{key}={value} adds it"
+    elif owners:
         hint = f"add {' or '.join(f'{group}={option}' for option in owners)}"
     elif close:
         hint = f"did you mean {' or '.join(f'{group}.{n}' for n in close)}?"
@@ -60,7 +62,7 @@ def keys_of_file(group: str, option: str) -> list[str] | None:
 def keys(group: str, option: str) -> list[str]:
     """The keys of an option."""
     kind = OPTIONS[group][option]
-    return ["_target_"] if kind is Custom else [field.name for field in fields(kind) if field.name != "name"]
+    return [field.name for field in fields(kind) if field.name != ("arguments" if issubclass(kind, Custom) else "name")]
 
 
 def _hydras(key: str) -> str:

@@ -17,6 +17,7 @@ from morphtrain.plain_data import mismatch
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import Config, TopLevel
 from morphtrain.schema.custom import Custom
+from morphtrain.schema.data import Curriculum, CustomData
 from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
 from morphtrain.schema.names import no_such_key
@@ -120,7 +121,7 @@ def _option(group: str, node: Any, epochs: int | None) -> Option | Custom:
         values: Any = OmegaConf.to_container(node, resolve=False)
         if shares := in_epochs(kind, values, epochs, group):
             node = OmegaConf.merge(node, shares)
-    option: Option | Custom = _custom(node, group) if kind is Custom else _typed(kind, node, group)
+    option: Option | Custom = _custom(node, group, kind) if issubclass(kind, Custom) else _typed(kind, node, group)
     return option
 
 
@@ -143,8 +144,8 @@ def _method(node: DictConfig, at: str, epochs: int | None) -> Custom:
     return replace(custom, arguments={**custom.arguments, **in_epochs(kind, custom.arguments, epochs, at)})
 
 
-def _custom(node: DictConfig, at: str) -> Custom:
-    """A user's own part: all keys except `_target_` are keywords of the call, in plain containers."""
+def _custom(node: DictConfig, at: str, kind: type[Custom] = Custom) -> Custom:
+    """A user's own part: all keys but `_target_` and those of `kind` are keywords of the call, in plain containers."""
     for key in ("_target_", *node):
         if key not in node:
             raise UserError(f"{at}.{key}: missing; give it a value")
@@ -153,9 +154,17 @@ def _custom(node: DictConfig, at: str) -> Custom:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(plain, dict)
-    custom = Custom(str(plain.pop("_target_")), plain)  # type: ignore[arg-type]  # `check` looks at the keys
+    target = str(plain.pop("_target_"))
+    shared = _curriculum(plain, at) if kind is CustomData else {}
+    custom = kind(target, plain, **shared)  # type: ignore[arg-type]  # `check` looks at the keys
     custom.check(at)
     return custom
+
+
+def _curriculum(plain: dict[Any, Any], at: str) -> dict[str, Any]:
+    """Takes the keys of `Curriculum` out of those of a data set of the user's own."""
+    taken = {field.name: plain.pop(field.name, field.default) for field in fields(Curriculum)}
+    return vars(_typed(Curriculum, OmegaConf.create(taken), at))
 
 
 def _typed(kind: type, node: Any, group: str) -> Any:

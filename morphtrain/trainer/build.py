@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from morphtrain import options, part_checks, schema
+from morphtrain import infobatch, options, part_checks, schema
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
@@ -17,6 +17,7 @@ from morphtrain.memory_limit import AllocationLimit, machine_bytes, named_if_out
 from morphtrain.method import ORDER, Method
 from morphtrain.morph import OUTPUT, ChannelGraph, MorphError, matches
 from morphtrain.outputs import check_outputs
+from morphtrain.progressive import check_small_images
 from morphtrain.schema import Custom
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.clock import Clock
@@ -50,7 +51,9 @@ def build_run(
     sizes = f"{schema.size_keys('model', config.model)} {schema.size_keys('data', config.data)}"
     with named_if_out_of_memory(sizes):
         model = in_format(model.to(device), config.memory_format)
-        check_outputs(f"model={config.model.name}", model, data.input_shape, data.num_classes)
+        name = f"model={config.model.name}"
+        check_outputs(name, model, data.input_shape, data.num_classes)
+        check_small_images(config.data, name, model, data.input_shape, data.num_classes)
     methods = build_methods(config)
     run = Run(
         config=config,
@@ -68,6 +71,8 @@ def build_run(
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)
     _check_own_parts(run)
+    names = {"data_name": config.data.name, "loss_name": config.loss.name}
+    run.infobatch = infobatch.build(config.data, config.epochs, data, run.criterion, device, **names)
     for hook in run.hooks("after_build"):
         hook(run)
     if run.model is not model:
@@ -89,7 +94,7 @@ def _check_own_parts(run: Run) -> None:
     """Try the user's own parts on the run's device; raises a `UserError` for one that its contract does not allow."""
     config = run.config
     if isinstance(config.data, Custom):
-        part_checks.check_data(f"data={config.data.name}", run.data)
+        part_checks.check_data(f"data={config.data.name}", run.data, chosen=config.data.infobatch > 0)
     if isinstance(config.loss, Custom):
         part_checks.check_loss(f"loss={config.loss.name}", run.criterion, run.data.num_classes, run.device)
     if isinstance(config.schedule, Custom):

@@ -55,9 +55,13 @@ ADDED_KEYS = {
     "data.val_share": 0,
     "grow.new_lr_factor": 1.0,
     "grow.new_lr_epochs": 5.0,
+    "data.progressive": 1.0,
+    "data.progressive_until": 0.75,
+    "data.infobatch": 0.0,
+    "data.infobatch_until": 0.875,
 }
-# Parts of a run that may have state if they are the user's own.
-PARTS = ("data", "criterion", "schedule")
+# Parts of a run that may have state: the user's own, and the scores of images.
+PARTS = ("data", "criterion", "schedule", "infobatch")
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")
@@ -135,7 +139,7 @@ def _additions(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _stateful(run: Run) -> dict[str, Any]:
-    """The user's own parts that have state."""
+    """The parts that have state: perhaps the user's own, and the scores of images."""
     parts = {name: getattr(run, name) for name in PARTS}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 

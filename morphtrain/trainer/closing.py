@@ -32,8 +32,9 @@ def closing_table(
     """Size and speed of the first and the last network of a run, and the accuracy that the run ended with.
 
     The first network is the one that the run started with: the full one if it was pruned, the narrow one if it grew.
-    Each is timed by the median of the epochs that trained it, at one batch size, without those of the warm-up and, if
-    others are left, without contended ones. Accuracy is only the end's: early in a run it says nothing of a network.
+    Each is timed by the median of the epochs that trained it, at one batch and image size, without those of the warm-up
+    and, if others are left, without contended ones; an epoch that left images out, as if it had gone on at its speed.
+    Accuracy is only the end's: early in a run it says nothing of a network.
 
     Args:
         history: the records of all epochs, at least one.
@@ -50,6 +51,8 @@ def closing_table(
     rows = [(name, str(initial[key]), f"{end[key]:.0f}", f"{end[key] / initial[key]:.3f}") for key, name in sizes]
     if len({stage[0]["batch_size"] for stage in stages}) > 1:
         rows.append(("batch size", f"{history[0]['batch_size']:.0f}", f"{end['batch_size']:.0f}", ""))
+    if len({stage[0].get("image_size") for stage in stages}) > 1:
+        rows.append(("pixels a side", f"{history[0]['image_size']:.0f}", f"{end['image_size']:.0f}", ""))
     rows += _time_rows(first, last)
     rows += [(name, "", f"{end[key]:.4f}", "") for key, name in ACCURACIES.items() if key in end]
     rows += [(name, "", _at_end(end[name]), "") for name in objective if name in end and name not in SHOWN]
@@ -67,9 +70,12 @@ def _size(record: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _stages(history: Sequence[Record], initial: Mapping[str, int]) -> list[list[Record]]:
-    """The epochs, split where the network or the batch size changed."""
+    """The epochs, split where the network, the batch size or the image size changed."""
     trained = [_size(initial), *map(_size, history[:-1])]  # a record has the size after the change that follows it
-    keys = [(size, record["batch_size"]) for size, record in zip(trained, history, strict=True)]
+    keys = [
+        (size, record["batch_size"], record.get("image_size"))  # not recorded where it never changes
+        for size, record in zip(trained, history, strict=True)
+    ]
     groups = itertools.groupby(zip(keys, history, strict=True), key=lambda pair: pair[0])
     return [[record for _, record in group] for _, group in groups]
 
@@ -84,6 +90,8 @@ def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
     """Why the times of two stages cannot be compared; "" if they can."""
     if not first or not last:
         return f"No ratio of times: no epoch after the warm-up trained the {'last' if first else 'first'} network."
+    if first[0].get("image_size") != last[0].get("image_size"):
+        return "No ratio of times: the networks were trained on images of different sizes."
     if not is_calibrated([*first, *last]) and any(record["contended"] for record in (*first, *last)):
         return "No ratio of times: epochs were contended, and the machine was measured too seldom to calibrate them."
     return ""
@@ -99,11 +107,16 @@ def _time_rows(first: Sequence[Record], last: Sequence[Record]) -> list[Row]:
         ratio = f"{after / before:.3f}" if with_ratio and known and before and after else ""
         return name, _seconds(before), _seconds(after), ratio
 
-    rows = [row("seconds an epoch", lambda record: record["epoch_seconds"], not calibrated)]
+    rows = [row("seconds an epoch", lambda record: _of_all(record, "epoch_seconds"), not calibrated)]
     if calibrated:
-        rows.append(row("seconds an epoch, calibrated", lambda record: record["calibrated_seconds"], True))
+        rows.append(row("seconds an epoch, calibrated", lambda record: _of_all(record, "calibrated_seconds"), True))
     rows.append(row("share of an epoch spent waiting for data", data_share, False))
     return [*rows, ("  (medians of epochs)", _span(first), _span(last), "")]
+
+
+def _of_all(record: Record, seconds: str) -> float:
+    """What the epoch would have taken with all images."""
+    return record[seconds] / record.get("share_trained", 1.0)
 
 
 def _at_end(value: float) -> str:

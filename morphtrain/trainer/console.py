@@ -21,16 +21,16 @@ Record = dict[str, float]
 
 
 @contextmanager
-def progress_bar(epoch: int, epochs: int, samples: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar for one epoch on a terminal; None where there is no terminal."""
+def progress_bar(run: Run) -> Iterator[Callable[[int], None] | None]:
+    """A bar for the present epoch on a terminal; None where there is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Two refreshes a second: the drawing thread shares the interpreter with what is being timed.
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task(f"{epoch}/{epochs}", total=samples)
-        yield lambda images: bar.update(task, advance=images)
+        task = bar.add_task(f"{run.epoch}/{run.config.epochs}", total=run.epoch_images)
+        yield lambda images: bar.update(task, advance=images, total=run.epoch_images)  # known once it has begun
 
 
 def data_warning(history: Sequence[Record], warmup_epochs: int, advice: str) -> str | None:

@@ -164,7 +164,7 @@ def _record(run: Run) -> Record:
         "train_accuracy": run.train_accuracy,
         **seconds,  # data_seconds are a part of epoch_seconds
         "train_seconds": before + seconds["setup_seconds"] + seconds["epoch_seconds"] + seconds["morph_seconds"],
-        "samples_per_second": len(run.data.train) / seconds["epoch_seconds"],
+        "samples_per_second": run.epoch_images / seconds["epoch_seconds"],
         "params": run.params,
         "macs": run.macs,
         "channel_density": channels / run.initial["channels"] if channels else 1.0,
@@ -172,4 +172,12 @@ def _record(run: Run) -> Record:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
+        **_curriculum(run),
     }
+
+
+def _curriculum(run: Run) -> Record:
+    """What the epoch showed of the training images, where that is not all of them at full size in every epoch."""
+    height, _ = run.small_size(run.epoch) or run.data.input_shape[1:]
+    shown = {"image_size": height, "share_trained": run.epoch_images / len(run.data.train)}
+    return {metric: shown[metric] for metric in run.config.data.recorded}

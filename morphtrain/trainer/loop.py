@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from morphtrain import interrupts
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of
+from morphtrain.progressive import resized
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
 
@@ -35,23 +36,27 @@ def training_steps(run: Run) -> Iterator[int]:
     At the end it sets `run.train_loss` and `run.train_accuracy`.
     """
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
-    samples = len(run.data.train)
+    batches, small = training_batches(run), run.small_size(run.epoch)
+    samples = run.epoch_images
     given = seen = 0  # images of the data, and those trained on: `before_forward` may take or add some
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     set_mode(run, training=True)
-    batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
     steps = Steps()
     for images, labels in waited_for(batches, run):
+        rows = None if run.infobatch is None else run.infobatch.rows[given : given + len(labels)]
         given += len(labels)
         passed = len(labels) / samples
         run.set_learning_rates(run.progress + passed / 2)
+        if small is not None:
+            images = resized(images, small)
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
+        _check_rows(run, rows, labels)
         with steps.next():
-            loss, right = gradients(run, images, labels)
+            loss, right = gradients(run, images, labels, rows)
             with additions_of(run.optimizer).paced():
-                taken = take_step(run, images, labels)
+                taken = take_step(run, images, labels, rows)
         if taken:
             run.progress += passed
             for hook in after_step:
@@ -64,16 +69,42 @@ def training_steps(run: Run) -> Iterator[int]:
         yield len(labels)
     if given != samples or seen == 0:
         name = f"data={run.config.data.name}"
-        raise UserError(f"{name}: train_batches gave {given} images, {seen} of them to train on; train has {samples}")
-    run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
+        made, wanted = (
+            ("train_batches", "train has") if run.infobatch is None else ("train_batches_of", "it was asked for")
+        )
+        raise UserError(f"{name}: {made} gave {given} images, {seen} of them to train on; {wanted} {samples}")
+    if run.infobatch is not None:
+        run.train_loss, run.train_accuracy = run.infobatch.estimates()
+    else:
+        run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
 
 
-def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def training_batches(run: Run) -> Iterator[Batch]:
+    """The batches of this epoch, of all training images or of those that InfoBatch chooses."""
+    generator = run.generator(run.epoch)
+    if run.infobatch is None:
+        return run.data.train_batches(run.batch_size, generator)
+    return run.infobatch.batches(run.epoch, run.batch_size, generator, run.leaves_single)
+
+
+def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> None:
+    """Raise a `UserError` if a method has changed the number of images whose scores are kept."""
+    if rows is not None and len(rows) != len(labels):
+        raise UserError(
+            f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of "
+            "a batch, in before_forward, and no score fits; data.infobatch=0 works"
+        )
+
+
+def gradients(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients for a step on a batch: those of its loss, clipped, plus what methods add.
 
-    Returns the loss, and how many images were classified correctly.
+    Returns the loss, and how many images were classified correctly. `rows` are those of the images in the training set,
+    whose scores InfoBatch keeps; None without it.
     """
-    run.loss, right = backward(run, images, labels)
+    run.loss, right = backward(run, images, labels, rows)
     if run.config.clip_norm is not None:
         clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
     for hook in run.hooks("after_backward"):
@@ -81,30 +112,46 @@ def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[tor
     return run.loss, right
 
 
-def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients of the batch's mean loss, in several passes if `run.micro_batch` says so.
 
-    Returns the loss, and how many images were classified correctly.
+    Returns the loss, and how many images were classified correctly. With `rows`, see `gradients`, the gradients are of
+    the images' weighted losses, which stand for all training images: `run.step_weight` times as large on average.
     """
     parts = passes(len(labels), run.micro_batch)
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    for number, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
+    for number, (x, y, of) in enumerate(pieces, 1):
         with run.precision.autocast():
             logits = run.model(x)
-            loss = run.criterion(logits, y) * (len(y) / len(labels))
+            loss = _loss(run, logits, y, of) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
-    return total, correct
+    return total if rows is None else total / run.step_weight, correct
 
 
-def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
+def _loss(run: Run, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The mean loss of the images of a pass; with their rows, weighted by InfoBatch."""
+    if rows is None:
+        return run.criterion(logits, labels)
+    assert run.infobatch is not None
+    return run.infobatch.loss(logits, labels, rows)
+
+
+def _split(rows: torch.Tensor | None, parts: int) -> Sequence[torch.Tensor | None]:
+    return [None] * parts if rows is None else rows.tensor_split(parts)
+
+
+def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
     """The step of the first method that takes it, or else the optimizer's; False if there was none."""
 
     def closure() -> torch.Tensor:
         run.optimizer.zero_grad()
-        return gradients(run, images, labels)[0]
+        return gradients(run, images, labels, rows)[0]
 
     for hook in run.hooks("step"):
         taken: bool | None = hook(run, closure)

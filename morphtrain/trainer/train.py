@@ -162,7 +162,7 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     """One epoch with everything that belongs to it: train, morph, evaluate, record, save, report."""
     guard.epoch_begins()
     begin_epoch(run)
-    with progress_bar(run.epoch, run.config.epochs, len(run.data.train)) as tick:
+    with progress_bar(run) as tick:
         train_epoch(run, tick)
     record = finish_epoch(run, guard.judged)
     if run.change:
