@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain import interrupts
+from morphtrain.compilation import Compilation
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.state import Run, passes
@@ -39,15 +41,18 @@ def training_steps(run: Run) -> Iterator[int]:
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     set_mode(run, training=True)
+    compilation = run.compilation
+    if compilation is not None:
+        compilation.begin_epoch(samples // run.batch_size, run.usual_pass)
     batches = run.data.train_batches(run.batch_size, run.generator(run.epoch))
-    steps = Steps()
+    steps = Steps(inside=compilation is None)  # code that looks for signals cannot be compiled
     for images, labels in waited_for(batches, run):
         given += len(labels)
         passed = len(labels) / samples
         set_learning_rates(run, run.progress + passed / 2)
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
-        with steps.next():
+        with steps.next(), _of(compilation, len(labels) == run.batch_size):
             loss, right = gradients(run, images, labels)
             taken = take_step(run, images, labels)
         if taken:
@@ -64,6 +69,11 @@ def training_steps(run: Run) -> Iterator[int]:
         name = f"data={run.config.data.name}"
         raise UserError(f"{name}: train_batches gave {given} images, {seen} of them to train on; train has {samples}")
     run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
+
+
+def _of(compilation: Compilation | None, whole: bool) -> AbstractContextManager[None]:
+    """A training step, on a whole batch or on less, as compiling looks at it."""
+    return nullcontext() if compilation is None else compilation.step(whole)
 
 
 def gradients(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +99,7 @@ def backward(run: Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     for number, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), 1):
         with run.precision.autocast():
-            logits = run.model(x)
+            logits = run.forward(x)
             loss = run.criterion(logits, y) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
