@@ -22,7 +22,6 @@ from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.morph import format_of_model
 from morphtrain.precision import auto as precisions
-from morphtrain.precision import autocast
 from morphtrain.state import Run
 from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import auto, train
@@ -112,15 +111,16 @@ def test_the_choice_is_one_line_and_on_the_clock(
 
 def test_steps_of_copies_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run, its data and random numbers stay, whatever the copies do."""
-    monkeypatch.setattr(autocast, "SLOW", 1e9)
     monkeypatch.setattr(precisions, "SLOW", 1e9)
     monkeypatch.setattr(auto, "SECONDS", 0.0)
-    run = build_run(config_of(*BOTH, "model=mobilenet_v2", "optimizer=adamw"))
-    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()))
+    small = [o for o in UNPRUNED if not o.startswith("model.")]
+    dropout = ("model=alexnet", "model.dropout=0.5", "model.batch_norm=true", "data.image_size=16")
+    run = build_run(morphtrain.compose(*small, "tracking=none", "device=cpu", *BOTH, *dropout, "optimizer=adamw"))
+    before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()])
     seconds = auto.step_seconds(run)
     assert list(seconds) == [PLAIN, LAST, HALF, LAST_HALF]
     assert all(0 < spent < 5 for spent in seconds.values())
-    assert_same((run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()), before)
+    assert_same([run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()], before)
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 

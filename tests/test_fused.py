@@ -28,7 +28,8 @@ KINDS = {"sgd": [], "adamw": ["optimizer=adamw", "optimizer.lr=0.01"]}
 
 
 def config_of(*overrides: str) -> schema.Config:
-    return morphtrain.compose(*SMALL, "tracking=none", "device=cpu", *overrides)
+    small = [o for o in SMALL if not (o.startswith("prune") and "prune=none" in overrides)]
+    return morphtrain.compose(*small, "tracking=none", "device=cpu", *overrides)
 
 
 def started(*overrides: str) -> Run:
