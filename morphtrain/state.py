@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain import schema, world
+from morphtrain.compilation import Compilation, usual_pass
 from morphtrain.contracts import Data, Loss, Precision, Schedule
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
 from morphtrain.cost.latency import Terms
@@ -50,6 +51,8 @@ class Run:
     clock: Clock
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
     infobatch: InfoBatch | None = None  # chooses the images of each epoch; None: all of them
+    compilation: Compilation | None = None  # with config key `compile`: which passes go through compiled code
+    chosen: dict[str, str] = field(default_factory=dict)  # what `auto` stands for, by config key
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
     initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the first network
     epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
@@ -93,6 +96,18 @@ class Run:
         """Remember what a method did after this epoch, and the widths that the network has now."""
         widths = {space.name: space.size for space in self.graph.spaces}
         self.changes.append({"epoch": self.epoch, "event": event, "widths": widths})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits (B, classes) of a training pass, through compiled code where there is any."""
+        if self.compilation is not None:
+            return self.compilation(self.model, images)
+        logits: torch.Tensor = self.model(images)
+        return logits
+
+    @property
+    def usual_pass(self) -> int:
+        """Images in most of the passes of a whole batch."""
+        return usual_pass(self.batch_size, passes(self.batch_size, self.micro_batch))
 
     def rewarm(self, epochs: float) -> None:
         """Let the learning rate rise again from zero to what it would be, over `epochs`."""

@@ -215,5 +215,5 @@ def test_memory_and_speed_are_of_batches_in_the_format() -> None:
 
 
 def test_a_wrong_format_is_named() -> None:
-    with pytest.raises(UserError, match="memory_format=nhwc: must be one of contiguous, channels_last"):
+    with pytest.raises(UserError, match="memory_format=nhwc: must be one of contiguous, channels_last, auto"):
         config_of("memory_format=nhwc")

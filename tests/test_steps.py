@@ -45,7 +45,13 @@ def started(*overrides: str) -> Run:
 
 def step_of(model: nn.Module, micro_batch: int | None, precision: Precision) -> SimpleNamespace:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    parts = {"model": model, "optimizer": optimizer, "criterion": F.cross_entropy, "precision": precision}
+    parts = {
+        "forward": model,
+        "model": model,
+        "optimizer": optimizer,
+        "criterion": F.cross_entropy,
+        "precision": precision,
+    }
     return SimpleNamespace(**parts, micro_batch=micro_batch, device=CPU)
 
 

@@ -50,9 +50,9 @@ def test_warmup_rises_linearly_to_the_schedule() -> None:
 @pytest.mark.parametrize("build", [sgd.build, adamw.build])
 def test_norms_and_biases_do_not_decay(build) -> None:
     config = (
-        schema.optimizer.SGD("sgd", 0.1, 0.9, True, 0.3)
+        schema.optimizer.SGD("sgd", 0.1, 0.9, True, 0.3, False)
         if build is sgd.build
-        else schema.optimizer.AdamW("adamw", 0.1, [0.9, 0.99], 1e-8, 0.3)
+        else schema.optimizer.AdamW("adamw", 0.1, [0.9, 0.99], 1e-8, 0.3, False)
     )
     model = ResNet(blocks=1)
     decaying, plain = build(config, model).param_groups

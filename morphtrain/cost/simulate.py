@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -121,6 +122,8 @@ class SimulatedStep:
         with self._fake, self._live:
             self._model, self._optimizer = copied(model, optimizer, without_values)
         for group in self._optimizer.param_groups:
+            if group.get("fused") and isinstance(self._optimizer, SGD):  # which torch cannot simulate
+                group["fused"] = group["foreach"] = False
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = device_type != "cpu"  # torch's own choice, which goes by the parameters' device
         with self._fake, self._live:

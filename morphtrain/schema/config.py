@@ -53,6 +53,7 @@ METRICS = (
 )
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
+COMPILE = ("none", "default", "max")
 
 
 @dataclass
@@ -63,6 +64,7 @@ class TopLevel:
     seed: int
     device: str
     memory_format: str
+    compile: str
     resume: str
     architecture: str | None
     objective: list[str]
@@ -73,7 +75,8 @@ class TopLevel:
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         check_device(self.device)
-        check_one_of("memory_format", self.memory_format, MEMORY_FORMATS)
+        check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
+        check_one_of("compile", self.compile, COMPILE)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(self.architecture != "", "architecture", self.architecture, "the path of a checkpoint, or null")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")

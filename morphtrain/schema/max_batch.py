@@ -58,3 +58,8 @@ class MaxBatch(MaxBatchKeys):
     norm: Norm | Custom
     precision: Precision | Custom
     optimizer: Optimizer | Custom
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = "another option: only a run measures which is fastest"
+        check(self.precision.name != "auto", "precision", self.precision.name, wanted)

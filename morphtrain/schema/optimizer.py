@@ -19,8 +19,8 @@ class Optimizer(Option, group="optimizer"):
 
 
 @dataclass
-class SGD(Optimizer, option="sgd"):
-    """Stochastic gradient descent with momentum."""
+class Momentum(Optimizer):
+    """Base of those with momentum."""
 
     momentum: float
     nesterov: bool
@@ -39,7 +39,14 @@ class SGD(Optimizer, option="sgd"):
 
 
 @dataclass
-class LARS(SGD, option="lars"):
+class SGD(Momentum, option="sgd"):
+    """Stochastic gradient descent with momentum."""
+
+    fused: bool
+
+
+@dataclass
+class LARS(Momentum, option="lars"):
     """Layer-wise adaptive rate scaling."""
 
     trust_coefficient: float
@@ -57,6 +64,7 @@ class AdamW(Optimizer, option="adamw"):
     betas: list[float]
     eps: float
     weight_decay: float
+    fused: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from morphtrain.schema.option import Option
 
 
 @dataclass
-class Precision(Option, group="precision", plain=("o0", "bf16")):
+class Precision(Option, group="precision", plain=("o0", "bf16", "auto")):
     """Base of the precisions."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from morphtrain import infobatch, options, part_checks, schema
+from morphtrain.compilation import Compilation
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
@@ -25,7 +26,9 @@ from morphtrain.trainer.devices import pick_device
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}  # of config key `memory_format`
+# Of config key `memory_format`, the default first.
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+UNSETTLED = "contiguous"  # what a run has while `auto` is not settled
 
 
 def build_run(
@@ -42,15 +45,16 @@ def build_run(
             channels that a method needs and that cannot be followed.
     """
     device = device or pick_device(config.device)
+    memory_format = UNSETTLED if config.memory_format == "auto" else config.memory_format
     with named_if_out_of_memory(schema.size_keys("data", config.data)):
-        data: Data = options.build("data", config.data).to(device, FORMATS[config.memory_format])
+        data: Data = options.build("data", config.data).to(device, FORMATS[memory_format])
     given = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
         model = morph(model)
     sizes = f"{schema.size_keys('model', config.model)} {schema.size_keys('data', config.data)}"
     with named_if_out_of_memory(sizes):
-        model = in_format(model.to(device), config.memory_format)
+        model = in_format(model.to(device), memory_format)
         name = f"model={config.model.name}"
         check_outputs(name, model, data.input_shape, data.num_classes)
         check_small_images(config.data, name, model, data.input_shape, data.num_classes)
@@ -67,6 +71,7 @@ def build_run(
         precision=options.build("precision", config.precision, device=device),
         clock=Clock(device, config.timing.sync),
         methods=methods,
+        compilation=None if config.compile == "none" else Compilation(config.compile, device),
     )
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from morphtrain import custom, morph, options, schema
+from morphtrain import compilation, custom, morph, options, schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.initialise import fresh_weights
 from morphtrain.memory_limit import AllocationLimit
@@ -26,7 +26,7 @@ from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
-from morphtrain.trainer import checkpoint_file
+from morphtrain.trainer import auto, checkpoint_file
 from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
 from morphtrain.wording import as_yaml
 
@@ -59,6 +59,8 @@ ADDED_KEYS = {
     "data.progressive_until": 0.75,
     "data.infobatch": 0.0,
     "data.infobatch_until": 0.875,
+    "compile": "none",
+    "optimizer.fused": False,
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")
@@ -119,6 +121,8 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         **{key: getattr(run, key) for key in RUN_STATE},
         **{key: asdict(getattr(run, key)) for key in RAMPS},
         "growths": [asdict(ramp) for ramp in run.growths],
+        "chosen": run.chosen,
+        "compilation": None if run.compilation is None else run.compilation.state_dict(),
         "tracking_id": tracking_id,
     }
     states = {
@@ -179,6 +183,7 @@ class Checkpoint:
             wrong = f"its facts are no JSON: {first_line(error)}"
             raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})") from error
         self._check(mismatch(facts, formats[self.content["format"]], "facts"))
+        self._check(mismatch(facts.get("chosen", {}), dict[str, str], "facts.chosen"))  # older ones have none
         return facts
 
     def check_run(self) -> None:
@@ -204,6 +209,7 @@ class Checkpoint:
         self.check_run()
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
+        self._settle_auto(run)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
         self._check_moments(run)
@@ -219,6 +225,9 @@ class Checkpoint:
             setattr(run, key, _ramp(self.facts[key]))
         run.growths = [_ramp(facts) for facts in self._growths()]
         self._load_additions(run)
+        if run.compilation is not None:
+            self._check(mismatch(self.facts.get("compilation"), compilation.TYPES, "facts.compilation"))
+            run.compilation.load_state_dict(self.facts["compilation"])
         return run
 
     def _growths(self) -> Any:
@@ -235,6 +244,13 @@ class Checkpoint:
             if parameter is None or numbers.shape != parameter.shape:
                 raise UserError(f"{self.name}: its additions do not fit the parameter {name}")
             morph.additions_of(run.optimizer).numbers[parameter] = numbers.to(parameter.device)
+
+    def _settle_auto(self, run: Run) -> None:
+        """Give the run what was chosen where its config says `auto`."""
+        try:
+            auto.adopt(run, self.facts.get("chosen", {}))
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
 
     def _load_state(self, name: str, part: Any, state: Any) -> None:
         try:
@@ -267,7 +283,7 @@ class Checkpoint:
         """
         facts = self.facts
         given = {"num_classes": facts["num_classes"], "in_channels": facts["in_channels"]}
-        memory_format = facts["config"]["memory_format"]
+        memory_format = facts.get("chosen", {}).get("memory_format", facts["config"]["memory_format"])
         try:
             for key, value in given.items():
                 schema.check(value >= 1, key, value, "1 or more")

@@ -23,6 +23,7 @@ from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
+from morphtrain.trainer import auto
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.world import agree
@@ -37,8 +38,10 @@ Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  
 
 
 def start(run: Run) -> None:
-    """Let the methods look at a run that has just been built or restored."""
+    """Settle what is `auto`, and let the methods look at a run that has just been built or restored."""
     with run.clock.timed("setup_seconds"):
+        if run.epoch == 0:
+            auto.choose(run)
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)
@@ -102,6 +105,7 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
         val_loss, val_accuracy = evaluate(run)
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
     record |= {} if peak is None else {"peak_memory_bytes": peak}
+    record |= auto.metrics(run) | _of_compiling(run)
     for metrics in (added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
@@ -150,6 +154,15 @@ def _after_change(run: Run) -> None:
     run.count()
     for hook in run.hooks("after_change"):
         hook(run)
+
+
+def _of_compiling(run: Run) -> Record:
+    """What compiling took in this epoch; with it goes the decision about the next."""
+    if run.compilation is None:
+        return {}
+    seconds = run.clock.seconds["epoch_seconds"] - run.clock.seconds["data_seconds"]
+    run.compilation.end_epoch(run.epoch, run.config.epochs, seconds, bool(run.change), run.usual_pass)
+    return {"compile_seconds": run.compilation.spent_seconds}
 
 
 def _record(run: Run) -> Record:

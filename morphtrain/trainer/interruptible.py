@@ -42,9 +42,14 @@ def _before_backward(gradients: Any) -> None:
 
 
 class Steps:
-    """Makes those steps interruptible that are long, going by the one before: `with steps.next():`."""
+    """Makes those steps interruptible that are long, going by the one before: `with steps.next():`.
 
-    def __init__(self) -> None:
+    Args:
+        inside: False if a signal has to wait for the end of a step, however long it is.
+    """
+
+    def __init__(self, inside: bool = True) -> None:
+        self.inside = inside
         self.seconds = LONG_SECONDS  # of the first one nothing is known
 
     @contextmanager
@@ -52,6 +57,6 @@ class Steps:
         """One step; raises `Interrupted` before it, or, if it is long, also inside."""
         interrupts.check()
         start = time.perf_counter()
-        with interruptible() if self.seconds >= LONG_SECONDS else nullcontext():
+        with interruptible() if self.inside and self.seconds >= LONG_SECONDS else nullcontext():
             yield
         self.seconds = time.perf_counter() - start

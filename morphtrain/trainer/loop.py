@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain import interrupts
+from morphtrain.compilation import Compilation
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of
@@ -42,7 +44,10 @@ def training_steps(run: Run) -> Iterator[int]:
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     set_mode(run, training=True)
-    steps = Steps()
+    compilation = run.compilation
+    if compilation is not None:
+        compilation.begin_epoch(samples // run.batch_size, run.usual_pass)
+    steps = Steps(inside=compilation is None)  # code that looks for signals cannot be compiled
     for images, labels in waited_for(batches, run):
         rows = None if run.infobatch is None else run.infobatch.rows[given : given + len(labels)]
         given += len(labels)
@@ -53,7 +58,7 @@ def training_steps(run: Run) -> Iterator[int]:
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
         _check_rows(run, rows, labels)
-        with steps.next():
+        with steps.next(), _of(compilation, len(labels) == run.batch_size):
             loss, right = gradients(run, images, labels, rows)
             with additions_of(run.optimizer).paced():
                 taken = take_step(run, images, labels, rows)
@@ -85,6 +90,11 @@ def training_batches(run: Run) -> Iterator[Batch]:
     if run.infobatch is None:
         return run.data.train_batches(run.batch_size, generator)
     return run.infobatch.batches(run.epoch, run.batch_size, generator, run.leaves_single)
+
+
+def _of(compilation: Compilation | None, whole: bool) -> AbstractContextManager[None]:
+    """A training step, on a whole batch or on less, as compiling looks at it."""
+    return nullcontext() if compilation is None else compilation.step(whole)
 
 
 def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> None:
@@ -126,7 +136,7 @@ def backward(
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
     for number, (x, y, of) in enumerate(pieces, 1):
         with run.precision.autocast():
-            logits = run.model(x)
+            logits = run.forward(x)
             loss = _loss(run, logits, y, of) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()

@@ -82,7 +82,7 @@ def _train(
     run, stored = _start_or_resume(config, run_dir, slot.device)
     guard = Guard(slot, config.timing, run.history)
     start(run)
-    machine = environment.describe(run.device)
+    machine = environment.describe(run.device) | run.chosen
     environment.write(run_dir, machine)
     records.begin(run_dir, run.history)
     run_id = stored.facts["tracking_id"] if stored else None

@@ -1,0 +1,198 @@
+"""memory_format=auto and precision=auto: what is clearly faster is taken, and all goes on as if it had been typed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from test_memory_format import stop_after
+from test_resume import assert_same
+
+import morphtrain
+from morphtrain import schema
+from morphtrain.errors import UserError
+from morphtrain.morph import format_of_model
+from morphtrain.precision import auto as precisions
+from morphtrain.state import Run
+from morphtrain.tracking.none import NoTracker
+from morphtrain.trainer import auto, train
+from morphtrain.trainer.auto import Choice
+from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
+from morphtrain.trainer.loop import train_epoch
+
+CPU = torch.device("cpu")
+BOTH = ("memory_format=auto", "precision=auto")
+PLAIN, LAST, HALF, LAST_HALF = (Choice(m, p) for p in ("o0", "bf16") for m in ("contiguous", "channels_last"))
+SECONDS = {PLAIN: 1.0, LAST: 0.95, HALF: 0.7, LAST_HALF: 0.5}
+TYPED = ("memory_format=channels_last", "precision=bf16")
+UNPRUNED = [override for override in SMALL if not override.startswith("prune")]
+
+
+def config_of(*overrides: str) -> schema.Config:
+    return morphtrain.compose(*UNPRUNED, "tracking=none", "device=cpu", "epochs=2", *overrides)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs whose steps were timed, which always gives SECONDS."""
+    runs: list[Run] = []
+
+    def step_seconds(run: Run) -> dict[Choice, float]:
+        runs.append(run)
+        return SECONDS
+
+    monkeypatch.setattr(auto, "step_seconds", step_seconds)
+    return runs
+
+
+def trained(*overrides: str) -> Run:
+    run = build_run(config_of(*overrides))
+    start(run)
+    while run.epoch < run.config.epochs:
+        begin_epoch(run)
+        train_epoch(run)
+        finish_epoch(run)
+    return run
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+def test_a_clear_win_is_taken_and_noise_leaves_the_plainest(seconds: list[float]) -> None:
+    choices = {Choice("contiguous", str(number)): spent for number, spent in enumerate(seconds)}
+    (_, number), ratio = auto.clearly_fastest(choices)
+    taken = seconds[int(number)]
+    assert ratio == taken / seconds[0]
+    assert taken <= min(seconds) / auto.CLEARLY
+    assert all(taken < auto.CLEARLY * plainer for plainer in seconds[: int(number)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "chosen"),
+    [(BOTH, {"memory_format": "channels_last", "precision": "bf16"}), (BOTH[1:], {"precision": "bf16"})],
+)
+def test_it_trains_as_what_was_chosen(keys: tuple[str, ...], chosen: dict[str, str], measured: list) -> None:
+    run = trained(*keys)
+    typed = trained(*(f"{key}={value}" for key, value in chosen.items()))
+    assert run.chosen == chosen and len(measured) == 1
+    assert format_of_model(run.model) is format_of_model(typed.model)
+    assert_same(run.model.state_dict(), typed.model.state_dict())
+    assert_same(run.optimizer.state_dict(), typed.optimizer.state_dict())
+    assert run.history[-1]["precision_bits"] == 16
+    assert run.history[-1].get("channels_last") == (1.0 if "memory_format" in chosen else None)
+    assert "precision_bits" not in typed.history[-1]
+
+
+def test_nothing_is_measured_where_nothing_is_auto(measured: list) -> None:
+    assert trained("epochs=1").chosen == {}
+    assert measured == []
+
+
+def test_the_choice_is_one_line_and_on_the_clock(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "step_seconds", lambda run: time.sleep(0.2) or SECONDS)
+    with caplog.at_level(logging.INFO):
+        run = trained(*BOTH, "epochs=1")
+    chosen = "memory_format=auto precision=auto: memory_format=channels_last precision=bf16; "
+    line = f"{chosen}a step takes 0.50 of its time with contiguous o0 (measured in 0.2"
+    assert sum(message.startswith(line) for message in caplog.messages) == 1
+    assert run.history[0]["setup_seconds"] >= 0.2
+    assert run.history[0]["train_seconds"] >= run.history[0]["epoch_seconds"] + 0.2
+
+
+def test_steps_of_copies_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run, its data and random numbers stay, whatever the copies do."""
+    monkeypatch.setattr(precisions, "SLOW", 1e9)
+    monkeypatch.setattr(auto, "SECONDS", 0.0)
+    small = [o for o in UNPRUNED if not o.startswith("model.")]
+    dropout = ("model=alexnet", "model.dropout=0.5", "model.batch_norm=true", "data.image_size=16")
+    run = build_run(morphtrain.compose(*small, "tracking=none", "device=cpu", *BOTH, *dropout, "optimizer=adamw"))
+    before = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()])
+    seconds = auto.step_seconds(run)
+    assert list(seconds) == [PLAIN, LAST, HALF, LAST_HALF]
+    assert all(0 < spent < 5 for spent in seconds.values())
+    assert_same([run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()], before)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_what_takes_its_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that takes 20 ms more in one of the four."""
+    real = auto.training_step
+
+    def step(model, optimizer, images, labels, dtype) -> None:  # type: ignore[no-untyped-def]
+        time.sleep(0.02 if dtype is not torch.bfloat16 or format_of_model(model) is torch.contiguous_format else 0)
+        real(model, optimizer, images, labels, None)
+
+    monkeypatch.setattr(auto, "training_step", step)
+    monkeypatch.setattr(precisions, "SLOW", 1e9)
+    run = build_run(config_of(*BOTH, "model.width=4", "batch_policy.batch_size=4"))
+    start(run)
+    assert run.chosen == {"memory_format": "channels_last", "precision": "bf16"}
+
+
+def test_what_a_cpu_emulates_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precisions, "slowdown", lambda device, dtype: 50.0)
+    assert list(precisions.worth_trying(CPU)) == ["o0"]
+    monkeypatch.setattr(precisions, "slowdown", lambda device, dtype: 0.9)
+    assert list(precisions.worth_trying(CPU)) == ["o0", "bf16"]
+
+
+def test_processes_take_the_first_ones_choice(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "agree", lambda found: (LAST, 0.8))
+    run = build_run(config_of(*BOTH))
+    start(run)
+    assert run.chosen == {"memory_format": "channels_last", "precision": "o0"}
+    assert run.precision.dtype is None and format_of_model(run.model) is torch.channels_last
+
+
+def test_a_resumed_run_keeps_it_and_a_file_knows_it(measured: list, tmp_path: Path) -> None:
+    ends = []
+    for name, stops in (("whole", [2]), ("parts", [1, 2])):
+        (tmp_path / name).mkdir()
+        for number, last in enumerate(stops):
+            stop_after(last, config_of(*BOTH, f"resume={'auto' if number else 'never'}"), tmp_path / name)
+        ends.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
+    assert len(measured) == 2
+    assert_same(ends[1]["model"], ends[0]["model"])
+    assert_same(ends[1]["optimizer"], ends[0]["optimizer"])
+    assert format_of_model(morphtrain.load(tmp_path / "parts" / "last.pt")) is torch.channels_last
+    environment = json.loads((tmp_path / "parts" / "environment.json").read_text())
+    assert (environment["memory_format"], environment["precision"]) == ("channels_last", "bf16")
+
+
+def test_trackers_are_told_what_ran(measured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(NoTracker, "start", lambda self, params, tags, *rest: told.update(tags))
+    train(config_of(*BOTH, "epochs=1"), tmp_path, {"precision": "auto"})
+    assert (told["precision"], told["memory_format"]) == ("bf16", "channels_last")
+
+
+def test_a_network_that_a_precision_cannot_train_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = auto.training_step
+
+    def step(model, optimizer, images, labels, dtype) -> None:  # type: ignore[no-untyped-def]
+        if dtype is torch.bfloat16:
+            raise RuntimeError('"fancy" not implemented for BFloat16')
+        real(model, optimizer, images, labels, dtype)
+
+    monkeypatch.setattr(auto, "training_step", step)
+    monkeypatch.setattr(precisions, "SLOW", 1e9)
+    run = build_run(config_of("precision=auto"))
+    with pytest.raises(UserError, match=r'^precision=auto: the network does not train in bf16: "fancy" not'):
+        start(run)
+
+
+def test_the_largest_batch_needs_a_choice() -> None:
+    with initialize_config_dir(str(schema.CONF)):
+        composed = compose("maxbatch", overrides=["precision=auto", "budget=1GiB"])
+    with pytest.raises(UserError, match="precision=auto: must be another option"):
+        schema.parse_max_batch(composed)

@@ -1,0 +1,105 @@
+"""A training step reads no value off the device: on a GPU the host would have to wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import morphtrain
+from morphtrain.state import Run
+from morphtrain.trainer import loop
+from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import begin_epoch, start
+from morphtrain.trainer.loop import train_epoch, training_steps
+
+# What needs a tensor's values on the host: numbers of it, or how many results there are.
+READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive")
+ALWAYS = "prune.start_epoch=1"  # from the first epoch on the penalty acts
+
+
+class Reads(TorchDispatchMode):
+    """Collects the operations that would make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [part for index in args[1:2] if isinstance(index, (list, tuple)) for part in index]
+        by_mask = name == "index" and any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks)
+        if name in READS or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_steps(run: Run) -> list[str]:
+    """What the steps of an epoch read after the first one, which may fix what the others go by, up to its end."""
+    start(run)
+    begin_epoch(run)
+    steps = training_steps(run)
+    next(steps)
+    with Reads() as reads:
+        for _ in range(len(run.data.train) // run.batch_size - 1):
+            next(steps)
+    return reads.found
+
+
+def built(*overrides: str) -> Run:
+    return build_run(morphtrain.compose(*SMALL, "tracking=none", "device=cpu", "prune.start_epoch=1", *overrides))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [ALWAYS, "clip_norm=1", "memory_format=channels_last", "precision=bf16"],
+        [ALWAYS, "prune.update=subgradient", "prune.residual=gating", "norm=ghost", "norm.ghost_batch_size=6"],
+        [ALWAYS, "optimizer=lars", "batch_policy.max_micro_batch=6", "data.train_samples=250"],
+        [ALWAYS, "optimizer=adamw", "optimizer.fused=true"],
+        [ALWAYS, "optimizer.fused=true", "clip_norm=1"],
+        ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
+        [ALWAYS, "data=digits", "schedule=milestones"],
+    ],
+)
+def test_a_step_reads_nothing(options: list[str]) -> None:
+    keys = {option.split("=")[0] for option in options}
+    own = [o for o in SMALL if o.split("=")[0] not in keys]
+    if "prune=morphnet" in options:
+        own = [o for o in own if not o.startswith("prune.")]
+    if "data=digits" in options:
+        own = [o for o in own if not o.startswith("data.")]
+    run = build_run(morphtrain.compose(*own, "tracking=none", "device=cpu", *options))
+    assert reads_of_steps(run) == []
+
+
+def test_what_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
+        return bool(run.loss > 0) and bool(labels[labels > 0].sum().item() >= 0)
+
+    monkeypatch.setattr(loop, "take_step", step)
+    assert {"_local_scalar_dense", "index"} <= set(reads_of_steps(built()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["clip_norm=1", "optimizer.fused=true", "precision=bf16"]])
+def test_a_gpu_is_not_waited_for(options: list[str]) -> None:
+    run = build_run(morphtrain.compose(*SMALL, "tracking=none", "device=cuda", "prune.start_epoch=1", *options))
+    start(run)
+    begin_epoch(run)
+    steps = training_steps(run)
+    next(steps)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(len(run.data.train) // run.batch_size - 1):
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    train_epoch(run)
