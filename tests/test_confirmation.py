@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ class Jobs:
     """A launcher whose jobs leave records at once.
 
     Args:
-        before: called with the name of each run, `<seed>/<arm>`, before it leaves any; the run fails with what it raises.
+        before: called with the name of each run, `<seed>/<arm>`, before it leaves any; what it raises fails the run.
     """
 
     def __init__(self, before: Callable[[str], Any] = lambda _: None) -> None:
@@ -270,6 +271,8 @@ def test_the_whole_search_goes_on_after_a_kill_in_any_phase(command: Command, ki
     assert len(list(directory.glob("*/*/run.png"))) == 3 * len(declared.arms)
     assert "with 3 seeds that the search never saw" in result.stdout
     assert "the time to the target accuracy in seconds: " in result.stdout
+    told = re.search(r"to run trial_\d again:  python -m morphtrain.run ", result.stdout)
+    assert told or "reached the target again" in result.stdout
     check_tracking(tmp_path, trials=5, runs=3 * len(declared.arms))
 
     again = command(*FASTEST)

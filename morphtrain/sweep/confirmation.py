@@ -101,6 +101,16 @@ def arms(
     return dict(in_order) if in_order[-1][1].role == METHOD else {}
 
 
+def name_of(trial: FrozenTrial) -> str:
+    """What the arm of a trial is called."""
+    return f"trial_{trial.number}"
+
+
+def number_of(arm: str) -> int:
+    """The number of the trial whose arm has this name."""
+    return int(arm.removeprefix("trial_"))
+
+
 def fresh_seeds(trials: Sequence[FrozenTrial], usual: int, count: int) -> list[int]:
     """The lowest seeds that no trial had: `usual`, unless it was searched."""
     seen = {usual, *(trial.params.get("seed") for trial in trials)}

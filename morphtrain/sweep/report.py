@@ -187,7 +187,7 @@ def _lines(
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
-        lines.append(f"to run the best trial again:  {_rerun(best[0], repeating, config_dir)}")
+        lines.append(f"to run the best trial again:  {rerun(best[0], repeating, config_dir)}")
     return lines
 
 
@@ -248,7 +248,7 @@ def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
     return float(of(durations)) if durations else 0.0
 
 
-def _rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], config_dir: str | None) -> str:
+def rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], config_dir: str | None) -> str:
     """The command that repeats a trial; `config_dir` as the sweep was given it."""
     own = [] if config_dir is None else ["--config-dir", config_dir]
     try:

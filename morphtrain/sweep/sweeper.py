@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, first_line
 from morphtrain.evidence import experiment as evidence
+from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.evidence.experiment import Arm
 from morphtrain.experiment.sweeper import ArmsSweeper
 from morphtrain.schema.sweeper import Confirm, MoreBaseline
@@ -109,7 +110,8 @@ class StudySweeper:
             artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own, more_to_come)
             interrupts.check()
             if more_to_come:
-                confirmed = self._confirm(study, plan, baselines, parent)
+                rerun = functools.partial(report.rerun, repeating=repeating, config_dir=own)
+                confirmed = self._confirm(study, plan, baselines, parent, rerun)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -307,8 +309,19 @@ class StudySweeper:
         else:
             study.fail(worker, trial, f"its objective is {values}")
 
-    def _confirm(self, study: SharedStudy, plan: Plan, baselines: Baselines, parent: str | None) -> dict[str, float]:
-        """Run the best trials and the baselines with fresh seeds and print what that saves; metrics of it."""
+    def _confirm(
+        self,
+        study: SharedStudy,
+        plan: Plan,
+        baselines: Baselines,
+        parent: str | None,
+        rerun: Callable[[FrozenTrial], str],
+    ) -> dict[str, float]:
+        """Run the best trials and the baselines with fresh seeds and print what that saves; metrics of it.
+
+        Args:
+            rerun: gives the command that repeats a trial.
+        """
         found = self._confirmation(study, plan, baselines)
         if found is None:
             print("nothing to confirm: no searched trial is feasible and different from the baselines")
@@ -319,7 +332,11 @@ class StudySweeper:
         if not (found.directory / evidence.FILE).exists():
             print(f"another worker has run the best trials with fresh seeds, in {Attributes(trial).run_dir}")
             return {}
-        return confirmation.metrics(found.show())
+        winner = found.show()
+        if winner.arm is not None:
+            again = study.trials[confirmation.number_of(winner.arm)]
+            print(f"to run {winner.arm} again:  {rerun(again)}")
+        return confirmation.metrics(winner)
 
     def _confirmation(self, study: SharedStudy, plan: Plan, baselines: Baselines) -> confirmation.Confirmation | None:
         """Declare these runs; None without a trial that is worth it."""
@@ -328,7 +345,7 @@ class StudySweeper:
         own = {}
         for trial in best:
             with contextlib.suppress(UserError):  # something else than this sweep has put it into the study
-                own[f"trial_{trial.number}"] = self._repeating(trial, baselines)
+                own[confirmation.name_of(trial)] = self._repeating(trial, baselines)
         aim, name = self.target.overrides(trials), f"confirm-{len(trials)}"
         first = self._repeating(trials[0], baselines)
         arms = confirmation.arms(first, baselines, own, lambda overrides: self._composed([*overrides, *aim]))
@@ -336,8 +353,10 @@ class StudySweeper:
             return None
         arms = {arm: Arm((*keys.overrides, *aim), keys.role) for arm, keys in arms.items()}
         seeds = confirmation.fresh_seeds(trials, int(self.config.seed), self.confirm.seeds)
+        calibrated = self.config.timing.reference > 0
+        response = CALIBRATED.get(objective[0], objective[0]) if calibrated else objective[0]
         return confirmation.Confirmation(
-            confirmation.declared(plan.name, name, arms, seeds, objective[0]),
+            confirmation.declared(plan.name, name, arms, seeds, response),
             Plan(f"{plan.name} {name}", plan.storage, ["minimize"], {"confirm": vars(self.confirm)}, 1, None),
             self.sweep_dir,
             self.sweep_dir / name,
