@@ -36,6 +36,9 @@ Plugins.instance().register(MorphTrainSweeper)
 Plugins.instance().register(ExperimentSweeper)
 # Hydra makes callbacks without saying which it trusts, and warns of it; conf/config.yaml names ours.
 warnings.filterwarnings("ignore", message=r".* _target_='morphtrain\.sweep\.multirun\.Summary'")
+warnings.filterwarnings(
+    "ignore", message="Argument ``group`` is an experimental feature"
+)  # of sampler/grouped_tpe.yaml
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.

@@ -20,11 +20,12 @@ from morphtrain.sweep.attributes import (
     CHANGED_ATTR,
     CONTENDED_ATTR,
     METRICS_ATTR,
+    NAME_ATTR,
     OVERRIDES_ATTR,
     REFERENCES_ATTR,
     Attributes,
 )
-from morphtrain.sweep.comparison import compared
+from morphtrain.sweep.comparison import compared, completed
 from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.storage import open_storage
 from morphtrain.sweep.trial import TrialReporter
@@ -38,7 +39,10 @@ def quiet() -> Iterator[None]:
 
 
 def study(*trials: dict[str, Any], objective: tuple[str, ...] = ("train_seconds",)) -> optuna.Study:
-    """Trials given by `raw` seconds, perhaps `calibrated` ones, and the number of `contended` and `changed` epochs."""
+    """Trials given by `raw` seconds, perhaps `calibrated` ones, and the number of `contended` and `changed` epochs.
+
+    A `name` makes one a further baseline; `excess`: by how much it is not accurate enough.
+    """
     made = optuna.create_study(study_name="s", directions=["minimize"] * len(objective))
     for number, given in enumerate(trials):
         metrics = {"train_seconds": given["raw"], "val_accuracy": 0.9, "params": 10.0, "epoch": 5.0}
@@ -50,11 +54,17 @@ def study(*trials: dict[str, Any], objective: tuple[str, ...] = ("train_seconds"
             attrs[CONTENDED_ATTR] = list(range(given["contended"]))
         if "changed" in given:
             attrs[CHANGED_ATTR] = list(range(given["changed"]))
-        params = {} if number == 0 else {"lr": float(number)}
+        attrs |= {NAME_ATTR: given["name"]} if "name" in given else {}
+        params = {} if number == 0 or "name" in given else {"lr": float(number)}
         attrs |= {BASELINE_ATTR: True} if number == 0 else {}
         space = {key: FloatDistribution(0, 100) for key in params}
         values = [metrics[name] for name in objective]
-        made.add_trial(optuna.trial.create_trial(values=values, params=params, distributions=space, user_attrs=attrs))
+        excess = {"constraints:val_accuracy": given.get("excess", 0.0)}
+        made.add_trial(
+            optuna.trial.create_trial(
+                values=values, params=params, distributions=space, user_attrs=attrs, system_attrs=excess
+            )
+        )
     return made
 
 
@@ -137,6 +147,37 @@ def test_a_search_that_changed_no_network_says_so(
     assert "changed" not in closing(study({"raw": 10.0}, {"raw": 9.0}), capsys, monkeypatch), "none was meant to"
 
 
+def test_the_best_trial_is_compared_with_the_best_baseline(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster of two that are accurate enough; a third is faster still and is not."""
+    sooner, narrower = {"raw": 6.0, "name": "sooner"}, {"raw": 4.0, "name": "narrower", "excess": 0.1}
+    named = study({"raw": 10.0}, sooner, narrower, {"raw": 3.0})
+    text = closing(named, capsys, monkeypatch)
+    assert "best / baseline sooner 0.500" in text
+    assert "1 (sooner)" in text and "2 (narrower)" in text and "0 (baseline)" in text
+    assert [trial.number for trial in report.best_searched(compared(named, ["train_seconds"]), 3)] == [3]
+    assert len(compared(named, ["train_seconds"]).searched.get_trials(states=(TrialState.COMPLETE,))) == 1
+
+
+def test_a_trial_that_missed_its_target_hides_no_difference(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a value of 1e9 and more, beside which all times are alike."""
+    made = optuna.create_study(study_name="s")
+    for value in (10.0, 1.02e9, 8.0):
+        made.add_trial(optuna.trial.create_trial(value=value, user_attrs={METRICS_ATTR: {"val_accuracy": 0.9}}))
+    comparison = compared(made, ["time_to_accuracy"])
+    assert [trial.values for trial in completed(comparison.reached(made))] == [[10.0], [8.0]]
+    assert comparison.reached(made).get_trials()[1].state == TrialState.FAIL
+    assert compared(made, ["macs"]).reached(made) is made, "a number of MACs may be as large"
+    monkeypatch.setattr(report, "_importance", lambda *_: {})
+    monkeypatch.setattr(report.charts, "draw", lambda *_: [])
+    monkeypatch.setattr(report, "_results", lambda *_: Path("results"))
+    report.close(made, ["time_to_accuracy"], Path(), lambda trial: [])
+    assert "missed by 0.0200" in capsys.readouterr().out
+
+
 def test_the_front_of_two_objectives_is_that_of_calibrated_times() -> None:
     two = ("train_seconds", "params")
     made = study({"raw": 60.0, "calibrated": 10.0, "contended": 5}, {"raw": 9.8, "calibrated": 10.4}, objective=two)
@@ -170,7 +211,7 @@ def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp
 
 
 NAMES = (BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, REFERENCES_ATTR)
-NAMES += ("overrides", "run_dir", "error", "stopped_at")
+NAMES += ("overrides", "run_dir", "error", "stopped_at", "baseline_name", "epochs")
 
 
 @pytest.mark.parametrize("foreign", ["x", 3.5, None, {"train_seconds": "x"}, ["x", 2], True])

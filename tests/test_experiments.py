@@ -332,7 +332,7 @@ def swept(
     sweeper.launcher = jobs
     declared = experiment(ARMS, seeds)
     runs = planned(declared, directory)
-    failures = sweeper._run_all(declared, runs, declaration.Typed((), (), None), None)
+    failures = sweeper.run_all(declared, runs, declaration.Typed((), (), None), None)
     return jobs, failures, runs
 
 

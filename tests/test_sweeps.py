@@ -130,6 +130,8 @@ def test_the_command_of_the_winner_trains_what_it_trained(
 TRIALS = {
     "batch": ["batch_policy.batch_size=64", "norm=ghost", "optimizer.lr=0.1"],
     "everything": ["prune=prunetrain", "prune.lasso_ratio=3.0"],
+    "fastest": ["prune=prunetrain", "prune.interval=2", "epochs=2", "timing.target_accuracy=0.9"],
+    "fastest, baseline": ["prune=none", "epochs=1"],
     "growth": ["grow=deeper", "grow.patience=3", "model.width=6"],
     "growth, baseline": ["grow=none", "model.width=16"],
     "pareto": ["prune.lasso_ratio=3.0", "optimizer.lr=0.1"],

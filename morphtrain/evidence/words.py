@@ -11,6 +11,8 @@ LESS_IS_BETTER = ("seconds", "loss", "time_to_accuracy", "params", "macs", "memo
 METRICS = {
     "calibrated_train_seconds": "training time in calibrated seconds",
     "train_seconds": "training time in seconds",
+    "calibrated_time_to_accuracy": "the time to the target accuracy in calibrated seconds",
+    "time_to_accuracy": "the time to the target accuracy in seconds",
     "median_epoch_seconds": "the median time of an epoch in seconds",
     "calibrated_seconds": "the time of an epoch in calibrated seconds",
     "epoch_seconds": "the time of an epoch in seconds",

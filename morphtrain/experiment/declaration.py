@@ -170,14 +170,20 @@ def _overrides(
     """An arm's overrides, with those of the arm that shaped its network, and with shares worked out."""
     shaped_by = arms[arm.of].overrides if arm.of is not None and arm.of in arms else []
     overrides = merged([other for other in shaped_by if not _is_of(key_of(other), SHAPING)], arm.overrides)
-    shares = {"epochs": arm.epochs, "model.width": arm.width}
     plain = tuple(overrides)
-    for key, share in shares.items():
+    overrides += shared(arm.epochs, arm.width, lambda: whole(plain))
+    return tuple(overrides)
+
+
+def shared(epochs: float | None, width: float | None, config: Callable[[], DictConfig]) -> list[str]:
+    """The overrides by which a run takes shares of the epochs and of the width that a config has; None takes all."""
+    overrides = []
+    for key, share in {"epochs": epochs, "model.width": width}.items():
         if share is not None:
-            full = OmegaConf.select(whole(plain), key)
+            full = OmegaConf.select(config(), key)
             schema.check(type(full) is int, key, full, f"a whole number, of which an arm takes {share:g}")
             overrides.append(f"{key}={max(1, round(share * full))}")
-    return tuple(overrides)
+    return overrides
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -40,20 +41,29 @@ class ArmsSweeper:
 
     def __init__(self, keys: Mapping[str, Any]) -> None:
         self.keys = keys
-        self.tracking: Any = None  # the config group, once the declaration is known
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
-        self.config = config
-        choices = config.hydra.runtime.choices
-        self.name = str(choices["experiment"])
-        self.one_at_a_time = choices["hydra/launcher"] == "basic"
-        self.directory = Path(config.hydra.sweep.dir, f"{self.name}-{self.keys['size']}")
+        self.name = str(config.hydra.runtime.choices["experiment"])
+        directory = Path(config.hydra.sweep.dir, f"{self.name}-{self.keys['size']}")
         with read_write(config.hydra):
-            config.hydra.sweep.dir = str(self.directory)  # where launchers begin
-        self.launcher = Plugins.instance().instantiate_launcher(
+            config.hydra.sweep.dir = str(directory)  # where launchers begin
+        launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
+        self.place(hydra_context, config, launcher, directory, tracking=None)  # known with the declaration
+
+    def place(
+        self, hydra_context: HydraContext, config: DictConfig, launcher: Launcher, directory: Path, tracking: Any
+    ) -> None:
+        """Say where the runs go, what runs them, and what tracks them.
+
+        Args:
+            config: what the runs' overrides are added to.
+            tracking: the config group of that name.
+        """
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher, self.directory, self.tracking = launcher, directory, tracking
+        self.one_at_a_time = config.hydra.runtime.choices["hydra/launcher"] == "basic"
 
     def sweep(self, arguments: list[str]) -> None:
         """Run what is left.
@@ -66,15 +76,25 @@ class ArmsSweeper:
             given = typed(arguments)
             experiment = declared(self.name, self.keys, given, self._composed)
             self.tracking = schema.parse(self._composed([*experiment.overrides, *given.aside])).tracking
+        with self.runs_of(experiment) as found:
+            if not all(run.ended for run in found):
+                self._run_under_parent(experiment, found, given)
+        print(f"next: python -m morphtrain.report {self.directory}")
+
+    @contextlib.contextmanager
+    def runs_of(self, experiment: Experiment) -> Iterator[list[Run]]:
+        """The runs of an experiment, which meanwhile belong to this process alone; prints how many are left.
+
+        Raises:
+            UserError: if another process runs it, or it was begun with another declaration.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._alone():
             self._settle_declaration(experiment)
             found = planned(experiment, Path(os.path.abspath(self.directory)))
             self._spoil_unjudged(found)
             show_plan(experiment, found, self.directory)
-            if not all(run.ended for run in found):
-                self._run_under_parent(experiment, found, given)
-        print(f"next: python -m morphtrain.report {self.directory}")
+            yield found
 
     def _run_under_parent(self, experiment: Experiment, found: Sequence[Run], given: Typed) -> None:
         """Run what has not ended, in MLflow below one run; raises `UserError` if runs have failed."""
@@ -83,11 +103,7 @@ class ArmsSweeper:
         parent = begin_sweep(tracking, self.directory.name, {"study": str(self.directory)}, self.directory)
         status = "FAILED"
         try:
-            failures = self._run_all(experiment, found, given, parent)
-            if failures:
-                run, why = next(iter(failures.items()))
-                count = f"{len(failures)} of {len(found)} runs failed, as {run}"
-                raise UserError(f"{count}: {why}; the same command repeats them, {run.directory} has its log")
+            check_failures(self.run_all(experiment, found, given, parent), len(found))
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -131,9 +147,7 @@ class ArmsSweeper:
                     "go on with what it was begun with, or begin another one with hydra.sweep.dir=..."
                 )
 
-    def _run_all(
-        self, experiment: Experiment, found: Sequence[Run], given: Typed, parent: str | None
-    ) -> dict[Run, str]:
+    def run_all(self, experiment: Experiment, found: Sequence[Run], given: Typed, parent: str | None) -> dict[Run, str]:
         """Run what has not ended; the runs that cannot, with the reason."""
         failures: dict[Run, str] = {}
         clock = Clock(sum(not run.ended for run in found), len(found))
@@ -210,6 +224,13 @@ class ArmsSweeper:
             epochs = run_states.epochs_in_the_same_seconds(run.after.history())
             more += [f"architecture={_quoted(run.after.directory / 'last.pt')}", f"epochs={epochs}"]
         return merged(given.aside, experiment.overrides, experiment.arms[run.arm].overrides, more)
+
+
+def check_failures(failures: Mapping[Run, str], total: int) -> None:
+    """Raise a `UserError` if any of all runs have failed."""
+    for run, why in failures.items():
+        count = f"{len(failures)} of {total} runs failed, as {run}"
+        raise UserError(f"{count}: {why}; the same command repeats them, {run.directory} has its log")
 
 
 def _quoted(path: Path) -> str:

@@ -24,7 +24,8 @@ from morphtrain.schema.timing import Timing
 from morphtrain.schema.tracking import Tracking
 from morphtrain.wording import nearest
 
-TO_ACCURACY = ("time_to_accuracy", "calibrated_time_to_accuracy")  # absent with timing.target_accuracy=null
+# Times to an accuracy, and the clock of each; absent with timing.target_accuracy=null.
+TO_ACCURACY = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy": "calibrated_train_seconds"}
 # Absent with timing.reference=0.
 CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds", "calibrated_time_to_accuracy")
 TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from morphtrain.plain_data import mismatch
+
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 BASELINE_ATTR = "baseline"  # trial 0 only: it runs as the baseline
+NAME_ATTR = "baseline_name"  # of a baseline beside trial 0
 OVERRIDES_ATTR = "overrides"  # that its job was started with
 RUN_DIR_ATTR = "run_dir"
 ERROR_ATTR = "error"  # why it failed
 METRICS_ATTR = "metrics"  # the record of its last epoch
+EPOCHS_ATTR = "epochs"  # trial 0 only: number, accuracy and clocks of each
 STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
 CONTENDED_ATTR = "contended_epochs"  # those that other processes disturbed; absent if none
 REFERENCES_ATTR = "reference_seconds"  # the first two values of it that differ; absent with timing.reference=0
 CHANGED_ATTR = "changed_epochs"  # those after which its network changed; only if it was meant to
+
+FIRST = "baseline"  # what trial 0 is called if it runs as one
 
 
 class Attributes:
     """A trial's attributes as they are read everywhere.
 
     Whoever can write to the study can store anything under these names, so what has another type counts as absent, and
-    only the first trial is a baseline.
+    only the first trial is one that others are relative to.
     """
 
     def __init__(self, trial: FrozenTrial | Trial) -> None:
@@ -32,6 +38,12 @@ class Attributes:
     @property
     def is_baseline(self) -> bool:
         return self._number == 0 and self._stored.get(BASELINE_ATTR) is True
+
+    @property
+    def baseline(self) -> str | None:
+        """The name of the baseline that it runs as, that of trial 0 is `FIRST`; None if its values are searched."""
+        name = FIRST if self.is_baseline else self._stored.get(NAME_ATTR)
+        return name if isinstance(name, str) else None
 
     @property
     def error(self) -> str | None:
@@ -53,6 +65,13 @@ class Attributes:
         """Empty until its first epoch was reported."""
         metrics = self._stored.get(METRICS_ATTR)
         return {k: v for k, v in metrics.items() if _is_number(v)} if isinstance(metrics, dict) else {}
+
+    @property
+    def epochs(self) -> list[dict[str, float]]:
+        """Number, accuracy and clocks of each epoch of trial 0, in their order; empty for other trials."""
+        stored = self._stored.get(EPOCHS_ATTR)
+        fits = not mismatch(stored, list[dict[str, float]], "it")
+        return [record for record in stored or [] if {"epoch", "val_accuracy"} <= record.keys()] if fits else []
 
     @property
     def contended(self) -> list[int]:

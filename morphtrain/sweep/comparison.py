@@ -9,7 +9,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES, is_calibrated
+from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.sweep.attributes import Attributes
+from morphtrain.timing.summaries import NEVER
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,24 @@ class Comparison:
         meant = [epochs for epochs in changed if epochs is not None]
         return sum(not epochs for epochs in meant), len(meant)
 
+    def reached(self, study: optuna.Study) -> optuna.Study:
+        """One of these studies without the trials that never reached their target accuracy, unless that leaves none.
+
+        What they have in place of a time would hide all differences between times.
+        """
+        timed = [name in TO_ACCURACY for name in self.objective]
+
+        def missed(trial: FrozenTrial) -> bool:
+            return any(is_time and value >= NEVER for is_time, value in zip(timed, trial.values or [], strict=False))
+
+        left = _copy(study, [_without_result() if missed(trial) else trial for trial in study.get_trials()])
+        return left if any(timed) and completed(left) else study
+
     @property
     def searched(self) -> optuna.Study:
-        """The study without the results of the baseline, which has no values of the searched keys."""
+        """The study without the results of the baselines, which have no values of the searched keys."""
         trials = self.study.get_trials()
-        return _copy(self.study, [_without_result() if Attributes(t).is_baseline else t for t in trials])
+        return _copy(self.study, [t if Attributes(t).baseline is None else _without_result() for t in trials])
 
 
 def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:

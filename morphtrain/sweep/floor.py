@@ -25,11 +25,17 @@ class Floor:
     value: float
     relative: bool = False
 
+    def is_known(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether the trial that it depends on, if it does, has ended."""
+        return not self.relative or (len(trials) > 0 and trials[0].state.is_finished())
+
+    def accuracy(self, trials: Sequence[FrozenTrial]) -> float:
+        """The floor itself, once it is known."""
+        return Attributes(_baseline(trials)).metrics["val_accuracy"] - self.value if self.relative else self.value
+
     def excess(self, accuracy: float, trials: Sequence[FrozenTrial]) -> float:
         """By how much a final accuracy is too low, as a constraint: 0 or less if it is not."""
-        if not self.relative:
-            return self.value - accuracy
-        return Attributes(_baseline(trials)).metrics["val_accuracy"] - self.value - accuracy
+        return self.accuracy(trials) - accuracy
 
     def check_baseline(self, trials: Sequence[FrozenTrial]) -> None:
         """Raise a `UserError` if the floor depends on a baseline that has failed, or that the study does not have."""

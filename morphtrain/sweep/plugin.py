@@ -11,7 +11,8 @@ from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
 from morphtrain.errors import UserError
-from morphtrain.schema import check_sweeper
+from morphtrain.schema import check_sweeper, typed
+from morphtrain.schema.sweeper import Confirm
 from morphtrain.sweep.trial import make_pruner
 
 
@@ -22,6 +23,9 @@ class MorphTrainSweeper(OptunaSweeper):
         pruner: config node of an Optuna pruner (group `hydra/sweeper/pruner`).
         baseline: overrides that trial 0 runs with instead of the searched ones; empty for the config's own values, None
             for no such trial.
+        more_baselines: baselines that run next, by name; `{sooner: {epochs: 0.5}}` is trial 0 with half of the epochs.
+        shares: what to search as shares of the values that the config has.
+        confirm: how many of the best trials run again at the end (`best`), with how many fresh seeds (`seeds`).
         min_accuracy: lowest final `val_accuracy` (0..1) of a feasible trial; "baseline-0.01": 0.01 below trial 0's;
             None if all are feasible.
         heartbeat_seconds: how often a worker reports that it is alive. A worker on another machine that has been silent
@@ -30,7 +34,7 @@ class MorphTrainSweeper(OptunaSweeper):
         plain: the keys of Hydra's own Optuna sweeper.
 
     Raises:
-        UserError: if `n_trials`, `n_jobs`, `heartbeat_seconds` or `min_accuracy` is out of range.
+        UserError: naming the key, if a value has a wrong type or range.
     """
 
     def __init__(
@@ -38,20 +42,25 @@ class MorphTrainSweeper(OptunaSweeper):
         *,
         pruner: Any,
         baseline: Any,
+        more_baselines: Any,
+        shares: Any,
+        confirm: Any,
         min_accuracy: float | str | None,
         heartbeat_seconds: float,
         custom_search_space: str | None,
         **plain: Any,
     ) -> None:
-        check_sweeper({**plain, "baseline": baseline, "heartbeat_seconds": heartbeat_seconds})
+        own = {"baseline": baseline, "more_baselines": more_baselines, "shares": shares, "confirm": confirm}
+        check_sweeper({**plain, **own, "heartbeat_seconds": heartbeat_seconds})
         super().__init__(custom_search_space=None, **plain)
+        from morphtrain.sweep.baseline import parse_more
         from morphtrain.sweep.sweeper import StudySweeper
 
         extend = None
         if custom_search_space is not None:
-            own = {"_target_": custom_search_space, "_partial_": True}
+            node = {"_target_": custom_search_space, "_partial_": True}
             try:
-                extend = instantiate(own, _execution_whitelist_=(custom_search_space,))
+                extend = instantiate(node, _execution_whitelist_=(custom_search_space,))
             except InstantiationException as error:
                 reason = " ".join(str(error.__cause__ or error).split())
                 raise UserError(f"hydra.sweeper.custom_search_space={custom_search_space}: {reason}") from error
@@ -62,6 +71,9 @@ class MorphTrainSweeper(OptunaSweeper):
             baseline=None if baseline is None else list(baseline),
             min_accuracy=min_accuracy,
             heartbeat_seconds=heartbeat_seconds,
+            more_baselines=parse_more(more_baselines),
+            shares=shares,
+            confirm=typed(Confirm, confirm, "hydra.sweeper.confirm"),
         )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -21,15 +21,18 @@ from rich.table import Table
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.calibration import CALIBRATED
+from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.sweep import charts
-from morphtrain.sweep.attributes import Attributes
+from morphtrain.sweep.attributes import FIRST, Attributes
 from morphtrain.sweep.comparison import Comparison, compared, completed
+from morphtrain.timing.summaries import NEVER
 from morphtrain.wording import counted
 
 log = logging.getLogger(__name__)
 
 FEW = 5  # best trials in the table
 REPEAT = "before you trust this, repeat it and {} with other seeds: the command below with -m and seed=2,3,4"
+MORE_TO_COME = "seeds that the search never saw tell below whether that is luck"
 RESULTS = "optimization_results.yaml"  # the name that Hydra's own sweeper uses
 
 
@@ -39,6 +42,7 @@ def close(
     sweep_dir: Path,
     repeating: Callable[[FrozenTrial], list[str]],
     config_dir: str | None = None,
+    more_to_come: bool = False,
 ) -> list[Path]:
     """Print the closing table, write charts and results to `sweep_dir`, and return the paths of those files.
 
@@ -55,11 +59,13 @@ def close(
     best = _best(comparison.study)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     console.print(_table(comparison, best))
-    searched = comparison.searched
+    searched = comparison.reached(comparison.searched)
     importance = _importance(searched)
-    for line in _lines(comparison, best, importance, repeating, config_dir):
+    advice = MORE_TO_COME if more_to_come else REPEAT
+    for line in _lines(comparison, best, importance, len(completed(searched)), repeating, config_dir, advice):
         console.print(line, soft_wrap=True)
-    pictures = charts.draw(comparison.study, searched, comparison.objective, sweep_dir, bool(importance))
+    shown = comparison.reached(comparison.study)
+    pictures = charts.draw(shown, searched, comparison.objective, sweep_dir, bool(importance))
     paths = [*pictures, _results([study.trials[trial.number] for trial in best], objective, sweep_dir)]
     console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
     return paths
@@ -86,16 +92,34 @@ def _best(study: optuna.Study) -> list[FrozenTrial]:
     """The feasible trials that count: the Pareto front or, with one objective, the `FEW` best, best first."""
     if len(study.directions) > 1:
         return study.best_trials
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    feasible = (trial for trial in trials if all(excess <= 0 for excess in trial.constraints.values()))
+    return _ranked(study)[:FEW]
+
+
+def best_searched(comparison: Comparison, count: int) -> list[FrozenTrial]:
+    """The best feasible trials that are no baselines, the best first; of a study with one objective."""
+    return [trial for trial in _ranked(comparison.study) if Attributes(trial).baseline is None][:count]
+
+
+def _ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """The feasible trials, the best first."""
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-    return sorted(feasible, key=lambda trial: sign * trial.values[0])[:FEW]
+    return sorted(filter(_is_feasible, completed(study)), key=lambda trial: sign * trial.values[0])
 
 
-def _baseline(study: optuna.Study) -> FrozenTrial | None:
-    """Trial 0, if it ran as the baseline and has a result."""
-    marked = (trial for trial in study.get_trials(deepcopy=False) if Attributes(trial).is_baseline)
-    return next((trial for trial in marked if trial.values), None)
+def _is_feasible(trial: FrozenTrial) -> bool:
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
+def _baselines(study: optuna.Study) -> list[FrozenTrial]:
+    """Those that have a result."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.values and Attributes(trial).baseline]
+
+
+def _best_baseline(study: optuna.Study) -> FrozenTrial | None:
+    """The best of those that are feasible; trial 0 if none is, None if it has no result either."""
+    ranked = [] if len(study.directions) > 1 else _ranked(study)
+    feasible = (trial for trial in ranked if Attributes(trial).baseline)
+    return next(feasible, next((trial for trial in _baselines(study) if Attributes(trial).is_baseline), None))
 
 
 def _failures(study: optuna.Study) -> str:
@@ -111,15 +135,13 @@ def _table(comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
     contended = ["contended epochs"] if comparison.contended else []
     for column in ("trial", *objective, *_shown(objective), *contended, "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
-    baseline = _baseline(study)
-    first = [] if baseline is None else [baseline]
-    for trial in (*first, *(trial for trial in best if not Attributes(trial).is_baseline)):
+    for trial in (*_baselines(study), *(trial for trial in best if not Attributes(trial).baseline)):
         attributes = Attributes(trial)
         metrics = attributes.metrics
         disturbed = f"{len(attributes.contended)} of {_number(metrics.get('epoch', math.nan))}"
         table.add_row(
-            f"{trial.number} (baseline)" if attributes.is_baseline else str(trial.number),
-            *(_number(value) for value in trial.values),
+            f"{trial.number} ({attributes.baseline})" if attributes.baseline else str(trial.number),
+            *(_value(name, value) for name, value in zip(objective, trial.values, strict=True)),
             *(_number(metrics.get(name, math.nan)) for name in _shown(objective)),
             *[disturbed for _ in contended],
             " ".join(f"{key}={_number(value)}" for key, value in trial.params.items()),
@@ -136,30 +158,36 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _value(name: str, value: float) -> str:
+    missed = name in TO_ACCURACY and value >= NEVER
+    return f"missed by {value / NEVER - 1:.4f}" if missed else _number(value)
+
+
 def _lines(
     comparison: Comparison,
     best: Sequence[FrozenTrial],
     importance: dict[str, float],
+    trials: int,
     repeating: Callable[[FrozenTrial], list[str]],
     config_dir: str | None,
+    advice: str,
 ) -> list[str]:
     study, objective = comparison.study, comparison.objective
     lines = [*_doubts(comparison)]
     if not best:
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
-    elif len(objective) == 1 and (verdict := _verdict(comparison, best[0])):
+    elif len(objective) == 1 and (verdict := _verdict(comparison, best[0], advice)):
         lines.append(verdict)
     tested = Attributes(best[0]).metrics.get("test_accuracy") if best and len(objective) == 1 else None
     if tested is not None:
         lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
     if importance:
         shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
-        trials = counted(len(completed(comparison.searched)), "trial")
-        lines.append(f"importance for {objective[0]} (fANOVA of {trials}): {shares}")
+        lines.append(f"importance for {objective[0]} (fANOVA of {counted(trials, 'trial')}): {shares}")
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
-        lines.append(f"to run the best trial again:  {_rerun(best[0], repeating, config_dir)}")
+        lines.append(f"to run the best trial again:  {rerun(best[0], repeating, config_dir)}")
     return lines
 
 
@@ -187,25 +215,32 @@ def _doubts(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _verdict(comparison: Comparison, best: FrozenTrial) -> str:
-    """The best trial against the baseline; "" where that would say nothing."""
-    study, baseline = comparison.study, _baseline(comparison.study)
+def _verdict(comparison: Comparison, best: FrozenTrial, advice: str) -> str:
+    """The best trial against the best baseline, and what next; "" where that would say nothing."""
+    study, baseline = comparison.study, _best_baseline(comparison.study)
     unchanged, meant = comparison.unchanged
-    if baseline is None or not comparison.fair or (meant and unchanged == meant):
+    as_it_was = unchanged == meant and Attributes(best).changed is not None  # the same network under another name
+    if baseline is None or not comparison.fair or as_it_was:
         return ""
     if len(completed(study)) == 1:
         return "only the baseline has a result: there is nothing yet to compare it with"
     if best.number == baseline.number:
         ended = len(completed(study))
-        first = f"the baseline is the best of {counted(ended, 'trial')}, from one run each"
-        return f"{first}; {REPEAT.format('the next best')}"
+        first = f"{_called(baseline)} is the best of {counted(ended, 'trial')}, from one run each"
+        return f"{first}; {advice.format('the next best')}"
     ratio = best.values[0] / baseline.values[0] if baseline.values[0] else math.nan
     accuracies = [Attributes(trial).metrics.get("val_accuracy", math.nan) for trial in (best, baseline)]
     return (
-        f"{comparison.objective[0]}: best / baseline {ratio:.3f}, "
+        f"{comparison.objective[0]}: best / {_called(baseline).removeprefix('the ')} {ratio:.3f}, "
         f"val_accuracy {accuracies[0]:.4f} / {accuracies[1]:.4f}; "
-        f"from one run each, the best of {len(study.trials)}; {REPEAT.format('the baseline')}"
+        f"from one run each, the best of {len(study.trials)}; {advice.format(_called(baseline))}"
     )
+
+
+def _called(baseline: FrozenTrial) -> str:
+    """A baseline in a sentence."""
+    name = Attributes(baseline).baseline
+    return "the baseline" if name == FIRST else f"the baseline {name}"
 
 
 def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
@@ -213,7 +248,7 @@ def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
     return float(of(durations)) if durations else 0.0
 
 
-def _rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], config_dir: str | None) -> str:
+def rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], config_dir: str | None) -> str:
     """The command that repeats a trial; `config_dir` as the sweep was given it."""
     own = [] if config_dir is None else ["--config-dir", config_dir]
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -12,6 +13,18 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from morphtrain import schema
 from morphtrain.errors import UserError, first_line
+from morphtrain.experiment.declaration import merged
+from morphtrain.wording import as_yaml
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What only those trials have in which `key` is `option`: keys that are searched, and overrides."""
+
+    key: str
+    option: str
+    distributions: Mapping[str, BaseDistribution]
+    fixed: Sequence[str]
 
 
 class SearchSpace:
@@ -20,18 +33,35 @@ class SearchSpace:
     Args:
         overrides: those in Hydra's sweep syntax (`key=interval(0,1)`, `key=a,b`) are searched, all others are fixed.
         extend: the user's own search space: a function of the config and an Optuna trial that suggests more values.
-        config: the sweep's composed config, for `extend` and for the default values of keys.
+        config: the sweep's composed config, for `extend`, for the default values of keys, and for shares of them.
+        branches: keys that only some trials have; a typed range or value of such a key replaces that of all branches.
+        shares: what is searched as a share of the value that the config has, `key: interval(0.25,1)`; null is not.
     """
 
     def __init__(
-        self, overrides: Sequence[str], extend: Callable[[DictConfig, Trial], None] | None, config: DictConfig
+        self,
+        overrides: Sequence[str],
+        extend: Callable[[DictConfig, Trial], None] | None,
+        config: DictConfig,
+        branches: Sequence[Branch] = (),
+        shares: Mapping[str, Any] | None = None,
     ) -> None:
-        self.distributions, plain, other = _sorted(overrides)
+        searched, plain, other = _sorted(overrides)
         self.fixed = [*(f"{key}={value}" for key, value in plain.items()), *other]
-        for key in {key.lstrip("+") for key in plain} & set(self.distributions):
-            del self.distributions[key]  # what the command line fixes is not searched
+        self.typed = {key.lstrip("+"): value for key, value in plain.items()}
+        searched = {key: d for key, d in searched.items() if key not in self.typed}  # what is fixed is not searched
+        theirs = {key for branch in branches for key in branch.distributions}
+        self.branches = [replace(branch, distributions=self._typed(branch, searched)) for branch in branches]
+        self.distributions = {key: d for key, d in searched.items() if key not in theirs}
+        for key, share in (shares or {}).items():
+            if share is not None and key not in self.distributions:
+                self.distributions[key] = _of_share(key, str(share), config)
         self.extend = extend
         self.config = config
+
+    def _typed(self, branch: Branch, searched: Mapping[str, BaseDistribution]) -> dict[str, BaseDistribution]:
+        """A branch's keys that nobody has fixed, in the ranges that were typed."""
+        return {key: searched.get(key, d) for key, d in branch.distributions.items() if key not in self.typed}
 
     def suggest(self, trial: Trial) -> list[str]:
         """The overrides of a trial; values that it does not have yet come from the study's sampler.
@@ -42,6 +72,9 @@ class SearchSpace:
         try:
             for key, distribution in self.distributions.items():
                 trial._suggest(key, distribution)
+            for branch in self._taken(trial.params):
+                for key, distribution in branch.distributions.items():
+                    trial._suggest(key, distribution)
             if self.extend is not None:
                 self.extend(self.config, trial)
         except ValueError as error:  # Optuna's, for a value in the study that is of no choice or of another type
@@ -57,10 +90,24 @@ class SearchSpace:
         Raises:
             UserError: if a searched key lacks a value or has one that is not searched.
         """
-        searched = dict(self.distributions)
+        searched, fixed = self._of(trial.params)
         if self.extend is not None:
             searched |= self._extended(trial)
-        return [*self.fixed, *(f"{key}={_value(key, d, trial.params)}" for key, d in searched.items())]
+        return merged(fixed, [f"{key}={_value(key, d, trial.params)}" for key, d in searched.items()])
+
+    def _taken(self, values: Mapping[str, Any]) -> Iterator[Branch]:
+        """The branches that a trial with these values takes."""
+        for branch in self.branches:
+            if as_yaml(values.get(branch.key, self.typed.get(branch.key))) == branch.option:
+                yield branch
+
+    def _of(self, values: Mapping[str, Any]) -> tuple[dict[str, BaseDistribution], list[str]]:
+        """What is searched, and what is fixed, in a trial with these values."""
+        taken = list(self._taken(values))
+        searched = dict(self.distributions)
+        for branch in taken:
+            searched |= branch.distributions
+        return searched, merged(*(branch.fixed for branch in taken), self.fixed)
 
     def _extended(self, trial: Trial | FrozenTrial) -> Mapping[str, BaseDistribution]:
         """What `extend` searches, given the values that the trial has."""
@@ -74,10 +121,9 @@ class SearchSpace:
 
     def defaults(self) -> dict[str, Any]:
         """The composed config's values of all searched keys; empty if one is out of its range or `extend` is given."""
-        values = {key: self._default(key) for key in self.distributions}
-        inside = self.extend is None and all(
-            _contains(distribution, values[key]) for key, distribution in self.distributions.items()
-        )
+        searched, _ = self._of({key: self._default(key) for key in self.distributions})
+        values = {key: self._default(key) for key in searched}
+        inside = self.extend is None and all(_contains(d, values[key]) for key, d in searched.items())
         return values if inside else {}
 
     def _default(self, key: str) -> Any:
@@ -85,12 +131,27 @@ class SearchSpace:
         return choices[key] if key in choices else OmegaConf.select(self.config, key)
 
     def corners(self) -> list[list[str]]:
-        """Overrides with all ranges at their low and all at their high end, to check the config before any trial."""
-        ends = [{key: end(d) for key, d in self.distributions.items()} for end in (_low, _high)]
-        return [[*self.fixed, *(f"{key}={value}" for key, value in values.items())] for values in ends]
+        """Overrides with all ranges at their low and all at their high end, to check the config before any trial.
+
+        The first two are those of the first options; then come, for each branch, its own two.
+        """
+        found = [self._corner({}, end) for end in (_low, _high)]
+        branches = (branch for branch in self.branches if branch.key in self.distributions)
+        return [*found, *(self._corner({b.key: b.option}, end) for b in branches for end in (_low, _high))]
+
+    def _corner(self, chosen: Mapping[str, Any], end: Callable[[Any], Any]) -> list[str]:
+        values = {key: end(d) for key, d in self.distributions.items()} | dict(chosen)
+        searched, fixed = self._of(values)
+        return merged(fixed, [f"{key}={values.get(key, end(d))}" for key, d in searched.items()])
 
     def grid(self) -> dict[str, list[Any]]:
-        """All values of each key; raises `UserError` for a range without steps."""
+        """All values of each key; raises `UserError` for a range without steps, or a key that not all trials have."""
+        for branch in self.branches:
+            for key in branch.distributions:
+                raise UserError(
+                    f"hydra/sweeper/sampler=grid: only trials with {branch.key}={branch.option} have {key}, and those "
+                    "of a grid have the same keys; grouped_tpe or random works"
+                )
         return {key: _all_values(key, distribution) for key, distribution in self.distributions.items()}
 
 
@@ -140,6 +201,55 @@ def _all_values(key: str, distribution: BaseDistribution) -> list[Any]:
     raise UserError(f"{key}={distribution}: a grid needs choices or a range with steps, such as 0.1,0.2 or range(1,9)")
 
 
+def _of_share(key: str, share: str, config: DictConfig) -> BaseDistribution:
+    """A key's values as shares of the one that the config has; of a whole number, whole ones from 1 on.
+
+    Raises:
+        UserError: if the share is nothing that can be searched, or the value no number.
+    """
+    at = f"hydra.sweeper.shares.{key}"
+    searched, _, _ = _sorted([f"{key}={share}"])
+    found: Any = searched.get(key)
+    ends = [] if found is None else [_low(found), _high(found)]
+    right = len(ends) > 0 and all(isinstance(end, (int, float)) and end > 0 for end in ends)
+    schema.check(right, at, share, "shares above 0 to search, such as interval(0.25,1) or 0.5,0.75,1")
+    full = OmegaConf.select(config, key)
+    is_number = isinstance(full, (int, float)) and not isinstance(full, bool) and full > 0
+    schema.check(is_number, key, full, f"a number above 0, since {at} searches shares of it; null there leaves it out")
+    whole = isinstance(full, int)
+
+    def value(share: float) -> float:
+        return max(1, round(share * full)) if whole else share * full
+
+    if isinstance(found, CategoricalDistribution) or (isinstance(found, FloatDistribution) and found.step is not None):
+        return CategoricalDistribution(tuple(dict.fromkeys(value(choice) for choice in _all_values(key, found))))
+    kind: Any = IntDistribution if whole else FloatDistribution
+    return kind(*map(value, ends), log=found.log)  # type: ignore[no-any-return]
+
+
 def as_space(parameters: Mapping[str, Any] | None) -> list[str]:
-    """The sweeper's `params` as overrides."""
-    return [f"{key}={value}" for key, value in (parameters or {}).items()]
+    """The sweeper's `params` as overrides; of options with keys of their own, the options."""
+    found = {key: value for key, value in (parameters or {}).items() if value is not None}
+    return [f"{key}={','.join(map(as_yaml, v)) if isinstance(v, Mapping) else v}" for key, v in found.items()]
+
+
+def branches_of(parameters: Mapping[str, Any] | None) -> list[Branch]:
+    """The keys that options in the sweeper's `params` have of their own: `prune: {none: {}, prunetrain: {...}}`.
+
+    Raises:
+        UserError: for what are no keys with values, or no keys at all.
+    """
+    found = []
+    for key, options in (parameters or {}).items():
+        if isinstance(options, Mapping):
+            schema.check(len(options) > 0, f"hydra.sweeper.params.{key}", "{}", "options, each with its own keys")
+            found += [_branch(key, as_yaml(option), own) for option, own in options.items()]
+    return found
+
+
+def _branch(key: str, option: str, own: Any) -> Branch:
+    at, keys = f"hydra.sweeper.params.{key}.{option}", {} if own is None else own
+    plain = isinstance(keys, Mapping) and not any(isinstance(value, Mapping) for value in keys.values())
+    schema.check(plain, at, own, "keys with what to search, as {prune.interval: range(1,10)}, or {}")
+    distributions, fixed, other = _sorted(as_space(keys))
+    return Branch(key, option, distributions, [*(f"{name}={value}" for name, value in fixed.items()), *other])

@@ -11,12 +11,14 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR
+from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR, NAME_ATTR, Attributes
 from morphtrain.sweep.storage import exclusive, open_storage
 from morphtrain.sweep.workers import Worker, abandoned
 from morphtrain.wording import as_yaml
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 2.0  # between two checks whether other workers are still running trials
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Plan:
     total: int  # number of trials, failed ones included
     baseline: Mapping[str, Any] | None  # trial 0's values of the searched keys; None for no such trial
     baseline_first: bool = False  # no other trial starts before it has ended
+    more_baselines: Sequence[str] = ()  # names of those beside trial 0, whose trials come next
 
 
 class SharedStudy:
@@ -55,6 +58,10 @@ class SharedStudy:
                 sampler.reseed_rng()  # with the same seed it would repeat an earlier worker's suggestions
             if not self.study.trials and plan.baseline is not None:
                 self.study.enqueue_trial(dict(plan.baseline), user_attrs={BASELINE_ATTR: True})
+            known = {Attributes(trial).baseline for trial in self.study.trials}
+            for name in plan.more_baselines:
+                if name not in known:  # a worker may have been killed between two of them
+                    self.study.enqueue_trial({}, user_attrs={NAME_ATTR: name})
 
     def _joined(self) -> bool:
         """Whether it was opened before, by another worker or an earlier start; checks that it had the same facts."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,29 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, first_line
-from morphtrain.sweep import report
-from morphtrain.sweep.attributes import OVERRIDES_ATTR, RUN_DIR_ATTR, Attributes
-from morphtrain.sweep.baseline import Baseline
+from morphtrain.evidence import experiment as evidence
+from morphtrain.evidence.calibration import CALIBRATED
+from morphtrain.evidence.experiment import Arm
+from morphtrain.experiment.sweeper import ArmsSweeper
+from morphtrain.schema.sweeper import Confirm, MoreBaseline
+from morphtrain.sweep import confirmation, report
+from morphtrain.sweep.attributes import METRICS_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Attributes
+from morphtrain.sweep.baseline import Baselines
+from morphtrain.sweep.checks import check_confirm, check_directions, check_pruner
+from morphtrain.sweep.comparison import compared
 from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.sampler import SearchedTrials
-from morphtrain.sweep.search_space import SearchSpace, as_space
+from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 from morphtrain.sweep.single_run import single_run
 from morphtrain.sweep.storage import without_password
-from morphtrain.sweep.study import Plan, SharedStudy
+from morphtrain.sweep.study import WAIT_SECONDS, Plan, SharedStudy
+from morphtrain.sweep.target import Target
 from morphtrain.sweep.trial import NO_NUMBER
 from morphtrain.sweep.workers import Worker
 from morphtrain.tracking import begin_sweep, end_sweep, prepare
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 2.0  # between two checks whether other workers are still running trials
 TRIALS_BEFORE_GIVING_UP = 4
 
 
@@ -46,7 +53,7 @@ class StudySweeper:
         plain: Hydra's own Optuna sweeper, which holds the keys that both have: sampler, direction, storage and so on.
         extend: the user's own search space, see `morphtrain.sweep.search_space`.
         pruner: Optuna's; it is asked in the job, after every epoch.
-        baseline, min_accuracy, heartbeat_seconds: as in the plug-in.
+        baseline, min_accuracy, heartbeat_seconds, more_baselines, shares, confirm: as in the plug-in.
 
     Raises:
         UserError: if a number is out of range.
@@ -61,6 +68,9 @@ class StudySweeper:
         baseline: list[str] | None,
         min_accuracy: float | str | None,
         heartbeat_seconds: float,
+        more_baselines: Mapping[str, MoreBaseline] | None = None,
+        shares: Mapping[str, Any] | None = None,
+        confirm: Confirm | None = None,
     ) -> None:
         self.plain = plain
         self.extend = extend
@@ -70,11 +80,17 @@ class StudySweeper:
         if self.floor is not None and self.floor.relative and baseline is None:
             raise UserError(f"hydra.sweeper.min_accuracy={min_accuracy}: hydra.sweeper.baseline=null makes no baseline")
         self.heartbeat_seconds = heartbeat_seconds
+        self.more_baselines, self.shares = more_baselines or {}, shares or {}
+        self.confirm = confirm or Confirm(best=0, seeds=5)
+        for key, wanted in (("more_baselines", self.more_baselines), ("confirm.best", self.confirm.best)):
+            if wanted and baseline is None:
+                raise UserError(f"hydra.sweeper.{key}: needs a baseline, and hydra.sweeper.baseline=null makes none")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config = config
         self.sweep_dir = Path(config.hydra.sweep.dir).resolve()
+        self.target = Target.of(config, self.floor)
         self.launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
@@ -82,16 +98,20 @@ class StudySweeper:
     def sweep(self, arguments: list[str]) -> None:
         """Search until the study has its total of trials, those of other workers included; then report."""
         with interrupts.at_once():  # there is nothing yet to end in order
-            space, first, plan, study = self._prepared(arguments)
+            baselines, first, plan, study = self._prepared(arguments)
         parent = begin_sweep(first.tracking, plan.name, {}, self.sweep_dir)
-        status, artifacts = "FAILED", []
+        status, artifacts, confirmed = "FAILED", [], {}
         try:
             with Worker(study.storage, self.sweep_dir, self.heartbeat_seconds) as worker:
-                self._work(study, worker, space, parent)
+                self._work(study, worker, baselines, parent)
             own = next((str(path) for path in schema.own_directories(self.config.hydra.runtime)), None)
-            repeating = functools.partial(self._alone, space=space)
-            artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own)
+            repeating = functools.partial(self._alone, trials=study.trials, baselines=baselines)
+            more_to_come = self.confirm.best > 0
+            artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own, more_to_come)
             interrupts.check()
+            if more_to_come:
+                rerun = functools.partial(report.rerun, repeating=repeating, config_dir=own)
+                confirmed = self._confirm(study, plan, baselines, first.tracking, parent, rerun)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -99,83 +119,83 @@ class StudySweeper:
         finally:
             if parent is not None and isinstance(first.tracking, schema.tracking.MLflow):
                 # MLflow params cannot change later: the study's facts never do, but the best trial's params would.
-                metrics = report.summary(study.study, first.objective)
+                metrics = report.summary(study.study, first.objective) | confirmed
                 end_sweep(first.tracking, parent, metrics, plan.facts, artifacts, status, self.sweep_dir)
 
-    def _prepared(self, arguments: list[str]) -> tuple[SearchSpace, schema.Config, Plan, SharedStudy]:
-        """What is searched, the config at its low end, what all workers agree on, and the study."""
+    def _prepared(self, arguments: list[str]) -> tuple[Baselines, schema.Config, Plan, SharedStudy]:
+        """The baselines and what is searched, the config at its low end, what all workers agree on, and the study."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space = SearchSpace([*as_space(self.plain.params), *arguments], self.extend, self.config)
-        first = self._check(space)
-        sampler, total = self._sampler(space)
+        given = [*as_space(self.plain.params), *arguments]
+        space = SearchSpace(given, self.extend, self.config, branches_of(self.plain.params), self.shares)
+        baselines = Baselines(self.baseline, self.more_baselines, space, self._composed)
+        first = self._check(baselines)
+        sampler, total = self._sampler(baselines)
+        directions: list[Any] = self.plain._get_directions()
         plan = Plan(
             name=schema.sweeper.study_name(self.plain),
             storage=str(self.plain.storage),
-            directions=self._directions(first.objective),
+            directions=directions,
             facts={
                 "objective": first.objective,
                 "overrides": space.fixed,
                 "baseline": self.baseline,
                 "min_accuracy": self.min_accuracy,
+                **({"more_baselines": baselines.more} if baselines.more else {}),
             },
             total=total,
-            baseline=None if self.baseline is None else Baseline(self.baseline, space).values(),
+            baseline=baselines.values(),
             baseline_first=self.floor is not None and self.floor.relative,
+            more_baselines=list(baselines.more),
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
         prepare(first.tracking)
-        return space, first, plan, study
+        return baselines, first, plan, study
 
-    def _work(self, study: SharedStudy, worker: Worker, space: SearchSpace, parent: str | None) -> None:
+    def _work(self, study: SharedStudy, worker: Worker, baselines: Baselines, parent: str | None) -> None:
         """Take and run trials until all of the study's have ended."""
         child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
         while True:
             interrupts.check()
             if self.floor is not None:
                 self.floor.check_baseline(study.trials)
-            if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, space=space)):
-                self._run(study, worker, trials, space, child)
+            if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, baselines=baselines)):
+                self._run(study, worker, trials, baselines, child)
             elif study.others_running():
                 interrupts.wait(WAIT_SECONDS)
             else:
                 break
 
-    def _check(self, space: SearchSpace) -> schema.Config:
+    def _check(self, baselines: Baselines) -> schema.Config:
         """The config at the low end of all ranges; raises `UserError` if it is invalid at the low or high ends."""
         raw: Any = OmegaConf.to_container(self.config.hydra.sweeper)  # as files show it: interpolations stay
         schema.sweeper.check_storage(str(raw["storage"]))
         without_password(str(self.plain.storage))  # raises UserError if it is not the address of a study
-        searched = bool(space.distributions) or space.extend is not None
+        space = baselines.space
+        searched = bool(space.distributions) or any(b.distributions for b in space.branches) or space.extend is not None
         example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
         configs = [self._parsed(overrides) for overrides in space.corners()]
         schema.check(configs[0].trial is None, "trial", configs[0].trial, NO_NUMBER)
-        if self.baseline is not None:
-            self._parsed(Baseline(self.baseline, space).overrides())
-        if len(configs[0].objective) > 1 and not isinstance(self.pruner, optuna.pruners.NopPruner):
-            raise UserError(
-                f"hydra/sweeper/pruner: objective={configs[0].objective} has more than one metric, and Optuna can "
-                "stop trials early by only one; hydra/sweeper/pruner=none works"
-            )
+        for overrides in (baselines.first(), *baselines.more.values()) if self.baseline is not None else ():
+            self._parsed(overrides)
+        directions, objective = self.plain._get_directions(), configs[0].objective
+        check_pruner(self.pruner, directions, objective)
+        check_directions(directions, objective)
+        check_confirm(self.confirm.best, directions, objective)
         return configs[0]
 
     def _parsed(self, overrides: Sequence[str]) -> schema.Config:
+        return schema.parse(self._composed([*overrides, *self.target.to_check]))
+
+    def _composed(self, overrides: Sequence[str]) -> DictConfig:
+        """The config of a run, without Hydra's own."""
         composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(composed):
             del composed["hydra"]
-        return schema.parse(composed)
+        return composed
 
-    def _directions(self, objective: Sequence[str]) -> list[Any]:
-        directions = self.plain._get_directions()
-        if len(directions) != len(objective):
-            raise UserError(
-                f"hydra.sweeper.direction={directions}: objective={objective} has {len(objective)} metrics; give one "
-                "direction, minimize or maximize, for each"
-            )
-        return directions
-
-    def _sampler(self, space: SearchSpace) -> tuple[Any, int]:
+    def _sampler(self, baselines: Baselines) -> tuple[Any, int]:
         """The sampler, and the total number of trials."""
         sampler, total = self.plain.sampler, self.plain.n_trials
         if isinstance(sampler, optuna.samplers.CmaEsSampler):
@@ -185,12 +205,12 @@ class StudySweeper:
             )
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
             return SearchedTrials(sampler), total
-        grid = space.grid()
-        points = math.prod(map(len, grid.values())) + (self.baseline is not None)
+        grid = baselines.space.grid()
+        points = math.prod(map(len, grid.values())) + (self.baseline is not None) + len(baselines.more)
         return sampler(grid), min(total, points)
 
     def _run(
-        self, study: SharedStudy, worker: Worker, trials: list[Trial], space: SearchSpace, child: list[str]
+        self, study: SharedStudy, worker: Worker, trials: list[Trial], baselines: Baselines, child: list[str]
     ) -> None:
         """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
         open_trials = list(trials)
@@ -198,7 +218,7 @@ class StudySweeper:
         try:
             for trial in trials:
                 try:
-                    commands[trial] = [*self._overrides(trial, space), *child]
+                    commands[trial] = [*self._overrides(study, trial, baselines), *child]
                 except UserError as error:
                     study.fail(worker, trial, str(error))
                     open_trials.remove(trial)
@@ -212,32 +232,33 @@ class StudySweeper:
             study.give_back(worker, open_trials)
         self._check_failures(study)
 
-    def _choose(self, trial: Trial, space: SearchSpace) -> None:
+    def _choose(self, trial: Trial, baselines: Baselines) -> None:
         """Give a trial its values of the searched keys; a baseline may have none."""
-        if not Attributes(trial).is_baseline or Baseline(self.baseline or [], space).values():
-            with contextlib.suppress(UserError):  # for a value in the study that is not searched; `_run` says so
-                space.suggest(trial)
+        with contextlib.suppress(UserError):  # for a value in the study that is not searched; `_run` says so
+            if baselines.overrides(trial) is None:
+                baselines.space.suggest(trial)
 
-    def _overrides(self, trial: Trial, space: SearchSpace) -> list[str]:
+    def _overrides(self, study: SharedStudy, trial: Trial, baselines: Baselines) -> list[str]:
         run_dir = self._run_dir(trial)
         trial.set_user_attr(RUN_DIR_ATTR, str(run_dir))
-        overrides = self._repeating(trial, space)
+        overrides = [*self._repeating(trial, baselines), *self.target.overrides(study.trials)]
         trial.set_user_attr(OVERRIDES_ATTR, overrides)
         return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
 
-    def _repeating(self, trial: Trial | FrozenTrial, space: SearchSpace) -> list[str]:
+    def _repeating(self, trial: Trial | FrozenTrial, baselines: Baselines) -> list[str]:
         """What a trial runs with, from this machine's config and the trial's values of the searched keys."""
-        baseline = Baseline(self.baseline or [], space)
-        if Attributes(trial).is_baseline and not baseline.values():
-            return baseline.overrides()
-        return space.suggest(trial) if isinstance(trial, Trial) else space.overrides(trial)
+        own = baselines.overrides(trial)
+        if own is not None:
+            return own
+        return baselines.space.suggest(trial) if isinstance(trial, Trial) else baselines.space.overrides(trial)
 
-    def _alone(self, trial: FrozenTrial, space: SearchSpace) -> list[str]:
+    def _alone(self, trial: FrozenTrial, trials: Sequence[FrozenTrial], baselines: Baselines) -> list[str]:
         """The overrides of a single run that trains what a trial has trained."""
         hydra = self.config.hydra
         paths = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
         loader = self.hydra_context.config_loader
-        return single_run(self._repeating(trial, space), loader, hydra.job.config_name, paths)
+        overrides = [*self._repeating(trial, baselines), *self.target.overrides(trials)]
+        return single_run(overrides, loader, hydra.job.config_name, paths)
 
     def _run_dir(self, trial: Trial) -> Path:
         """Where the trial's job goes on or begins.
@@ -251,7 +272,8 @@ class StudySweeper:
 
     def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
         """Tell the study how a trial ended."""
-        attributes = Attributes(study.storage.get_trial(trial._trial_id))
+        stored = study.storage.get_trial(trial._trial_id)
+        attributes = Attributes(stored)
         if returned.status == JobStatus.FAILED:
             interrupts.check()  # a job that fails after a signal fails for it
         try:
@@ -267,14 +289,80 @@ class StudySweeper:
         if accuracy is None:  # the job could not reach the storage; its log says why
             study.fail(worker, trial, "its job could not report any epoch to the study")
             return
+        if self.target.sets(stored):
+            metrics = attributes.metrics | self.target.times(stored)
+            trial.set_user_attr(METRICS_ATTR, metrics)
+            if missing := set(self.target.objective) - metrics.keys():
+                study.fail(
+                    worker, trial, f"its job could not report all epochs to the study, which {min(missing)} needs"
+                )
+                return
+            values = [metrics[name] for name in self.target.objective]
         if self.floor is not None:
             trial.set_constraint("val_accuracy", self.floor.excess(accuracy, study.trials))
+        if self.target.given is not None:
+            trial.set_constraint("target_accuracy", self.target.given - accuracy)
         if attributes.stopped:
             study.prune(worker, trial)
         elif all(map(math.isfinite, values)):
             study.complete(worker, trial, values)
         else:
             study.fail(worker, trial, f"its objective is {values}")
+
+    def _confirm(
+        self,
+        study: SharedStudy,
+        plan: Plan,
+        baselines: Baselines,
+        tracking: Any,
+        parent: str | None,
+        rerun: Callable[[FrozenTrial], str],
+    ) -> dict[str, float]:
+        """Run the best trials and the baselines with fresh seeds and print what that saves; metrics of it.
+
+        Args:
+            rerun: gives the command that repeats a trial.
+        """
+        found = self._confirmation(study, plan, baselines)
+        if found is None:
+            print("nothing to confirm: no searched trial is feasible and different from the baselines")
+            return {}
+        arms = ArmsSweeper({"attempts": confirmation.ATTEMPTS})
+        arms.place(self.hydra_context, self.config, self.launcher, found.directory, tracking)
+        trial = found.run(arms, self.heartbeat_seconds, parent)
+        if not (found.directory / evidence.FILE).exists():
+            print(f"another worker has run the best trials with fresh seeds, in {Attributes(trial).run_dir}")
+            return {}
+        winner = found.show()
+        if winner.arm is not None:
+            again = study.trials[confirmation.number_of(winner.arm)]
+            print(f"to run {winner.arm} again:  {rerun(again)}")
+        return confirmation.metrics(winner)
+
+    def _confirmation(self, study: SharedStudy, plan: Plan, baselines: Baselines) -> confirmation.Confirmation | None:
+        """Declare these runs; None without a trial that is worth it."""
+        trials, objective = study.trials, plan.facts["objective"]
+        best = report.best_searched(compared(study.study, objective), self.confirm.best)
+        own = {}
+        for trial in best:
+            with contextlib.suppress(UserError):  # something else than this sweep has put it into the study
+                own[confirmation.name_of(trial)] = self._repeating(trial, baselines)
+        aim, name = self.target.overrides(trials), f"confirm-{len(trials)}"
+        first = self._repeating(trials[0], baselines)
+        arms = confirmation.arms(first, baselines, own, lambda overrides: self._composed([*overrides, *aim]))
+        if not arms:
+            return None
+        arms = {arm: Arm((*keys.overrides, *aim), keys.role) for arm, keys in arms.items()}
+        seeds = confirmation.fresh_seeds(trials, int(self.config.seed), self.confirm.seeds)
+        calibrated = self.config.timing.reference > 0
+        response = CALIBRATED.get(objective[0], objective[0]) if calibrated else objective[0]
+        return confirmation.Confirmation(
+            confirmation.declared(plan.name, name, arms, seeds, response),
+            Plan(f"{plan.name} {name}", plan.storage, ["minimize"], {"confirm": vars(self.confirm)}, 1, None),
+            self.sweep_dir,
+            self.sweep_dir / name,
+            self.target.accuracy(trials, self.floor),
+        )
 
     def _check_failures(self, study: SharedStudy) -> None:
         ended = [trial for trial in study.trials if trial.state.is_finished()]

@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from morphtrain.errors import first_line
+from morphtrain.errors import UserError, first_line
 from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.schema.sweeper import study_name
 from morphtrain.sweep.attributes import (
     CHANGED_ATTR,
     CONTENDED_ATTR,
+    EPOCHS_ATTR,
     METRICS_ATTR,
     REFERENCES_ATTR,
     STOPPED_ATTR,
@@ -32,8 +34,13 @@ LATEST = ("train_seconds", "calibrated_train_seconds", "median_epoch_seconds", *
 
 
 def make_pruner(node: Any) -> Any:
-    """The Optuna pruner of a config node (group `hydra/sweeper/pruner`); pruners of other packages are refused."""
-    return instantiate(node, _execution_whitelist_=("optuna.pruners.*",))
+    """The pruner of a config node (group `hydra/sweeper/pruner`): Optuna's or ours; those of others are refused."""
+    try:
+        return instantiate(node, _execution_whitelist_=("optuna.pruners.*", "morphtrain.sweep.overtaken.*"))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
 
 
 class TrialReporter:
@@ -61,7 +68,8 @@ class TrialReporter:
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         self.objective, self.epochs_planned = objective, epochs
         attributes = Attributes(self._frozen())
-        self.is_baseline = attributes.is_baseline
+        self.is_first, self.is_searched = attributes.is_baseline, attributes.baseline is None
+        self.kept = attributes.epochs
         self.epochs = {CONTENDED_ATTR: set(attributes.contended), CHANGED_ATTR: set(attributes.changed or [])}
         self.references = attributes.references
         if reshapes and attributes.changed is None:
@@ -78,6 +86,8 @@ class TrialReporter:
     def _report(self, record: Mapping[str, float]) -> bool:
         epoch = int(record["epoch"])
         self.storage.set_trial_user_attr(self.trial_id, METRICS_ATTR, dict(record))
+        if self.is_first:
+            self._keep(record, epoch)
         for attr, metric in FLAGS.items():
             if record.get(metric):
                 self.epochs[attr].add(epoch)
@@ -89,25 +99,37 @@ class TrialReporter:
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
-        if epoch == self.epochs_planned or self.is_baseline:
+        if epoch == self.epochs_planned or not self.is_searched:
             return False
-        if not self.study.pruner.prune(self.study, self._trial_for_pruner()):
+        if not self.study.pruner.prune(self.study, self._trial_for_pruner(record)):
             return False
         self.storage.set_trial_user_attr(self.trial_id, STOPPED_ATTR, epoch)
         log.info("stopped early after epoch %d: other trials of the study were better at this point", epoch)
         return True
 
-    def _trial_for_pruner(self) -> Any:
+    def _keep(self, record: Mapping[str, float], epoch: int) -> None:
+        """Store what tells the time to any accuracy; an epoch that was not in the checkpoint comes again."""
+        names = ("epoch", "val_accuracy", *TO_ACCURACY.values())
+        kept = {name: record[name] for name in names if name in record}
+        self.kept = [*(earlier for earlier in self.kept if earlier["epoch"] < epoch), kept]
+        self.storage.set_trial_user_attr(self.trial_id, EPOCHS_ATTR, self.kept)
+
+    def _trial_for_pruner(self, record: Mapping[str, float]) -> Any:
         """The trial as its pruner should see it.
 
         Optuna's percentile pruners go by the best value that a trial has reported. For accumulated time that is always
-        the first epoch's; it should be the last one's, so for such metrics this replaces all values by that.
+        the first epoch's; it should be the last one's, so for such metrics this replaces all values by that. Ours goes
+        by the least that a time can still become.
         """
         import optuna
 
-        trial = self._frozen()
-        if self.objective[0] in LATEST and isinstance(self.study.pruner, optuna.pruners.PercentilePruner):
-            values = trial.intermediate_values
+        from morphtrain.sweep.overtaken import Overtaken, least
+
+        trial, metric = self._frozen(), self.objective[0]
+        values = trial.intermediate_values
+        if isinstance(self.study.pruner, Overtaken):
+            trial.intermediate_values = {trial.last_step: least(metric, record)}
+        elif metric in LATEST and isinstance(self.study.pruner, optuna.pruners.PercentilePruner):
             trial.intermediate_values = dict.fromkeys(values, values[trial.last_step])
         return trial
 

@@ -21,6 +21,7 @@ import torch
 from morphtrain import schema
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
+from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer import auto
@@ -126,8 +127,7 @@ def _summaries(run: Run) -> Record:
     """Metrics of all epochs so far."""
     found = {"median_epoch_seconds": median_epoch_seconds(run.history)}
     target = run.config.timing.target_accuracy
-    clocks = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy": "calibrated_train_seconds"}
-    for metric, clock in clocks.items():
+    for metric, clock in TO_ACCURACY.items():
         if target is not None and all(clock in record for record in run.history):
             found[metric] = time_to_accuracy(run.history, target, clock)
     return found
