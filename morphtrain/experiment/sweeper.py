@@ -21,6 +21,7 @@ from morphtrain.errors import UserError, said
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment import runs as run_states
+from morphtrain.experiment.answer import show_answer
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
 from morphtrain.experiment.runs import Run, contended, planned, ready
@@ -73,6 +74,7 @@ class ArmsSweeper:
             show_plan(experiment, found, self.directory)
             if not all(run.ended for run in found):
                 self._run_under_parent(experiment, found, given, tracking)
+            show_answer(self.directory)
         print(f"next: python -m morphtrain.report {self.directory}")
 
     def _run_under_parent(self, experiment: Experiment, found: Sequence[Run], given: Typed, tracking: Any) -> None:
