@@ -12,7 +12,7 @@
 
 All have the images, the order, the first weights, SGD, the cosine schedule and the batch size in common, and are
 evaluated on the test images at their end. Shortcuts are projections, which torch-pruning can follow. Seconds
-are those of training: epochs, what changes the network, and what compiles it; not evaluation. All have the recipe's formats.
+are those of training: epochs, what changes the network, and what compiles it; not evaluation. Formats are the recipe's.
 """
 
 from __future__ import annotations
