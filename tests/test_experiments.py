@@ -36,6 +36,7 @@ from morphtrain.experiment.runs import (
     why_not_calibrated,
 )
 from morphtrain.experiment.sweeper import ArmsSweeper, _quoted
+from morphtrain.report.build import read
 
 DECLARED = """
 # @package _global_
@@ -113,6 +114,8 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Co
     assert second.returncode == 0, second.stdout + second.stderr
     assert "of 8" not in second.stderr
     assert second.stdout.rstrip().endswith("python -m morphtrain.report experiments/quick-small")
+    found = f"answer: {read(directory, directory.parent).answer}"
+    assert found in second.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "what has ended is not run again"
     after = histories(directory)
     assert len(after) == 8
@@ -122,6 +125,7 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Co
         assert len(scratch) == epochs_in_the_same_seconds(pruned)
         assert scratch[0]["params"] == pruned[-1]["params"]
     assert len({history[0]["train_loss"] for name, history in after.items() if name.endswith("dense")}) == 2
+    assert found in command(*TYPED).stdout, "of an experiment that has ended, too"
 
     for change, difference in (("epochs=6", "epochs=3"), ("seed=1,2,3", "seeds=[1, 2]")):
         refused = refusal(answer, change)

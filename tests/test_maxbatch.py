@@ -105,7 +105,7 @@ def test_a_device_that_is_not_here_is_estimated_only(capsys: pytest.CaptureFixtu
     assert f"speed not measured: no {absent} here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("overrides", [["data=digits"], ["data=synthetic", "data.in_channels=2"]])
+@pytest.mark.parametrize("overrides", [["data=digits"], ["data=mnist_5000"], ["data=synthetic", "data.in_channels=2"]])
 def test_the_known_shape_is_that_of_the_data(overrides: list[str]) -> None:
     config = parsed(*overrides, "budget=1GiB")
     data = importlib.import_module(f"morphtrain.data.{config.data.name}").build(config.data)

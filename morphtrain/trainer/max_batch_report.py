@@ -23,7 +23,12 @@ from morphtrain.trainer.build import build_model, in_format
 from morphtrain.trainer.devices import pick_device
 
 # (C, H, W) and number of classes of data sets, known without loading them.
-DOWNLOADED = {"fashion_mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
+PUBLISHED = {
+    "mnist_5000": ((1, 28, 28), 10),
+    "fashion_mnist": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
 DIGITS = 10
 
 
@@ -107,8 +112,8 @@ def images_of(config: schema.MaxBatch) -> tuple[tuple[int, ...], int]:
 
 
 def _known_images(data: Any) -> tuple[tuple[int, ...] | None, int | None]:
-    if isinstance(data, schema.data.Downloaded):
-        return DOWNLOADED[data.name]
+    if isinstance(data, (schema.data.Mnist5000, schema.data.Downloaded)):
+        return PUBLISHED[data.name]
     if isinstance(data, schema.data.Digits):
         return (1, data.image_size, data.image_size), DIGITS
     if isinstance(data, schema.data.Synthetic):

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
+from morphtrain.evidence.comparisons import DIFFERENCE, pairs_within
 from morphtrain.evidence.experiment import CURVE, Experiment
-from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, Point, Verdict, judge, mean, on_curve, read
+from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, ROUNDING, Point, Verdict, judge, mean, on_curve, read
 from morphtrain.evidence.pictures import Picture
-from morphtrain.evidence.repeats import Estimate, estimate, geometric, paired_ratio, share
+from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, paired_ratio, share
+from morphtrain.evidence.savings import Savings, savings
 from morphtrain.evidence.section import Section, Table
 from morphtrain.wording import counted
 
@@ -33,8 +35,9 @@ TEST = (
     "seconds is one difference a seed, and Student's t gives the 95 % interval of their mean. Pays: the interval is "
     "above 0. Does not pay: it is below the margin of {margin:g}. Otherwise it cannot be told yet. A method faster "
     "than every dense arm has no curve to be read at, one slower than all is read at the best of them, and a seed "
-    "without all dense arms has no curve. Means of seconds are geometric, with the interval of the logarithms; an "
-    "interval of accuracies ends at 0 and 1."
+    "without all dense arms has no curve. The dense network that is as accurate as a method lies between two arms "
+    "of the curve, by their means; a one-sided test at 5 % shows whether the method is no worse by the margin. Means "
+    "of seconds are geometric, with the interval of the logarithms; an interval of accuracies ends at 0 and 1."
 )
 
 
@@ -47,6 +50,7 @@ class Method:
     accuracy: Estimate
     dense: Estimate  # the curve's accuracy in these seconds
     ahead: Estimate
+    savings: Savings  # against the dense network that is as accurate
     judged: Verdict
 
     @property
@@ -57,25 +61,35 @@ class Method:
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Section:
     """The verdict on each method, and the dense curve that it is read against."""
-    runs = _runs(experiment, table)
-    methods = _arms(experiment, "method")
-    found = {arm: method for arm in methods if (method := _method(experiment, arm, runs)) is not None}
+    runs = runs_of(experiment, table)
+    found = judged_methods(experiment, runs)
     if not found:
         there = {arm: {seed: point.seconds for seed, point in seeds.items()} for arm, seeds in runs.items()}
         return values.too_few(experiment, f"{SECONDS} and {ACCURACY}", there)
-    unjudged = [_unjudged(experiment, arm, runs) for arm in methods if arm not in found]
+    unjudged = [_unjudged(experiment, arm, runs) for arm in _arms(experiment, "method") if arm not in found]
     beyond = [f"{arm}: {len(m.judged.beyond)} of {m.ahead.n}" for arm, m in found.items() if m.judged.beyond]
     longer = f" Seeds in which a method was slower than every dense arm: {words.listed(beyond)}." if beyond else ""
     return Section(
         answer=" ".join([_answer(found), *unjudged]),
         test=TEST.format(margin=experiment.margin) + longer,
-        tables=(_methods(found), _dense(experiment, runs), *_from_scratch(experiment, runs)),
+        tables=(
+            _methods(found),
+            _savings(experiment, found),
+            _dense(experiment, runs),
+            *_from_scratch(experiment, runs),
+        ),
         picture=_picture(experiment, found, runs),
         is_open=bool(unjudged) or any(method.judged.verdict == CANNOT_TELL for method in found.values()),
     )
 
 
-def _runs(experiment: Experiment, table: pd.DataFrame) -> Runs:
+def judged_methods(experiment: Experiment, runs: Runs) -> dict[str, Method]:
+    """The methods that can be judged, those with two seeds or more at which they can be read against a curve."""
+    arms = _arms(experiment, "method")
+    return {arm: method for arm in arms if (method := _method(experiment, arm, runs)) is not None}
+
+
+def runs_of(experiment: Experiment, table: pd.DataFrame) -> Runs:
     """Every run that has both seconds and an accuracy."""
     seconds, accuracy = (values.last(experiment, table, metric) for metric in (SECONDS, ACCURACY))
     return {
@@ -104,8 +118,7 @@ def _unjudged(experiment: Experiment, arm: str, runs: Runs) -> str:
 
 
 def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
-    """None with fewer than two seeds at which it can be read against a curve."""
-    judged = judge(runs[arm], _curves(experiment, runs), experiment.margin)
+    judged = judge(runs[arm], curves := _curves(experiment, runs), experiment.margin)
     if len(judged.reached) < values.LEAST_SEEDS:
         return None
     first = runs[next(iter(experiment.arms))]
@@ -115,7 +128,9 @@ def _method(experiment: Experiment, arm: str, runs: Runs) -> Method | None:
     )
     assert judged.ahead is not None and ratio is not None  # there are seeds
     seconds, accuracy = _means(runs[arm], list(judged.reached))
-    return Method(seconds, ratio, accuracy, estimate(list(judged.reached.values())), judged.ahead, judged)
+    saved = savings({seed: runs[arm][seed] for seed in judged.reached}, curves)
+    reached = estimate(list(judged.reached.values()))
+    return Method(seconds, ratio, accuracy, reached, judged.ahead, saved, judged)
 
 
 def _means(points: Mapping[int, Point], seeds: Sequence[int]) -> tuple[Estimate, Estimate]:
@@ -155,6 +170,34 @@ def _methods(found: Mapping[str, Method]) -> Table:
     }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return Table(METHODS, "Each method, and the best of the dense network for the same seconds.", frame)
+
+
+def _savings(experiment: Experiment, found: Mapping[str, Method]) -> Table:
+    """Each method beside the dense network of its own accuracy, which may cost far less than the full run."""
+    import pandas as pd
+
+    rows = {
+        arm: {
+            "dense network of this accuracy": " to ".join(method.savings.arms),
+            **values.columns("of its seconds", method.savings.seconds),
+            **values.columns("accuracy less its", method.savings.accuracy),
+            f"not {experiment.margin:g} worse": _no_worse(method.savings, experiment.margin),
+            "n": method.savings.seconds.n,
+        }
+        for arm, method in found.items()
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    return Table("savings", "Each method, and the dense network that is as accurate.", frame)
+
+
+def _no_worse(found: Savings, margin: float) -> str:
+    """Whether the method is shown to be less than the margin below the dense network, by a one-sided test at 5 %."""
+    if found.accuracy.n < LEAST_FOR_INTERVAL:
+        return f"takes {LEAST_FOR_INTERVAL} seeds"
+    if max(found.accuracy.values) - min(found.accuracy.values) < ROUNDING:
+        return "shown" if found.accuracy.mean > -margin else "not shown"
+    within = pairs_within(found.ours, found.theirs, DIFFERENCE, below=margin, names=("method", "dense"))
+    return f"{'shown' if within.shown else 'not shown'} ({words.p_value(within.p)})"
 
 
 def _dense(experiment: Experiment, runs: Runs) -> Table:
