@@ -217,6 +217,30 @@ def test_rates_are_averaged_and_not_times(machine: Machine) -> None:
     assert calibration.seconds == pytest.approx(3 * machine.step)
 
 
+@pytest.mark.parametrize("hiccup", [5.0, 30.0])
+def test_a_first_measurement_that_was_disturbed_is_made_again(hiccup: float, machine: Machine) -> None:
+    """Something stops the process for a moment just when the machine is measured before the first epoch."""
+    quiet = Calibration(machine, share=0.02)  # type: ignore[arg-type]
+    undisturbed, machine.slowdown = machine.burst, hiccup
+
+    def burst(seconds: float) -> float:
+        rate = undisturbed(seconds)
+        machine.slowdown = 1.0
+        return rate
+
+    machine.burst = burst  # type: ignore[method-assign]
+    disturbed = Calibration(machine, share=0.02)  # type: ignore[arg-type]
+    assert disturbed.calibrated(10.0) == pytest.approx(quiet.calibrated(10.0), rel=0.01)
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 3.0])
+def test_a_machine_that_is_always_as_slow_is_measured_as_such(slowdown: float, machine: Machine) -> None:
+    machine.slowdown = slowdown
+    calibration = Calibration(machine, share=0.02)  # type: ignore[arg-type]
+    assert calibration.seconds == pytest.approx(slowdown * machine.step)
+    assert machine.spent < 10 * 0.05, "two bursts agree at once"
+
+
 def state_of_torch() -> dict[str, Any]:
     return {
         "random": torch.random.get_rng_state().tolist(),

@@ -16,7 +16,9 @@ from morphtrain.cost.stopwatch import wait_for
 # perhaps on a busy machine, stays forever. Changing it or the workload makes all earlier calibrated times useless.
 NOMINAL_SECONDS = 0.010
 
-FIRST_SECONDS = 0.1  # of the workload, before the first epoch
+# Before the first epoch, bursts follow each other until two agree. A short run has no others: one that a neighbour
+# stopped for a moment made all of a run's calibrated times wrong by a factor of five.
+FIRST_SECONDS, MOST_FIRST, AGREEING = 0.05, 10, 1.1
 # After epochs a burst lasts at least this long, many scheduler time slices, and bursts are as frequent as their share
 # allows. On a busy machine one may be only a step or two, but short disturbances are seen only by measuring often.
 LEAST_SECONDS, MOST_SECONDS = 0.05, 2.0
@@ -85,7 +87,7 @@ class Calibration:
         self.owed = 0.0  # seconds of bursts allowed by the training so far
         self.rates: list[float] = []  # steps per second: the burst before the last epoch, and one after it if any
         self.fastest = 0.0  # steps per second, of all bursts so far
-        self._burst(FIRST_SECONDS)
+        self._first_bursts()
 
     def trained(self, seconds: float) -> None:
         """Count `seconds` of training and run a burst if one is due; call this after training, while no clock runs."""
@@ -111,6 +113,14 @@ class Calibration:
     def calibrated(self, seconds: float) -> float:
         """Seconds that the nominal machine would need for what just took `seconds`."""
         return seconds * NOMINAL_SECONDS * self.rate
+
+    def _first_bursts(self) -> None:
+        for _ in range(MOST_FIRST):
+            self._burst(FIRST_SECONDS)
+            self.rates = self.rates[-2:]
+            if len(self.rates) == 2 and max(self.rates) <= AGREEING * min(self.rates):
+                break
+        self.owed = 0.0
 
     def _burst(self, seconds: float) -> None:
         start = time.perf_counter()
