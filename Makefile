@@ -16,8 +16,8 @@ setup: .venv/.installed
 run: setup
 	$(BIN)/python -m morphtrain.run +experiment=recipe
 
-# Every question of conf/experiment at its small size, and the report of what they gave. Typed again, it goes on.
-QUESTIONS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
+# Every question of the thesis at its small size, and the report of all that experiments/ holds. Typed again, it goes on.
+QUESTIONS := $(filter-out recipe%,$(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml)))))
 report: setup
 	failed=; for question in $(QUESTIONS); do \
 		$(BIN)/python -m morphtrain.run +experiment=$$question || { code=$$?; [ $$code -lt 128 ] || exit $$code; failed="$$failed $$question"; }; \
