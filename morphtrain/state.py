@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from morphtrain import schema, world
 from morphtrain.contracts import Data, Loss, Precision, Schedule
-from morphtrain.cost import count_macs, count_params
+from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
+from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
@@ -168,6 +169,18 @@ class Run:
         """Count the parameters and MACs of the network in its present structure."""
         self.params = count_params(self.model)
         self.macs = count_macs(self.model, self.data.input_shape)
+
+    def width_cost(self, kind: CostKind, terms: Terms, graph: ChannelGraph | None = None) -> WidthCost:
+        """What the network, or that of another `graph`, costs by its widths.
+
+        Args:
+            terms: what "latency" has measured so far, at the batch size that the run starts with; it is added to. A
+                method keeps it in its state, so that a resumed run goes on with the same prices.
+        """
+        graph = graph or self.graph
+        if kind != "latency":
+            return WidthCost(graph, kind)
+        return measured_cost(graph, self.config.first_batch_size, self.precision.autocast, known=terms)
 
     def generator(self, epoch: int) -> torch.Generator:
         """The random numbers of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""

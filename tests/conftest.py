@@ -19,6 +19,7 @@ from process_state import process_state
 
 import morphtrain
 from morphtrain import run as run_command
+from morphtrain.cost import latency_file
 from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import start
@@ -112,6 +113,15 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
 
     yield ask
     root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Times that were measured between other tests are of no use to the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("latency")
+        patch.setattr(latency_file, "directory", lambda: directory)
+        yield
 
 
 @pytest.fixture(autouse=True)

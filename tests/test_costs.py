@@ -14,11 +14,21 @@ from topologies import TOPOLOGIES
 from torch import nn
 
 from morphtrain.cost import WidthCost, count_macs
+from morphtrain.cost.widths import Layer, Term
 from morphtrain.morph import ChannelGraph, Space
 
 COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 KINDS = ("flops", "model_size", "latency")
-ROOFLINE = (5e10, 1e10)
+
+
+def own_term(layer: Layer) -> Term:
+    """A price by what a layer works on, as a measurement would give it; every part counts."""
+    inputs, outputs = layer.positions()
+    return Term(2.0 * outputs, 3.0 * inputs, 5.0, 7.0)
+
+
+def cost_of(graph: ChannelGraph, kind: Any) -> WidthCost:
+    return WidthCost(graph, kind, term_of=own_term if kind == "latency" else None)
 
 
 def called_layers(model: nn.Module, x: torch.Tensor) -> list[tuple[Any, int, int]]:
@@ -40,22 +50,21 @@ def count_weights(model: nn.Module, x: torch.Tensor) -> int:
     return sum({id(m.weight): m.weight.numel() for m, _, _ in called_layers(model, x)}.values())
 
 
-def count_seconds(model: nn.Module, x: torch.Tensor, batch_size: int) -> float:
-    """The roofline model, call by call."""
+def count_seconds(model: nn.Module, x: torch.Tensor) -> float:
+    """What `own_term` says, call by call."""
     total = 0.0
     for module, inputs, outputs in called_layers(model, x):
-        moved = 4 * (module.weight.numel() / batch_size + inputs + outputs)
-        larger = inputs if isinstance(module, nn.ConvTranspose2d) else outputs
-        flops = 2 * larger * module.weight[0].numel()
-        total += max(flops / ROOFLINE[0], moved / ROOFLINE[1])
+        rows, columns = module.weight.shape[:2]
+        linear = isinstance(module, nn.Linear)
+        into, out = (module.in_features, module.out_features) if linear else (module.in_channels, module.out_channels)
+        total += 2.0 * outputs / out * rows * columns + 3.0 * inputs / into * rows + 5.0 * columns + 7.0
     return total
 
 
 def check_counts(graph: ChannelGraph, model: nn.Module, x: torch.Tensor) -> None:
     assert WidthCost(graph, "flops")() == 2 * count_macs(model, x.shape[1:])
     assert WidthCost(graph, "model_size")() == count_weights(model, x)
-    seconds = WidthCost(graph, "latency", batch_size=4, roofline=ROOFLINE)()
-    assert seconds == pytest.approx(count_seconds(model, x, batch_size=4), rel=1e-12)
+    assert cost_of(graph, "latency")() == pytest.approx(count_seconds(model, x), rel=1e-12)
 
 
 def check_widths(model: nn.Module, x: torch.Tensor) -> None:
@@ -100,12 +109,12 @@ def test_the_cost_is_that_of_the_network_with_these_widths(name: str, data: st.D
     graph = ChannelGraph.trace(model, x)
     chosen = data.draw(st.lists(st.sampled_from(range(len(graph.spaces))), unique=True, min_size=1))
     widths = {graph.spaces[i]: data.draw(st.integers(1, 2 * graph.spaces[i].size)) for i in chosen}
-    costs = {kind: WidthCost(graph, kind, batch_size=4, roofline=ROOFLINE) for kind in KINDS}
+    costs = {kind: cost_of(graph, kind) for kind in KINDS}
     foreseen = {kind: cost(widths) for kind, cost in costs.items()}
     graph.reindex_spaces({space: [i % space.size for i in range(n)] for space, n in widths.items()})
     assert foreseen["flops"] == 2 * count_macs(model, x.shape[1:])
     assert foreseen["model_size"] == count_weights(model, x)
-    assert foreseen["latency"] == pytest.approx(count_seconds(model, x, batch_size=4), rel=1e-12)
+    assert foreseen["latency"] == pytest.approx(count_seconds(model, x), rel=1e-12)
 
 
 def random_importance(graph: ChannelGraph, binary: bool) -> dict[Space, torch.Tensor]:
@@ -121,7 +130,7 @@ def alive_in(importance: dict[Space, torch.Tensor], threshold: float = 0.3) -> d
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_the_regulariser_is_the_cost_where_importance_is_0_or_1(name: str, kind: Any) -> None:
     graph = ChannelGraph.trace(NETS[name](), torch.zeros(1, 3, 8, 8))
-    cost = WidthCost(graph, kind, roofline=ROOFLINE)
+    cost = cost_of(graph, kind)
     importance = random_importance(graph, binary=True)
     alive = alive_in(importance)
     widths = {space: int(count) for space, count in alive.items()}
@@ -135,7 +144,7 @@ def test_the_regulariser_is_the_cost_where_importance_is_0_or_1(name: str, kind:
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_coefficients_are_the_derivative(name: str, kind: Any) -> None:
     graph = ChannelGraph.trace(NETS[name](), torch.zeros(1, 3, 8, 8))
-    cost = WidthCost(graph, kind, roofline=ROOFLINE)
+    cost = cost_of(graph, kind)
     importance = {space: r.requires_grad_() for space, r in random_importance(graph, binary=False).items()}
     alive = alive_in(importance)
     gradients = torch.autograd.grad(cost.value(importance, alive), list(importance.values()))
@@ -156,20 +165,6 @@ def test_a_worked_example() -> None:
     assert coefficients[second] == 2 * 64 * 3 / 2 + 2 * 64 * 2  # each channel is 64 inputs of the classifier
 
 
-def test_latency_follows_the_dominating_term() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 64, 2))
-    graph = ChannelGraph.trace(model, torch.zeros(1, 3, 8, 8))
-    alive = {space: float(space.size) for space in graph.spaces}
-    compute_bound = WidthCost(graph, "latency", roofline=(1e3, 1e12))
-    flops = WidthCost(graph, "flops")
-    for space, value in flops.coefficients(alive).items():
-        assert compute_bound.coefficients(alive)[space] == pytest.approx(value / 1e3)
-    memory_bound = WidthCost(graph, "latency", batch_size=10**9, roofline=(1e15, 1e6))
-    assert memory_bound() * 1e6 == pytest.approx(4 * (64 * (3 + 16) + 64 * (16 + 16) + 64 * 16 + 2), rel=1e-6)
-    first = graph.space("0")
-    assert memory_bound.coefficients(alive)[first] * 1e6 == pytest.approx(4 * (64 + 64), rel=1e-6)
-
-
 def test_what_is_ignored_is_left_out() -> None:
     model = build(1)
     inside = [m for m in model.stages[1].modules() if isinstance(m, nn.Conv2d)]
@@ -179,12 +174,14 @@ def test_what_is_ignored_is_left_out() -> None:
     assert WidthCost(graph, "flops")() == flops
 
 
-def test_an_unknown_kind_and_a_missing_roofline_are_refused() -> None:
+def test_an_unknown_kind_and_a_price_that_is_missing_or_not_asked_for_are_refused() -> None:
     graph = trace(build(1))
     with pytest.raises(ValueError, match="flops, model_size, latency"):
         WidthCost(graph, "params")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs a roofline"):
+    with pytest.raises(ValueError, match="needs term_of"):
         WidthCost(graph, "latency")
+    with pytest.raises(ValueError, match="no other kind takes it"):
+        WidthCost(graph, "flops", term_of=own_term)
 
 
 def test_the_cost_of_widths_is_still_found_where_it_was() -> None:

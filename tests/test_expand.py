@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import INPUT, PRESETS, SHAPES, build, random_keep, trace
+from test_costs import own_term
 from test_growth import OWN, assert_kept, evaluated
 
 from morphtrain.cost import WidthCost, count_params
@@ -12,8 +13,6 @@ from morphtrain.grow.expand import expand_to
 from morphtrain.grow.kept import grow_where_kept, kept_spaces
 from morphtrain.grow.size import params_at
 from morphtrain.morph import ChannelGraph
-
-ROOFLINE = (5e10, 1e10)
 
 
 @pytest.mark.parametrize("share", [1.0, 1.7, 4.0])
@@ -23,7 +22,8 @@ def test_the_target_is_met_within_one_channel(name: str, kind: str, share: float
     torch.manual_seed(0)
     model = OWN[name]()
     graph = ChannelGraph.trace(model, torch.randn(1, 3, 32, 32))
-    cost = params_at(graph) if kind == "params" else WidthCost(graph, kind, batch_size=64, roofline=ROOFLINE)
+    term_of = own_term if kind == "latency" else None
+    cost = params_at(graph) if kind == "params" else WidthCost(graph, kind, term_of=term_of)
     target = share * cost({})
     graph.reindex_spaces({space: random_keep(space.size, least=(space.size + 1) // 2) for space in graph.spaces})
     before = evaluated(model.double(), x := torch.randn(2, 3, 32, 32, dtype=torch.double))

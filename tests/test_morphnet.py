@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import morphtrain
-from morphtrain.cost import Roofline, WidthCost, count_macs, measure_roofline, stopwatch
+from morphtrain.cost import WidthCost, count_macs, latency, measured_cost
 from morphtrain.errors import UserError
 from morphtrain.morph import ChannelGraph, Space
 from morphtrain.prune.bias_folding import fold_constants
@@ -282,22 +282,33 @@ def test_spaces_left_alone_are_reported(ready: Any, caplog: pytest.LogCaptureFix
     assert "features.1.block.1.fc1" in line
 
 
-def test_latency_is_priced_by_this_device_and_resumes_with_its_figures(ready: Any) -> None:
+def test_latency_is_priced_by_what_was_measured_and_resumes_with_it(ready: Any, monkeypatch: Any) -> None:
     options = (*WITHOUT_PRUNE, "prune.cost=latency", "prune.lasso_ratio=0.5")
     run = ready(*options)
     method = run.methods["prune"]
-    assert method.roofline.flops_per_second > 1e8
-    method.roofline = Roofline(1e15, 1e9)  # bound by memory, so that the batch size counts
+    assert method.latency, "measured before the first epoch, so that it is on the clock of the set-up"
+    assert run.clock.seconds["setup_seconds"] > 0
+    for number, kind in enumerate(method.latency):  # other prices than any measurement gives
+        method.latency[kind] = [1e-6 * (1 + number), 0.0, 1e-5, 1.0]
+    monkeypatch.setattr(latency, "fastest", None)  # nothing is measured from here on
     train_epoch(run)
-    cost = WidthCost(run.graph, "latency", batch_size=16, roofline=method.roofline)
+    cost = measured_cost(run.graph, 16, known=dict(method.latency))
     fresh = cost.coefficients({s: float(s.size) for s in method.norms.spaces})
     wanted = method.norms.per_channel(fresh)
     torch.testing.assert_close(method.slopes, wanted, rtol=1e-5, atol=0.0)  # of the epoch's start, all alive
-    again = ready(*options)
+    again = build_run(run.config)
     again.methods["prune"].load_state_dict(method.state_dict())
-    again.methods["prune"].before_training(again)
-    assert again.methods["prune"].roofline == method.roofline
+    start(again)
+    assert again.methods["prune"].latency == method.latency
     assert again.methods["prune"].penalty_weight == method.penalty_weight
+
+
+def test_costs_by_the_roofline_of_an_earlier_version_are_refused(ready: Any) -> None:
+    method = ready(*WITHOUT_PRUNE).methods["prune"]
+    method.load_state_dict({"strength": 1.0, "roofline": None})
+    assert method.latency == {}
+    with pytest.raises(UserError, match=r"prune\.cost=latency: .*roofline.*resume=never"):
+        method.load_state_dict({"strength": 1.0, "roofline": [1e10, 1e9]})
 
 
 @pytest.mark.parametrize("regulariser", ["gamma_l1", "group_lasso"])
@@ -327,15 +338,3 @@ def test_after_a_reconfiguration_what_is_left_keeps_shrinking(ready: Any, regula
     method.penalty_weight = 1.0
     train_epoch(run)
     assert not any(r.any() for r in importance_of_all(run.graph, method.regulariser).values())
-
-
-def test_the_roofline_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = torch.random.get_rng_state()
-    real = measure_roofline(torch.device("cpu"))
-    assert 1e8 < real.flops_per_second < 1e15
-    assert 1e8 < real.bytes_per_second < 1e14
-    assert torch.equal(torch.random.get_rng_state(), state)
-    ticks = iter(range(1000))
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: 0.5 * next(ticks))
-    wanted = Roofline(2 * 8 * 64 * 32 * 32 * 64 * 9 / 0.5, 2 * 4 * 2**25 / 0.5)
-    assert measure_roofline(torch.device("cpu")) == wanted

@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 from networks import mask
-from torch import nn
 
 import morphtrain
+from morphtrain.cost import latency
 from morphtrain.cost.params import count_weights
 from morphtrain.prune.lasso import group_lassos, penalty
 from morphtrain.prune.reconfigure import live_channels
 from morphtrain.prune.when import is_active, is_due
-from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
+from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import train_epoch
 
 
@@ -135,43 +135,38 @@ def kill_a_third(run: Run) -> dict[str, int]:
     return {space.name: space.size - space.size // 3 for space in run.graph.spaces}
 
 
-def test_widths_are_timed_when_asked_for(small_run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = small_run("prune.round_to=auto", "model.width=32", "prune.start_epoch=1")
-    kill_a_third(run)
+def test_widths_are_rounded_by_what_was_measured_before_the_first_epoch(
+    small_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("prune.round_to=auto", "model.width=32", "prune.start_epoch=1")
+    run = small_run(*options)
+    method = run.methods["prune"]
+    assert method.latency, "so that it is on the clock of the set-up"
+    monkeypatch.setattr(latency, "fastest", None)  # nothing is measured from here on
+    again = build_run(run.config)
+    again.methods["prune"].load_state_dict({**method.state_dict(), "strength": 1e-4})
+    start(again)
+    method.penalty_weight, run.train_loss, again.train_loss, again.epoch = 1e-4, 1.0, 1.0, 1
+    for each in (run, again):
+        each.methods["prune"].latency.update({key: [1e-06, 1e-06, 1e-06, 0.0] for key in method.latency})
+        left = kill_a_third(each)
+        each.methods["prune"].after_epoch(each)
+        assert "removed" in each.change
+        widths = {space.name: space.size for space in each.graph.spaces}
+        assert all(left[name] <= width for name, width in widths.items())
+        assert all(axis.length % 8 == 0 for axis in each.graph.axes if axis.weight is not None and axis.length > 10)
+    assert [space.size for space in again.graph.spaces] == [space.size for space in run.graph.spaces]
+    assert again.methods["prune"].latency == method.latency
+
+
+def test_what_costs_no_time_stays(small_run) -> None:
+    run = small_run("prune.round_to=auto", "prune.round_down=0.5", "model.width=32", "prune.start_epoch=1")
     method = run.methods["prune"]
     method.penalty_weight, run.train_loss = 1e-4, 1.0
-    timed = []
-    step = WidthProbe._step
-
-    def watched(probe: WidthProbe, network: nn.Module, inputs: list[torch.Tensor], device: torch.device) -> float:
-        timed.extend(len(images) for images in inputs)
-        return step(probe, network, inputs, device)
-
-    monkeypatch.setattr(WidthProbe, "_step", watched)
-    method.after_epoch(run)
-    assert "removed" in run.change
-    assert len(timed) > 10
-    assert set(timed) == {run.batch_size} == {16}, "the run's own steps are to become fast"
-
-
-def test_looking_for_fast_widths_takes_a_small_share_of_the_training(small_run) -> None:
-    """While it has taken more than that, pruning cuts to what is alive."""
-    run = small_run("prune.round_to=auto", "prune.round_down=0.5", "prune.start_epoch=1")
-    method = run.methods["prune"]
-    assert isinstance(method._rounding(run).probe, WidthProbe), "the first time"
-    method.load_state_dict({"strength": 1e-4, "probe_seconds": 1.0})
-    for trained, probes in ((19.0, False), (21.0, True)):
-        run.history = [{"train_seconds": trained}]
-        assert isinstance(method._rounding(run).probe, WidthProbe) == probes
-    run.history, run.train_loss = [{"train_seconds": 19.0}], 1.0
-    left = kill_a_third(run)
-    method.after_epoch(run)
-    assert {space.name: space.size for space in run.graph.spaces} == left
-    assert method.probe_seconds == 1.0
-    run.history = [{"train_seconds": 21.0}]
+    method.latency.update({key: [0.0, 0.0, 0.0, 1.0] for key in method.latency})
     kill_a_third(run)
     method.after_epoch(run)
-    assert method.state_dict()["probe_seconds"] > 1.0
+    assert not run.change
 
 
 def test_a_network_that_cannot_be_followed_trains_without_a_method() -> None:

@@ -1,6 +1,6 @@
 """Seconds of a piece of work on a device, for the measurements that decide something.
 
-Those are the roofline, the throughput by batch size, the speed of a reduced precision and the widths that are fastest.
+Those are the time of layers, the throughput by batch size, the speed of a reduced precision and the fastest widths.
 Each decides for itself how often it looks and what it makes of the times. `torch.utils.benchmark.Timer` does not serve
 here: it works with a single thread unless told otherwise, waits for the current device instead of a given one, and
 repeats one piece of work, while widths are compared in turns.

@@ -27,9 +27,3 @@ def share_of_limits(run: Run, graph: ChannelGraph, max_params: float | None, max
         return max(shares)
 
     return cost
-
-
-def cost_of(run: Run, graph: ChannelGraph, kind: str, roofline: tuple[float, float] | None) -> WidthCost:
-    """The cost of this network by its widths, at the batch size that the run starts with."""
-    batch_size = run.config.first_batch_size
-    return WidthCost(graph, kind, batch_size=batch_size, roofline=roofline)  # type: ignore[arg-type]

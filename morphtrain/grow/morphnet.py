@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from morphtrain import schema
-from morphtrain.cost import measure_roofline
+from morphtrain.cost import CostKind
+from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.grow.expand import expand_to
-from morphtrain.grow.limits import cost_of
 from morphtrain.method import Method
 from morphtrain.state import Run
 from morphtrain.wording import counted
-from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
@@ -23,23 +22,20 @@ class MorphNetExpansion(Method):
     follows_channels = True
 
     def __init__(self, config: schema.grow.MorphNetExpansion) -> None:
-        self.config = config
+        self.config, self.kind = config, cast(CostKind, config.cost)
         self.target = 0.0  # in the unit of config.cost
-        self.roofline: tuple[float, float] | None = None
+        self.latency: Terms = {}  # measured so far, if that is the cost
 
     def before_training(self, run: Run) -> None:
         if run.epoch > 0:
             return
-        if self.config.cost == "latency":
-            computed, moved = agree(measure_roofline(run.device))
-            self.roofline = computed, moved  # a plain tuple: a checkpoint holds no other
-        self.target = self.config.target * cost_of(run, run.graph, self.config.cost, self.roofline)()
+        self.target = self.config.target * run.width_cost(self.kind, self.latency)()
 
     def after_epoch(self, run: Run) -> None:
         number, rest = divmod(run.epoch, self.config.round_epochs)
         if rest or not 1 <= number <= self.config.rounds:
             return
-        cost = cost_of(run, run.graph, self.config.cost, self.roofline)
+        cost = run.width_cost(self.kind, self.latency)
         before = cost()
         if before > self.target:
             log.info(
@@ -70,10 +66,10 @@ class MorphNetExpansion(Method):
             run.rewarm(self.config.rewarm_epochs)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target": self.target, "roofline": self.roofline}
+        return {"target": self.target, "latency": self.latency}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.target, self.roofline = state["target"], state["roofline"]
+        self.target, self.latency = state["target"], known_terms(state, "grow.cost")
 
 
 def build(config: schema.grow.MorphNetExpansion) -> MorphNetExpansion:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from morphtrain import schema
-from morphtrain.cost import measure_roofline
+from morphtrain.cost import CostKind
+from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.grow.kept import Growth, grow_where_kept
-from morphtrain.grow.limits import cost_of, share_of_limits
+from morphtrain.grow.limits import share_of_limits
 from morphtrain.grow.size import Cost
 from morphtrain.morph import ChannelGraph
 from morphtrain.state import Run
-from morphtrain.world import agree
 
 GONE = ""  # in place of the names of spaces that have gone: no space is called that
 
@@ -20,15 +20,13 @@ class Regrowth:
     """`kept.grow_where_kept` with what it needs from a run: the widths to compare with, and the cost."""
 
     def __init__(self, config: schema.grow.Selective | schema.grow.Adaptive) -> None:
-        self.config = config
+        self.config, self.kind = config, cast(CostKind, config.cost)
         self.reference: dict[str, int] = {}  # widths by space name: at the start, then after each growth
-        self.roofline: tuple[float, float] | None = None
+        self.latency: Terms = {}  # measured so far, if that is the cost
 
     def start(self, run: Run) -> None:
         """Note the widths to compare with; call it before the first epoch of a run that is not resumed."""
-        if self.config.cost == "latency":
-            computed, moved = agree(measure_roofline(run.device))
-            self.roofline = computed, moved  # a plain tuple: a checkpoint holds no other
+        run.width_cost(self.kind, self.latency)  # measures before the first epoch
         self.reference = {space.name: space.size for space in run.graph.spaces}
 
     def follow(self, run: Run) -> None:
@@ -41,7 +39,7 @@ class Regrowth:
 
     def cost(self, run: Run) -> float:
         """What the network costs now."""
-        return cost_of(run, run.graph, self.config.cost, self.roofline)()
+        return run.width_cost(self.kind, self.latency)()
 
     def share_of_limits(self, run: Run, graph: ChannelGraph) -> Cost:
         """The cost as a share of the hard limits."""
@@ -51,7 +49,7 @@ class Regrowth:
         """Grow what kept its channels to `target`, within the limits; the new widths become the reference."""
 
         def share(graph: ChannelGraph) -> Cost:
-            cost, limits = cost_of(run, graph, self.config.cost, self.roofline), self.share_of_limits(run, graph)
+            cost, limits = run.width_cost(self.kind, self.latency, graph), self.share_of_limits(run, graph)
             return lambda widths: max(cost(widths) / target, limits(widths))
 
         with run.precision.autocast():
@@ -72,7 +70,7 @@ class Regrowth:
         return growth
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference, "roofline": self.roofline}
+        return {"reference": self.reference, "latency": self.latency}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reference, self.roofline = state["reference"], state["roofline"]
+        self.reference, self.latency = state["reference"], known_terms(state, "grow.cost")

@@ -10,6 +10,7 @@ its own, here its price follows the widths of the layers around it, as all costs
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Mapping
 from itertools import product
 from typing import NamedTuple
@@ -59,24 +60,32 @@ def within(
         ValueError: for a budget that no widths meet, naming the least that was found; an importance that is no
             number; `multiple` or `min_channels` below 1.
     """
-    if multiple < 1 or min_channels < 1:
-        raise ValueError(f"multiple={multiple}, min_channels={min_channels}: both must be 1 or more")
-    for space, values in importance.items():
-        if bool(values.isnan().any()):
-            raise ValueError(f"importance of '{space.name}': not a number (nan)")
-    ladder = Ladder(graph, importance, multiple, min_channels)
-    search = _Search(ladder, cost, budget)
-    now = search.at(ladder.top)
+    search = _Search(Ladder(graph, importance, multiple, min_channels), cost, budget)
+    now = search.at(search.ladder.top)
     chosen = search.descended(now)
     if not search.fits(chosen):
         raise ValueError(
             f"budget={budget:.6g}: the least that was found is {chosen.cost:.6g}, of {now.cost:.6g} now "
             f"(multiple={multiple}, min_channels={min_channels})"
         )
-    keep = {space: torch.ones(space.size, dtype=torch.bool) for space in graph.spaces}
-    for pool, count in zip(ladder.pools, search.improved(chosen).removed, strict=True):
-        keep.update(pool.masks(count))
-    return keep
+    return search.ladder.masks(search.improved(chosen).removed)
+
+
+def narrowest(
+    graph: ChannelGraph,
+    importance: Mapping[Space, torch.Tensor],
+    cost: Cost,
+    *,
+    multiple: int = 1,
+    min_channels: int = 1,
+) -> dict[Space, torch.Tensor]:
+    """Masks (size,) of the channels that stay, of every space: as far down the ladder as the cost falls.
+
+    Args:
+        importance, cost, multiple, min_channels: as in `within`.
+    """
+    search = _Search(Ladder(graph, importance, multiple, min_channels), cost, budget=-math.inf)
+    return search.ladder.masks(search.descended(search.at(search.ladder.top)).removed)
 
 
 class _Search:
@@ -121,12 +130,13 @@ class _Search:
 
     def improved(self, best: Choice) -> Choice:
         """A step of one pool, up or down, and what the budget asks for or allows in others, until none helps."""
+        directions: tuple[Direction, ...] = (UP, DOWN)
         helped = True
         while helped:
             helped = False
             rates = {p: _rate(best, step) for p in self.pools if (step := self._down(best, p)) is not None}
             added = {p: step.cost - best.cost for p in self.pools if (step := self._step(best, p, UP)) is not None}
-            for pool, direction in product(self.pools, (UP, DOWN)):
+            for pool, direction in product(self.pools, directions):
                 other = self._exchanged(best, pool, direction, rates, added)
                 if other is not None and other.lost < best.lost - ROUNDING * abs(best.lost):
                     best, helped = other, True

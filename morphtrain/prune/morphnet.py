@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 
 from morphtrain import schema
-from morphtrain.cost import CostKind, Roofline, WidthCost, measure_roofline
+from morphtrain.cost import CostKind
+from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, Space
@@ -22,7 +23,6 @@ from morphtrain.prune.step_length import steps_ahead, warn_if_unknown
 from morphtrain.prune.strength import enough_for, first_penalty_weight
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
-from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,13 @@ class MorphNetPenalty(Method):
         self.penalty_weight = config.strength  # loss per unit of cost; without one fixed by the first batch
         key, value = ("lasso_ratio", config.lasso_ratio) if config.strength is None else ("strength", config.strength)
         self.outlook = Outlook(config, f"prune.{key}={value:g}")
-        self.roofline: Roofline | None = None
+        self.latency: Terms = {}  # measured so far, if that is the cost
         self.priced = 0  # the epoch that `norms` and `slopes` are of
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
-        if self.config.cost == "latency" and self.roofline is None:
-            self.roofline = agree(measure_roofline(run.device))
         self._check_spaces(run.graph)
+        run.width_cost(self.cost, self.latency)  # measures before the first epoch
 
     def after_backward(self, run: Run) -> None:
         if not is_active(self.config, run.epoch):
@@ -83,12 +82,11 @@ class MorphNetPenalty(Method):
         return {"channel_density": self._live_channels(run.graph) / run.initial["channels"]}
 
     def state_dict(self) -> dict[str, Any]:
-        roofline = list(self.roofline) if self.roofline else None
-        return {"strength": self.penalty_weight, "roofline": roofline, "removed": self.outlook.removed}
+        return {"strength": self.penalty_weight, "latency": self.latency, "removed": self.outlook.removed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.penalty_weight = state["strength"]
-        self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
+        self.latency = known_terms(state, "prune.cost")
         self.outlook.removed = state.get("removed", True)  # older checkpoints do not say
 
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
@@ -103,7 +101,7 @@ class MorphNetPenalty(Method):
 
     def _price(self, run: Run) -> None:
         """Find the channels of the present network, and what each of them costs."""
-        cost = WidthCost(run.graph, self.cost, batch_size=run.batch_size, roofline=self.roofline)
+        cost = run.width_cost(self.cost, self.latency)
         self.norms = ChannelNorms(run.graph, self.regulariser)
         self.slopes = self.norms.per_channel(cost.coefficients(self.norms.alive(self.config.gamma_threshold)))
         self.priced = run.epoch

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from morphtrain import schema
+from morphtrain.cost import WidthCost
+from morphtrain.cost.latency import Terms
+from morphtrain.cost.layer_steps import LADDER
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.method import Method
+from morphtrain.morph import ChannelGraph
 from morphtrain.prune.lasso import (
     add_gradient,
     group_lassos,
@@ -23,11 +28,7 @@ from morphtrain.prune.rounding import Rounding
 from morphtrain.prune.step_length import reach_ahead, step_length, warn_if_unknown
 from morphtrain.prune.strength import enough_for, first_penalty_weight
 from morphtrain.prune.when import check_reach, is_active, is_due
-from morphtrain.prune.width_probe import WidthProbe
 from morphtrain.state import Run
-from morphtrain.world import agree
-
-PROBE_SHARE = 0.05  # of the training so far: as long as the probe has taken more, widths are not rounded
 
 
 class PruneTrain(Method):
@@ -42,10 +43,12 @@ class PruneTrain(Method):
         self.config = config
         self.ignore = config.ignore
         self.outlook = Outlook(config, f"prune.lasso_ratio={config.lasso_ratio:g}")
-        self.probe_seconds = 0.0  # that looking for the fastest widths has taken
+        self.latency: Terms = {}  # measured so far, if widths are rounded by it
 
     def before_training(self, run: Run) -> None:
         check_reach(self.config, run)
+        if self.config.round_to == "auto":
+            self._seconds(run, run.graph)  # measured before the first epoch
         self._find_groups(run)
         if not self.lassos:
             raise UserError("prune=prunetrain: no channels of the model are made or used by trained weights")
@@ -90,13 +93,13 @@ class PruneTrain(Method):
     def state_dict(self) -> dict[str, Any]:
         return {
             "strength": self.penalty_weight,
-            "probe_seconds": self.probe_seconds,
+            "latency": self.latency,
             "removed": self.outlook.removed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.penalty_weight = state["strength"]
-        self.probe_seconds = state.get("probe_seconds", 0.0)  # older checkpoints have none of these
+        self.latency = state.get("latency", {})  # older checkpoints have none of these
         self.outlook.removed = state.get("removed", True)
 
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
@@ -107,27 +110,22 @@ class PruneTrain(Method):
         return share, enough_for(self.config, share)
 
     def _reconfigure(self, run: Run) -> Reconfiguration:
-        rounding = self._rounding(run)
-        change = reconfigure(
+        return reconfigure(
             run.graph,
             threshold=self.config.threshold,
-            rounding=rounding,
+            rounding=self._rounding(run),
             residual="gating" if self.config.residual == "gating" else "union",
             optimizer=run.optimizer,
         )
-        if rounding.probe is not None:
-            self.probe_seconds += rounding.probe.spent_seconds
-        return change
 
     def _rounding(self, run: Run) -> Rounding:
         least = self.config.min_channels
         if self.config.round_to != "auto":
             return Rounding(least, self.config.round_to)
-        trained = run.history[-1]["train_seconds"] if run.history else 0.0
-        if agree(self.probe_seconds > PROBE_SHARE * trained):
-            return Rounding(least)
-        probe = WidthProbe(run.micro_batch or run.batch_size, run.precision.autocast)
-        return Rounding(least, probe=probe, round_down=self.config.round_down)
+        return Rounding(least, LADDER, partial(self._seconds, run), self.config.round_down)
+
+    def _seconds(self, run: Run, graph: ChannelGraph) -> WidthCost:
+        return run.width_cost("latency", self.latency, graph)
 
     def _find_groups(self, run: Run) -> None:
         self.lassos = group_lassos(run.graph, sqrt_size=self.config.group_weight == "sqrt_size")

@@ -1,7 +1,7 @@
 """Which widths a pruned network gets: dead channels may stay, or weak live ones go, so that its layers are fast.
 
-    Rounding(multiple=8)                                # up to multiples of 8
-    Rounding(probe=WidthProbe(batch_size=128))          # what this device trains fastest
+    Rounding(multiple=8)                                                    # up to multiples of 8
+    Rounding(multiple=8, cost_of=lambda graph: measured_cost(graph, 128))    # as far down as this device gets faster
 
 A layer may read several spaces (a concatenation), and a space is part of several layers. So it is the width along each
 axis of a weight that is rounded, and the channels of its spaces that go or stay.
@@ -9,18 +9,16 @@ axis of a weight that is rounded, and the channels of its spaces that go or stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from morphtrain.morph import Axis, ChannelGraph, Space
-from morphtrain.prune.width_probe import Kept, WidthProbe
-
-MULTIPLES = (4, 8, 16)  # that a probe compares
+from morphtrain.prune.knapsack import Cost, narrowest
 
 Importance = Mapping[Space, torch.Tensor]  # of each channel, (size,), on the CPU
+Kept = Mapping[Space, torch.Tensor]  # masks (size,) of the channels that stay
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,24 @@ class Rounding:
 
     Args:
         min_channels: every layer keeps at least this many channels, the most important ones.
-        multiple: widths are rounded up to a multiple of this; the most important dead channels stay. 1 with a probe.
-        probe: picks the fastest widths: those of the live channels, or multiples of 4, 8 or 16 for each resolution.
-        round_down: with a probe: widths may be rounded down as well where that is faster, and the least important live
-            channels go. At most those whose importance is this share, in [0, 1), of the median of their space or less.
+        multiple: widths are rounded up to a multiple of this; the most important dead channels stay.
+        cost_of: what a network costs, by widths: channels that cost nothing stay. None: all go that may.
+        round_down: with a cost: widths may be rounded down as well where that saves something, and the least important
+            live channels go. At most those whose importance is this share, in [0, 1), of the median of the live ones
+            of their space or less.
 
     Raises:
-        ValueError: for `round_down` without a probe, or a probe with a `multiple`.
+        ValueError: for `round_down` without `cost_of`.
     """
 
     min_channels: int = 1
     multiple: int = 1
-    probe: WidthProbe | None = None
+    cost_of: Callable[[ChannelGraph], Cost] | None = None
     round_down: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.round_down and self.probe is None:
-            raise ValueError(f"round_down={self.round_down} needs a WidthProbe, to tell which widths are faster")
-        if self.multiple != 1 and self.probe is not None:
-            raise ValueError(f"multiple={self.multiple}: must be 1 with a probe, which finds the multiples itself")
+        if self.round_down and self.cost_of is None:
+            raise ValueError(f"round_down={self.round_down} needs cost_of, to tell where it saves something")
 
     def channels_to_keep(self, graph: ChannelGraph, importance: Importance, alive: Kept) -> dict[Space, torch.Tensor]:
         """Masks (size,) of the channels that stay, of every space.
@@ -56,21 +53,12 @@ class Rounding:
             importance: decides which of the dead channels stay, and which of the live ones go.
             alive: masks (size,) of the channels that have to stay, except for what `round_down` allows.
         """
-        axes = [axis for axis in graph.axes if axis.weight is not None]
-        up = partial(_rounded_up, axes, importance, self.min_channels)
-        plain = up(self.multiple, alive)
-        if self.probe is None:
-            return plain
-        options = [plain, *(up(multiple, plain) for multiple in MULTIPLES)]
-        if self.round_down:
-            floors = {
-                space: max(_needed(importance[space][kept], self.round_down), self.min_channels)
-                for space, kept in plain.items()
-            }
-            lower = {multiple: _rounded_down(axes, importance, floors, multiple, plain) for multiple in MULTIPLES}
-            # Where too many channels would have to go, the width stays off its multiple: round it up instead.
-            options += [*lower.values(), *(up(multiple, kept) for multiple, kept in lower.items())]
-        return dict(self.probe.fastest(graph, options))
+        if self.cost_of is None:
+            axes = [axis for axis in graph.axes if axis.weight is not None]
+            return _rounded_up(axes, importance, self.min_channels, self.multiple, alive)
+        needed = {space: kept & ~_weak(importance[space], kept, self.round_down) for space, kept in alive.items()}
+        bound = {space: importance[space].masked_fill(kept, torch.inf) for space, kept in needed.items()}
+        return narrowest(graph, bound, self.cost_of(graph), multiple=self.multiple, min_channels=self.min_channels)
 
 
 NO_ROUNDING = Rounding()  # what is alive stays, at least one channel a layer
@@ -90,10 +78,11 @@ def _revive(
     axis: Axis, importance: Importance, min_channels: int, multiple: int, kept: Mapping[Space, torch.Tensor]
 ) -> bool:
     """Add the most important dead channels of `axis` to `kept` until its width is allowed; False if it was before."""
-    spaces = _spaces_of(axis)
+    spaces = [segment.space for segment in axis.segments if segment.space]
     if not spaces:
         return False
-    width, total = _width(axis, kept), _fixed(axis) + sum(space.size for space in spaces)
+    fixed = sum(segment.fixed_size for segment in axis.segments)
+    width, total = fixed + sum(int(kept[s].sum()) for s in spaces), fixed + sum(s.size for s in spaces)
     wanted = max(width, min_channels)
     wanted = min(-(-wanted // multiple) * multiple, total)
     if wanted == width:
@@ -105,42 +94,8 @@ def _revive(
     return True
 
 
-def _rounded_down(
-    axes: list[Axis], importance: Importance, floors: Mapping[Space, int], multiple: int, kept: Kept
-) -> dict[Space, torch.Tensor]:
-    """`kept` without the least important channels above each multiple, where their spaces stay at `floors` or wider."""
-    result = {space: mask.clone() for space, mask in kept.items()}
-    for axis in axes:
-        spare = [c for s in _spaces_of(axis) for c in _spare(s, result[s], importance[s], floors[s])]
-        width = _width(axis, result)
-        excess = width % multiple
-        if excess <= len(spare) and excess < width:
-            for _, space, i in sorted(spare, key=lambda channel: channel[0])[:excess]:
-                result[space][i] = False
-    return result
-
-
-def _spare(space: Space, kept: torch.Tensor, importance: torch.Tensor, floor: int) -> list[tuple[float, Space, int]]:
-    """(importance, space, position) of the kept channels of a space, except for the `floor` most important."""
-    order = [i for i in importance.argsort().tolist() if kept[i]]
-    return [(float(importance[i]), space, i) for i in order[: max(len(order) - floor, 0)]]
-
-
-def _needed(importance: torch.Tensor, share: float) -> int:
-    """How many channels are above `share` of their median; infinite ones, which have no weights, all are."""
-    if len(importance) == 0:
-        return 0
-    return int((importance.isinf() | (importance > share * importance.median())).sum())
-
-
-def _spaces_of(axis: Axis) -> list[Space]:
-    return [segment.space for segment in axis.segments if segment.space]
-
-
-def _width(axis: Axis, kept: Kept) -> int:
-    """How many channels of `axis` stay, each counted once however many entries it has."""
-    return _fixed(axis) + sum(int(kept[space].sum()) for space in _spaces_of(axis))
-
-
-def _fixed(axis: Axis) -> int:
-    return sum(segment.fixed_size for segment in axis.segments)
+def _weak(importance: torch.Tensor, alive: torch.Tensor, share: float) -> torch.Tensor:
+    """(size,): the live channels whose importance is `share` of their median or less; none with a share of 0."""
+    if share == 0 or not alive.any():
+        return torch.zeros_like(alive)
+    return alive & (importance <= share * importance[alive].median())

@@ -15,11 +15,11 @@ import torch
 import morphtrain
 from morphtrain.files import write_atomically
 from morphtrain.schema.files import PACKAGE
+from morphtrain.timing.processor import processor
 
 log = logging.getLogger(__name__)
 
 FILE = "environment.json"
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -43,15 +43,6 @@ def describe(device: torch.device) -> dict[str, str]:
     if facts["git_commit"] and changed is not None:
         facts["git_clean"] = str(not changed).lower()
     return {name: value for name, value in facts.items() if value}
-
-
-def processor(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write(run_dir: Path, facts: Mapping[str, str]) -> None:
