@@ -153,7 +153,8 @@ def test_a_network_is_cut_to_the_budget_on_the_ladder(shortcut: str, multiple: i
     assert 0.9 * budget < narrow <= budget
     graph.reindex_spaces({space: mask.nonzero().flatten() for space, mask in keep.items()})
     assert cost() == narrow
-    assert multiple == 1 or all(axis.length % multiple == 0 for axis in graph.axes if axis.length not in (3, 10))
+    lengths = [axis.length for axis in graph.axes if axis.weight is not None]
+    assert all(length % multiple == 0 for length in lengths if length not in (3, 10))
 
 
 def test_what_costs_nothing_to_lose_goes_and_what_must_stay_stays() -> None:
@@ -238,7 +239,7 @@ def test_layers_that_share_spaces_move_together_where_none_can_alone() -> None:
     cost = WidthCost(graph, "flops")
     for seed in range(10):
         importance = drawn(graph, seed)
-        for share in (0.4, 0.7):
+        for share in (0.5, 0.7):
             widths = widths_of(within(graph, importance, cost, share * cost(), multiple=8))
             assert cost(widths) <= share * cost()
             assert is_on_ladder(graph, widths, 8)

@@ -130,12 +130,13 @@ class _Search:
 
     def improved(self, best: Choice) -> Choice:
         """A step of one pool, up or down, and what the budget asks for or allows in others, until none helps."""
+        directions: tuple[Direction, ...] = (UP, DOWN)
         helped = True
         while helped:
             helped = False
             rates = {p: _rate(best, step) for p in self.pools if (step := self._down(best, p)) is not None}
             added = {p: step.cost - best.cost for p in self.pools if (step := self._step(best, p, UP)) is not None}
-            for pool, direction in product(self.pools, (UP, DOWN)):
+            for pool, direction in product(self.pools, directions):
                 other = self._exchanged(best, pool, direction, rates, added)
                 if other is not None and other.lost < best.lost - ROUNDING * abs(best.lost):
                     best, helped = other, True

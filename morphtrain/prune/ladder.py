@@ -7,7 +7,7 @@ in `rounding.py`. Spaces that go through the same layers are one pool, whose lea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -100,7 +100,8 @@ class Ladder:
                 alike.setdefault(frozenset(times.items()), []).append(space)
         self.pools = [Pool(spaces, importance, min_channels) for spaces in alike.values()]
         pool_of = {space: number for number, pool in enumerate(self.pools) for space in pool.spaces}
-        sides = dict.fromkeys(_side(axis, pool_of) for axis in axes)  # many are alike
+        firsts = {pool.spaces[0] for pool in self.pools}  # all spaces of a pool occur as often as one of them
+        sides = dict.fromkeys(_side(axis, pool_of, firsts) for axis in axes)  # many are alike
         self.sides = [side for side in sides if side.pools]
         self.sides_of = [[side for side in self.sides if n in dict(side.pools)] for n in range(len(self.pools))]
         self.top: Removed = (0,) * len(self.pools)
@@ -173,13 +174,14 @@ def _spare(space: Space, importance: torch.Tensor, min_channels: int) -> list[tu
     return [(values[i], space, i) for i in order if values[i] != torch.inf]
 
 
-def _side(axis: Axis, pool_of: Mapping[Space, int]) -> Side:
+def _side(axis: Axis, pool_of: Mapping[Space, int], firsts: Collection[Space]) -> Side:
     fixed, total, pools = 0, 0, Counter[int]()
     for segment in axis.segments:
-        channels = segment.space.size if segment.space else segment.fixed_size
+        space = segment.space
+        channels = space.size if space else segment.fixed_size
         total += channels
-        if segment.space in pool_of:
-            pools[pool_of[segment.space]] += 1
-        else:
+        if space is None or space not in pool_of:
             fixed += channels
+        elif space in firsts:
+            pools[pool_of[space]] += 1
     return Side(fixed, tuple(pools.items()), total)
