@@ -548,7 +548,7 @@ def test_the_command_says_what_it_wrote(report: Report, capsys: pytest.CaptureFi
 
 
 def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:
-    odd = "\x00\x0b\x1b\x85\ud800\uffff"
+    odd = "\x00\x0b\x1b\x85\uffff"
     text = f"a{odd}b"
     arms = {name: Arm((f"model={text}{name}",)) for name in ("one", "other", "another")}
 
@@ -557,7 +557,7 @@ def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:
 
     for kind in ("factor", "ratio", "curves"):
         experiment = declared(kind, arms, range(1, 4), question=f"{text}?", claim=text, limits=text, response=text)
-        write(tmp_path, experiment, odd_metrics, 2, machine={**MACHINE, "processor": text})
+        write(tmp_path, experiment, odd_metrics, 2, machine={**MACHINE, "processor": f"{text}\ud800"})
     page = Page(reported(tmp_path).html)
     assert page.wrong == []
     pictures = re.findall(r"<svg.*?</svg>", page.text, re.DOTALL)
@@ -572,8 +572,9 @@ def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:
     "place", [".", "..", "", "a directory", "a pipe", "a file/report.html", "read-only/report.html"]
 )
 def test_a_place_where_no_report_can_be_is_one_line(
-    place: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write(tmp_path / "all", declared("ratio", THREE, range(1, 3)), metrics, 1)
     (tmp_path / "here" / "a directory").mkdir(parents=True)
     (tmp_path / "here" / "a file").touch()
     os.mkfifo(tmp_path / "here" / "a pipe")
@@ -582,7 +583,7 @@ def test_a_place_where_no_report_can_be_is_one_line(
         pytest.skip("nothing is read-only for this user")
     monkeypatch.chdir(tmp_path / "here")
     before = sorted(tmp_path.rglob("*"))
-    assert main([str(report.root), "--out", place]) == 1
+    assert main([str(tmp_path / "all"), "--out", place]) == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert str(Path(place)).partition("/")[0] in said

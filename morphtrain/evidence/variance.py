@@ -130,12 +130,15 @@ def _variance(
     confidence: float,
     pairs: Sequence[Comparison],
 ) -> Variance:
+    import numpy as np
     from scipy import stats
     from statsmodels.stats.oneway import confint_effectsize_oneway
 
     share = f * between / (f * between + within)
     p = float(stats.f.sf(f, between, within))
-    low, high = map(float, confint_effectsize_oneway(f, (between, within), alpha=1 - confidence).eta2)
+    with np.errstate(divide="ignore"):  # an end at 0 is 1 / (1 + 1 / 0) there
+        ends = confint_effectsize_oneway(f, (between, within), alpha=1 - confidence).eta2
+    low, high = map(float, ends)
     if 1 - p < (1 + confidence) / 2:  # so small an F has no lower end of its own, and a tiny one no upper
         low = 0.0
     if 1 - p < (1 - confidence) / 2:
