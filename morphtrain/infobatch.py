@@ -92,9 +92,9 @@ class InfoBatch:
 
     def estimates(self) -> tuple[float, float]:
         """Loss and accuracy (0..1) in this epoch's forward passes, as unbiased estimates of those over all images."""
-        weights = self.weights[self.rows].double()
-        loss, right = (weights * self.scores[self.rows]).sum(), (weights * self.right[self.rows]).sum()
-        return loss.item() / len(self.scores), right.item() / len(self.scores)
+        weights, scores, right = (x[self.rows].cpu().double() for x in (self.weights, self.scores, self.right))
+        count = weights.sum()  # that of all images, but for rounding
+        return (weights * scores).sum().item() / count.item(), (weights * right).sum().item() / count.item()
 
     def state_dict(self) -> dict[str, Any]:
         """The scores: all that an epoch needs of those before it."""
@@ -121,7 +121,8 @@ def unreduced(loss: Loss) -> Loss | None:
         takes = "reduction" in inspect.signature(call).parameters
     except (TypeError, ValueError):  # compiled code may have no signature
         return None
-    return functools.partial(loss, reduction="none") if takes else None
+    reducing: Any = loss  # by a keyword that is no part of the contract
+    return functools.partial(reducing, reduction="none") if takes else None
 
 
 class _Unreduced:

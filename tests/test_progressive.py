@@ -56,6 +56,7 @@ def sizes_of(run: Run) -> Iterator[tuple[set[tuple[int, ...]], set[tuple[int, ..
     sizes = Sizes(run.model)
     while run.epoch < run.config.epochs:
         begin_epoch(run)
+        sizes.take()  # what the test itself has done with the network
         train_epoch(run)
         trained = sizes.take()
         record = finish_epoch(run)

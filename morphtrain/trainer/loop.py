@@ -74,10 +74,8 @@ def training_steps(run: Run) -> Iterator[int]:
         yield len(labels)
     if given != samples or seen == 0:
         name = f"data={run.config.data.name}"
-        made, wanted = (
-            ("train_batches", "train has") if run.infobatch is None else ("train_batches_of", "it was asked for")
-        )
-        raise UserError(f"{name}: {made} gave {given} images, {seen} of them to train on; {wanted} {samples}")
+        made, has = ("train_batches", "train has") if run.infobatch is None else ("train_batches_of", "rows has")
+        raise UserError(f"{name}: {made} gave {given} images, {seen} of them to train on; {has} {samples}")
     if run.infobatch is not None:
         run.train_loss, run.train_accuracy = run.infobatch.estimates()
     else:
