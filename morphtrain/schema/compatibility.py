@@ -8,7 +8,7 @@ from morphtrain.errors import UserError
 from morphtrain.schema.checks import check
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.grow import MorphNetExpansion, Planned, Selective
-from morphtrain.schema.prune import MorphNetPenalty, PruneTrain
+from morphtrain.schema.prune import Early, MorphNetPenalty, PruneTrain
 
 if TYPE_CHECKING:
     from morphtrain.schema.config import Config
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 def check_compatible(config: Config) -> None:
     """Raise a `UserError` for the first options that do not go together, saying what to change."""
+    _check_cuts(config)
     _check_growth(config)
     _check_custom_policy(config)
+
+
+def _check_cuts(config: Config) -> None:
+    if isinstance(config.prune, Early):
+        config.prune.cut_epochs(config.epochs)
 
 
 def _check_growth(config: Config) -> None:
@@ -35,6 +41,9 @@ def _check_growth(config: Config) -> None:
             stops = prune.stop_epoch is not None and prune.stop_epoch <= end
             wanted = f"grow.rounds * grow.round_epochs = {end} or earlier, or what grew would be shrunk again"
             check(stops, "prune.stop_epoch", prune.stop_epoch, wanted)
+        if isinstance(prune, Early):
+            wanted = f"at most {end / epochs:.4g}: growth ends after epoch {end}, and what grew would be cut again"
+            check(prune.cut_epochs(epochs)[-1] <= end, "prune.by", prune.by, wanted)
 
 
 def _check_custom_policy(config: Config) -> None:

@@ -82,6 +82,44 @@ class MorphNetPenalty(Prune, option="morphnet"):
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
 
 
+@dataclass
+class Early(Prune, option="early"):
+    """Early pruning: a few cuts to a target in the first epochs, and training without a pull from then on."""
+
+    metrics = ("cost_share",)
+
+    target: float
+    cost: str
+    by: float
+    cuts: int
+    importance: str
+    round_to: int
+    min_channels: int
+    ignore: list[str]
+
+    def __post_init__(self) -> None:
+        check(0 < self.target < 1, "prune.target", self.target, "between 0 and 1, both excluded")
+        check_one_of("prune.cost", self.cost, COSTS)
+        check(0 < self.by < 1, "prune.by", self.by, "between 0 and 1, both excluded")
+        check(self.cuts >= 1, "prune.cuts", self.cuts, "1 or more")
+        check_one_of("prune.importance", self.importance, ("magnitude", "gamma", "taylor"))
+        check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
+        check(self.min_channels >= 1, "prune.min_channels", self.min_channels, "1 or more channels")
+
+    def cut_epochs(self, epochs: int) -> list[int]:
+        """The epochs that cuts follow in a run of so many, as far apart as whole epochs can be; one at least.
+
+        Raises:
+            UserError: if no epoch ends by then, or none would train the small network.
+        """
+        check(epochs >= 2, "epochs", epochs, "2 or more with prune=early, which leaves some to train the small network")
+        least = f"{math.ceil(1e4 / epochs) / 1e4:g} or more with epochs={epochs}: channels go after whole epochs"
+        last = min(math.floor(round(self.by * epochs, 6)), epochs - 1)
+        check(last >= 1, "prune.by", self.by, least)
+        cuts = min(self.cuts, last)
+        return [math.ceil(last * cut / cuts) for cut in range(1, cuts + 1)]
+
+
 def _check_ratio(option: PruneTrain | MorphNetPenalty, otherwise: str = "") -> None:
     of, ratio = option.lasso_ratio_of, option.lasso_ratio
     check_one_of("prune.lasso_ratio_of", of, ("initial_norm", "loss"))
