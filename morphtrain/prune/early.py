@@ -1,16 +1,17 @@
-"""Prune early to a target, then train the small network: no penalty, no ratio to guess, and no pull after the last cut.
+"""Prune early to a target, then train the small network: no ratio to guess, and no pull after the last cut.
 
-The target is approached in a few cuts, each after an epoch. Until half of the epochs from one cut to the next are over,
-the network trains as it would without. Then the channels are chosen that matter least for what they cost, and only these
-fade out until the cut (`fading.py`). Others do that with a penalty (PruneTrain), or with masks that are found first and
-applied to a new start (Early-Bird, You et al. 2020, arXiv 1909.11957). Pruning against a target instead of by a penalty
-is HESSO's (Chen et al. 2024, arXiv 2409.09085).
+The target is approached in a few cuts, each after an epoch. For half of the epochs from one cut to the next the network
+trains as it would without. Then the channels are chosen that matter least for what they cost, and only these fade out
+until the cut. Early-Bird tickets (You et al. 2020, arXiv 1909.11957) show that it can be so early; HESSO (Chen et al.
+2024, arXiv 2409.09085) prunes to a target instead of by a penalty.
 """
 
 from __future__ import annotations
 
 import logging
 from typing import Any, cast
+
+import torch
 
 from morphtrain import schema
 from morphtrain.cost import CostKind, Roofline, WidthCost, measure_roofline
@@ -27,12 +28,18 @@ from morphtrain.world import agree
 log = logging.getLogger(__name__)
 
 FADING = 0.5  # of the epochs between two cuts; in those before, the weights show what they are good for
+# Why a measure of importance may know nothing of a channel.
+UNKNOWN = {
+    "gamma": "no channels of the model go through a norm with a scale",
+    "taylor": "no channels of the model are read by trained layers alone",
+}
 
 
 class Early(Method):
     """The method as hooks of the training loop; `importance`, `knapsack.within` and `Fading` are its functional form.
 
     Attributes:
+        cuts: the epochs that a cut follows.
         first_cost: of the run's first network.
         fading: the channels that go with the next cut, once they are chosen.
     """
@@ -42,13 +49,14 @@ class Early(Method):
     def __init__(self, config: schema.prune.Early) -> None:
         self.config = config
         self.ignore = config.ignore
+        self.cuts: list[int] = []
         self.first_cost = 0.0
         self.roofline: Roofline | None = None
         self.taylor = Taylor()
         self.fading: Fading | None = None
-        self.cut: int | None = None  # the epoch that the next cut follows
-        self.cut_at = self.fades_for = 0.0  # the progress at which it comes; epochs before it in which channels fade
-        self._faded: dict[str, Any] | None = None  # of a checkpoint
+        self.cut: int | None = None  # the epoch that the next cut follows; None after the last one
+        self.cut_at = self.fades_for = 0.0  # the run's progress when it comes; how many epochs before it channels fade
+        self._stored: dict[str, Any] | None = None  # what a checkpoint holds of `fading`
 
     def before_training(self, run: Run) -> None:
         self.cuts = self.config.cut_epochs(run.config.epochs)
@@ -57,20 +65,19 @@ class Early(Method):
         if run.epoch == 0:
             self._check_spaces(run)
             self.first_cost = self._cost(run)()
-            self._chosen(run, self.config.target)  # is an error now if it cannot be done
+            self._chosen(run, self.config.target)  # to say at once if it cannot be done
         self.taylor.to(run.device)
-        self.fading = resumed(run.graph, self._faded) if self._faded is not None else None
+        self.fading = resumed(run.graph, self._stored) if self._stored is not None else None
 
     def before_epoch(self, run: Run) -> None:
-        ahead = [epoch for epoch in self.cuts if epoch >= run.epoch]
-        self.cut = ahead[0] if ahead else None
+        self.cut = min((epoch for epoch in self.cuts if epoch >= run.epoch), default=None)
         if self.cut is not None:
             before = max((epoch for epoch in self.cuts if epoch < self.cut), default=0)
             self.cut_at = run.progress + self.cut - (run.epoch - 1)
             self.fades_for = FADING * (self.cut - before)
 
     def after_backward(self, run: Run) -> None:
-        if self._is_watching() and self.config.importance == "taylor":
+        if self.config.importance == "taylor" and self.cut is not None and self.fading is None:
             self.taylor.look(run.graph)
 
     def after_step(self, run: Run) -> None:
@@ -87,16 +94,16 @@ class Early(Method):
     def after_epoch(self, run: Run) -> None:
         if run.epoch != self.cut:
             return
-        if self.fading is None:  # no step was left for it, or the last ones were skipped
+        if self.fading is None:  # the steps after which to choose were skipped
             self._choose(run, 0.0)
         assert self.fading is not None
         change = self.fading.cut(run.optimizer)
-        self._start_anew()
+        self.fading = None
         if change:
             run.shape_changed(change.summary())
 
     def after_change(self, run: Run) -> None:
-        self._start_anew()  # others may have changed what was chosen
+        self.fading, self.taylor = None, Taylor()  # what was chosen or seen may have been of other channels
 
     def measure(self, run: Run) -> dict[str, float]:
         return {"cost_share": self._cost(run)() / self.first_cost}
@@ -113,44 +120,35 @@ class Early(Method):
         self.first_cost = state["first_cost"]
         self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
         self.taylor.load_state_dict(state["taylor"])
-        self._faded = state["fading"]
-
-    def _is_watching(self) -> bool:
-        """Whether the next cut is still to be chosen."""
-        return self.cut is not None and self.fading is None
-
-    def _start_anew(self) -> None:
-        self.fading, self.taylor = None, Taylor()
+        self._stored = state["fading"]
 
     def _choose(self, run: Run, left: float) -> None:
-        """Choose what the next cut removes: what brings the network as far as it has to be by then."""
+        """Choose what the next cut removes: so much that the network is as far on its way to the target as the run."""
         assert self.cut is not None
         share = self.config.target ** (self.cut / self.cuts[-1])
         gone = self._chosen(run, share)
-        self.fading = Fading(run.graph, gone, left)
+        self.fading, self.taylor = Fading(run.graph, gone, left), Taylor()
         log.info(
-            "prune=early: %s of %d fade out until the end of epoch %d, for %.3g of the first network's %s",
+            "prune=early: %s of %d fade out until the end of epoch %d; then %s are at most %.3g of the first network's",
             counted(sum(int(mask.sum()) for mask in gone.values()), "channel"),
-            *(sum(space.size for space in run.graph.spaces), self.cut, share, self.config.cost),
+            *(sum(space.size for space in run.graph.spaces), self.cut, self.config.cost, share),
         )
 
-    def _chosen(self, run: Run, share: float) -> dict[Space, Any]:
+    def _chosen(self, run: Run, share: float) -> dict[Space, torch.Tensor]:
         """Masks (size,) of the channels without which the network costs at most this share of the first one.
 
         Raises:
             UserError: if no widths that are allowed cost so little.
         """
         lost = {space: rising(found) for space, found in self._importance(run).items()}
-        budget, config = share * self.first_cost, self.config
+        cost, budget = self._cost(run), share * self.first_cost
+        multiple, least = self.config.round_to, self.config.min_channels
         try:
-            keep = within(
-                run.graph, lost, self._cost(run), budget, multiple=config.round_to, min_channels=config.min_channels
-            )
+            keep = within(run.graph, lost, cost, budget, multiple=multiple, min_channels=least)
         except ValueError as error:
-            least = f"prune.round_to={config.round_to} and prune.min_channels={config.min_channels}"
             raise UserError(
-                f"prune.target={config.target:g}: cannot be reached with {least}; a larger target, or smaller ones of "
-                f"these, may work ({error})"
+                f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
+                f"prune.min_channels={least}; a larger target, or less of these, may work ({error})"
             ) from error
         masks = agree([keep[space] for space in run.graph.spaces])
         return {space: ~mask for space, mask in zip(run.graph.spaces, masks, strict=True)}
@@ -158,21 +156,23 @@ class Early(Method):
     def _importance(self, run: Run) -> Importance:
         if self.config.importance == "taylor":
             return self.taylor.importance(run.graph)
-        return magnitude(run.graph) if self.config.importance == "magnitude" else gamma(run.graph)
+        return gamma(run.graph) if self.config.importance == "gamma" else magnitude(run.graph)
 
     def _cost(self, run: Run) -> WidthCost:
-        """What the present network costs, by its widths, at the batch size that the run starts with."""
+        """The cost of the present network by its widths, at the batch size that the run starts with."""
         kind = cast(CostKind, self.config.cost)
         return WidthCost(run.graph, kind, batch_size=run.config.first_batch_size, roofline=self.roofline)
 
     def _check_spaces(self, run: Run) -> None:
-        """Raise a `UserError` if no channel can go, and say which ones the measure of importance leaves out."""
+        """Raise a `UserError` if no channel can go, and say which ones stay because nothing is known of them."""
         importance, measure = self._importance(run), self.config.importance
         kept = [space.name for space, found in importance.items() if not found.isfinite().any()]
         if len(kept) == len(importance):
+            why = UNKNOWN.get(measure) if kept else None
             raise UserError(
-                f"prune.importance={measure}: it says nothing about any channels of the model"
-                + ("" if measure == "magnitude" else "; prune.importance=magnitude needs neither norms nor gradients")
+                f"prune.importance={measure}: {why}; prune.importance=magnitude needs none of that"
+                if why
+                else "prune=early: the model has no channels that can go"
             )
         if kept:
             log.info("prune.importance=%s: left as wide as they are: %s", measure, ", ".join(kept))

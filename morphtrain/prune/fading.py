@@ -20,8 +20,8 @@ class Fading:
 
     A channel is everything of it: rows of the weights that make it, scales and shifts of its norms, its biases, columns
     of the weights that use it. Each step takes the norm of it all / (steps that are left), whatever training does to it
-    meanwhile. So it is zero at the end with any network, learning rate and number of steps, and the cut changes nothing:
-    what the channel added, its constants too, the others have had the time to take over. No other channel is touched.
+    meanwhile. So it is zero at the end, with any network, learning rate and number of steps, and the cut changes
+    nothing. What the channel added, its constants too, the others have had time to take over. They are not touched.
 
     A penalty that grows on chosen weights only is growing regularisation (Wang et al. 2021, arXiv 2012.09243); one that
     arrives at zero in time is HESSO's (Chen et al. 2024, arXiv 2409.09085).
@@ -73,7 +73,7 @@ def resumed(graph: ChannelGraph, state: Mapping[str, Any]) -> Fading:
 
 
 def _can_fade(axis: Axis) -> bool:
-    """Whether the tensors of an axis may be zero. Of other layers that pass channels on, one might divide by its own."""
+    """Whether the tensors of an axis may be zero. Other layers that pass channels on might divide by theirs."""
     return axis.role != "elementwise" or isinstance(axis.module, (*MIXING, *NORMS, ZeroBranch))
 
 

@@ -95,7 +95,7 @@ def rising(importance: torch.Tensor) -> torch.Tensor:
     order = importance.argsort(stable=True)
     left = importance[order].flip(0).cumsum(0).flip(0)  # of the channel and all that matter more
     rest = torch.cat([left[1:], left.new_zeros(1)])
-    amounts = torch.where(left > 0, left[0] * (left / rest).log(), 0.0)
+    amounts = torch.where(left > 0, left[0] * (importance[order] / rest).log1p(), 0.0)
     return torch.empty_like(amounts).scatter_(0, order, amounts)
 
 
