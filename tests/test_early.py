@@ -36,7 +36,8 @@ DATA = (
     "data.image_size=8",
     "batch_policy.batch_size=16",
 )
-RESNET = (*DATA, "model=resnet8", "model.width=8", "prune=early", "prune.round_to=2")
+EARLY = ("prune=early", "prune.cost=flops")
+RESNET = (*DATA, "model=resnet8", "model.width=8", *EARLY, "prune.round_to=2")
 
 
 class Dense(nn.Module):
@@ -123,7 +124,7 @@ def test_the_target_is_reached_by_its_epoch(
 ) -> None:
     """Within a step of the widths, whatever the network, the length and the seed; and nothing changes after it."""
     keys = (f"prune.target={target}", f"prune.by={by}", f"prune.cuts={cuts}", f"epochs={epochs}", f"seed={seed}")
-    run = started(*DATA, "prune=early", *NETWORKS[network], *keys)
+    run = started(*DATA, *EARLY, *NETWORKS[network], *keys)
     first = WidthCost(run.graph, "flops")()
     advance(run, epochs)
     last, shares = math.floor(by * epochs), [record["cost_share"] for record in run.history]
@@ -167,7 +168,7 @@ def test_other_costs_reach_their_target(cost: str) -> None:
 )
 def test_what_goes_is_zero_in_the_end_so_a_cut_changes_nothing(options: tuple[str, ...]) -> None:
     base = DATA if "model=custom" in options else RESNET
-    keys = ("prune=early", "prune.round_to=2", "epochs=5", "prune.by=0.8", "prune.cuts=2")
+    keys = (*EARLY, "prune.round_to=2", "epochs=5", "prune.by=0.8", "prune.cuts=2")
     run = at_the_end_of_the_first_cuts_epoch(started(*base, *keys, *options))
     if "precision=o1" in options:
         assert run.progress < run.epoch
@@ -308,7 +309,7 @@ def test_the_steps_of_a_comparison_run_on() -> None:
 @pytest.mark.parametrize("moment", ["step:20", "step:40"])
 def test_killed_between_two_cuts_it_ends_the_same(moment: str, tmp_path: Path, command: Command, kill: Kill) -> None:
     """While it looks at gradients, and while channels fade; with the one as with the other in the checkpoint."""
-    keys = ("prune=early", "prune.round_to=2", "prune.by=0.7", "prune.cuts=1", "prune.importance=taylor", "epochs=5")
+    keys = (*EARLY, "prune.round_to=2", "prune.by=0.7", "prune.cuts=1", "prune.importance=taylor", "epochs=5")
     here = [*(override for override in SMALL if not override.startswith(("prune", "epochs"))), *keys, "tracking=none"]
     train_here(tmp_path / "once", *here)
     there = [*here, "hydra.run.dir=twice", "resume=auto"]
