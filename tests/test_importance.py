@@ -12,8 +12,10 @@ from networks import build, together, trace
 from topologies import TOPOLOGIES
 from torch import nn
 
+from morphtrain.cost import WidthCost
 from morphtrain.morph import MIXING, Axis, ChannelGraph, Space
 from morphtrain.prune.importance import Taylor, gamma, magnitude, rising
+from morphtrain.prune.knapsack import within
 
 
 def inner(model: nn.Module) -> tuple[ChannelGraph, Space, Any]:
@@ -154,3 +156,21 @@ def test_amounts_rise_and_add_up_to_the_logarithm_of_what_is_left(values: list[f
 def test_infinite_importances_stay() -> None:
     importance = torch.tensor([torch.inf, torch.inf], dtype=torch.double)
     assert torch.equal(rising(importance), importance)
+
+
+def test_layers_that_matter_alike_become_narrower_together() -> None:
+    """Amounts that do not rise would take all that they can from some of them."""
+    convs = [layer for _ in range(6) for layer in (nn.Conv2d(32, 32, 1, bias=False), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), *convs, nn.Conv2d(32, 8, 1))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    graph = ChannelGraph.trace(model, torch.zeros(1, 3, 4, 4))
+    cost, alike = WidthCost(graph, "flops"), magnitude(graph)
+
+    def widths(lost: dict[Space, torch.Tensor]) -> list[int]:
+        return [int(mask.sum()) for mask in within(graph, lost, cost, 0.25 * cost()).values()]
+
+    raised, plain = widths({space: rising(found) for space, found in alike.items()}), widths(alike)
+    assert len(raised) == 7
+    assert min(raised) >= 8
+    assert min(plain) <= 4
