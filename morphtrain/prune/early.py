@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 
 from morphtrain import schema
-from morphtrain.cost import CostKind, Roofline, WidthCost, measure_roofline
+from morphtrain.cost import CostKind, WidthCost
+from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.morph import Space
@@ -51,7 +52,7 @@ class Early(Method):
         self.ignore = config.ignore
         self.cuts: list[int] = []
         self.first_cost = 0.0
-        self.roofline: Roofline | None = None
+        self.latency: Terms = {}  # measured so far, if that is the cost
         self.taylor = Taylor()
         self.fading: Fading | None = None
         self.cut: int | None = None  # the epoch that the next cut follows; None after the last one
@@ -60,8 +61,6 @@ class Early(Method):
 
     def before_training(self, run: Run) -> None:
         self.cuts = self.config.cut_epochs(run.config.epochs)
-        if self.config.cost == "latency" and self.roofline is None:
-            self.roofline = agree(measure_roofline(run.device))
         if run.epoch == 0:
             self._check_spaces(run)
             self.first_cost = self._cost(run)()
@@ -111,14 +110,14 @@ class Early(Method):
     def state_dict(self) -> dict[str, Any]:
         return {
             "first_cost": self.first_cost,
-            "roofline": list(self.roofline) if self.roofline else None,
+            "latency": self.latency,
             "taylor": self.taylor.state_dict(),
             "fading": self.fading.state_dict() if self.fading is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_cost = state["first_cost"]
-        self.roofline = Roofline(*state["roofline"]) if state["roofline"] else None
+        self.latency = known_terms(state, "prune.cost")
         self.taylor.load_state_dict(state["taylor"])
         self._stored = state["fading"]
 
@@ -159,9 +158,8 @@ class Early(Method):
         return gamma(run.graph) if self.config.importance == "gamma" else magnitude(run.graph)
 
     def _cost(self, run: Run) -> WidthCost:
-        """The cost of the present network by its widths, at the batch size that the run starts with."""
-        kind = cast(CostKind, self.config.cost)
-        return WidthCost(run.graph, kind, batch_size=run.config.first_batch_size, roofline=self.roofline)
+        """The cost of the present network by its widths."""
+        return run.width_cost(cast(CostKind, self.config.cost), self.latency)
 
     def _check_spaces(self, run: Run) -> None:
         """Raise a `UserError` if no channel can go, and say which ones stay because nothing is known of them."""
