@@ -15,7 +15,7 @@ import torch
 
 from morphtrain import schema
 from morphtrain.cost import CostKind, WidthCost
-from morphtrain.cost.latency import Terms
+from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.morph import Space
@@ -117,7 +117,7 @@ class Early(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_cost = state["first_cost"]
-        self.latency = state["latency"]
+        self.latency = known_terms(state, "prune.cost")
         self.taylor.load_state_dict(state["taylor"])
         self._stored = state["fading"]
 
@@ -158,7 +158,7 @@ class Early(Method):
         return gamma(run.graph) if self.config.importance == "gamma" else magnitude(run.graph)
 
     def _cost(self, run: Run) -> WidthCost:
-        """The cost of the present network by its widths, at the batch size that the run starts with."""
+        """The cost of the present network by its widths."""
         return run.width_cost(cast(CostKind, self.config.cost), self.latency)
 
     def _check_spaces(self, run: Run) -> None:

@@ -103,19 +103,13 @@ def rising(importance: torch.Tensor) -> torch.Tensor:
 def _per_channel(graph: ChannelGraph, of_axis: Callable[[Axis], torch.Tensor | None]) -> dict[Space, torch.Tensor]:
     """(size,): the sum over a space's slots of what `of_axis` says of the entries of their axes.
 
-    Spaces of which it says nothing are left out. A tensor that several layers share counts once.
+    Spaces of which it says nothing are left out. A tensor that several layers share is on the axes of one of them.
     """
     sums: dict[Space, torch.Tensor] = {}
-    counted: set[tuple[int, int]] = set()
     for axis in graph.axes:
         entries = of_axis(axis)
         if entries is None:
             continue
-        name, dim = axis.tensors[0]
-        tensor = id(getattr(axis.module, name)), dim
-        if tensor in counted:
-            continue
-        counted.add(tensor)
         for start, segment in axis.placed():
             if segment.space is not None:
                 found = entries[start : start + segment.length].view(-1, segment.span).sum(1)
@@ -163,5 +157,5 @@ def _derivative(axis: Axis) -> torch.Tensor | None:
 
 def _has_gradients(space: Space) -> bool:
     """Whether weights read the space, and all of these are trained."""
-    readers = [slot.axis.weight for slot in space.slots if slot.role == "consumes"]
-    return bool(readers) and all(weight is not None and weight.requires_grad for weight in readers)
+    weights = [slot.axis.weight for slot in space.slots if slot.role == "consumes" and slot.has_weights]
+    return bool(weights) and all(weight is not None and weight.requires_grad for weight in weights)
