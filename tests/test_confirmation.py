@@ -236,7 +236,7 @@ FASTEST = (
     *("hydra.sweeper.n_trials=5", "hydra.sweeper.confirm.seeds=3", "hydra.sweeper.min_accuracy=baseline-0.05"),
     *(
         "hydra.sweeper.shares={epochs: null, model.width: null}",
-        "hydra.sweeper.baseline=[prune=none,optimizer.lr=1e-9]",
+        "hydra.sweeper.baseline=['prune=none','optimizer.lr=1e-9']",
     ),
 )
 STEPS = 4  # of an epoch

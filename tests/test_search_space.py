@@ -19,7 +19,7 @@ PARAMS = {
     "prune": {
         "none": {},
         "prunetrain": {"prune.lasso_ratio": "tag(log,interval(1.0,20.0))", "prune.interval": "range(1,6)"},
-        "morphnet": {"prune.lasso_ratio": "interval(2.0,4.0)", "prune.stop_epoch": 9},
+        "morphnet": {"prune.lasso_ratio": "tag(log,interval(2.0,4.0))", "prune.stop_epoch": 9},
     },
     "precision": "o0,bf16",
 }
@@ -139,11 +139,15 @@ WRONG = {
     ),
     "another key of an option": (
         ['+hydra.sweeper.params={prune: {none: {}, prunetrain: {prune.intervall: "1,2"}}}'],
-        "prune.intervall=1: the chosen option of prune has no such key; did you mean prune.interval?",
+        "prune.intervall=2: the chosen option of prune has no such key; did you mean prune.interval?",
     ),
     "a value of an option": (
         ['+hydra.sweeper.params={prune: {none: {}, prunetrain: {prune.interval: "range(0,4)"}}}'],
         "prune.interval=0: must be",
+    ),
+    "one key in two ways": (
+        ["+hydra.sweeper.params={prune: {prunetrain: {prune.interval: '1,2'}, morphnet: {prune.interval: '1,3'}}}"],
+        "hydra.sweeper.params.prune.morphnet.prune.interval=CategoricalDistribution(choices=(1, 3)): must be",
     ),
     "no keys": (
         ["+hydra.sweeper.params={prune: {none: 3}}"],

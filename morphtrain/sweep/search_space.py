@@ -8,7 +8,13 @@ from typing import Any
 
 from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 from omegaconf import DictConfig, OmegaConf
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
 from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from morphtrain import schema
@@ -52,6 +58,7 @@ class SearchSpace:
         searched = {key: d for key, d in searched.items() if key not in self.typed}  # what is fixed is not searched
         theirs = {key for branch in branches for key in branch.distributions}
         self.branches = [replace(branch, distributions=self._typed(branch, searched)) for branch in branches]
+        _check_alike(self.branches)
         self.distributions = {key: d for key, d in searched.items() if key not in theirs}
         for key, share in (shares or {}).items():
             if share is not None and key not in self.distributions:
@@ -182,6 +189,18 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
         return False
 
 
+def _check_alike(branches: Sequence[Branch]) -> None:
+    """Raise a `UserError` for a key that two branches search in ways that no study can hold together."""
+    first: dict[str, BaseDistribution] = {}
+    for branch in branches:
+        for key, distribution in branch.distributions.items():
+            try:
+                check_distribution_compatibility(first.setdefault(key, distribution), distribution)
+            except ValueError as error:
+                at = f"hydra.sweeper.params.{branch.key}.{branch.option}.{key}={distribution}"
+                raise UserError(f"{at}: must be of the kind and scale, or the choices, of {first[key]}") from error
+
+
 def _low(distribution: Any) -> Any:
     return distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low
 
@@ -224,7 +243,7 @@ def _of_share(key: str, share: str, config: DictConfig) -> BaseDistribution:
     if isinstance(found, CategoricalDistribution) or (isinstance(found, FloatDistribution) and found.step is not None):
         return CategoricalDistribution(tuple(dict.fromkeys(value(choice) for choice in _all_values(key, found))))
     kind: Any = IntDistribution if whole else FloatDistribution
-    return kind(*map(value, ends), log=found.log)  # type: ignore[no-any-return]
+    return kind(*map(value, ends), log=found.log)
 
 
 def as_space(parameters: Mapping[str, Any] | None) -> list[str]:
