@@ -161,7 +161,7 @@ def test_other_costs_reach_their_target(cost: str) -> None:
         ("prune.importance=taylor", "optimizer=adamw", "clip_norm=0.1"),
         ("prune.importance=gamma", "optimizer.lr=0.5", "model.shortcut=B", "memory_format=channels_last"),
         ("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=24"),
-        ("precision=o1", "precision.dtype=float16", "precision.init_scale=4194304"),  # the first steps are skipped
+        ("precision=o1", "precision.dtype=float16", "precision.init_scale=1048576"),  # the first steps are skipped
         ("model=custom", "model._target_=test_early.Odd"),
         ("model=custom", "model._target_=test_early.Dense"),
     ],
