@@ -137,7 +137,8 @@ def test_the_target_is_reached_by_its_epoch(
     largest = max(cost({space: space.size + step}) for space in run.graph.spaces) - cost()
     assert target * first - largest < cost() <= target * first
     assert shares[-1] == pytest.approx(run.macs / run.initial["macs"])  # counted on the network itself
-    assert all(axis.length % step == 0 for axis in run.graph.axes if axis.weight is not None and is_free(axis))
+    if network != "resnet8":  # padded shortcuts put layers together from parts
+        assert all(axis.length % step == 0 for axis in run.graph.axes if axis.weight is not None and is_free(axis))
 
 
 def is_free(axis: Any) -> bool:
@@ -161,7 +162,6 @@ def test_other_costs_reach_their_target(cost: str) -> None:
         ("prune.importance=taylor", "optimizer=adamw", "clip_norm=0.1"),
         ("prune.importance=gamma", "optimizer.lr=0.5", "model.shortcut=B", "memory_format=channels_last"),
         ("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=24"),
-        ("precision=o1", "precision.dtype=float16", "precision.init_scale=4194304"),  # the first steps are skipped
         ("model=custom", "model._target_=test_early.Odd"),
         ("model=custom", "model._target_=test_early.Dense"),
     ],
@@ -170,8 +170,6 @@ def test_what_goes_is_zero_in_the_end_so_a_cut_changes_nothing(options: tuple[st
     base = DATA if "model=custom" in options else RESNET
     keys = (*EARLY, "prune.round_to=2", "epochs=5", "prune.by=0.8", "prune.cuts=2")
     run = at_the_end_of_the_first_cuts_epoch(started(*base, *keys, *options))
-    if "precision=o1" in options:
-        assert run.progress < run.epoch
     fading = method_of(run).fading
     assert fading is not None
     assert fading.gone
@@ -218,6 +216,19 @@ def test_fading_touches_what_goes_and_nothing_else(name: str) -> None:
     change = fading.cut(torch.optim.SGD(model.parameters(), lr=0.1))
     assert change.widths == {space.name: (len(mask), int((~mask).sum())) for space, mask in gone.items()}
     assert_close(outputs(model, x), before, 1e-9)
+
+
+def test_steps_that_are_skipped_do_not_delay_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a loss scale that is too large at first: what is left is by the steps that are."""
+    run = started(*RESNET, "epochs=5", "prune.by=0.8", "prune.cuts=2")
+    step, skipped = run.precision.step, iter((False, False))
+    monkeypatch.setattr(run.precision, "step", lambda optimizer: next(skipped, True) and step(optimizer))
+    at_the_end_of_the_first_cuts_epoch(run)
+    fading = method_of(run).fading
+    assert run.progress == 1.5
+    assert fading is not None
+    assert fading.left == 0
+    assert all(p[mask.expand_as(p)].count_nonzero() == 0 for p, mask in fading.masks.items())
 
 
 def test_every_step_takes_an_equal_part_of_what_is_left() -> None:
