@@ -4,7 +4,8 @@
 
 - ours: the recipe of that file.
 - dense: the same loop as the peers', uncompiled.
-- compiled: the dense network by `torch.compile` and bf16, as a user of plain PyTorch would train it.
+- compiled: the dense network by `torch.compile` and bf16, as a user of plain PyTorch would train it. Compiling takes
+  half a minute of its seconds, which only a longer job earns back.
 - torch-pruning: the dense network, pruned once after a tenth of the epochs to half of its MACs, by the mean of its
   groups' norms over all layers, in widths of multiples of 8; then it is trained to its end (Fang et al. 2023).
 - fasterai: pruned while it trains, by fasterai's schedule over the first half of the epochs, to the same MACs. Left out
@@ -41,6 +42,7 @@ from morphtrain.state import Run, derived_seed
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate
 from morphtrain.trainer.train import new_run, prepared
+from morphtrain.wording import counted
 
 TARGET = 0.5  # share of the MACs that pruning leaves
 EARLY = 0.1  # share of the epochs before torch-pruning prunes
@@ -237,7 +239,7 @@ def trained(job: list[str], seed: int, device: torch.device) -> dict[str, End]:
 
 
 def report(found: Mapping[int, Mapping[str, End]]) -> None:
-    print(f"peers: means of {len(found)} seeds with 95 % intervals; ratios of seconds are paired by seed")
+    print(f"peers: means over {counted(len(found), 'seed')} with 95 % intervals; ratios of seconds are paired by seed")
     for name in next(iter(found.values())):
         ends = {seed: ends[name] for seed, ends in found.items()}
         seconds = {seed: end.seconds for seed, end in ends.items()}
