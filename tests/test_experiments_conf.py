@@ -1,4 +1,4 @@
-"""The questions in `conf/experiment`: each composes at both sizes, arm by arm, and all of chapter 3 is asked."""
+"""The questions in `conf/experiment`: each composes at all sizes, arm by arm, and all of chapter 3 is asked."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from morphtrain import schema
+from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import CURVE
-from morphtrain.experiment.declaration import declared, typed
+from morphtrain.experiment.declaration import _arms, declared, typed
 
-NAMES = sorted(path.stem for path in (schema.CONF / "experiment").glob("*.yaml"))
+FILES = sorted((schema.CONF / "experiment").glob("*.yaml"))
+NAMES = [path.stem for path in FILES]
+SIZES = {path.stem: list(yaml.safe_load(path.read_text())["hydra"]["sweeper"]["sizes"]) for path in FILES}
+OF_THE_THESIS = [name for name in NAMES if "thesis" in SIZES[name]]
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -38,14 +43,15 @@ def keys_of(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["small", "thesis"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in NAMES for size in SIZES[name]])
 def test_every_question_can_be_run_arm_by_arm(name: str, size: str) -> None:
     """`declared` composes every arm, and raises for one that cannot run or is the same as another."""
     with initialize_config_dir(str(schema.CONF)):
         given = typed([f"+experiment={name}", f"size={size}"])
         experiment = declared(name, keys_of(*given.aside), given, composed)
     assert (experiment.name, experiment.size) == (name, size)
+    if name not in OF_THE_THESIS:
+        return
     assert ("data=cifar10" in experiment.overrides) == (size == "thesis")
     if experiment.analysis in ("pays", "factor", "curves"):
         assert ("epochs=180" in experiment.overrides) == (size == "thesis")
@@ -53,23 +59,26 @@ def test_every_question_can_be_run_arm_by_arm(name: str, size: str) -> None:
 
 def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files: dict[str, dict[str, Any]]) -> None:
     about_time = {name: keys for name, keys in files.items() if keys["response"] == "calibrated_train_seconds"}
-    assert len(about_time) == 8
+    assert len(about_time) == 10
     for name, keys in about_time.items():
         assert keys["analysis"] == "pays"
         roles = {arm: node.get("role", "method") for arm, node in keys["arms"].items()}
         counts = Counter(roles.values())
-        assert counts["dense"] == 1 and counts["sooner"] >= 2 and counts["narrower"] >= 2, name
+        assert counts["dense"] == 1 and counts["sooner"] >= 2 and counts["narrower"] >= 1 + (name in OF_THE_THESIS), (
+            name
+        )
         methods = {arm for arm, role in roles.items() if role == "method"}
         shaped = [node["of"] for node in keys["arms"].values() if "of" in node]
-        assert methods and set(shaped) == methods and len(shaped) == counts["from_scratch"], name
+        assert methods and len(shaped) == counts["from_scratch"], name
+        assert set(shaped) == (methods if name in OF_THE_THESIS else {"recipe"}), name
         curve = [keys["arms"][arm] for arm, role in roles.items() if role in CURVE]
         assert all(set(node) <= {"role", "epochs", "width"} for node in curve), "which differ in nothing else"
 
 
 def test_a_test_has_five_seeds_or_more(files: dict[str, dict[str, Any]]) -> None:
-    assert len(NAMES) == 20
+    assert len(OF_THE_THESIS) == 20
     for name, keys in files.items():
-        assert set(keys["sizes"]) == {"small", "thesis"}
+        assert set(keys["sizes"]) == ({"small", "thesis"} if name in OF_THE_THESIS else {"small", "medium", "full"})
         for size in keys["sizes"].values():
             assert len(size["seeds"]) >= 5 or name in ("blocks_params", "blocks_batch"), "which are exact"
 
@@ -82,6 +91,34 @@ def test_every_figure_of_the_thesis_is_asked_about(figure: str, files: dict[str,
 @pytest.mark.parametrize("section", ["3.1.2", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "3.5", "3.6.1"])
 def test_every_section_of_the_thesis_is_asked_about(section: str, files: dict[str, dict[str, Any]]) -> None:
     assert any(section in keys["thesis"].replace(",", "").partition("Figure")[0].split() for keys in files.values())
+
+
+def test_the_recipe_is_its_parts_everywhere(files: dict[str, dict[str, Any]]) -> None:
+    """An ablation is of what it takes apart, and nothing is tuned again for other networks and images."""
+    recipe, elsewhere = files["recipe"], files["recipe_elsewhere"]
+    assert elsewhere["arms"] == recipe["arms"] and elsewhere["margin"] == recipe["margin"]
+    whole = recipe["arms"]["recipe"]
+    assert set(whole) <= {"parts", "epochs"}
+    methods = {name for name, node in recipe["arms"].items() if not ({"role", "parts"} & set(node))}
+    assert set(whole["parts"]) <= methods
+    for size, keys in recipe["sizes"].items():
+        assert not set(keys["overrides"]) >= set(elsewhere["sizes"][size]["overrides"]), "another network"
+        assert keys["seeds"] == elsewhere["sizes"][size]["seeds"]
+
+
+def test_an_arm_has_what_its_parts_have_and_its_own_wins() -> None:
+    arms = {
+        "a": {"overrides": ["prune=prunetrain", "prune.interval=1"]},
+        "b": {"overrides": ["epochs=7"], "small": ["seed=2"]},
+        "both": {"parts": ["a", "b"], "overrides": ["prune.interval=3"]},
+    }
+    found = _arms(arms, "small")["both"].overrides
+    assert sorted(found) == ["epochs=7", "prune.interval=3", "prune=prunetrain", "seed=2"]
+    assert "seed=2" not in _arms(arms, "full")["both"].overrides
+    for part in ("c", "both", "half"):
+        wrong = {**arms, "half": {"epochs": 0.5}, "all": {"parts": [part]}}
+        with pytest.raises(UserError, match=rf"hydra\.sweeper\.arms\.all\.parts={part}: must be one of a, b: an arm"):
+            _arms(wrong, "small")
 
 
 def test_the_guide_lists_every_question() -> None:

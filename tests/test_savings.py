@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import declared, write
+from experiments import cut, declared, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,6 +15,7 @@ from test_report import ARMS, EPOCHS, SEEDS, THREE, metrics, t_interval
 
 from morphtrain.evidence.frontier import Point
 from morphtrain.evidence.savings import savings
+from morphtrain.evidence.summary import summary
 from morphtrain.experiment.answer import show_answer
 from morphtrain.report.build import read
 
@@ -99,13 +100,13 @@ def test_the_console_shows_each_arm_and_the_answer_of_the_report(
     assert rows["good"][-1] == "pays" and rows["poor"][-1] == "does not pay" and rows["dense"][-1] == "-"
     logs = {arm: np.log([metrics(arm, seed, EPOCHS)["calibrated_train_seconds"] for seed in SEEDS]) for arm in ARMS}
     for cell, wanted in (
-        (rows["good"][2], np.exp(t_interval(logs["good"]))),
-        (rows["good"][3], np.exp(t_interval(logs["good"] - logs["dense"]))),
-        (rows["good"][4], t_interval([metrics("good", seed, EPOCHS)["test_accuracy"] for seed in SEEDS])),
+        (rows["good"][1], np.exp(t_interval(logs["good"]))),
+        (rows["good"][2], np.exp(t_interval(logs["good"] - logs["dense"]))),
+        (rows["good"][3], t_interval([metrics("good", seed, EPOCHS)["test_accuracy"] for seed in SEEDS])),
     ):
         shown = [float(number.strip("[,]")) for number in cell.split()]
         assert shown == pytest.approx(wanted, rel=0.02), cell
-    assert rows["dense"][1] == str(len(SEEDS)) and rows["dense"][3] == "-"
+    assert rows["dense"][2] == "-"
 
 
 def test_other_questions_have_no_verdict_and_what_decides_as_a_column(
@@ -116,8 +117,8 @@ def test_other_questions_have_no_verdict_and_what_decides_as_a_column(
 
     directory = write(tmp_path / "a", declared("ratio", THREE, SEEDS, response="val_loss"), with_loss, EPOCHS)
     rows, lines = answer_of(directory, capsys)
-    assert len(rows["good"]) == 6
-    assert float(rows["good"][5].split()[0]) == pytest.approx(0.404, rel=0.01)
+    assert len(rows["good"]) == 5
+    assert float(rows["good"][4].split()[0]) == pytest.approx(0.404, rel=0.01)
     assert any(line.startswith("answer: ") for line in lines)
 
     def nothing(arm: str, seed: int, epoch: int) -> Mapping[str, float]:
@@ -127,3 +128,17 @@ def test_other_questions_have_no_verdict_and_what_decides_as_a_column(
     assert rows == {}
     assert lines[0].startswith("no table of the arms: values=[0.0, ")
     assert lines[1].startswith("answer: These numbers cannot be analysed: ")
+
+
+def test_arms_with_fewer_runs_say_so(tmp_path: Path) -> None:
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    assert f"over {len(SEEDS)} seeds" in read_summary(directory)[0]
+    cut(directory, 3, "poor", 0)
+    caption, seeds = read_summary(directory)
+    assert "over the seeds" in caption and seeds == {"dense": 7, "good": 7, "poor": 6}
+
+
+def read_summary(directory: Path) -> tuple[str, dict[str, int]]:
+    question = read(directory, directory.parent)
+    found = summary(question.experiment, question.finished)
+    return found.caption, found.frame["seeds"].to_dict() if "seeds" in found.frame else {}

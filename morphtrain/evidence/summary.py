@@ -11,6 +11,7 @@ from morphtrain.evidence.analyses.values import ACCURACY, BySeed
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.repeats import paired_ratio
 from morphtrain.evidence.section import Table
+from morphtrain.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,13 +36,16 @@ def summary(experiment: Experiment, table: pd.DataFrame) -> Table:
 
     found = {m: values.last(experiment, table, m) for m in dict.fromkeys((*NAMES, experiment.response))}
     verdicts = _verdicts(experiment, table)
-    rows: dict[str, dict[str, Any]] = {}
-    for arm in experiment.arms:
-        seeds = {seed for metric in found.values() for seed in metric[arm]}
-        if seeds:
-            rows[arm] = {"seeds": len(seeds), **_means(arm, found), **verdicts.get(arm, {})}
-    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
-    return Table("summary", "Means over the seeds with 95 % intervals.", frame)
+    counts = {arm: len({seed for metric in found.values() for seed in metric[arm]}) for arm in experiment.arms}
+    alike = len(set(counts.values())) == 1
+    rows = {
+        arm: {**({} if alike else {"seeds": count}), **_means(arm, found), **verdicts.get(arm, {})}
+        for arm, count in counts.items()
+        if count
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index").reindex(list(rows)).rename_axis("arm")
+    over = counted(next(iter(counts.values())), "seed") if alike else "the seeds"
+    return Table("summary", f"Means over {over} with 95 % intervals.", frame)
 
 
 def _means(arm: str, found: Mapping[str, Mapping[str, BySeed]]) -> dict[str, float]:

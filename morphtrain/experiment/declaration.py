@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -154,7 +154,16 @@ def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
         schema.check(arm.at is None or 0 < arm.at < 1, f"{at}.at", arm.at, "between 0 and 1, a share of the epochs")
         arm.overrides = merged(arm.overrides, {"small": arm.small, "thesis": arm.thesis}.get(size, []))
         arms[str(name)] = arm
-    return arms
+    return {name: _with_parts(name, arm, arms) for name, arm in arms.items()}
+
+
+def _with_parts(name: str, arm: ArmKeys, arms: Mapping[str, ArmKeys]) -> ArmKeys:
+    """An arm with the overrides of the arms that it puts together; its own win."""
+    whole = [other for other, keys in arms.items() if not (keys.parts or keys.epochs or keys.width or keys.at)]
+    for part in arm.parts:
+        wanted = f"one of {', '.join(whole)}: an arm without parts and shares"
+        schema.check(part in whole, f"hydra.sweeper.arms.{name}.parts", part, wanted)
+    return replace(arm, overrides=merged(*(arms[part].overrides for part in arm.parts), arm.overrides))
 
 
 def _check_free(overrides: Sequence[str], arms: Mapping[str, ArmKeys]) -> None:

@@ -29,7 +29,7 @@ class Digits(Data, option="digits"):
 
     def __post_init__(self) -> None:
         check(self.image_size >= 8, "data.image_size", self.image_size, "8 or more pixels")
-        _check_test_share(self.test_share)
+        check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
         _check_shift(self.shift, self.image_size)
 
 
@@ -41,7 +41,7 @@ class Mnist5000(Data, option="mnist_5000"):
     test_share: float
 
     def __post_init__(self) -> None:
-        _check_test_share(self.test_share)
+        check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
         _check_shift(self.shift, 28)
 
 
@@ -134,7 +134,3 @@ class Synthetic(Data, option="synthetic"):
 
 def _check_shift(shift: int, image_size: int) -> None:
     check(0 <= shift < image_size, "data.shift", shift, f"0 to {image_size - 1} pixels")
-
-
-def _check_test_share(share: float) -> None:
-    check(0 <= share <= 0.9, "data.test_share", share, "0 to 0.9")

@@ -13,6 +13,7 @@ class ArmKeys:
     """One of the configurations that are compared."""
 
     overrides: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # arms whose overrides it has, too
     small: list[str] = field(default_factory=list)  # more overrides, at size=small
     thesis: list[str] = field(default_factory=list)  # and at size=thesis
     role: str = "method"
