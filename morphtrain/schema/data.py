@@ -91,6 +91,7 @@ class Mnist5000(Data, option="mnist_5000"):
     test_share: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 <= self.test_share <= 0.9, "data.test_share", self.test_share, "0 to 0.9")
         _check_shift(self.shift, 28)
 
