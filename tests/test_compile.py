@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -327,9 +328,10 @@ def test_a_wrong_mode_is_named() -> None:
 
 
 @pytest.mark.slow
-@mock.patch.dict(os.environ)  # the compiler leaves variables behind
-def test_compiled_twice_or_resumed_it_has_the_same_bits(tmp_path: Path) -> None:
+@mock.patch.dict(os.environ)  # the compiler leaves variables behind, and a path
+def test_compiled_twice_or_resumed_it_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the real compiler; against the plain network it is the same to rounding, which training then blows up."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     short = ["epochs=3", "prune=none", "data.train_samples=128"]
     for name, stops in {"once": [3], "twice": [3], "parts": [2, 3]}.items():
         (tmp_path / name).mkdir()
