@@ -17,6 +17,7 @@ import logging
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,7 +204,7 @@ def compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], torch.Tens
     if BACKEND == "inductor":
         _check_cache()
     code = torch.compile(network, backend=BACKEND, mode=MODES[mode], dynamic=False)
-    from torch._dynamo import config  # slow to import
+    from torch._dynamo import config, eval_frame  # slow to import
 
     hooks_guarded = config.patch(skip_nnmodule_hook_guards=False)  # or one that a method sets later is never called
 
@@ -212,6 +213,8 @@ def compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], torch.Tens
             logits: torch.Tensor = code(images)
             return logits
 
+    # What torch keeps with a function and the function keep each other alive.
+    weakref.finalize(run, eval_frame.remove_from_cache, network.__code__).atexit = False
     return run
 
 
