@@ -64,9 +64,7 @@ def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files:
         assert keys["analysis"] == "pays"
         roles = {arm: node.get("role", "method") for arm, node in keys["arms"].items()}
         counts = Counter(roles.values())
-        assert counts["dense"] == 1 and counts["sooner"] >= 2 and counts["narrower"] >= 1 + (name in OF_THE_THESIS), (
-            name
-        )
+        assert counts["dense"] == 1 and counts["sooner"] >= 2 and counts["narrower"] >= 1, name
         methods = {arm for arm, role in roles.items() if role == "method"}
         shaped = [node["of"] for node in keys["arms"].values() if "of" in node]
         assert methods and len(shaped) == counts["from_scratch"], name

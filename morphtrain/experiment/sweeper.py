@@ -42,6 +42,7 @@ class ArmsSweeper:
 
     def __init__(self, keys: Mapping[str, Any]) -> None:
         self.keys = keys
+        self.tracking: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.name = str(config.hydra.runtime.choices["experiment"])
