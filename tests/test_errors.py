@@ -25,12 +25,12 @@ CASES = {
     "mistyped preset": (["+sweep=prune"], "sweep=prune: no such option; did you mean prunetrain?"),
     "quite another option": (
         ["prune=half"],
-        "prune=half: no such option; there are custom, morphnet, none, prunetrain",
+        "prune=half: no such option; there are custom, early, morphnet, none, prunetrain",
     ),
-    "no option": (["prune="], "prune=: no such option; there are custom, morphnet, none, prunetrain"),
+    "no option": (["prune="], "prune=: no such option; there are custom, early, morphnet, none, prunetrain"),
     "null as option": (
         ["prune=null"],
-        "prune=null: no such option; there are none, prunetrain, morphnet, custom",
+        "prune=null: no such option; there are none, prunetrain, morphnet, early, custom",
     ),
     "number as option": (["norm=3"], "norm=3: no such option; there are batch, ghost, custom"),
     "group left out": (["~prune"], "prune: missing; give it a value"),
@@ -543,7 +543,7 @@ def test_help_and_config_are_fast_because_they_import_little(fresh_command: Comm
 
 HELP = """
 epochs: 60                  # passes over the training data
-prune=prunetrain   (there are custom, morphnet, none, prunetrain)
+prune=prunetrain   (there are custom, early, morphnet, none, prunetrain)
   # PruneTrain (Lym et al. 2019, arXiv 1901.09290): group lasso while training; dead channels are removed along the way.
   lasso_ratio: 0.5       # strength of the penalty, as a ratio of what the next key names; fixes lambda
   interval: 5          # epochs from one reconfiguration to the next (the paper: 10 on CIFAR, 5 on ImageNet)

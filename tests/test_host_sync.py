@@ -80,7 +80,7 @@ def test_a_step_reads_nothing(options: list[str]) -> None:
 
 
 def test_what_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> bool:
+    def step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> bool:
         return bool(run.loss > 0) and bool(labels[labels > 0].sum().item() >= 0)
 
     monkeypatch.setattr(loop, "take_step", step)
