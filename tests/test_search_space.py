@@ -96,7 +96,7 @@ def test_shares_are_of_what_the_config_has() -> None:
 
 def test_the_config_of_every_option_is_checked_before_any_trial() -> None:
     """At the low and at the high end of what is searched with it."""
-    corners = [dict(o.split("=", 1) for o in corner) for corner in space().corners()]
+    corners = [dict(o.split("=", 1) for o in alternatives[0]) for alternatives in space().corners()]
     assert [corner["prune"] for corner in corners] == [
         *("none", "morphnet"),
         *("none", "none", "prunetrain", "prunetrain", "morphnet", "morphnet"),
@@ -104,6 +104,27 @@ def test_the_config_of_every_option_is_checked_before_any_trial() -> None:
     ends = [corner["prune.lasso_ratio"] for corner in corners if corner["prune"] == "prunetrain"]
     assert ends == ["1.0", "20.0"]
     assert all(("prune.stop_epoch" in corner) == (corner["prune"] == "morphnet") for corner in corners)
+
+
+def test_what_is_too_little_for_a_short_run_may_do_for_a_long_one() -> None:
+    """An end of an option's own range is checked with both ends of all others, that of the same side first."""
+    found = space(shares={"epochs": "interval(0.2,1.0)"}).corners()
+    asked = [[dict(o.split("=", 1) for o in corner) for corner in alternatives] for alternatives in found]
+    pruned = [[(c["prune.interval"], c["epochs"]) for c in alternatives] for alternatives in asked[4:6]]
+    assert pruned == [[("1", "6"), ("1", "30")], [("5", "30"), ("5", "6")]]
+    assert [len(alternatives) for alternatives in found[:2]] == [1, 1]
+    typed = [
+        dict(o.split("=", 1) for o in corner)
+        for corners in space("prune=none,morphnet").corners()
+        for corner in corners
+    ]
+    assert {corner["prune"] for corner in typed} == {"none", "morphnet"}, "no others are searched"
+
+
+def test_a_typed_range_replaces_a_value_that_only_an_option_has() -> None:
+    typed = space("prune.stop_epoch=7,8")
+    assert suggested(typed, prune="none", precision="o0").keys() == {"prune", "precision"}
+    assert suggested(typed, prune="morphnet", prune__lasso_ratio=3.5)["prune.stop_epoch"] in ("7", "8")
 
 
 def test_the_values_of_a_baseline_are_those_of_its_option() -> None:

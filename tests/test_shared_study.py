@@ -91,6 +91,20 @@ def test_the_heartbeat_lasts_until_a_trial_is_dropped(tmp_path: Path) -> None:
     assert storage.get_trial(trial._trial_id).state == TrialState.COMPLETE
 
 
+def test_a_search_leaves_the_locks_of_those_who_run_its_end(tmp_path: Path) -> None:
+    """By them a worker that was killed there is known at once to be dead, not after some silent minutes."""
+    dead = tmp_path / f"{workers.CONFIRM_PREFIX}here-1.lock"
+    dead.touch()
+    with workers.Worker(optuna.storages.InMemoryStorage(), tmp_path, heartbeat_seconds=1000) as worker:
+        worker.remove_dead()
+        assert dead.exists()
+    attrs = {workers.LOCK_ATTR: str(dead), workers.BEAT_ATTR: time.time()}
+    assert workers.abandoned(attrs, 1000)
+    with workers.Worker(optuna.storages.InMemoryStorage(), tmp_path, 1000, workers.CONFIRM_PREFIX) as worker:
+        worker.remove_dead()
+        assert list(tmp_path.iterdir()) == [worker.path]
+
+
 def test_lock_files_of_dead_workers_are_removed(tmp_path: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     dead = tmp_path / ".worker-here-1.lock"

@@ -31,7 +31,7 @@ from morphtrain.experiment.sweeper import ArmsSweeper, check_failures
 from morphtrain.sweep.attributes import FIRST, RUN_DIR_ATTR
 from morphtrain.sweep.baseline import Baselines
 from morphtrain.sweep.study import WAIT_SECONDS, Plan, SharedStudy
-from morphtrain.sweep.workers import Worker
+from morphtrain.sweep.workers import CONFIRM_PREFIX, Worker
 from morphtrain.timing.summaries import NEVER
 
 ATTEMPTS = 3  # to run what fails, or is disturbed while times are not calibrated
@@ -143,7 +143,7 @@ class Confirmation:
         study = SharedStudy(self.plan, optuna.samplers.RandomSampler(), optuna.pruners.NopPruner())
         failed = sum(trial.state == TrialState.FAIL for trial in study.trials)
         study.plan = replace(self.plan, total=failed + 1)  # one that has failed is repeated, by a later command
-        with Worker(study.storage, self.sweep_dir, heartbeat_seconds) as worker:
+        with Worker(study.storage, self.sweep_dir, heartbeat_seconds, CONFIRM_PREFIX) as worker:
             while True:
                 interrupts.check()
                 if trials := study.take(worker, 1, _place(self.directory)):

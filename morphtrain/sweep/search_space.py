@@ -19,7 +19,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from morphtrain import schema
 from morphtrain.errors import UserError, first_line
-from morphtrain.experiment.declaration import merged
+from morphtrain.experiment.declaration import key_of, merged
 from morphtrain.wording import as_yaml
 
 
@@ -56,8 +56,8 @@ class SearchSpace:
         self.fixed = [*(f"{key}={value}" for key, value in plain.items()), *other]
         self.typed = {key.lstrip("+"): value for key, value in plain.items()}
         searched = {key: d for key, d in searched.items() if key not in self.typed}  # what is fixed is not searched
-        theirs = {key for branch in branches for key in branch.distributions}
-        self.branches = [replace(branch, distributions=self._typed(branch, searched)) for branch in branches]
+        theirs = {key for branch in branches for key in (*branch.distributions, *map(key_of, branch.fixed))}
+        self.branches = [self._typed(branch, searched) for branch in branches]
         _check_alike(self.branches)
         self.distributions = {key: d for key, d in searched.items() if key not in theirs}
         for key, share in (shares or {}).items():
@@ -66,9 +66,11 @@ class SearchSpace:
         self.extend = extend
         self.config = config
 
-    def _typed(self, branch: Branch, searched: Mapping[str, BaseDistribution]) -> dict[str, BaseDistribution]:
-        """A branch's keys that nobody has fixed, in the ranges that were typed."""
-        return {key: searched.get(key, d) for key, d in branch.distributions.items() if key not in self.typed}
+    def _typed(self, branch: Branch, searched: Mapping[str, BaseDistribution]) -> Branch:
+        """The branch in the ranges that were typed, without the keys that somebody has fixed."""
+        own = {**branch.distributions, **{key: searched[key] for key in map(key_of, branch.fixed) if key in searched}}
+        found = {key: searched.get(key, d) for key, d in own.items() if key not in self.typed}
+        return replace(branch, distributions=found, fixed=[o for o in branch.fixed if key_of(o) not in found])
 
     def suggest(self, trial: Trial) -> list[str]:
         """The overrides of a trial; values that it does not have yet come from the study's sampler.
@@ -137,19 +139,30 @@ class SearchSpace:
         choices = self.config.hydra.runtime.choices
         return choices[key] if key in choices else OmegaConf.select(self.config, key)
 
-    def corners(self) -> list[list[str]]:
-        """Overrides with all ranges at their low and all at their high end, to check the config before any trial.
+    def corners(self) -> list[list[list[str]]]:
+        """Overrides at the ends of all ranges, to check the config before any trial; of each list, one has to do.
 
-        The first two are those of the first options; then come, for each branch, its own two.
+        The first two are the low and the high ends with the first options. Then come, for each branch, the low and the
+        high ends of its own keys, each with both ends of all others: what is too little for a short run may do for a
+        long one.
         """
-        found = [self._corner({}, end) for end in (_low, _high)]
-        branches = (branch for branch in self.branches if branch.key in self.distributions)
-        return [*found, *(self._corner({b.key: b.option}, end) for b in branches for end in (_low, _high))]
+        ends = (_low, _high)
+        branches = [branch for branch in self.branches if branch.option in self._options(branch.key)]
+        found = [[self._corner({}, end, end)] for end in ends]
+        for branch in branches:
+            chosen = {branch.key: branch.option}
+            found += [[self._corner(chosen, end, rest) for rest in (end, other)] for end, other in (ends, ends[::-1])]
+        return found
 
-    def _corner(self, chosen: Mapping[str, Any], end: Callable[[Any], Any]) -> list[str]:
-        values = {key: end(d) for key, d in self.distributions.items()} | dict(chosen)
+    def _options(self, key: str) -> list[str]:
+        """What is searched of a key that has options; what was typed may be fewer than there are branches."""
+        return [as_yaml(option) for option in getattr(self.distributions.get(key), "choices", ())]
+
+    def _corner(self, chosen: Mapping[str, Any], own: Callable[[Any], Any], rest: Callable[[Any], Any]) -> list[str]:
+        """With keys of branches at one end, and the `rest` at another."""
+        values = {key: rest(d) for key, d in self.distributions.items()} | dict(chosen)
         searched, fixed = self._of(values)
-        return merged(fixed, [f"{key}={values.get(key, end(d))}" for key, d in searched.items()])
+        return merged(fixed, [f"{key}={values.get(key, own(d))}" for key, d in searched.items()])
 
     def grid(self) -> dict[str, list[Any]]:
         """All values of each key; raises `UserError` for a range without steps, or a key that not all trials have."""

@@ -175,7 +175,7 @@ class StudySweeper:
         searched = bool(space.distributions) or any(b.distributions for b in space.branches) or space.extend is not None
         example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
-        configs = [self._parsed(overrides) for overrides in space.corners()]
+        configs = [self._first_parsed(corners) for corners in space.corners()]
         schema.check(configs[0].trial is None, "trial", configs[0].trial, NO_NUMBER)
         for overrides in (baselines.first(), *baselines.more.values()) if self.baseline is not None else ():
             self._parsed(overrides)
@@ -184,6 +184,16 @@ class StudySweeper:
         check_directions(directions, objective)
         check_confirm(self.confirm.best, directions, objective)
         return configs[0]
+
+    def _first_parsed(self, alternatives: Sequence[Sequence[str]]) -> schema.Config:
+        """The config of the first of these that is valid; raises what is wrong with the first if none is."""
+        mistakes = []
+        for overrides in alternatives:
+            try:
+                return self._parsed(overrides)
+            except UserError as error:
+                mistakes.append(error)
+        raise mistakes[0]
 
     def _parsed(self, overrides: Sequence[str]) -> schema.Config:
         return schema.parse(self._composed([*overrides, *self.target.to_check]))

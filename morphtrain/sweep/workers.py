@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LOCK_ATTR, BEAT_ATTR = "worker_lock", "heartbeat"
 LOCK_PREFIX = ".worker-"  # of a lock file's name
+CONFIRM_PREFIX = ".confirm-worker-"  # of one for the runs at the end, which are a study of their own
 SILENT_BEATS = 4  # a worker that has missed this many heartbeats is considered dead
 
 
@@ -32,11 +33,12 @@ class Worker:
         storage: the study's Optuna storage.
         directory: where the lock file goes; created if it does not exist.
         heartbeat_seconds: time between two heartbeats.
+        prefix: of the lock file's name, one for each study that has such files here.
     """
 
-    def __init__(self, storage: Any, directory: Path, heartbeat_seconds: float) -> None:
-        self.storage = storage
-        self.path = directory.resolve() / f"{LOCK_PREFIX}{os.uname().nodename}-{os.getpid()}.lock"
+    def __init__(self, storage: Any, directory: Path, heartbeat_seconds: float, prefix: str = LOCK_PREFIX) -> None:
+        self.storage, self.prefix = storage, prefix
+        self.path = directory.resolve() / f"{prefix}{os.uname().nodename}-{os.getpid()}.lock"
         self.heartbeat_seconds = heartbeat_seconds
         self.trial_ids: set[int] = set()
         self._lock = ExitStack()
@@ -58,8 +60,8 @@ class Worker:
         self._lock.close()
 
     def remove_dead(self) -> None:
-        """Remove the lock files of dead workers beside this one's. Queue their trials again first."""
-        for path in self.path.parent.glob(".worker-*.lock"):
+        """Remove the lock files of the study's dead workers beside this one's. Queue their trials again first."""
+        for path in self.path.parent.glob(f"{self.prefix}*.lock"):
             if path != self.path:
                 remove_unlocked(path)
 
@@ -91,7 +93,9 @@ class Worker:
 def abandoned(attrs: dict[str, Any], heartbeat_seconds: float) -> bool:
     """Whether the worker that a running trial's attributes name is dead."""
     lock, beat = Path(str(attrs.get(LOCK_ATTR))), attrs.get(BEAT_ATTR)
-    if lock.name.startswith(LOCK_PREFIX) and lock.is_file():  # the study may name any file, and this opens it
+    if (
+        lock.name.startswith((LOCK_PREFIX, CONFIRM_PREFIX)) and lock.is_file()
+    ):  # the study may name any file, and this opens it
         return not is_locked(lock)
     last = beat if isinstance(beat, (int, float)) else 0.0
     return time.time() - last > SILENT_BEATS * heartbeat_seconds
