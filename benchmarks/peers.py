@@ -39,6 +39,7 @@ from morphtrain.evidence import words
 from morphtrain.evidence.repeats import geometric, paired_ratio, share
 from morphtrain.experiment.declaration import merged
 from morphtrain.state import Run, derived_seed
+from morphtrain.trainer import auto
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate
 from morphtrain.trainer.train import new_run, prepared
@@ -86,6 +87,7 @@ def peer(run: Run, forward: Callable[[nn.Module], nn.Module], change: Change) ->
     """A loop as users write it, on a run's data, first weights and hyperparameters."""
 
     def training() -> Iterator[int]:
+        auto.choose(run)  # not in its seconds
         first, seconds = run.macs, 0.0
         optimizer, model = sgd(run), forward(run.model)
         for epoch in range(run.config.epochs):

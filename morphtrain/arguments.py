@@ -24,7 +24,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files; for
-            a key that some options of a grid lack, of which with `++` only their own jobs would complain.
+            a key that some options of a grid lack, of which with `++` only their own jobs would complain; for a size
+            of no experiment, which would do nothing.
     """
     flags = check_flags(arguments)
     _check_shown(flags)
@@ -34,6 +35,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             schema.tracking.check_address(value)
         if key.startswith("hydra.sweeper"):
             schema.sweeper.check_storage(value)
+        if key == "size" and all(other != "experiment" for other, _, _ in typed):
+            raise UserError(f"size={value}: is that of an experiment, as +experiment=recipe size={value}")
     arguments = _seeds_outermost(_in_a_grid(arguments))
     keys = {key for key, _, _ in typed}
     becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys

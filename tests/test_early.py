@@ -344,6 +344,7 @@ def test_cuts_are_spread_over_the_first_epochs() -> None:
     assert cuts(20, 0.2, 3) == [2, 3, 4]
     assert cuts(20, 0.2, 99) == [1, 2, 3, 4]
     assert cuts(2, 0.99, 3) == [1]
+    assert cuts(6, 0.1, 3) == [1], "shares of the run are an epoch at least"
     for epochs in range(2, 40):
         for by in (0.5, 0.7, 0.99):
             found = cuts(epochs, by, 3)
@@ -354,14 +355,18 @@ def test_cuts_are_spread_over_the_first_epochs() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["prune.target=50"],
+            "prune.target=50.0: must be between 0 and 1, both excluded, as a share of the first",
+        ),
         (["prune.target=1"], "prune.target=1.0: must be between 0 and 1, both excluded"),
+        (["prune.by=5"], "prune.by=5.0: must be between 0 and 1, both excluded, as a share of the epochs"),
         (["prune.by=0"], "prune.by=0.0: must be between 0 and 1, both excluded"),
         (["prune.cuts=0"], "prune.cuts=0: must be 1 or more"),
         (["prune.cost=watts"], "prune.cost=watts: must be one of flops, model_size, latency"),
         (["prune.importance=luck"], "prune.importance=luck: must be one of magnitude, gamma, taylor"),
         (["prune.round_to=0"], "prune.round_to=0: must be 1 or more channels"),
         (["epochs=1"], "epochs=1: must be 2 or more with prune=early"),
-        (["epochs=30", "prune.by=0.03"], "prune.by=0.03: must be 0.0334 or more with epochs=30"),
         (["grow=morphnet", "grow.rounds=1", "grow.round_epochs=2"], "prune.by=0.2: must be at most 0.03333"),
     ],
 )

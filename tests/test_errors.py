@@ -63,6 +63,7 @@ CASES = {
         "your own is added by +model.colours=3",
     ),
     "mistyped top-level key": (["epoch=3"], "epoch=3: no such key; did you mean epochs?"),
+    "key of a group without it": (["infobatch=0.5"], "infobatch=0.5: no such key; did you mean data.infobatch?"),
     "added top-level key": (["+epoch=3"], "epoch=3: no such key; did you mean epochs?"),
     "unknown key of Hydra's": (["hydra.foo=1"], "hydra.foo=1: no such key"),
     "mistyped key of Hydra's": (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir?"),
@@ -145,6 +146,7 @@ CASES = {
         "grow.at_epochs=[1.5]: must be a list, as [1,2] or [25%]",
     ),
     "number for a list": (["grow=wider", "grow.at_epochs=3"], "grow.at_epochs=3: must be a list, as [1,2] or [25%]"),
+    "share for a list": (["grow=wider", "grow.at_epochs=9%"], "grow.at_epochs=9%: must be a list, as [1,2] or [25%]"),
     "text for an optional number": (["clip_norm=long"], "clip_norm=long: must be a number, or null"),
     "node for a list": (
         ["methods={_target_: a.B}"],
@@ -340,6 +342,10 @@ CASES = {
     "arms that are no node": (
         ["+experiment=lasso_ratio", "hydra.sweeper.arms=both"],
         "hydra.sweeper.arms=both: must be keys with values, as {key: value}",
+    ),
+    "size of no experiment": (
+        ["+size=medium"],
+        "size=medium: is that of an experiment, as +experiment=recipe size=medium",
     ),
     "experiment without sizes": (
         ["+experiment=lasso_ratio", "hydra.sweeper.sizes=null"],

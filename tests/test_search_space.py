@@ -8,9 +8,13 @@ from typing import Any
 import optuna
 import pytest
 from conftest import Answer
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+import morphtrain
+from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
@@ -191,3 +195,15 @@ def test_a_space_that_cannot_be_searched_is_refused(case: str, answer: Answer) -
     refused = answer(*SWEEP, *typed)
     assert refused.startswith(said), refused
     assert "\n" not in refused
+
+
+@pytest.mark.parametrize("epochs", [15, 30])
+def test_the_ends_of_what_fastest_searches_are_configs(epochs: int) -> None:
+    """A fifth of the epochs, of which a tenth is less than one, has all methods."""
+    with initialize_config_dir(str(schema.CONF)):
+        config = hydra_compose("config", overrides=["+sweep=fastest", f"epochs={epochs}"], return_hydra_config=True)
+    sweeper = config.hydra.sweeper
+    searched = SearchSpace(as_space(sweeper.params), None, config, branches_of(sweeper.params), sweeper.shares)
+    target = ["objective=[calibrated_time_to_accuracy]", "timing.target_accuracy=0.9"]
+    for corner in searched.corners():
+        morphtrain.compose(*corner, *target)

@@ -147,7 +147,7 @@ class Early(Method):
         except ValueError as error:
             raise UserError(
                 f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
-                f"prune.min_channels={least}; a larger target, or less of these, may work ({error})"
+                f"prune.min_channels={least}; a larger target, or a smaller value of these, may work ({error})"
             ) from error
         masks = agree([keep[space] for space in run.graph.spaces])
         return {space: ~mask for space, mask in zip(run.graph.spaces, masks, strict=True)}

@@ -29,9 +29,10 @@ class Curriculum:
     infobatch_until: float = 0.875
 
     def __post_init__(self) -> None:
-        check(0 < self.progressive <= 1, "data.progressive", self.progressive, "above 0 and at most 1")
+        side = "above 0 and at most 1, as a share of the images' side"
+        check(0 < self.progressive <= 1, "data.progressive", self.progressive, side)
         _check_share("data.progressive_until", self.progressive_until)
-        check(0 <= self.infobatch < 1, "data.infobatch", self.infobatch, "0 or more and below 1")
+        check(0 <= self.infobatch < 1, "data.infobatch", self.infobatch, "0 or more and below 1, as a share of images")
         _check_share("data.infobatch_until", self.infobatch_until)
 
     def small_epochs(self, epochs: int) -> int:

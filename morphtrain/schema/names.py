@@ -33,7 +33,9 @@ def no_such_key(key: str, value: str) -> str:
         return f"{key}={value}: no such key{_hydras(name)}"
     if group not in OPTIONS:
         top = [*(field.name for field in fields(Config)), "hydra"]
-        known = f"; {nearest(group, top)}" if group not in top else ""
+        inside = [f"{part}.{key}" for part in OPTIONS if any(key in keys(part, option) for option in OPTIONS[part])]
+        known = f"; did you mean {' or '.join(inside)}?" if inside else f"; {nearest(group, top)}"
+        known = known if group not in top else ""
         return f"{key}={value}: no such key{known}"
     has = {option: keys(group, option) for option in OPTIONS[group]}
     owners = [option for option, names in has.items() if name in names]

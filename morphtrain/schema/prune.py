@@ -100,9 +100,10 @@ class Early(Prune, option="early"):
     ignore: list[str]
 
     def __post_init__(self) -> None:
-        check(0 < self.target < 1, "prune.target", self.target, "between 0 and 1, both excluded")
+        wanted = "between 0 and 1, both excluded, as a share of "
+        check(0 < self.target < 1, "prune.target", self.target, f"{wanted}the first network's cost")
         check_one_of("prune.cost", self.cost, COSTS)
-        check(0 < self.by < 1, "prune.by", self.by, "between 0 and 1, both excluded")
+        check(0 < self.by < 1, "prune.by", self.by, f"{wanted}the epochs")
         check(self.cuts >= 1, "prune.cuts", self.cuts, "1 or more")
         check_one_of("prune.importance", self.importance, ("magnitude", "gamma", "taylor"))
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
@@ -112,12 +113,10 @@ class Early(Prune, option="early"):
         """The epochs that cuts follow in a run of so many, as far apart as whole epochs can be; one at least.
 
         Raises:
-            UserError: if no epoch ends by then, or none would train the small network.
+            UserError: if no epoch would train the small network.
         """
         check(epochs >= 2, "epochs", epochs, "2 or more with prune=early, which leaves some to train the small network")
-        least = f"{math.ceil(1e4 / epochs) / 1e4:g} or more with epochs={epochs}: channels go after whole epochs"
-        last = min(math.floor(round(self.by * epochs, 6)), epochs - 1)
-        check(last >= 1, "prune.by", self.by, least)
+        last = max(1, min(math.floor(round(self.by * epochs, 6)), epochs - 1))
         cuts = min(self.cuts, last)
         return [math.ceil(last * cut / cuts) for cut in range(1, cuts + 1)]
 

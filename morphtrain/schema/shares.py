@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from morphtrain.schema.checks import check
 
@@ -21,7 +21,9 @@ def in_epochs(kind: type, values: Mapping[str, Any], epochs: int, at: str) -> di
     Raises:
         UserError: for a share of nothing, or of more than the run.
     """
+    lists = {key: get_origin(hint) is list for key, hint in get_type_hints(kind).items()}
     keys = [key for key in getattr(kind, "epoch_keys", ()) if key in values]
+    keys = [key for key in keys if isinstance(values[key], list) == lists[key]]  # others are of a wrong type
     found = {key: _whole(values[key], epochs, f"{at}.{key}") for key in keys}
     return {key: whole for key, whole in found.items() if whole != values[key]}
 
