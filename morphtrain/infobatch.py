@@ -15,14 +15,14 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from morphtrain import world
-from morphtrain.contracts import Batch, Data, Loss, SelectableData
+from morphtrain.contracts import Data, Loss, SelectableData
 from morphtrain.errors import UserError, said
 from morphtrain.schema.data import Curriculum
 
@@ -33,7 +33,7 @@ class InfoBatch:
     """The scores of all training images, and what follows from them for the present epoch.
 
     Args:
-        data: on the run's device.
+        samples: how many training images there are, N.
         losses: logits (B, classes) and labels (B,) to the loss of each image (B,).
         drop: the share that is left out of the images below the mean score, 0 to 1.
         last_epoch: the last that leaves any out.
@@ -44,18 +44,15 @@ class InfoBatch:
         weights: (N,), what each of them counts; K of them sum up to N.
     """
 
-    def __init__(self, data: SelectableData, losses: Loss, drop: float, last_epoch: int, device: torch.device) -> None:
-        self.data, self.losses, self.drop, self.last_epoch = data, losses, drop, last_epoch
-        samples = len(data.train)
+    def __init__(self, samples: int, losses: Loss, drop: float, last_epoch: int, device: torch.device) -> None:
+        self.losses, self.drop, self.last_epoch = losses, drop, last_epoch
         self.scores = torch.full((samples,), math.inf, device=device)  # not known; none is below a mean
         self.right = torch.zeros(samples, dtype=torch.bool, device=device)
         self.weights = torch.ones(samples, device=device)
         self.rows = torch.arange(samples, device=device)
 
-    def batches(
-        self, epoch: int, batch_size: int, generator: torch.Generator, leaves_single: Callable[[int], bool]
-    ) -> Iterator[Batch]:
-        """Choose the images of an epoch; returns their batches, in random order, augmented.
+    def choose(self, epoch: int, generator: torch.Generator, leaves_single: Callable[[int], bool]) -> torch.Tensor:
+        """Choose the images of an epoch; returns `rows`, in random order, on the CPU.
 
         Args:
             leaves_single: whether an epoch of so many images would end in a pass with a single one, which batch norm
@@ -66,7 +63,7 @@ class InfoBatch:
         if epoch <= self.last_epoch:
             order = order[self._kept(generator, leaves_single)[order]]
         self.rows = order.to(self.scores.device)
-        return self.data.train_batches_of(order, batch_size, generator)
+        return order
 
     def _kept(self, generator: torch.Generator, leaves_single: Callable[[int], bool]) -> torch.Tensor:
         """Which images this epoch keeps, (N,), bool; sets `weights`."""
@@ -168,7 +165,7 @@ def build(
             f"{key}: loss={loss_name} cannot say the losses of single images, whose mean it is; one with torch's "
             f"`reduction` can, and {without}"
         )
-    return InfoBatch(data, losses, curriculum.infobatch, curriculum.thinned_epochs(epochs), device)
+    return InfoBatch(len(data.train), losses, curriculum.infobatch, curriculum.thinned_epochs(epochs), device)
 
 
 def _is_consistent(data: SelectableData) -> bool:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_format import stop_after
 from test_resume import assert_same
+from torch import nn
 
 import morphtrain
 from morphtrain import schema
@@ -28,7 +29,7 @@ from morphtrain.trainer import auto, train
 from morphtrain.trainer.auto import Choice
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
-from morphtrain.trainer.loop import train_epoch
+from morphtrain.trainer.loop import train_epoch, training_batches
 
 CPU = torch.device("cpu")
 BOTH = ("memory_format=auto", "precision=auto")
@@ -89,6 +90,14 @@ def test_it_trains_as_what_was_chosen(keys: tuple[str, ...], chosen: dict[str, s
     assert run.history[-1]["precision_bits"] == 16
     assert run.history[-1].get("channels_last") == (1.0 if "memory_format" in chosen else None)
     assert "precision_bits" not in typed.history[-1]
+
+
+def test_infobatch_chooses_from_the_data_in_the_format_that_was_chosen(measured: list) -> None:
+    run = build_run(config_of("memory_format=auto", "data.infobatch=0.5", "epochs=4"))
+    start(run)
+    begin_epoch(run)
+    images, _ = next(training_batches(run))
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_nothing_is_measured_where_nothing_is_auto(measured: list) -> None:
@@ -189,6 +198,29 @@ def test_a_network_that_a_precision_cannot_train_is_one_line(monkeypatch: pytest
     run = build_run(config_of("precision=auto"))
     with pytest.raises(UserError, match=r'^precision=auto: the network does not train in bf16: "fancy" not'):
         start(run)
+
+
+class Flat(nn.Module):
+    """A network whose `view` takes contiguous activations only."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6 * 6 * 6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.head(x.view(len(x), -1))
+
+
+def test_a_format_that_the_network_does_not_train_in_is_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    own = [o for o in UNPRUNED if not o.startswith("model")]
+    own += ["model=custom", "model._target_=test_auto.Flat", "memory_format=auto", "tracking=none", "device=cpu"]
+    run = build_run(morphtrain.compose(*own))
+    with caplog.at_level(logging.INFO):
+        start(run)
+    assert run.chosen == {"memory_format": "contiguous"}
+    wanted = "memory_format=auto: the network does not train with memory_format=channels_last: view size is not"
+    assert sum(message.startswith(wanted) for message in caplog.messages) == 1
 
 
 def test_the_largest_batch_needs_a_choice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_it_takes_the_same_steps(kind: str, memory_format: str) -> None:
         for p, q, old in zip(run.model.parameters(), plain.model.parameters(), before, strict=True):
             assert not torch.equal(q, old)
             torch.testing.assert_close(p - old, q - old, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_layers_take_the_same_first_step(kind: str) -> None:
+    """Theirs is the first one, while all others have a momentum."""
+    grown = ["prune=none", "grow=deeper", "grow.at_epochs=[1]", *KINDS[kind]]
+    plain, run = started(*grown), started(*grown, FUSED)
+    for one in (run, plain):
+        epochs(one, 1)
+    known = [p.detach().clone() for p in plain.model.parameters()]
+    run.model.load_state_dict(plain.model.state_dict())
+    run.optimizer.load_state_dict(copy.deepcopy(plain.optimizer.state_dict()))
+    for group in run.optimizer.param_groups:
+        group["fused"], group["foreach"] = True, None
+    x, y = next(iter(run.data.train_batches(16, torch.Generator())))
+    for one in (run, plain):
+        one.optimizer.zero_grad()
+        nn.functional.cross_entropy(one.model.train()(x), y).backward()
+        assert any(p not in one.optimizer.state for p in one.model.parameters()), "some are new"
+        one.optimizer.step()
+    for p, q, old in zip(run.model.parameters(), plain.model.parameters(), known, strict=True):
+        torch.testing.assert_close(p - old, q - old, rtol=1e-3, atol=1e-6)
+        assert run.optimizer.state[p].keys() == plain.optimizer.state[q].keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,7 @@ def scored(losses: torch.Tensor, drop: float = 0.5) -> InfoBatch:
     """InfoBatch after an epoch that ended with these losses."""
     loss = unreduced(F.cross_entropy)
     assert loss is not None
-    infobatch = InfoBatch(numbered(len(losses)), loss, drop, last_epoch=10, device=CPU)
+    infobatch = InfoBatch(len(losses), loss, drop, last_epoch=10, device=CPU)
     infobatch.scores.copy_(losses)
     return infobatch
 
@@ -63,7 +63,7 @@ def never(images: int) -> bool:
 
 def chosen(infobatch: InfoBatch, seed: int, leaves_single: Callable[[int], bool] = never) -> torch.Tensor:
     """The rows of an epoch, in its order."""
-    infobatch.batches(2, 4, torch.Generator().manual_seed(seed), leaves_single)
+    infobatch.choose(2, torch.Generator().manual_seed(seed), leaves_single)
     return infobatch.rows
 
 
@@ -123,7 +123,7 @@ def test_images_that_were_never_trained_on_are_kept_and_no_reason_to_leave_out_o
 def test_after_the_last_epoch_that_leaves_any_out_all_are_kept_and_count_alike() -> None:
     infobatch = scored(LOSSES)
     assert len(chosen(infobatch, 0)) == 7
-    infobatch.batches(11, 4, torch.Generator().manual_seed(0), never)
+    infobatch.choose(11, torch.Generator().manual_seed(0), never)
     assert len(infobatch.rows) == 10
     assert torch.equal(infobatch.weights, torch.ones(10))
 

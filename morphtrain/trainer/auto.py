@@ -95,11 +95,9 @@ def step_seconds(run: Run) -> dict[Choice, float]:
     left alone.
     """
     steps = _steps(run)
-    spent: dict[Choice, list[float]] = {choice: [] for choice in steps}
-    turns = list(steps)
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        for choice in turns:
-            _first(steps[choice], choice)
+        turns = [choice for choice, step in steps.items() if _trains(run, step, choice)]
+        spent: dict[Choice, list[float]] = {choice: [] for choice in turns}
         start = time.perf_counter()
         for done in range(MOST_ROUNDS):
             if done >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
@@ -150,11 +148,24 @@ def _twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Ten
     return model, optimizer, images, labels
 
 
-def _first(step: Callable[[], None], choice: Choice) -> None:
-    """A step that chooses kernels and maps memory, and shows whether the network can be trained like this."""
+def _trains(run: Run, step: Callable[[], None], choice: Choice) -> bool:
+    """Whether the network can be trained like this, by a step that also chooses kernels and maps memory.
+
+    False only for a memory format that need not be taken: a `view` in a network may want another one.
+
+    Raises:
+        UserError: for a precision that the network cannot be trained in.
+    """
     try:
         step()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
+        if _is_auto(run, "memory_format") and choice.memory_format != next(iter(FORMATS)):
+            name = f"memory_format={choice.memory_format}"
+            log.info("memory_format=auto: the network does not train with %s: %s", name, said(error))
+            return False
+        if not _is_auto(run, "precision"):
+            raise
         raise UserError(f"precision=auto: the network does not train in {choice.precision}: {said(error)}") from error
+    return True

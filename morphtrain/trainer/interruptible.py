@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from morphtrain import interrupts
+from morphtrain.compilation import Compilation
 
 LONG_SECONDS = 0.2  # a step that took less ends soon enough by itself, and is not slowed down
 
@@ -42,21 +43,27 @@ def _before_backward(gradients: Any) -> None:
 
 
 class Steps:
-    """Makes those steps interruptible that are long, going by the one before: `with steps.next():`.
+    """Makes those steps interruptible that are long, going by the one before: `with steps.next(whole):`.
 
     Args:
-        inside: False if a signal has to wait for the end of a step, however long it is.
+        compilation: of the run, which looks at the steps instead: code that asks for signals cannot be compiled, so one
+            waits for the end of a step, however long it is.
     """
 
-    def __init__(self, inside: bool = True) -> None:
-        self.inside = inside
+    def __init__(self, compilation: Compilation | None) -> None:
+        self.compilation = compilation
         self.seconds = LONG_SECONDS  # of the first one nothing is known
 
     @contextmanager
-    def next(self) -> Iterator[None]:
-        """One step; raises `Interrupted` before it, or, if it is long, also inside."""
+    def next(self, whole: bool) -> Iterator[None]:
+        """One step, on a whole batch or on less; raises `Interrupted` before it, or, if it is long, also inside."""
         interrupts.check()
         start = time.perf_counter()
-        with interruptible() if self.inside and self.seconds >= LONG_SECONDS else nullcontext():
+        with self._watched(whole):
             yield
         self.seconds = time.perf_counter() - start
+
+    def _watched(self, whole: bool) -> AbstractContextManager[None]:
+        if self.compilation is not None:
+            return self.compilation.step(whole)
+        return interruptible() if self.seconds >= LONG_SECONDS else nullcontext()

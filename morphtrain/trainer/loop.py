@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain import interrupts
-from morphtrain.compilation import Compilation
-from morphtrain.contracts import Batch
+from morphtrain.contracts import Batch, SelectableData
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of
 from morphtrain.progressive import resized
@@ -44,10 +42,9 @@ def training_steps(run: Run) -> Iterator[int]:
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     set_mode(run, training=True)
-    compilation = run.compilation
-    if compilation is not None:
-        compilation.begin_epoch(samples // run.batch_size, run.usual_pass)
-    steps = Steps(inside=compilation is None)  # code that looks for signals cannot be compiled
+    if run.compilation is not None:
+        run.compilation.begin_epoch(samples // run.batch_size, run.usual_pass)
+    steps = Steps(run.compilation)
     for images, labels in waited_for(batches, run):
         rows = None if run.infobatch is None else run.infobatch.rows[given : given + len(labels)]
         given += len(labels)
@@ -58,7 +55,7 @@ def training_steps(run: Run) -> Iterator[int]:
         for hook in before_forward:
             images, labels = hook(run, (images, labels)) or (images, labels)
         _check_rows(run, rows, labels)
-        with steps.next(), _of(compilation, len(labels) == run.batch_size):
+        with steps.next(whole=len(labels) == run.batch_size):
             loss, right = gradients(run, images, labels, rows)
             with additions_of(run.optimizer).paced():
                 taken = take_step(run, images, labels, rows)
@@ -87,12 +84,8 @@ def training_batches(run: Run) -> Iterator[Batch]:
     generator = run.generator(run.epoch)
     if run.infobatch is None:
         return run.data.train_batches(run.batch_size, generator)
-    return run.infobatch.batches(run.epoch, run.batch_size, generator, run.leaves_single)
-
-
-def _of(compilation: Compilation | None, whole: bool) -> AbstractContextManager[None]:
-    """A training step, on a whole batch or on less, as compiling looks at it."""
-    return nullcontext() if compilation is None else compilation.step(whole)
+    rows = run.infobatch.choose(run.epoch, generator, run.leaves_single)
+    return cast(SelectableData, run.data).train_batches_of(rows, run.batch_size, generator)
 
 
 def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> None:
