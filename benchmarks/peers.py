@@ -32,8 +32,9 @@ from torch.nn import functional as F
 
 import morphtrain
 from morphtrain import schema
+from morphtrain.compare.own_state import OwnState
 from morphtrain.compare.training import epochs
-from morphtrain.compare.turns import Randomness, in_turns
+from morphtrain.compare.turns import in_turns
 from morphtrain.cost import count_macs
 from morphtrain.evidence import words
 from morphtrain.evidence.repeats import geometric, paired_ratio, share
@@ -221,7 +222,7 @@ def sides(job: list[str], seed: int, device: torch.device) -> dict[str, Side]:
     if importlib.util.find_spec("fasterai") is not None:
         found["fasterai"] = peer(run(*formats), lambda model: model, by_fasterai())
     for side in found.values():
-        side.training = Randomness(device).of(side.training)
+        side.training = OwnState(device).of(side.training)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -205,5 +206,5 @@ def test_the_ends_of_what_fastest_searches_are_configs(epochs: int) -> None:
     sweeper = config.hydra.sweeper
     searched = SearchSpace(as_space(sweeper.params), None, config, branches_of(sweeper.params), sweeper.shares)
     target = ["objective=[calibrated_time_to_accuracy]", "timing.target_accuracy=0.9"]
-    for corner in searched.corners():
+    for corner in itertools.chain(*searched.corners()):
         morphtrain.compose(*corner, *target)
