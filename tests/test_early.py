@@ -231,6 +231,15 @@ def test_steps_that_are_skipped_do_not_delay_a_cut(monkeypatch: pytest.MonkeyPat
     assert all(p[mask.expand_as(p)].count_nonzero() == 0 for p, mask in fading.masks.items())
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "gamma", "taylor"])
+def test_if_all_steps_are_skipped_no_more_goes_than_is_to(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(*RESNET, "epochs=5", "prune.by=0.2", "prune.target=0.5", f"prune.importance={importance}")
+    monkeypatch.setattr(run.precision, "step", lambda optimizer: False)
+    begin_epoch(run)
+    train_epoch(run)
+    assert 0.35 < finish_epoch(run)["cost_share"] <= 0.5
+
+
 def test_every_step_takes_an_equal_part_of_what_is_left() -> None:
     graph = ChannelGraph.trace(nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2)), torch.zeros(1, 3, 8, 8))
     (space,) = [space for space in graph.spaces if space.size == 4]

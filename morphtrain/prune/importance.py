@@ -60,9 +60,11 @@ class Taylor:
         self._seen = {}
 
     def importance(self, graph: ChannelGraph) -> Importance:
-        """Infinite for what a frozen layer reads, which has no gradient; zero before the first step."""
+        """Infinite for what a frozen layer reads, which has no gradient; before the first step, all matter alike."""
         means = {
-            space: self.sums.get(space.name, torch.zeros(space.size)) / max(self.steps, 1)
+            space: self.sums.get(space.name, torch.zeros(space.size)) / self.steps
+            if self.steps
+            else torch.ones(space.size)
             for space in graph.spaces
             if _has_gradients(space)
         }
