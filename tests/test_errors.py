@@ -145,6 +145,7 @@ CASES = {
         "grow.at_epochs=[1.5]: must be a list, as [1,2] or [25%]",
     ),
     "number for a list": (["grow=wider", "grow.at_epochs=3"], "grow.at_epochs=3: must be a list, as [1,2] or [25%]"),
+    "share for a list": (["grow=wider", "grow.at_epochs=50%"], "grow.at_epochs=50%: must be a list, as [1,2] or [25%]"),
     "text for an optional number": (["clip_norm=long"], "clip_norm=long: must be a number, or null"),
     "node for a list": (
         ["methods={_target_: a.B}"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from morphtrain.schema.checks import check
 
@@ -22,6 +22,8 @@ def in_epochs(kind: type, values: Mapping[str, Any], epochs: int, at: str) -> di
         UserError: for a share of nothing, or of more than the run.
     """
     keys = [key for key in getattr(kind, "epoch_keys", ()) if key in values]
+    lists = {key for key, hint in get_type_hints(kind).items() if get_origin(hint) is list}
+    keys = [key for key in keys if key not in lists or isinstance(values[key], list)]  # or its type is refused
     found = {key: _whole(values[key], epochs, f"{at}.{key}") for key in keys}
     return {key: whole for key, whole in found.items() if whole != values[key]}
 
