@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from experiments import MACHINE, cut, declared, write, write_declaration
+from experiment_records import MACHINE, cut, declared, write, write_declaration
 from omegaconf import OmegaConf
 from scipy import stats
 

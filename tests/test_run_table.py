@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import SMALL, Command
-from experiments import declared, write_declaration
+from experiment_records import declared, write_declaration
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.__main__ import main

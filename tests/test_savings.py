@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import cut, declared, write
+from experiment_records import cut, declared, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
