@@ -2,7 +2,6 @@
 
 The signal is SIGKILL, or the one named, such as INT. If SIGNALLED_AT is set, a file of that name then says when it was.
 If UNDISTURBED is set, no run counts as disturbed by others, however busy the machine is.
-If WITHOUT_CHARTS is set, the end of a sweep draws none, which takes it seconds.
 
 write    halfway through writing the file of a checkpoint
 rename   between writing a checkpoint and giving it its name
@@ -31,7 +30,6 @@ from torch.optim import SGD
 
 from morphtrain import run
 from morphtrain.morph.surgery.rebind import Rebinder
-from morphtrain.sweep import charts
 from morphtrain.timing.contention import Guard
 from morphtrain.tracking.mlflow import MLflowTracker
 
@@ -86,8 +84,6 @@ def is_checkpoint(file: Any, *_: Any) -> bool:
 
 if os.environ.get("UNDISTURBED"):
     Guard._reasons = lambda *_: []
-if os.environ.get("WITHOUT_CHARTS"):
-    charts.draw = lambda *_: []
 
 if event == "write":
     around(os, "fsync", before=truncate_and_die, counts=is_checkpoint)

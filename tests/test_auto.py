@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_memory_format import stop_after
 from test_resume import assert_same
 from torch import nn
+from whole_runs import trained_to_the_end
 
 import morphtrain
 from morphtrain import schema
@@ -28,8 +29,8 @@ from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import auto, train
 from morphtrain.trainer.auto import Choice
 from morphtrain.trainer.build import build_run
-from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
-from morphtrain.trainer.loop import train_epoch, training_batches
+from morphtrain.trainer.epoch import begin_epoch, start
+from morphtrain.trainer.loop import training_batches
 
 CPU = torch.device("cpu")
 BOTH = ("memory_format=auto", "precision=auto")
@@ -57,13 +58,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 
 def trained(*overrides: str) -> Run:
-    run = build_run(config_of(*overrides))
-    start(run)
-    while run.epoch < run.config.epochs:
-        begin_epoch(run)
-        train_epoch(run)
-        finish_epoch(run)
-    return run
+    return trained_to_the_end(config_of(*overrides))
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))

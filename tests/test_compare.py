@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import SMALL
 from test_networks import narrower
+from whole_runs import trained_to_the_end
 
 import morphtrain
 from morphtrain.compare import own_code, report
@@ -32,7 +33,7 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns, block_ratio
 from morphtrain.method import Method
 from morphtrain.state import Run
-from morphtrain.trainer import begin_epoch, build_run, checkpoint, finish_epoch, start, train_epoch
+from morphtrain.trainer import begin_epoch, build_run, checkpoint, start, train_epoch
 from morphtrain.trainer.train import new_run
 
 CPU = torch.device("cpu")
@@ -67,13 +68,7 @@ def computed(records: list[dict[str, float]]) -> list[dict[str, float]]:
 def alone(*overrides: str) -> list[dict[str, float]]:
     """The records of a run that has the process to itself."""
     seed_everything()
-    run = build_run(morphtrain.compose(*overrides))
-    start(run)
-    while run.epoch < run.config.epochs:
-        begin_epoch(run)
-        train_epoch(run)
-        finish_epoch(run)
-    return computed(run.history)
+    return computed(trained_to_the_end(morphtrain.compose(*overrides)).history)
 
 
 def test_each_side_computes_what_it_computes_alone() -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from test_memory_format import stop_after
 from test_resume import assert_same
 from torch import nn
+from whole_runs import trained_to_the_end
 
 import morphtrain
 from morphtrain import compilation, schema
@@ -29,8 +30,6 @@ from morphtrain.compilation import Compilation, usual_pass
 from morphtrain.errors import UserError
 from morphtrain.state import Run, passes
 from morphtrain.trainer.build import build_run
-from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
-from morphtrain.trainer.loop import train_epoch
 
 CPU = torch.device("cpu")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -43,13 +42,7 @@ def config_of(*overrides: str) -> schema.Config:
 
 def trained(*overrides: str) -> Run:
     """A run after its last epoch."""
-    run = build_run(config_of(*overrides))
-    start(run)
-    while run.epoch < run.config.epochs:
-        begin_epoch(run)
-        train_epoch(run)
-        finish_epoch(run)
-    return run
+    return trained_to_the_end(config_of(*overrides))
 
 
 @pytest.fixture

@@ -242,10 +242,7 @@ FASTEST = (
     ),
 )
 STEPS = 4  # of an epoch
-QUICKLY = {
-    "WITHOUT_CHARTS": "1",
-    "UNDISTURBED": "1",
-}  # or runs without calibrated times are repeated on a busy machine, and fail
+QUICKLY = {"UNDISTURBED": "1"}  # or runs without calibrated times are repeated on a busy machine, and fail
 
 
 def test_the_whole_search_goes_on_after_a_kill_in_any_phase(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL
 from torch import nn
+from whole_runs import trained_to_the_end
 
 import morphtrain
 from morphtrain.errors import UserError
@@ -47,13 +48,7 @@ SIGNUM = ("optimizer=custom", "optimizer._target_=test_strength.Signum", "+optim
 
 
 def trained(*overrides: str) -> Run:
-    run = build_run(morphtrain.compose(*overrides))
-    start(run)
-    while run.epoch < run.config.epochs:
-        begin_epoch(run)
-        train_epoch(run)
-        finish_epoch(run)
-    return run
+    return trained_to_the_end(morphtrain.compose(*overrides))
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
