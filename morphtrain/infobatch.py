@@ -90,7 +90,7 @@ class InfoBatch:
     def estimates(self) -> tuple[float, float]:
         """Loss and accuracy (0..1) in this epoch's forward passes, as unbiased estimates of those over all images."""
         weights, scores, right = (x[self.rows].cpu().double() for x in (self.weights, self.scores, self.right))
-        count = weights.sum()  # that of all images, but for rounding
+        count = weights.sum()  # the number of all images, apart from rounding
         return (weights * scores).sum().item() / count.item(), (weights * right).sum().item() / count.item()
 
     def state_dict(self) -> dict[str, Any]:

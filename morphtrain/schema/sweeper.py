@@ -44,7 +44,7 @@ class Sweeper:
 
 @dataclass
 class MoreBaseline:
-    """A baseline beside trial 0, and like it but for these."""
+    """A further baseline: trial 0 with these changes."""
 
     overrides: list[str] = field(default_factory=list)
     epochs: float | None = None  # as a share of trial 0's
