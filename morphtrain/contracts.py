@@ -93,7 +93,11 @@ class SelectableData(Data, Protocol):
 
 @runtime_checkable
 class Precision(Protocol):
-    """How a training step computes: the type that operations are cast to, and the loss scale that goes with it."""
+    """How a training step computes: the type that operations are cast to, and the loss scale that goes with it.
+
+    One may also have `prepare(model, optimizer)`, called once they are made and before a checkpoint's values are
+    loaded, and `metrics()`, what to record of the epoch that has just ended.
+    """
 
     dtype: torch.dtype | None  # what `autocast` casts to; None for the parameters' own type
 

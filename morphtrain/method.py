@@ -7,7 +7,9 @@
         before_epoch(run)
         for every batch:                            # clocked as epoch_seconds, up to `after_step`
             batch = before_forward(run, batch)
-            forward, loss (run.loss), backward, clip_norm
+            with around_forward(run):               # every pass of the batch
+                forward, loss
+            backward (run.loss), clip_norm
             after_backward(run)                     # the gradients are complete
             step(run, closure)                      # or else the optimizer's own step
             after_step(run)                         # not if an overflow skipped the step
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 # The batch policy comes last, so that it reacts to what the others changed; `methods` are the user's own.
 ORDER = ("prune", "grow", "methods", "batch_policy")
+
+PREFIXES = ("before_", "around_", "after_")  # of the names of hooks
 
 Closure = Callable[[], torch.Tensor]
 
@@ -59,7 +64,7 @@ class Method:
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         for name in vars(cls):
-            if name.startswith(("before_", "after_")) and name not in HOOKS:
+            if name.startswith(PREFIXES) and name not in HOOKS:
                 close = difflib.get_close_matches(name, HOOKS, n=1)
                 hint = (f"did you mean {close[0]}? " if close else "") + f"there are {', '.join(HOOKS)}"
                 raise UserError(f"{cls.__module__}.{cls.__qualname__}.{name}: the loop calls no such hook; {hint}")
@@ -84,6 +89,10 @@ class Method:
     def before_forward(self, run: Run, batch: Batch) -> Batch | None:
         """Return another batch to train on, images (B, C, H, W) and labels (B,); None for the batch as it is."""
         return None
+
+    def around_forward(self, run: Run) -> AbstractContextManager[Any]:
+        """A context of each forward pass of a training step, outside that of the precision (`torch.autocast`)."""
+        return nullcontext()
 
     def after_backward(self, run: Run) -> None:
         """Look at `run.loss`, or change the gradients of the parameters."""
@@ -125,4 +134,4 @@ class Method:
         return getattr(type(self), hook) is not getattr(Method, hook)
 
 
-HOOKS = tuple(name for name in vars(Method) if name.startswith(("before_", "after_")))
+HOOKS = tuple(name for name in vars(Method) if name.startswith(PREFIXES))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -33,6 +35,13 @@ class Precision:
         self.dtype = dtype
         scaling = dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, enabled=scaling)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Look at the run's model and optimizer once they are made, or cast the parameters in place."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """What to record of the epoch that has just ended."""
+        return {}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""

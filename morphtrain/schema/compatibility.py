@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from morphtrain.errors import UserError
 from morphtrain.schema.checks import check
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.grow import MorphNetExpansion, Planned, Selective
+from morphtrain.schema.option import Option
 from morphtrain.schema.prune import Early, MorphNetPenalty, PruneTrain
 
 if TYPE_CHECKING:
     from morphtrain.schema.config import Config
 
 
+class Conflict(NamedTuple):
+    """Two choices that exclude one another.
+
+    A choice is `key=value|other` (one of these values) or `key!=value` (another one). The value of a group is the name
+    of its option. An option without the key, or a part of the user's own, has made neither choice.
+    """
+
+    one: str
+    other: str
+    why: str
+    instead: str  # what works
+
+
+CONFLICTS: tuple[Conflict, ...] = ()
+
+
 def check_compatible(config: Config) -> None:
     """Raise a `UserError` for the first options that do not go together, saying what to change."""
+    for conflict in CONFLICTS:
+        one, other = chosen(config, conflict.one), chosen(config, conflict.other)
+        if one is not None and other is not None:
+            raise UserError(f"{one} with {other}: {conflict.why}; {conflict.instead} works")
     config.data.check_epochs(config.epochs)
     _check_cuts(config)
     _check_growth(config)
     _check_custom_policy(config)
+
+
+def chosen(config: Config, choice: str) -> str | None:
+    """`key=value` as it is in the config, if that is the choice (see `Conflict`), or None."""
+    unequal = "!=" in choice
+    key, values = choice.split("!=" if unequal else "=", 1)
+    value: Any = config
+    for part in key.split("."):
+        if isinstance(value, Custom) or not hasattr(value, part):
+            return None
+        value = getattr(value, part)
+    if isinstance(value, Custom):
+        return None
+    text = value.name if isinstance(value, Option) else f"{value:g}" if isinstance(value, float) else str(value)
+    return None if (text in values.split("|")) == unequal else f"{key}={text}"
 
 
 def _check_cuts(config: Config) -> None:

@@ -75,6 +75,8 @@ def build_run(
     )
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)
+    if hasattr(run.precision, "prepare"):
+        run.precision.prepare(model, run.optimizer)
     _check_own_parts(run)
     names = {"data_name": config.data.name, "loss_name": config.loss.name}
     run.infobatch = infobatch.build(config.data, config.epochs, data, run.criterion, device, **names)

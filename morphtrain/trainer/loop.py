@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal, cast
 
 import torch
@@ -126,13 +127,23 @@ def backward(
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
     for number, (x, y, of) in enumerate(pieces, 1):
-        with run.precision.autocast():
+        with forward_context(run):
             logits = run.forward(x)
             loss = _loss(run, logits, y, of) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
     return total if rows is None else total / run.step_weight, correct
+
+
+@contextmanager
+def forward_context(run: Run) -> Iterator[None]:
+    """What methods and the precision put around a forward pass of a training step; the precision's is the inner one."""
+    with ExitStack() as stack:
+        for hook in run.hooks("around_forward"):
+            stack.enter_context(hook(run))
+        stack.enter_context(run.precision.autocast())
+        yield
 
 
 def _loss(run: Run, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
