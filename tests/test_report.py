@@ -25,6 +25,8 @@ from scipy import stats
 
 from morphtrain import schema
 from morphtrain.evidence import drawing
+from morphtrain.evidence.analyses import factor
+from morphtrain.evidence.comparisons import DIFFERENCE
 from morphtrain.evidence.experiment import Arm
 from morphtrain.evidence.repeats import geometric, share
 from morphtrain.report import chapter3
@@ -241,6 +243,16 @@ def test_the_analysis_of_variance_takes_the_seeds_as_blocks(report: Report) -> N
     table = report.table("factor_question-small-pairs")
     wanted = np.exp(t_interval(logs[2] - logs[0]))
     assert row(table, "every_10 against every_2", "ratio") == pytest.approx(wanted, rel=1e-8)
+
+
+def test_of_two_arms_the_lower_one_is_said_to_be_below() -> None:
+    for seeds in (2, 3):  # without an interval, and with one
+        high = {seed: 0.9 + 0.01 * seed for seed in range(seeds)}
+        low = {seed: value - 0.08 - 0.001 * (seed % 2) for seed, value in high.items()}
+        for first, second, side in ((high, low, "below"), (low, high, "above")):
+            groups = {"first": first, "second": second}
+            answer = factor._answer("val_accuracy", groups, factor._pairs(groups, DIFFERENCE))
+            assert re.search(rf"with second is 0\.08\d* (\[0\.0[\d., ]+\] )?{side} that with first", answer), answer
 
 
 def test_the_line_is_that_of_scipy(report: Report) -> None:

@@ -54,13 +54,22 @@ def _pairs(groups: Mapping[str, values.BySeed], scale: str) -> Sequence[Comparis
 def _answer(metric: str, groups: Mapping[str, values.BySeed], pairs: Sequence[Comparison]) -> str:
     largest = max(pairs, key=_distance)
     arm, below = largest.names
-    effect = words.interval(largest.effect, largest.low, largest.high, signed=largest.scale == DIFFERENCE)
-    of = f"{effect} above" if largest.scale == DIFFERENCE else f"{effect} times"
+    if largest.scale != DIFFERENCE:
+        of = f"{words.interval(largest.effect, largest.low, largest.high)} times"
+    else:
+        of = f"{words.interval(*_size(largest))} {'below' if largest.effect < 0 else 'above'}"
     p = "" if largest.p is None or largest.out_of_reach else f"; {words.p_value(largest.p)} after Holm's correction"
     return (
         f"Of {counted(len(groups), 'arm')}, {arm} and {below} are the farthest apart: {words.metric(metric)} with "
         f"{arm} is {of} that with {below} (n = {counted(largest.n[0], 'seed')}{p})."
     )
+
+
+def _size(pair: Comparison) -> tuple[float, float | None, float | None]:
+    """The effect without its sign, and its interval."""
+    if pair.effect >= 0:
+        return pair.effect, pair.low, pair.high
+    return -pair.effect, None if pair.high is None else -pair.high, None if pair.low is None else -pair.low
 
 
 def _distance(pair: Comparison) -> float:
