@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from morphtrain.layer_calls import LayerCalls
+from morphtrain.layer_calls import LayerCalls, is_traced
 from morphtrain.precision.autocast import Precision
 
 Norm = Callable[..., torch.Tensor]
@@ -46,9 +46,9 @@ class Cast(LayerCalls):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in NORMS:
+        if func in NORMS and not is_traced(types):
             return self._norm(func, *args, **(kwargs or {}))
-        if func == torch.prelu:
+        if func == torch.prelu and not is_traced(types):
             return _prelu(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -81,6 +81,7 @@ class Casting(Precision):
 
     def __init__(self, device: torch.device, dtype: torch.dtype, init_scale: float | None = None) -> None:
         super().__init__(device, dtype, init_scale)
+        self.cast = Cast(dtype)
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
-        return Cast(self.dtype)
+        return self.cast
