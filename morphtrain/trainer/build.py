@@ -75,8 +75,7 @@ def build_run(
     )
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)
-    if hasattr(run.precision, "prepare"):
-        run.precision.prepare(model, run.optimizer)
+    _prepare(run)
     if run.precision.dtype is not None:  # it may not have every operation
         with run.precision.autocast():
             name = f"precision={config.precision.name}"
@@ -84,8 +83,11 @@ def build_run(
     _check_own_parts(run)
     names = {"data_name": config.data.name, "loss_name": config.loss.name}
     run.infobatch = infobatch.build(config.data, config.epochs, data, run.criterion, device, **names)
+    optimizer = run.optimizer
     for hook in run.hooks("after_build"):
         hook(run)
+    if run.optimizer is not optimizer:
+        _prepare(run)
     if run.model is not model:
         raise UserError("a method has replaced run.model in after_build; change it in place, or no file could be read")
     run.graph = follow_channels(config, model, data.input_shape, methods)  # as the methods have left the model
@@ -99,6 +101,12 @@ def build_run(
         "macs": run.macs,
     }
     return run
+
+
+def _prepare(run: Run) -> None:
+    """Let the number format see the model and the optimizer."""
+    if hasattr(run.precision, "prepare"):
+        run.precision.prepare(run.model, run.optimizer)
 
 
 def _check_own_parts(run: Run) -> None:
