@@ -15,7 +15,6 @@ DATA = (
     *("batch_policy.batch_size=16", "schedule.warmup_epochs=0", "tracking=none", "device=cpu", "epochs=3"),
 )
 TINY = (*DATA, "model.width=4", "model.blocks=1")
-PLAIN_STEPS = ("optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.weight_decay=0")
 SCALED = ("precision.dtype=float16", "precision.init_scale=1024")
 FORMATS = {
     "o1": ("precision=o1",),

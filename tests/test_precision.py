@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from number_formats import BRAIN, FORMATS, HALF, PLAIN_STEPS, begun, config_of
+from number_formats import BRAIN, FORMATS, HALF, begun, config_of
 from test_memory_format import stop_after
 from test_resume import assert_same, contents
 from test_steps import network, step_of
@@ -165,7 +165,7 @@ OVERFLOWING = ("precision=o2", "precision.dtype=float16", "precision.init_scale=
 
 def test_overflows_are_skipped_and_overcome_across_a_resume(tmp_path: Path) -> None:
     """The scale is halved until it fits; skipped steps leave schedule and weights as they are."""
-    for name, stops in (("whole", [6]), ("parts", [1, 3, 6])):
+    for name, stops in (("whole", [6]), ("parts", [2, 6])):
         (tmp_path / name).mkdir()
         for number, last in enumerate(stops):
             resume = f"resume={'auto' if number else 'never'}"
@@ -235,15 +235,15 @@ def test_a_method_can_take_the_steps(name: str) -> None:
 
 
 def tiny_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A loss whose gradients are below float16's smallest number, and a learning rate away from the usual one."""
-    return F.cross_entropy(logits, labels) * 1e-8
+    """A loss whose gradients are below float16's smallest number; the learning rate makes up for that."""
+    return F.cross_entropy(logits, labels) * 4e-7  # 2.5e-8 for one of 16 images; half of 2^-24 is 3.0e-8
 
 
 def of_tiny_loss(**keywords: Any) -> Any:
     return tiny_loss
 
 
-TINY_LOSS = ("loss=custom", "loss._target_=test_precision.of_tiny_loss", "optimizer.lr=1e7", *PLAIN_STEPS)
+TINY_LOSS = ("loss=custom", "loss._target_=test_precision.of_tiny_loss", "optimizer.lr=6e4", "optimizer.weight_decay=0")
 
 
 @pytest.mark.parametrize("name", ["o1 float16", "o2 float16"])
@@ -253,7 +253,7 @@ def test_what_o3_loses_to_underflow_a_loss_scale_keeps(name: str) -> None:
     train_epoch(stalled)
     assert all(torch.equal(before[key], p) for key, p in stalled.model.named_parameters())
     assert underflow_share(stalled) == 1
-    exact, kept = (begun(*TINY_LOSS, *more) for more in ((), (*FORMATS[name], "precision.init_scale=1e8")))
+    exact, kept = (begun(*TINY_LOSS, *more) for more in ((), (*FORMATS[name], "precision.init_scale=1e7")))
     losses = []
     for run in (exact, kept):
         train_epoch(run)
@@ -278,7 +278,7 @@ class Dropping(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["o1 float16", "o2 float16", "o3", "stochastic"])
 def test_the_share_lost_is_measured_beside_the_run(name: str) -> None:
     """Nothing is left of it, dropout is the same in both, and a smaller scale loses more."""
     run = begun(*FORMATS[name], "model=custom", "model._target_=test_precision.Dropping")
@@ -294,7 +294,7 @@ def test_the_share_lost_is_measured_beside_the_run(name: str) -> None:
         assert underflow_share(run) > 0.9
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["o1", "o2 float16", "o3 norms", "bf16", "stochastic"])
 def test_what_is_recorded_is_what_the_schema_says(name: str) -> None:
     run = begun(*FORMATS[name])
     train_epoch(run)
