@@ -39,10 +39,11 @@ Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  
 
 
 def start(run: Run) -> None:
-    """Settle what is `auto`, and let the methods look at a run that has just been built or restored."""
+    """Settle what is `auto`, start the norm, and let the methods look at a run that has just been built or restored."""
     with run.clock.timed("setup_seconds"):
         if run.epoch == 0:
             auto.choose(run)
+            run.start_norm()
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)
