@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from morphtrain.errors import UserError
-from morphtrain.morph import copy_of
-from morphtrain.morph.effective import fold, originals
+from morphtrain.morph.effective import redrawn
 
 
 def initialise(module: nn.Module) -> None:
@@ -30,41 +25,16 @@ def initialise(module: nn.Module) -> None:
 def fresh_weights(model: nn.Module) -> None:
     """Give a network of any structure new random weights, in place.
 
-    Convolutions start as in MorphTrain's networks (`initialise`), other layers as torch starts them. Weights that are
-    computed (weight norm, spectral norm) start as if they had just been given to a new layer.
-
-    Raises:
-        UserError: for a weight whose computation has no inverse.
+    Convolutions start as in MorphTrain's networks (`initialise`), other layers as torch starts them. What weights are
+    computed from (weight norm, spectral norm) starts as in a layer that is newly made.
     """
-    plain = {module: _plain(module) for module in model.modules() if parametrize.is_parametrized(module)}
     for module in model.modules():
-        layer = plain.get(module, module)
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()  # type: ignore[operator]
-    model.apply(lambda module: initialise(plain.get(module, module)))
-    for module, layer in plain.items():
-        _take_over(module, layer)
+        if hasattr(module, "reset_parameters"):
+            with redrawn(module):
+                module.reset_parameters()  # type: ignore[operator]
+    model.apply(_redraw)
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """A copy whose weights are not computed, so that they can be written into."""
-    layer = copy_of(module)
-    fold(layer)
-    return layer
-
-
-@torch.no_grad()
-def _take_over(module: nn.Module, layer: nn.Module) -> None:
-    """Give a module the values of its plain copy: what its weights are computed from by torch's `right_inverse`."""
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            tensor.copy_(getattr(layer, name))
-    for name, computed in module.parametrizations.items():  # type: ignore[operator,union-attr]
-        values: Any = getattr(layer, name)
-        for step in reversed(list(computed)):
-            if not hasattr(step, "right_inverse"):
-                kind, what = type(step).__name__, f"the {name} of a {type(layer).__name__}"
-                raise UserError(f"{what}: {kind}, which computes it, has no right_inverse; it gets no new values")
-            values = step.right_inverse(values)
-        for original, value in zip(originals(computed), [values] if computed.is_tensor else values, strict=True):
-            original.copy_(value)
+def _redraw(module: nn.Module) -> None:
+    with redrawn(module):
+        initialise(module)

@@ -113,7 +113,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def pass_of(model: nn.Module, images: torch.Tensor, kinds: tuple[type, ...]) -> dict[str, torch.Tensor]:
-    """What the first call of each layer of these kinds gives, as (channels, values), in the mode that the model is in."""
+    """What the first call of each layer of these kinds gives, (channels, values), in the mode that the model is in."""
     found: dict[str, torch.Tensor] = {}
 
     def look(path: str) -> Any:

@@ -8,21 +8,32 @@ each function does the obvious thing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
 from morphtrain.errors import first_line
+from morphtrain.morph.computation import (
+    FAILURES,
+    computation,
+    computed_by,
+    computed_names,
+    inverse,
+    is_close,
+    is_spectral_norm,
+    is_weight_norm,
+    norm_dim,
+    originals,
+    plain_type,
+    right_inverse,
+)
 from morphtrain.morph.errors import MorphError
-from morphtrain.morph.modes import kept_modes
+from morphtrain.morph.modes import copy_of, kept_modes
 
-# What a parametrisation of the user's own may raise where a value does not fit it.
-FAILURES = (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError, AssertionError)
-ROUNDING = 32  # units in the last place of the largest entry, within which a computed weight is the wanted one
+POWER_ITERATIONS = 15  # those with which torch's spectral norm starts
 
 
 def effective(module: nn.Module, name: str = "weight") -> torch.Tensor:
@@ -112,15 +123,24 @@ def sensitivity(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
         (g, v), dim = originals(computed), norm_dim(computed)
         by_length, by_direction = (torch.zeros_like(t) if t.grad is None else t.grad * t for t in (g, v))
         return by_direction + by_length * (v / torch.norm_except_dim(v, 2, dim)).square()
-    if len(parameters) == 1 and parameters[0].grad is not None and parameters[0].shape == effective(module, name).shape:
-        return parameters[0].grad * parameters[0]
+    if computed is None or is_spectral_norm(computed):
+        (parameter,) = parameters
+        return None if parameter.grad is None else parameter.grad * parameter
     raise MorphError(f"the derivative by the {name} of a {type(module).__name__} is not known: it is computed")
 
 
 def identity(module: nn.Module, name: str = "weight") -> int:
     """One number for what is one tensor in several modules (tied weights), computed or not."""
     computed = computation(module, name)
-    return id(getattr(module, name) if computed is None else computed)
+    return id(getattr(module, name, None) if computed is None else computed)
+
+
+def tensors_in_use(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter of a model, each once; in the place of those that a tensor is computed from, that tensor."""
+    computed = {identity(module, name): (module, name) for module in model.modules() for name in computed_names(module)}
+    behind = {id(parameter) for module, name in computed.values() for parameter in parameters_of(module, name)}
+    yield from (parameter for parameter in model.parameters() if id(parameter) not in behind)
+    yield from (effective(module, name) for module, name in computed.values())
 
 
 @torch.no_grad()
@@ -132,89 +152,51 @@ def fold(model: nn.Module) -> None:
     """
     plain: dict[int, torch.Tensor] = {}
     for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
+        if not computed_names(module):
             continue
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
+        for name in computed_names(module):
             key = identity(module, name)
             if key not in plain:
                 value = effective(module, name).detach().clone()
                 plain[key] = nn.Parameter(value, trained(module, name)) if parameters_of(module, name) else value
             held = module._parameters if isinstance(plain[key], nn.Parameter) else module._buffers
             held[name] = plain[key]  # type: ignore[assignment]
+        plain_class = plain_type(module)
         del module._modules["parametrizations"]
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = plain_class
 
 
-# -- what stands behind a computed tensor ---------------------------------------------------------------------
+def folded(model: nn.Module) -> nn.Module:
+    """The model itself if none of its tensors is computed, otherwise a copy with plain ones; see `fold`."""
+    if not any(map(computed_names, model.modules())):
+        return model
+    plain = copy_of(model)
+    fold(plain)
+    return plain
 
 
-def computation(module: nn.Module, name: str) -> ParametrizationList | None:
-    """What computes `module.<name>`; None if it is a plain tensor."""
-    if not parametrize.is_parametrized(module, name):
-        return None
-    found: ParametrizationList = module.parametrizations[name]  # type: ignore[index, assignment]
-    return found
+@contextmanager
+def redrawn(module: nn.Module) -> Iterator[None]:
+    """Within the block, code may write into `module.<name>`, as initialisation does, also if it is computed.
 
-
-def original_names(computed: ParametrizationList) -> list[str]:
-    """The names of the tensors that a computation starts from."""
-    return ["original"] if computed.is_tensor else [f"original{i}" for i in range(computed.ntensors)]
-
-
-def originals(computed: ParametrizationList) -> list[torch.Tensor]:
-    """The tensors that a computation starts from."""
-    return [getattr(computed, name) for name in original_names(computed)]
-
-
-def is_weight_norm(computed: ParametrizationList) -> bool:
-    """Whether a computation is torch's weight norm alone: of g and v, g * v / ||v||."""
-    return len(computed) == 1 and type(computed[0]) is _WeightNorm
-
-
-def is_spectral_norm(computed: ParametrizationList) -> bool:
-    """Whether a computation is torch's spectral norm alone: of W, W / sigma(W). That of a vector has no state."""
-    return len(computed) == 1 and type(computed[0]) is _SpectralNorm and hasattr(computed[0], "_u")
-
-
-def norm_dim(computed: ParametrizationList) -> int:
-    """The dimension that a weight norm has a norm for each entry of; -1: one norm of the whole weight."""
-    dim: int = computed[0].dim  # type: ignore[assignment]
-    return dim
-
-
-def computed_by(computed: ParametrizationList) -> str:
-    """The names of a computation's steps, for messages."""
-    return ", ".join(type(step).__name__.lstrip("_") for step in computed)
-
-
-@torch.no_grad()
-def inverse(computed: ParametrizationList, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Originals from which `weight` is computed, if there are any; a step without `right_inverse` is taken for none."""
-    if is_weight_norm(computed):
-        return _weight_norm_inverse(computed, weight)
-    value: torch.Tensor | Sequence[torch.Tensor] = weight
-    for step in reversed(list(computed)):
-        if hasattr(step, "right_inverse"):
-            value = step.right_inverse(value)  # type: ignore[operator]
-    return [value] if isinstance(value, torch.Tensor) else list(value)
-
-
-def is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two tensors are the same up to rounding; never, if one is not finite."""
-    if found.shape != wanted.shape or not bool(found.isfinite().all()):
-        return False
-    if wanted.numel() == 0:
-        return True
-    return bool((found - wanted).abs().max() <= ROUNDING * torch.finfo(wanted.dtype).eps * wanted.abs().max())
-
-
-def _weight_norm_inverse(computed: ParametrizationList, weight: torch.Tensor) -> list[torch.Tensor]:
-    """g and v of `weight`, with the norms that v has now, and the signs of g."""
-    (g, v), dim = originals(computed), norm_dim(computed)
-    length, before = torch.norm_except_dim(weight, 2, dim), torch.norm_except_dim(v, 2, dim)
-    signed = torch.where(g < 0, -length, length)
-    direction = weight * (torch.where(before > 0, before, length) / signed)  # not a number where it is not used
-    return [signed, torch.where(length > 0, direction, torch.where(before > 0, v, 1.0))]
+    Afterwards, computed tensors start from what was written, as in a layer that is newly made with it.
+    """
+    names = computed_names(module)
+    if not names:
+        yield
+        return
+    with parametrize.cached():  # what is read now is the tensor that is written into
+        yield
+        drawn = {name: getattr(module, name).detach().clone() for name in names}
+    with torch.no_grad():
+        for name, value in drawn.items():
+            computed = computation(module, name)
+            assert computed is not None
+            for original, new in zip(originals(computed), right_inverse(computed, value), strict=True):
+                original.copy_(new)
+            if is_spectral_norm(computed):
+                norm = computed[0]
+                norm._power_method(norm._reshape_weight_to_matrix(value), POWER_ITERATIONS)  # type: ignore[operator]
 
 
 def _set(module: nn.Module, name: str, wanted: torch.Tensor, values: Callable[[], Sequence[torch.Tensor]]) -> None:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from morphtrain import schema, world
 from morphtrain.errors import UserError
 from morphtrain.morph import MIXING, NORMS, TRANSPOSED, kept_modes
-from morphtrain.morph.effective import computation, is_weight_norm, norm_dim, originals
+from morphtrain.morph.computation import computation, is_weight_norm, norm_dim, originals
 from morphtrain.norm.mean_only import MeanOnlyBatchNorm, to_mean_only
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, MeanOnlyBatchNorm)

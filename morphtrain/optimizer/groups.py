@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from morphtrain.morph.effective import is_weight_norm, originals
+from morphtrain.morph.computation import is_weight_norm, originals
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: weights, which decay, and vectors (norm parameters, biases), which do not.
 
-    Under weight norm, w = g * v / ||v||, the weights are g: its decay is that of w, as ||w|| = |g|. The directions v are
-    a third group, which does not decay: v has no effect but by its direction, and a smaller v would turn faster.
+    Under weight norm, w = g * v / ||v||, the weights are g: its decay is that of w, as ||w|| = |g|. The directions v
+    are a third group, which does not decay: v has no effect but by its direction, and a smaller v would turn faster.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     lists = [m for m in model.modules() if isinstance(m, ParametrizationList) and is_weight_norm(m)]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from morphtrain.morph.effective import computation, is_weight_norm, norm_dim, originals, scale
+from morphtrain.morph.computation import computation, is_weight_norm, norm_dim, originals
+from morphtrain.morph.effective import scale
 
 
 class Normed(NamedTuple):
@@ -24,7 +25,7 @@ class Normed(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """A weight that is computed in another way: it can be scaled, but what a step of the optimizer does is not known."""
+    """A weight that is computed in another way: it can be scaled, but what a step does to it is not known."""
 
     module: nn.Module
     name: str
