@@ -7,8 +7,8 @@
     norms.shrink(penalty_weight * slopes, norms.step_lengths(optimizer))
 
 The penalty is the sum over the channels of slope * r, where r is the largest of the channel's members: |gamma| of each
-norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`), under weight
-norm |g[i]|. At a residual sum all blocks have members, of which the largest counts: the channel goes once none of them
+norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`; |g[i]| under
+weight norm). At a residual sum all blocks have members, of which the largest counts: the channel goes once none of them
 needs it.
 """
 
