@@ -39,7 +39,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Schedule = Callable[[float], float]
 
 # What a norm of ours that starts from data does before the first step of a run: with the model, and a pass of training
-# images (B, C, H, W). It is the function `start` of the option's module; a norm of your own has a method for that.
+# images (B, C, H, W). It is the function `start` of the option's module. Beside a norm of your own, a method can do so.
 NormStart = Callable[[nn.Module, torch.Tensor], None]
 
 

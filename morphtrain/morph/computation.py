@@ -61,8 +61,8 @@ def has_dim(tensor: torch.Tensor, weight: torch.Tensor, dim: int) -> bool:
 
 
 def is_weight_norm(computed: ParametrizationList) -> bool:
-    """Whether a computation is torch's weight norm alone: of g and v, g * v / ||v||."""
-    return len(computed) == 1 and type(computed[0]) is _WeightNorm
+    """Whether a computation is torch's weight norm, or one derived from it, alone: of g and v, g * v / ||v||."""
+    return len(computed) == 1 and isinstance(computed[0], _WeightNorm)
 
 
 def norm_dim(computed: ParametrizationList) -> int:

@@ -17,18 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from morphtrain import schema, world
 from morphtrain.errors import UserError
 from morphtrain.morph import MIXING, NORMS, TRANSPOSED, kept_modes
 from morphtrain.morph.computation import computation, is_weight_norm, norm_dim, originals
+from morphtrain.morph.formats import format_of
 from morphtrain.norm.mean_only import MeanOnlyBatchNorm, to_mean_only
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, MeanOnlyBatchNorm)
 LEAST = 1e-6  # deviation of a channel, as a share of its mean or of 1; one that varies less is a constant
 
 log = logging.getLogger(__name__)
+
+
+class WeightNorm(_WeightNorm):
+    """torch's weight norm in the memory format of v, which a convolution goes by; torch's own is always contiguous."""
+
+    def forward(self, weight_g: torch.Tensor, weight_v: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = super().forward(weight_g, weight_v)
+        memory_format = format_of(weight_v)
+        return weight if memory_format is torch.contiguous_format else weight.clone(memory_format=memory_format)
 
 
 def to_weight_norm(model: nn.Module, mean_only: bool = False) -> int:
@@ -55,7 +65,8 @@ def to_weight_norm(model: nn.Module, mean_only: bool = False) -> int:
         if layer.bias is None and not mean_only:
             outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             layer.bias = nn.Parameter(layer.weight.detach().new_zeros(outputs), layer.weight.requires_grad)
-        weight_norm(layer, dim=1 if isinstance(layer, TRANSPOSED) else 0)
+        norm = WeightNorm(dim=1 if isinstance(layer, TRANSPOSED) else 0)
+        parametrize.register_parametrization(layer, "weight", norm, unsafe=True)
     return len(layers)
 
 

@@ -48,8 +48,9 @@ def weight_of(module: nn.Module, name: str) -> Weight:
 
 def is_trained(weight: Weight) -> bool:
     """Whether all of a weight is trained, by steps that are known."""
-    tensors = weight[:2] if isinstance(weight, Normed) else [] if isinstance(weight, Computed) else [weight]
-    return bool(tensors) and all(tensor.requires_grad for tensor in tensors)
+    if isinstance(weight, Computed):
+        return False
+    return all(tensor.requires_grad for tensor in (weight[:2] if isinstance(weight, Normed) else (weight,)))
 
 
 def value_of(weight: torch.Tensor | Normed) -> torch.Tensor:
