@@ -6,8 +6,6 @@ import math
 
 from torch import nn
 
-from morphtrain.morph.effective import redrawn
-
 
 def initialise(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 2 / fan_out) (He et al. 2015, arXiv 1502.01852); zero its bias.
@@ -25,16 +23,9 @@ def initialise(module: nn.Module) -> None:
 def fresh_weights(model: nn.Module) -> None:
     """Give a network of any structure new random weights, in place.
 
-    Convolutions start as in MorphTrain's networks (`initialise`), other layers as torch starts them. What weights are
-    computed from (weight norm, spectral norm) starts as in a layer that is newly made.
+    Convolutions start as in MorphTrain's networks (`initialise`), other layers as torch starts them.
     """
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
-            with redrawn(module):
-                module.reset_parameters()  # type: ignore[operator]
-    model.apply(_redraw)
-
-
-def _redraw(module: nn.Module) -> None:
-    with redrawn(module):
-        initialise(module)
+            module.reset_parameters()  # type: ignore[operator]
+    model.apply(initialise)

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from morphtrain.grow.size import check_memory
 from morphtrain.morph import ChannelGraph, MorphError, Slot, Space
-from morphtrain.morph.effective import assign, effective
 
 
 def widen(
@@ -84,8 +83,8 @@ def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.T
 @torch.no_grad()
 def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: torch.Generator | None) -> None:
     """Add relative noise, which sums to zero over a channel's copies, to the weights that use them."""
-    name = slot.axis.tensors[0][0]
-    weight = effective(slot.axis.module, name).clone()
+    weight = slot.axis.weight
+    assert weight is not None
     span = slot.segment.span
     entries = slice(slot.start, slot.start + len(index) * span)
     part = weight.movedim(slot.axis.dim, 0)[entries]  # (width * span, ...), a view
@@ -96,4 +95,3 @@ def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: to
     sums = torch.zeros_like(part[: int(source.max()) + 1]).index_add_(0, source, drawn)
     counts = torch.bincount(source).to(part.dtype).view(-1, *[1] * (part.dim() - 1))
     part += drawn - (sums / counts)[source]
-    assign(slot.axis.module, name, weight)
