@@ -51,13 +51,13 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     A run whose method has weights computed goes on from plain ones, a network that computes them itself from theirs.
     """
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes | {name: list(tensor.shape) for name, tensor in _computed(model).items()}
+    return shapes | {name: list(effective(*place).shape) for name, place in _computed(model).items()}
 
 
-def _computed(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The computed tensors of a model by name."""
+def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """By their names in the model, where its computed tensors are: (module, name there)."""
     places = [(path, m, name) for path, m in model.named_modules() for name in computed_names(m)]
-    return {f"{path}.{name}" if path else name: effective(m, name) for path, m, name in places}
+    return {f"{path}.{name}" if path else name: (m, name) for path, m, name in places}
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:

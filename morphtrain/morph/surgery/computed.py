@@ -8,7 +8,7 @@ which stays if only zeros have gone; copies would change it. Any other parametri
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def replacements(path: str, module: nn.Module, name: str, changes: Sequence[Chan
         return [Replacement(module, name, changes)]
     try:
         if is_weight_norm(computed):
-            return _of_weight_norm(computed, changes)
+            return _of_weight_norm(computed, effective(module, name), changes)
         if is_spectral_norm(computed):
             return _of_spectral_norm(computed, changes)
         return _of_others(computed, effective(module, name), changes)
@@ -77,7 +77,9 @@ def replacements(path: str, module: nn.Module, name: str, changes: Sequence[Chan
         raise MorphError(f"'{path}': its {name} is computed by {computed_by(computed)}, {error}") from error
 
 
-def _of_weight_norm(computed: ParametrizationList, changes: Sequence[Change]) -> list[Replacement]:
+def _of_weight_norm(
+    computed: ParametrizationList, weight: torch.Tensor, changes: Sequence[Change]
+) -> list[Replacement]:
     """g * v / ||v||: g / ||v|| of what is left stays. Where all of v that is left is zero, g is, and v becomes ones."""
     (g, v), dim = originals(computed), norm_dim(computed)
     new_v = select(v, changes)
@@ -87,6 +89,8 @@ def _of_weight_norm(computed: ParametrizationList, changes: Sequence[Change]) ->
     new_g = select(g, rows) * factor
     if bool((after == 0).any()):
         new_v.masked_fill_(after == 0, 1.0)  # the network would compute with 0 / 0
+    if not _gives(computed, {"original0": new_g, "original1": new_v}, select(weight, changes)):
+        raise MorphError("but by another rule than that of weight norm; its channels cannot change")
     return [
         Replacement(computed, "original0", rows, new_g, factor),
         Replacement(computed, "original1", changes, new_v),
@@ -137,14 +141,18 @@ def _of_others(computed: ParametrizationList, weight: torch.Tensor, changes: Seq
     for values_of in (_selected, _inverted):
         try:
             values = values_of(computed, weight, changes, wanted)
-            with kept_modes(computed):
-                found = functional_call(computed.eval(), values, ())
-            if is_close(found, wanted):
+            if _gives(computed, values, wanted):
                 return [_replacement(computed, name, value, weight, changes) for name, value in values.items()]
             wrong = wrong or "which gives another weight from a selection of what it starts from"
         except FAILURES as error:
             wrong = wrong or f"which fails on a selection of what it starts from ({first_line(error)})"
     raise MorphError(f"{wrong}; its channels cannot change like this")
+
+
+def _gives(computed: ParametrizationList, values: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> bool:
+    """Whether a weight is computed as `wanted` from other values, by name."""
+    with kept_modes(computed):
+        return is_close(functional_call(computed.eval(), dict(values), ()), wanted)
 
 
 def _selected(

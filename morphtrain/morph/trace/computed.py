@@ -57,7 +57,7 @@ def _why_kept(path: str, module: nn.Module, uses: Counter[int]) -> str:
     assert computed is not None
     if any(uses[id(part)] > 1 for part in (computed, *computed, *computed.parameters(), *computed.buffers())):
         return f"{said} from what others use, too"
-    if is_weight_norm(computed) or is_spectral_norm(computed):
+    if is_spectral_norm(computed) or (is_weight_norm(computed) and _is_meta(computed)):
         return ""
     sizes = effective(module).shape[:2]
     try:
@@ -72,7 +72,7 @@ def _widens(path: str, module: nn.Module, dim: int) -> bool:
     """Whether a weight can have an entry along `dim` twice, halved if it is of an input."""
     computed, size = computation(module, "weight"), effective(module).shape[dim]
     assert computed is not None
-    if is_weight_norm(computed) or is_spectral_norm(computed):
+    if is_spectral_norm(computed) or _is_meta(computed):
         return is_weight_norm(computed)
     scale = torch.ones(size + 1, dtype=torch.double)
     scale[[0, -1]] = 0.5
@@ -95,3 +95,8 @@ def _uses(model: nn.Module) -> Counter[int]:
 
 def _has_tensors(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def _is_meta(module: nn.Module) -> bool:
+    """Whether a computation has no values that could be tried out."""
+    return any(parameter.is_meta for parameter in module.parameters())
