@@ -29,7 +29,8 @@ class MeanOnlyBatchNorm(_BatchNorm):
 
     def __init__(self, num_features: int, momentum: float | None = 0.1, track_running_stats: bool = True) -> None:
         super().__init__(num_features, momentum=momentum, track_running_stats=track_running_stats)
-        self.weight, self.running_var = None, None
+        self.register_parameter("weight", None)
+        self.register_buffer("running_var", None)
 
     def reset_running_stats(self) -> None:
         """Forget the batches seen."""

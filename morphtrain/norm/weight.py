@@ -36,7 +36,7 @@ class WeightNorm(_WeightNorm):
     """torch's weight norm in the memory format of v, which a convolution goes by; torch's own is always contiguous."""
 
     def forward(self, weight_g: torch.Tensor, weight_v: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = super().forward(weight_g, weight_v)
+        weight: torch.Tensor = super().forward(weight_g, weight_v)  # type: ignore[no-untyped-call]
         memory_format = format_of(weight_v)
         return weight if memory_format is torch.contiguous_format else weight.clone(memory_format=memory_format)
 
