@@ -29,7 +29,7 @@ def computation(module: nn.Module, name: str) -> ParametrizationList | None:
     """What computes `module.<name>`; None if it is a plain tensor."""
     if name not in computed_names(module):
         return None
-    found: ParametrizationList = module._modules["parametrizations"][name]  # type: ignore[index, assignment]
+    found: ParametrizationList = module._modules["parametrizations"][name]  # type: ignore[index]
     return found
 
 
