@@ -479,7 +479,7 @@ def test_what_lasso_has_made_zero_is_removed_and_the_function_stays() -> None:
     to_weight_norm(model)
     initialise(model, INPUT)
     graph = trace(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(40):
         F.cross_entropy(model(INPUT), torch.arange(4)).backward()
         optimizer.step()

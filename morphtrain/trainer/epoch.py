@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 METRIC = re.compile(r"[\w\-./ ]+")  # a name that trackers take
 DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
+UNCLIPPED = 0.03  # learning rate of SGD with which weight norm trained the digits without clipping; at 0.1 it did not
 
 Record = dict[str, float]  # the metrics of an epoch, by name
 Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # record, those before it
@@ -47,6 +48,7 @@ def start(run: Run) -> None:
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)
+    _warn_of_long_steps(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
@@ -58,6 +60,17 @@ def _warn_of_one_chunk(run: Run) -> None:
             "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
             "a larger batch_policy.batch_size makes a difference",
             *(norm.ghost_batch_size, run.batch_size),
+        )
+
+
+def _warn_of_long_steps(run: Run) -> None:
+    config = run.config
+    sgd = isinstance(config.optimizer, schema.optimizer.SGD) and config.optimizer.lr > UNCLIPPED
+    if isinstance(config.norm, schema.norm.WeightNorm) and sgd and config.clip_norm is None and run.epoch == 0:
+        log.warning(
+            "norm=weight: without batch norm, steps of optimizer.lr=%g may be too long to learn from; clip_norm=1, or "
+            "optimizer.lr=%g, trained on the digits",
+            *(config.optimizer.lr, UNCLIPPED),
         )
 
 
