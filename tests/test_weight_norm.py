@@ -685,3 +685,12 @@ def test_it_computes_in_channels_last_where_batch_norm_does() -> None:
         formats.append([out.is_contiguous(memory_format=torch.channels_last) for out in found])
         assert len(found) == len(layers)
     assert formats[0] == formats[1] and all(formats[0])
+
+
+def test_steps_that_may_be_too_long_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    run_of()
+    assert [message for message in caplog.messages if "clip_norm=1" in message and "optimizer.lr=0.1" in message]
+    caplog.clear()
+    for options in (("clip_norm=1",), ("optimizer.lr=0.03",), ("optimizer=adamw",)):
+        run_of(*options)
+    assert not [message for message in caplog.messages if "clip_norm" in message]
