@@ -691,6 +691,6 @@ def test_steps_that_may_be_too_long_are_warned_of(caplog: pytest.LogCaptureFixtu
     run_of()
     assert [message for message in caplog.messages if "clip_norm=1" in message and "optimizer.lr=0.1" in message]
     caplog.clear()
-    for options in (("clip_norm=1",), ("optimizer.lr=0.03",), ("optimizer=adamw",)):
-        run_of(*options)
+    for option in ("clip_norm=1", "optimizer.lr=0.03", "optimizer=adamw"):
+        run_of(option)
     assert not [message for message in caplog.messages if "clip_norm" in message]
