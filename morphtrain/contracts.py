@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # (B, C, H, W), float and normalised; (B,), int64
@@ -36,6 +37,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Epochs done so far, fractions included -> factor on the optimizer's learning rates. It has no state: a resumed run
 # simply calls it again, and a changed batch size does not stretch it.
 Schedule = Callable[[float], float]
+
+# What a norm of ours that starts from data does before the first step of a run: with the model, and a pass of training
+# images (B, C, H, W). It is the function `start` of the option's module. Beside a norm of your own, a method can do so.
+NormStart = Callable[[nn.Module, torch.Tensor], None]
 
 
 @runtime_checkable

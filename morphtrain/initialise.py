@@ -6,6 +6,8 @@ import math
 
 from torch import nn
 
+from morphtrain.morph.effective import redrawn
+
 
 def initialise(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 2 / fan_out) (He et al. 2015, arXiv 1502.01852); zero its bias.
@@ -15,9 +17,10 @@ def initialise(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0, math.sqrt(2.0) / math.sqrt(fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        with redrawn(module):
+            nn.init.normal_(module.weight, 0, math.sqrt(2.0) / math.sqrt(fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def fresh_weights(model: nn.Module) -> None:
@@ -27,5 +30,6 @@ def fresh_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
+            with redrawn(module):
+                module.reset_parameters()  # type: ignore[operator]
     model.apply(initialise)

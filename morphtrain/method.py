@@ -72,8 +72,8 @@ class Method:
     def after_build(self, run: Run) -> None:
         """Change `run.model` in place (parametrize its layers, compile it), or replace `run.optimizer`.
 
-        The channels are followed after this, through the model as it is then: layers whose weights are computed are
-        refused if a method needs them. The state of a checkpoint is loaded after this, too.
+        The channels are followed after this, through the model as it is then, also through weights that are computed.
+        The state of a checkpoint is loaded after this, too.
         """
 
     def before_training(self, run: Run) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain import custom, schema
-from morphtrain.contracts import Data, Precision
+from morphtrain.contracts import Data, NormStart, Precision
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.schema import Custom, Option, option_of
@@ -46,6 +46,15 @@ def build(group: str, config: Option | Custom, **given: Any) -> Any:
         return build_custom(group, group, config, **given)
     module = importlib.import_module(f"morphtrain.{group}.{option_of(vars(config))}")
     return module.build(config, **given)
+
+
+def norm_start(config: Option | Custom) -> NormStart | None:
+    """What an option of the group `norm` does with images before the first step of a run; None if it does nothing."""
+    if isinstance(config, Custom):
+        return None
+    module = importlib.import_module(f"morphtrain.norm.{option_of(vars(config))}")
+    start: NormStart | None = getattr(module, "start", None)
+    return start
 
 
 def build_custom(group: str, key: str, config: Custom, **given: Any) -> Any:

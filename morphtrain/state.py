@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from morphtrain import schema, world
 from morphtrain.compilation import Compilation, usual_pass
-from morphtrain.contracts import Batch, Data, Loss, Precision, Schedule
+from morphtrain.contracts import Batch, Data, Loss, NormStart, Precision, Schedule
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
 from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
@@ -25,7 +25,7 @@ from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
-from morphtrain.progressive import small_size
+from morphtrain.progressive import resized, small_size
 from morphtrain.ramp import Ramp
 from morphtrain.settling import settle, trained_norms
 from morphtrain.timing.clock import Clock
@@ -51,6 +51,7 @@ class Run:
     clock: Clock
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
     infobatch: InfoBatch | None = None  # chooses the images of each epoch; None: all of them
+    norm_start: NormStart | None = None  # what its norm does with images before the first step; None: nothing
     compilation: Compilation | None = None  # with config key `compile`: which passes go through compiled code
     chosen: dict[str, str] = field(default_factory=dict)  # what `auto` stands for, by config key
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
@@ -168,16 +169,8 @@ class Run:
 
     def first_batch(self) -> Batch:
         """The first batch of this epoch at its full size, as often as it is asked for."""
-        with self._same_data():
+        with self._looking_ahead():
             return next(self.data.train_batches(self.batch_size, self.generator(self.epoch)))
-
-    @contextmanager
-    def _same_data(self) -> Iterator[None]:
-        """Put the state of the data back when the block ends."""
-        before = copy.deepcopy(self.data.state_dict()) if hasattr(self.data, "state_dict") else None
-        yield
-        if before is not None:
-            self.data.load_state_dict(before)  # type: ignore[attr-defined]  # of the user's own, see `contracts`
 
     def settle(self) -> None:
         """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
@@ -191,12 +184,12 @@ class Run:
             norms = trained_norms(self.model)
             if not norms:
                 return
-            devices = [self.device] if self.device.type == "cuda" else []
-            with self._same_data(), torch.random.fork_rng(devices=devices):
+            with self._looking_ahead():
                 settle(self.model, norms, self._settling_passes(), self.precision.autocast)
         for norm in norms:
             for statistic in (norm.running_mean, norm.running_var):
-                statistic.copy_(world.mean(statistic))  # type: ignore[union-attr,arg-type]  # `trained_norms` have both
+                if statistic is not None:  # mean-only norms have no variance
+                    statistic.copy_(world.mean(statistic))
 
     def _settling_passes(self) -> Iterator[torch.Tensor]:
         """Images as they go through the network in training; whole batches only, as all count the same."""
@@ -205,9 +198,35 @@ class Run:
         for images, _ in itertools.islice(batches, number):
             yield from images.tensor_split(passes(len(images), self.micro_batch))
 
+    @contextmanager
+    def _looking_ahead(self) -> Iterator[None]:
+        """Leave data and random numbers as they were, whatever images go through the network within the block."""
+        data = copy.deepcopy(self.data.state_dict()) if hasattr(self.data, "state_dict") else None
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+        if data is not None:
+            self.data.load_state_dict(data)  # type: ignore[attr-defined]  # of the user's own, see `contracts`
+
+    def start_norm(self) -> None:
+        """Let a norm that needs to see images before the first step start the network from a pass of them.
+
+        They are of the first batch of the present epoch, as training sees them.
+        """
+        if self.norm_start is None:
+            return
+        batch_size = self.batch_size or self.config.first_batch_size
+        most = self.micro_batch or getattr(self.config.batch_policy, "max_micro_batch", None)
+        with self._looking_ahead():
+            images, _ = next(self.data.train_batches(batch_size, self.generator(self.epoch)))
+            small = self.small_size(max(self.epoch, 1))
+            images = images if small is None else resized(images, small)
+            with self.precision.autocast():
+                self.norm_start(self.model, images.tensor_split(passes(len(images), most))[0])
+
     def reset_weights(self) -> None:
         """Give the network new random weights in its present structure, and clear the optimizer's state."""
         fresh_weights(self.model)
+        self.start_norm()
         self.optimizer.state.clear()
         additions_of(self.optimizer).forget(self.model.parameters())
 

@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from morphtrain.model import ResNet
 from morphtrain.morph import ChannelGraph, Space, describe
+from morphtrain.morph.effective import effective, parameters_of, scale
 
 PRESETS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
 SHAPES = {
@@ -80,7 +81,9 @@ def mask(space: Space, dropped: torch.Tensor) -> None:
             continue
         entries = (slot.start + dropped[:, None] * slot.segment.span + torch.arange(slot.segment.span)).flatten()
         for name, dim in slot.axis.tensors:
-            getattr(slot.axis.module, name).index_fill_(dim, entries, 0.0)
+            weight = effective(slot.axis.module, name)
+            factor = torch.ones(weight.shape[dim]).index_fill_(0, entries, 0.0)
+            scale(slot.axis.module, name, factor.view([-1 if d == dim else 1 for d in range(weight.dim())]))
 
 
 def twin(model: nn.Module, make_optimizer, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -118,7 +121,8 @@ def check_surgery(
     """
     model = model.train().double().to(memory_format=torch.channels_last)
     first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Conv1d)))
-    first.weight.requires_grad_(False)
+    for parameter in parameters_of(first):
+        parameter.requires_grad_(False)
     next(m for m in model.modules() if not list(m.children())).eval()
     optimizer = two_groups(model, momentum)
     together(model(*inputs)).square().mean().backward()

@@ -64,6 +64,8 @@ def built(*overrides: str) -> Run:
         [ALWAYS, "optimizer=lars", "batch_policy.max_micro_batch=6", "data.train_samples=250"],
         [ALWAYS, "optimizer=adamw", "optimizer.fused=true"],
         [ALWAYS, "optimizer.fused=true", "clip_norm=1"],
+        [ALWAYS, "norm=weight", "norm.mean_only=true"],
+        ["prune=morphnet", "prune.start_epoch=1", "prune.regulariser=group_lasso", "norm=weight"],
         ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
         [ALWAYS, "data=digits", "schedule=milestones"],
     ],

@@ -135,6 +135,11 @@ def test_a_filter_of_the_image_stays() -> None:
     assert len(graph.spaces) == 2
 
 
+class Symmetric(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + weight.transpose(0, 1)
+
+
 def old_norm(norm, layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,20 +147,22 @@ def old_norm(norm, layer: nn.Module) -> nn.Module:
 
 
 COMPUTED = {
-    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
-    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "symmetric": lambda: nn.utils.parametrize.register_parametrization(nn.Conv2d(8, 8, 1), "weight", Symmetric()),
     "weight norm by hooks": lambda: old_norm(nn.utils.weight_norm, nn.Conv2d(8, 8, 1)),
     "spectral norm by hooks": lambda: old_norm(nn.utils.spectral_norm, nn.Conv2d(8, 8, 1)),
 }
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_layers_with_a_computed_weight_are_kept_and_the_rest_is_not(name: str) -> None:
+def test_layers_whose_computed_weight_cannot_follow_are_kept_and_the_rest_is_not(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), COMPUTED[name](), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 1)).double()
     before, names = facts(model, SGD(model.parameters(), 0.1)), vars(model[1]).keys()
     expected = outputs(model, (X,))
     graph = ChannelGraph.trace(model, X)
     assert [(s.name, s.size) for s in graph.spaces] == [("2", 6)]
+    assert graph.kept["1"].startswith("all: its weight is computed by")
+    if "hooks" in name:
+        assert graph.kept["1"].endswith("the norms of torch.nn.utils.parametrizations are followed")
     assert facts(model, SGD(model.parameters(), 0.1)) == before
     assert vars(model[1]).keys() == names
     assert all(not tensor.is_meta for tensor in vars(model[1]).values() if isinstance(tensor, torch.Tensor))

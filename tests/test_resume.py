@@ -168,6 +168,8 @@ def train_here(run_dir: Path, *overrides: str) -> None:
         ("grow=morphnet", "grow.round_epochs=1", "grow.rounds=2", "prune.stop_epoch=2", "grow.inherit=false"),
         ("prune=morphnet",),
         ("optimizer=lars", "norm=ghost", "norm.ghost_batch_size=6", "batch_policy.max_micro_batch=12"),
+        ("norm=weight", "grow=wider", "grow.at_epochs=[1]", "optimizer=adamw"),
+        ("norm=weight", "norm.mean_only=true", "prune.residual=gating"),
         (
             *("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.max_batch_size=50"),
             *("batch_policy.lr_scaling=linear", "batch_policy.warmup_epochs=1.5", "clip_norm=0.5"),

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from morphtrain.cost.widths import Layer, Side
 from morphtrain.morph import NORMS, SAMPLES, ChannelGraph, format_of_model, input_type
+from morphtrain.morph.computation import plain_type
+from morphtrain.morph.effective import effective, fold
 from morphtrain.morph.formats import format_of
 from morphtrain.morph.surgery.widths import refresh_widths
 
@@ -64,7 +66,7 @@ class LayerSteps:
         positions = [shape[0] // SAMPLES, *(size for dim, size in enumerate(shape[1:], 1) if dim != channels)]
         groups = f"inputs, times {_multiplier(layer)}" if layer.is_depthwise else getattr(module, "groups", 1)
         parts = [
-            type(module).__name__,
+            plain_type(module).__name__,
             *(f"{name}={getattr(module, name)}" for name in SETTINGS if hasattr(module, name)),
             f"groups={groups}",
             f"sides={outputs},{inputs}",
@@ -106,6 +108,7 @@ class LayerSteps:
     def _block(self, layer: Layer, widths: Widths) -> Any:
         """The layer with these widths, its norm and a ReLU."""
         twin, norm = copy.deepcopy(layer.module).train(), self._norm(layer)
+        fold(twin)  # the time that it takes to compute a weight is left out
         shape = (*widths, *twin.weight.shape[2:])
         weight = self._noise(shape, self.dtype, torch.contiguous_format).clone()
         twin.weight = nn.Parameter(weight.to(memory_format=self.layout) if weight.dim() == 4 else weight)
@@ -132,12 +135,12 @@ class LayerSteps:
 
 def _channels(module: Any, shape: Sequence[int]) -> int:
     """The dimension of a layer's input that holds the channels: the last one of a linear layer."""
-    return len(shape) + 1 - module.weight.dim()
+    return len(shape) + 1 - effective(module).dim()
 
 
 def _multiplier(layer: Layer) -> int:
     """Rows of the weight of a depthwise convolution for each of its groups."""
-    return int(layer.module.weight.shape[0] // layer.module.groups)
+    return int(layer.shape[0] // layer.module.groups)
 
 
 def _ladder_step(layer: Layer, side: Side) -> int:

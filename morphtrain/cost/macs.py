@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from morphtrain.morph import MIXING, TRANSPOSED, input_type, kept_modes
+from morphtrain.morph.effective import effective
 
 
 @torch.no_grad()
@@ -26,9 +26,8 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
 
     def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
-        weight: Any = module.weight
         values = inputs[0][0] if isinstance(module, TRANSPOSED) else output[0]
-        total += values.numel() * math.prod(weight.shape[1:])
+        total += values.numel() * math.prod(effective(module).shape[1:])
 
     hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, MIXING)]
     device = next(model.parameters()).device

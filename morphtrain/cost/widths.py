@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from morphtrain.morph import MIXING, SAMPLES, TRANSPOSED, Axis, Call, ChannelGraph, Space
+from morphtrain.morph.effective import effective, identity
 
 CostKind = Literal["flops", "model_size", "latency"]
 
@@ -80,9 +81,14 @@ class Layer:
         """Whether the weight's second dimension cannot change because its rows follow the inputs."""
         return self.sides[1].axis is None and getattr(self.module, "groups", 1) > 1
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return effective(self.module).shape
+
     def positions(self) -> tuple[float, float]:
         """Positions of one sample in the input and in the output."""
-        channels = 1 - self.module.weight.dim()  # the activations' dimension; -1 of a linear layer
+        channels = 1 - len(self.shape)  # the activations' dimension; -1 of a linear layer
         inputs, outputs = self.call.input_shape, self.call.output_shape
         return _positions(inputs, channels), _positions(outputs, channels)
 
@@ -110,7 +116,7 @@ class WidthCost:
             raise ValueError("kind='latency' needs term_of, what a layer costs, and no other kind takes it")
         layers = layers_of(graph)
         if kind == "model_size":
-            layers = list({id(layer.module.weight): layer for layer in reversed(layers)}.values())[::-1]
+            layers = list({identity(layer.module): layer for layer in reversed(layers)}.values())[::-1]
         price = term_of or {"flops": _flops, "model_size": _weights}[kind]
         self.layers = [(layer.sides, price(layer)) for layer in layers]
 
@@ -150,26 +156,26 @@ class WidthCost:
 
 def layers_of(graph: ChannelGraph) -> list[Layer]:
     """Every call of a convolution or linear layer that the graph follows, in the order of execution."""
-    axes = {(id(getattr(a.module, name)), dim): a for a in graph.axes for name, dim in a.tensors}
+    axes = {(identity(a.module, name), dim): a for a in graph.axes for name, dim in a.tensors}
     modules: dict[str, Any] = {axis.path: axis.module for axis in graph.axes}
     layers = []
     for call in graph.calls:
         module = modules.get(call.path)
         if isinstance(module, MIXING):
-            weight = module.weight
-            zero, one = (Side(axes.get((id(weight), dim)), weight.shape[dim]) for dim in (0, 1))
+            weight, shape = identity(module), effective(module).shape
+            zero, one = (Side(axes.get((weight, dim)), shape[dim]) for dim in (0, 1))
             layers.append(Layer(module, call, (zero, one)))
     return layers
 
 
 def _flops(layer: Layer) -> Term:
     inputs, outputs = layer.positions()
-    kernel = math.prod(layer.module.weight.shape[2:])
+    kernel = math.prod(layer.shape[2:])
     return Term(2 * kernel * (inputs if isinstance(layer.module, TRANSPOSED) else outputs))
 
 
 def _weights(layer: Layer) -> Term:
-    return Term(math.prod(layer.module.weight.shape[2:]))
+    return Term(math.prod(layer.shape[2:]))
 
 
 def _positions(shape: torch.Size, channels: int) -> float:

@@ -2,6 +2,8 @@
 
 network = morphtrain.morph.rebuild(Net(), json.loads(Path("net.architecture.json").read_text()))
 network.load_state_dict(torch.load("net.state_dict.pt", weights_only=True))
+
+A network that computes some of its weights (weight norm) gets plain ones first: `morphtrain.morph.effective.fold(net)`.
 """
 
 from __future__ import annotations

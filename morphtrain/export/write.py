@@ -16,6 +16,7 @@ from morphtrain.errors import UserError, first_line
 from morphtrain.export import FORMATS, TOLERANCE
 from morphtrain.files import write_atomically
 from morphtrain.morph import SHORT, copy_of, describe, exact, input_type, kept_modes
+from morphtrain.morph.effective import folded
 from morphtrain.preprocessing import Preprocessing
 
 TRACED, COMPARED = 3, (1, 5)  # images in a batch that the network is traced with, and compared on
@@ -38,7 +39,8 @@ def export(
     """Write `network` to `output`, and `preprocessing` as JSON beside it.
 
     What is written is first read again and compared on random images, in batches of two sizes. A network of 16 bits is
-    written in 32, which hold all of its values: not every runtime computes in less.
+    written in 32, which hold all of its values: not every runtime computes in less. Weights that the network computes
+    (weight norm) are written as plain ones.
 
     Args:
         network: on the CPU, images (B, C, H, W) to one tensor; what it computes in evaluation mode is exported.
@@ -60,8 +62,9 @@ def export(
         network.eval()
         batches = [_images(network, preprocessing.input_shape, count) for count in COMPARED]
         wanted = [_outputs(network, images) for images in batches]
-        content = form.encode(network, _images(network, preprocessing.input_shape, TRACED))
-        decoded = form.decode(content, network)
+        plain = folded(network)
+        content = form.encode(plain, _images(network, preprocessing.input_shape, TRACED))
+        decoded = form.decode(content, plain)
         difference = max(map(_difference, wanted, (_decoded(decoded, images) for images in batches)))
     if not difference <= tolerance:  # nor is NaN
         raise UserError(
@@ -71,7 +74,7 @@ def export(
     name = output.name.removesuffix(form.SUFFIX) if output.name.endswith(form.SUFFIX) else output.stem
     beside = {"preprocessing": asdict(preprocessing)}
     if kind == "state_dict":
-        beside["architecture"] = describe(network)
+        beside["architecture"] = describe(plain)
     files = {output.with_name(f"{name}.{what}.json"): json.dumps(facts, indent=1) for what, facts in beside.items()}
     for path, text in files.items():
         write_atomically(path, text.encode())

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from morphtrain.grow.size import check_memory
 from morphtrain.morph import ChannelGraph, MorphError, Slot, Space
+from morphtrain.morph.effective import assign, effective
 
 
 def widen(
@@ -83,11 +84,11 @@ def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.T
 @torch.no_grad()
 def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: torch.Generator | None) -> None:
     """Add relative noise, which sums to zero over a channel's copies, to the weights that use them."""
-    weight = slot.axis.weight
-    assert weight is not None
+    module, (name, dim) = slot.axis.module, slot.axis.tensors[0]
+    weight = effective(module, name).clone()
     span = slot.segment.span
     entries = slice(slot.start, slot.start + len(index) * span)
-    part = weight.movedim(slot.axis.dim, 0)[entries]  # (width * span, ...), a view
+    part = weight.movedim(dim, 0)[entries]  # (width * span, ...), a view
     source = (index[:, None] * span + torch.arange(span)).flatten()  # which old entry each one is a copy of
     drawn = torch.randn(part.shape, generator=generator, dtype=torch.float32)
     drawn = drawn.to(device=part.device, dtype=part.dtype) * part * noise
@@ -95,3 +96,4 @@ def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: to
     sums = torch.zeros_like(part[: int(source.max()) + 1]).index_add_(0, source, drawn)
     counts = torch.bincount(source).to(part.dtype).view(-1, *[1] * (part.dim() - 1))
     part += drawn - (sums / counts)[source]
+    assign(module, name, weight)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from torch import nn
-
 from morphtrain.byte_sizes import readable
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import machine_bytes
 from morphtrain.morph import ChannelGraph, Space
+from morphtrain.morph.computation import has_dim
+from morphtrain.morph.effective import effective, parameters_of
 
 Widths = Mapping[Space, int]
 Cost = Callable[[Widths], float]  # of the network with these widths; spaces not named keep theirs
@@ -21,10 +21,11 @@ def params_at(graph: ChannelGraph) -> Cost:
     """The number of parameters as a cost: what `morphtrain.cost.count_params` would count at these widths."""
     shapes = {id(p): list(p.shape) for p in graph.model.parameters()}
     sides = [
-        (id(tensor), dim, axis)
+        (id(parameter), dim, axis)
         for axis in graph.axes
         for name, dim in axis.tensors
-        if isinstance(tensor := getattr(axis.module, name), nn.Parameter)
+        for parameter in parameters_of(axis.module, name)
+        if has_dim(parameter, effective(axis.module, name), dim)
     ]
 
     def cost(widths: Widths) -> float:

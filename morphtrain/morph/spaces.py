@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from morphtrain.morph.effective import effective
+
 Role = Literal["produces", "consumes", "elementwise"]
 Tensors = tuple[tuple[str, int], ...]  # (tensor name, dimension)
 
@@ -49,6 +51,7 @@ class Axis:
         counter: the module's attribute that holds the length; None if it has none.
         segments: in the order of the entries.
         two_sided: whether one layer makes or passes on these channels with a tensor by which another uses them.
+        narrowing: whether its weight is computed such that channels can go, but none can be repeated (spectral norm).
     """
 
     path: str
@@ -58,6 +61,7 @@ class Axis:
     counter: str | None
     segments: list[Segment]
     two_sided: bool = False
+    narrowing: bool = False
 
     @property
     def length(self) -> int:
@@ -69,12 +73,17 @@ class Axis:
         return sum(widths.get(s.space, s.space.size) * s.span if s.space else s.fixed_size for s in self.segments)
 
     @property
+    def has_weight(self) -> bool:
+        """Whether a weight makes or uses this axis' channels."""
+        return self.role != "elementwise" and bool(self.tensors)
+
+    @property
     def weight(self) -> torch.Tensor | None:
-        """The weight that makes or uses this axis' channels; None where they only pass through (norms, padding)."""
-        if self.role == "elementwise" or not self.tensors:
-            return None
-        weight: torch.Tensor = getattr(self.module, self.tensors[0][0])
-        return weight
+        """The weight that makes or uses this axis' channels; None where they only pass through (norms, padding).
+
+        It is the one that the layer uses; `morphtrain.morph.effective` changes it, for it may be computed.
+        """
+        return effective(self.module, self.tensors[0][0]) if self.has_weight else None
 
     @property
     def dim(self) -> int:
@@ -83,8 +92,9 @@ class Axis:
 
     def magnitude(self) -> torch.Tensor:
         """max |w| of each entry, over the weight's other dimensions: (length,)."""
-        assert self.weight is not None, f"{self.path} has no weights"
-        return self.weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
+        weight = self.weight
+        assert weight is not None, f"{self.path} has no weights"
+        return weight.detach().abs().transpose(0, self.dim).flatten(1).amax(1)
 
     def at(self, entry: int) -> Space | None:
         """The space that the entry at this position belongs to; None if it cannot change."""
@@ -118,7 +128,7 @@ class Slot:
     @property
     def has_weights(self) -> bool:
         """Whether a weight makes or uses the channels here."""
-        return self.axis.weight is not None
+        return self.axis.has_weight
 
 
 @dataclass(eq=False)
@@ -137,14 +147,25 @@ class Space:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether the space cannot be widened.
+        """Whether the space cannot be widened: `why_not_wider` says why."""
+        return bool(self.why_not_wider)
+
+    @property
+    def why_not_wider(self) -> str:
+        """Why the space cannot be widened; "" if it can.
 
         A single channel may have several entries somewhere: the order of the entries of two channels cannot be known
         then. Or one weight both makes and uses the channels (tied autoencoders): it would have to be divided for one
-        layer only.
+        layer only. Or a weight is computed from all of its entries together (spectral norm).
         """
-        single = self.size == 1 and any(slot.segment.span > 1 for slot in self.slots)
-        return single or any(slot.axis.two_sided for slot in self.slots)
+        if self.size == 1 and any(slot.segment.span > 1 for slot in self.slots):
+            return "its single channel has several entries in some tensor"
+        for axis in (slot.axis for slot in self.slots):
+            if axis.two_sided:
+                return "one weight both makes and uses its channels"
+            if axis.narrowing:
+                return f"copies of channels would change what '{axis.path}' computes, whose weight is computed"
+        return ""
 
     def __repr__(self) -> str:
         roles = [slot.role for slot in self.slots]

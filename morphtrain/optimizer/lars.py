@@ -102,6 +102,8 @@ def _trust_ratios(
 
 
 def build(config: schema.optimizer.LARS, model: nn.Module) -> Optimizer:
-    weights, vectors = decay_groups(model, config.weight_decay)
-    weights["trust_coefficient"], vectors["trust_coefficient"] = config.trust_coefficient, None
-    return LARS([weights, vectors], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    weights, vectors, *directions = decay_groups(model, config.weight_decay)
+    for group in (weights, *directions):
+        group["trust_coefficient"] = config.trust_coefficient
+    vectors["trust_coefficient"] = None
+    return LARS([weights, vectors, *directions], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -7,8 +7,9 @@
     norms.shrink(penalty_weight * slopes, norms.step_lengths(optimizer))
 
 The penalty is the sum over the channels of slope * r, where r is the largest of the channel's members: |gamma| of each
-norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`). At a
-residual sum all blocks have members, of which the largest counts: the channel goes once none of them needs it.
+norm that it goes through (`gamma_l1`), or ||W[i]||_2 of each row of a weight that makes it (`group_lasso`; |g[i]| under
+weight norm). At a residual sum all blocks have members, of which the largest counts: the channel goes once none of them
+needs it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph import NORMS, ChannelGraph, Slot, Space, exact
 from morphtrain.prune.step_length import step_length
+from morphtrain.prune.weights import Normed, is_trained, weight_of
 
 SHORTEST = 1e-30  # step; one of length 0 moves nothing, and its inverse is still a number
 
@@ -198,12 +200,19 @@ def _is_member(slot: Slot, regulariser: Regulariser) -> bool:
 
 
 def _weight(slot: Slot) -> torch.Tensor:
-    weight: torch.Tensor = getattr(slot.axis.module, slot.axis.tensors[0][0])
+    """The parameter whose entries are members; of a row under weight norm its length, which is the norm of the row."""
+    weight = weight_of(slot.axis.module, slot.axis.tensors[0][0])
+    if isinstance(weight, Normed):
+        return weight.length
+    assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def _is_trained(slot: Slot) -> bool:
-    return _weight(slot).requires_grad
+    """Whether the rows of a slot are trained, and a parameter has their norms."""
+    name, dim = slot.axis.tensors[0]
+    weight = weight_of(slot.axis.module, name)
+    return is_trained(weight) and not (isinstance(weight, Normed) and weight.dim != dim)
 
 
 def _past_norms(graph: ChannelGraph) -> set[Space]:

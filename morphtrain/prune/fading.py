@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from morphtrain.morph import MIXING, NORMS, Axis, ChannelGraph, Space, ZeroBranch
+from morphtrain.morph.effective import parameters_of
 from morphtrain.prune.reconfigure import Reconfiguration
+from morphtrain.prune.weights import Weight, multiply, weight_of
 
 NOTHING = 1e-6  # epochs: less than a step, and more than what rounding adds up to in an epoch
 
@@ -35,25 +36,25 @@ class Fading:
     def __init__(self, graph: ChannelGraph, gone: Mapping[Space, torch.Tensor], left: float) -> None:
         self.graph, self.left = graph, left
         self.gone = {space: mask for space, mask in gone.items() if bool(mask.any())}
-        masks: dict[nn.Parameter, torch.Tensor] = {}
+        masks: dict[Weight, torch.Tensor] = {}
         for axis in graph.axes:
             entries = _entries(axis, self.gone)
             if not _can_fade(axis) or not bool(entries.any()):
                 continue
             for name, dim in axis.tensors:
-                tensor = getattr(axis.module, name)
-                if isinstance(tensor, nn.Parameter):
+                if parameters_of(axis.module, name):
+                    weight, tensor = weight_of(axis.module, name), getattr(axis.module, name)
                     mask = entries.to(tensor.device).view([-1 if d == dim else 1 for d in range(tensor.dim())])
-                    masks[tensor] = mask | masks[tensor] if tensor in masks else mask
-        self.masks = masks  # each spreads over its parameter
+                    masks[weight] = mask | masks[weight] if weight in masks else mask
+        self.masks = masks  # each spreads over its weight
 
     @torch.no_grad()
     def fade(self, left: float) -> None:
         """Scale the channels down to where they have to be when `left` epochs are left."""
         left = left if left > NOTHING else 0.0
         factor = min(left / self.left, 1.0) if self.left else 0.0
-        for parameter, mask in self.masks.items():
-            parameter.mul_(torch.where(mask, factor, 1.0))
+        for weight, mask in self.masks.items():
+            multiply(weight, torch.where(mask, factor, 1.0))
         self.left = left
 
     def cut(self, optimizer: Optimizer) -> Reconfiguration:

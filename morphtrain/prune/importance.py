@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from morphtrain.morph import NORMS, Axis, ChannelGraph, Space, exact
+from morphtrain.morph.effective import sensitivity
+from morphtrain.prune.weights import Computed, is_trained, weight_of
 
 Importance = dict[Space, torch.Tensor]
 
@@ -148,16 +150,19 @@ def _scale(axis: Axis) -> torch.Tensor | None:
 
 
 def _derivative(axis: Axis) -> torch.Tensor | None:
-    """(length,): of the loss, by a gate on each entry that is read along this axis; None where no weight reads."""
+    """(length,): of the loss, by a gate on each entry that is read along this axis; None where that is not known."""
     if axis.role != "consumes" or axis.weight is None:
         return None
-    gradient = axis.weight.grad
-    if gradient is None:
+    name = axis.tensors[0][0]
+    if isinstance(weight_of(axis.module, name), Computed):
+        return None
+    derivative = sensitivity(axis.module, name)
+    if derivative is None:
         return axis.weight.new_zeros(axis.length)  # frozen, or the loss does not depend on it
-    return _summed(exact(gradient) * exact(axis.weight), axis.dim)
+    return _summed(derivative, axis.dim)
 
 
 def _has_gradients(space: Space) -> bool:
-    """Whether weights read the space, and all of these are trained."""
-    weights = [slot.axis.weight for slot in space.slots if slot.role == "consumes" and slot.has_weights]
-    return bool(weights) and all(weight is not None and weight.requires_grad for weight in weights)
+    """Whether weights read the space, and all of these are trained, by gradients that say what each entry does."""
+    readers = [slot.axis for slot in space.slots if slot.role == "consumes" and slot.has_weights]
+    return bool(readers) and all(is_trained(weight_of(axis.module, axis.tensors[0][0])) for axis in readers)

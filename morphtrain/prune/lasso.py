@@ -4,10 +4,11 @@
     penalty_weight = penalty_weight_for_ratio(0.25, cross_entropy, penalty(lassos).item())
     ...
     optimizer.step()
-    shrink(lassos, lr * penalty_weight / (1 - momentum))      # or morphtrain.prune.step_length
+    shrink(lassos, lr * penalty_weight / (1 - momentum))      # or each by its amount_of_step
 
 For a weight W (O, I, kh, kw) the penalty is sum_o ||W[o]||_2 + sum_i ||W[:, i]||_2. Sides that cannot be pruned are
 exempt: the image side of the first convolution, the class side of the classifier, depthwise kernels, norms, biases.
+Under weight norm W is the weight that the layer uses. One that is computed in another way (spectral norm) is exempt.
 """
 
 from __future__ import annotations
@@ -15,12 +16,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-from morphtrain.morph import ChannelGraph, exact
+from morphtrain.morph import Axis, ChannelGraph, exact
+from morphtrain.morph.effective import identity
+from morphtrain.prune.step_length import step_length
+from morphtrain.prune.weights import (
+    Computed,
+    Normed,
+    add_to_gradient,
+    is_trained,
+    multiply,
+    shape_of,
+    turning,
+    value_of,
+    weight_of,
+)
 
 EPS = 1e-8  # under the root of a subgradient's norm
+
+Side = float | torch.Tensor  # what each row, or each column, loses: a number, or (O,) or (I,)
+Amount = Side | tuple[Side, Side]  # see `shrink`
 
 
 @dataclass
@@ -30,7 +49,7 @@ class GroupLasso:
     The rows of a transposed convolution (I, O, ...) are its inputs. With groups, a column holds one input of each.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Normed
     row_weight: float
     column_weight: float
 
@@ -41,12 +60,14 @@ def group_lassos(graph: ChannelGraph, sqrt_size: bool = False) -> list[GroupLass
     Args:
         sqrt_size: each group counts times the root of its size; otherwise all groups count alike.
     """
-    free: dict[int, set[int]] = {}  # id of a weight -> its dimensions that can change
-    weights: dict[int, torch.Tensor] = {}
+    free: dict[int, set[int]] = {}  # identity of a weight -> its dimensions that can change
+    weights: dict[int, torch.Tensor | Normed] = {}
     for axis in graph.axes:
-        if axis.weight is not None and axis.weight.requires_grad and any(segment.space for segment in axis.segments):
-            weights[id(axis.weight)] = axis.weight
-            free.setdefault(id(axis.weight), set()).add(axis.dim)
+        weight = _penalised(axis)
+        if weight is not None and any(segment.space for segment in axis.segments):
+            key = identity(axis.module, axis.tensors[0][0])
+            weights[key] = weight
+            free.setdefault(key, set()).add(axis.dim)
     return [
         GroupLasso(
             weight,
@@ -61,7 +82,7 @@ def penalty(lassos: Iterable[GroupLasso]) -> torch.Tensor:
     """The value GL of the penalty, a scalar tensor; no gradient flows through it."""
     total = torch.zeros(())
     for lasso in lassos:
-        squares = _squares(lasso.weight)
+        squares = _squares(value_of(lasso.weight))
         rows = lasso.row_weight * squares.sum(1).sqrt().sum()
         total = total.to(rows.device) + rows + lasso.column_weight * squares.sum(0).sqrt().sum()
     return total
@@ -93,24 +114,22 @@ def total_norm(lassos: Iterable[GroupLasso]) -> float:
 
 def total_weight(lassos: Iterable[GroupLasso]) -> float:
     """How much all groups together count."""
-    return sum(x.row_weight * x.weight.shape[0] + x.column_weight * x.weight.shape[1] for x in lassos)
+    return sum(x.row_weight * shape_of(x.weight)[0] + x.column_weight * shape_of(x.weight)[1] for x in lassos)
 
 
 @torch.no_grad()
 def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
     """Add penalty_weight * dGL/dW to `.grad`: dGL/dW = W * (1/||W[o]|| + 1/||W[:, i]||)."""
     for lasso in lassos:
-        squares = _squares(lasso.weight)
+        value = value_of(lasso.weight)
+        squares = _squares(value)
         rows = penalty_weight * lasso.row_weight * (squares.sum(1) + EPS).rsqrt()
         columns = penalty_weight * lasso.column_weight * (squares.sum(0) + EPS).rsqrt()
-        grad = lasso.weight.grad
-        if grad is None:
-            continue  # the loss does not depend on it
-        grad.addcmul_(lasso.weight, _spread(rows[:, None] + columns, lasso.weight).to(grad.dtype))
+        add_to_gradient(lasso.weight, _spread(rows[:, None] + columns, value))
 
 
 @torch.no_grad()
-def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
+def shrink(lassos: Iterable[GroupLasso], amount: Amount) -> None:
     """Soft-threshold the weights in place: every row, then every column, loses `amount` of its norm.
 
     Those whose norm is smaller become exactly zero. It is the proximal step of one side's penalty, then of the other's.
@@ -118,29 +137,67 @@ def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
     Args:
         amount: of every weight; or a tensor of the weight's shape where its elements take steps of different lengths.
             A group then loses their harmonic mean: elements with hardly a gradient, whose steps are longest, count
-            least.
+            least. Or one amount for the rows and one for the columns.
     """
     for lasso in lassos:
-        squares = _squares(lasso.weight)
+        value = value_of(lasso.weight)
+        squares = _squares(value)
         of_rows, of_columns = _amounts(amount)
         rows = _soft_threshold(squares.sum(1), of_rows * lasso.row_weight)  # (O,)
         columns = _soft_threshold(rows.square() @ squares, of_columns * lasso.column_weight)  # (I,)
-        lasso.weight.mul_(_spread(rows[:, None] * columns, lasso.weight))
+        multiply(lasso.weight, _spread(rows[:, None] * columns, value))
 
 
-def share_taken(lasso: GroupLasso, amount: float) -> float:
+@torch.no_grad()
+def amount_of_step(lasso: GroupLasso, optimizer: Optimizer, penalty_weight: float) -> Any:
+    """What the step that the optimizer has just taken gives `shrink` to take off a weight; see `step_length`.
+
+    Under weight norm a row becomes shorter as g does, and turns as v does. So the groups along g lose as much as a step
+    of g is long. The others, which lie across it, lose what steps of v come to in the weight: `turning` times their
+    length, the mean over a group's elements by their squares.
+    """
+    weight = lasso.weight
+    if not isinstance(weight, Normed):
+        return step_length(optimizer, weight) * penalty_weight
+    along = _amounts(step_length(optimizer, weight.length) * penalty_weight)
+    across = _amounts(step_length(optimizer, weight.direction) * penalty_weight)
+    squares, turned = _squares(value_of(weight)), turning(weight)
+    turned = turned.reshape(turned.shape[:2])  # spreads over (O, I)
+
+    def of_side(dim: int) -> Side:
+        if dim == weight.dim:
+            return along[dim]
+        total = squares.sum(1 - dim)  # 0: of a dead group, which loses nothing more
+        return across[dim] * torch.where(total > 0, (squares * turned).sum(1 - dim) / total, 1.0)
+
+    return of_side(0), of_side(1)
+
+
+def share_taken(lasso: GroupLasso, amount: Amount) -> float:
     """The share of a group's norm that `shrink` takes if it takes off `amount` in all: the mean over a weight's groups.
 
     Its elements lose it with their row and with their column.
     """
-    norm = torch.linalg.vector_norm(exact(lasso.weight.detach())).item()
-    rows, columns = lasso.weight.shape[:2]
-    pull = amount * (lasso.row_weight * rows**0.5 + lasso.column_weight * columns**0.5)
+    norm = torch.linalg.vector_norm(exact(value_of(lasso.weight))).item()
+    counts = shape_of(lasso.weight)[:2]
+    of_sides = (float(1 / (1 / torch.as_tensor(of_side)).mean()) for of_side in _amounts(amount))
+    counted = zip(of_sides, (lasso.row_weight, lasso.column_weight), counts, strict=True)
+    pull = sum(of_side * weight * count**0.5 for of_side, weight, count in counted)
     return pull / norm if norm else math.inf
 
 
-def _amounts(amount: float | torch.Tensor) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+def _penalised(axis: Axis) -> torch.Tensor | Normed | None:
+    """The weight that makes or uses the channels of an axis, if a penalty can act on it."""
+    if axis.weight is None:
+        return None
+    weight = weight_of(axis.module, axis.tensors[0][0])
+    return None if isinstance(weight, Computed) or not is_trained(weight) else weight
+
+
+def _amounts(amount: Amount) -> tuple[Side, Side]:
     """What each row, (O,), and each column, (I,), loses; both are `amount` if that is a number."""
+    if isinstance(amount, tuple):
+        return amount
     if not isinstance(amount, torch.Tensor) or amount.dim() == 0:
         return amount, amount
     inverse = exact(amount).reciprocal()
@@ -150,7 +207,7 @@ def _amounts(amount: float | torch.Tensor) -> tuple[float | torch.Tensor, float 
 
 def _squares(weight: torch.Tensor) -> torch.Tensor:
     """(O, I): squared weights, summed over the kernel, in 32 bits or more: squares of 16 bits would soon be zero."""
-    weight = exact(weight.detach())
+    weight = exact(weight)
     return weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
 
 
@@ -165,5 +222,6 @@ def _spread(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return factors.view(*factors.shape, *[1] * (weight.dim() - 2))
 
 
-def _factor(weight: torch.Tensor, dim: int, sqrt_size: bool) -> float:
-    return (weight.numel() / weight.shape[dim]) ** 0.5 if sqrt_size else 1.0
+def _factor(weight: torch.Tensor | Normed, dim: int, sqrt_size: bool) -> float:
+    shape = shape_of(weight)
+    return (shape.numel() / shape[dim]) ** 0.5 if sqrt_size else 1.0

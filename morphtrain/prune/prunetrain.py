@@ -15,6 +15,7 @@ from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph
 from morphtrain.prune.lasso import (
     add_gradient,
+    amount_of_step,
     group_lassos,
     penalty,
     share_taken,
@@ -25,7 +26,7 @@ from morphtrain.prune.lasso import (
 from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import Reconfiguration, live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
-from morphtrain.prune.step_length import reach_ahead, step_length, warn_if_unknown
+from morphtrain.prune.step_length import steps_ahead, warn_if_unknown
 from morphtrain.prune.strength import enough_for, first_penalty_weight
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
@@ -64,8 +65,9 @@ class PruneTrain(Method):
     def after_step(self, run: Run) -> None:
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
+            strength = self.penalty_weight * run.step_weight
             for lasso in self.lassos:
-                shrink([lasso], step_length(run.optimizer, lasso.weight) * (self.penalty_weight * run.step_weight))
+                shrink([lasso], amount_of_step(lasso, run.optimizer, strength))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.penalty_weight is not None
@@ -105,8 +107,9 @@ class PruneTrain(Method):
     def _reach(self, run: Run, last: int) -> tuple[float, str]:
         """See `Outlook.after_epoch`."""
         assert self.penalty_weight is not None
-        amounts = [self.penalty_weight * reach_ahead(run, lasso.weight, last) for lasso in self.lassos]
+        amounts = [amount_of_step(lasso, run.optimizer, self.penalty_weight) for lasso in self.lassos]
         share = max(share_taken(lasso, amount) for lasso, amount in zip(self.lassos, amounts, strict=True))
+        share *= steps_ahead(run, last)
         return share, enough_for(self.config, share)
 
     def _reconfigure(self, run: Run) -> Reconfiguration:

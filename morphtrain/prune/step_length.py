@@ -70,15 +70,6 @@ def steps_ahead(run: Run, last_epoch: int) -> float:
     return full_steps(run, last_epoch) / now if now else math.inf
 
 
-def reach_ahead(run: Run, weight: torch.Tensor, last_epoch: int) -> float:
-    """The sum of `step_length` over all steps from now to the end of `last_epoch`, as planned now.
-
-    The harmonic mean over the weight's elements; an optimizer that scales its steps is taken to go on as now.
-    """
-    per_length = torch.as_tensor(step_length(run.optimizer, weight)).reciprocal().mean().item()
-    return steps_ahead(run, last_epoch) / per_length
-
-
 def _first_trained(run: Run) -> int:
     """The number of the first parameter group that is trained."""
     for number, rate in enumerate(run.base_lrs):

@@ -28,7 +28,15 @@ class Conflict(NamedTuple):
     instead: str  # what works
 
 
-CONFLICTS: tuple[Conflict, ...] = ()
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "norm=weight",
+        "prune.regulariser=gamma_l1",
+        "no norm with a scale is left to regularise",
+        "prune.regulariser=group_lasso",
+    ),
+    Conflict("norm=weight", "prune.importance=gamma", "no norm with a scale is left", "prune.importance=magnitude"),
+)
 
 
 def check_compatible(config: Config) -> None:

@@ -21,3 +21,10 @@ class GhostNorm(Norm, option="ghost"):
 
     def __post_init__(self) -> None:
         check(self.ghost_batch_size >= 1, "norm.ghost_batch_size", self.ghost_batch_size, "1 or more samples")
+
+
+@dataclass
+class WeightNorm(Norm, option="weight"):
+    """Weight normalisation."""
+
+    mean_only: bool

@@ -71,6 +71,7 @@ def build_run(
         precision=options.build("precision", config.precision, device=device),
         clock=Clock(device, config.timing.sync),
         methods=methods,
+        norm_start=options.norm_start(config.norm),
         compilation=None if config.compile == "none" else Compilation(config.compile, device),
     )
     if isinstance(run.criterion, nn.Module):

@@ -412,8 +412,10 @@ class Checkpoint:
     def _unlike(self, error: Exception) -> UserError:
         name = self.facts["config"]["model"].get("_target_", "the model") if "config" in self.facts else "the model"
         reason = " ".join(str(error).split())
-        if any("parametrizations." in key for key in self.content["model"]):
-            reason = "a method had its weights computed, and only a run with that method goes on from there"
+        unknown = "Unexpected key(s)" in reason and "parametrizations." in reason
+        if unknown and any("parametrizations." in key for key in self.content["model"]):
+            computed = "it holds weights that are computed, as by weight norm"
+            reason = f"{computed}; pass the network that computes them, or go on with the run whose method does"
         return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:

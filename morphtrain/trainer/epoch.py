@@ -35,19 +35,22 @@ log = logging.getLogger(__name__)
 METRIC = re.compile(r"[\w\-./ ]+")  # a name that trackers take
 UNDERFLOW = "underflow_share"
 DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
+UNCLIPPED = 0.03  # learning rate of SGD with which weight norm trained the digits without clipping; at 0.1 it did not
 
 Record = dict[str, float]  # the metrics of an epoch, by name
 Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # record, those before it
 
 
 def start(run: Run) -> None:
-    """Settle what is `auto`, and let the methods look at a run that has just been built or restored."""
+    """Settle what is `auto`, start the norm, and let the methods look at a run that has just been built or restored."""
     with run.clock.timed("setup_seconds"):
         if run.epoch == 0:
             auto.choose(run)
+            run.start_norm()
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)
+    _warn_of_long_steps(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
@@ -59,6 +62,17 @@ def _warn_of_one_chunk(run: Run) -> None:
             "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
             "a larger batch_policy.batch_size makes a difference",
             *(norm.ghost_batch_size, run.batch_size),
+        )
+
+
+def _warn_of_long_steps(run: Run) -> None:
+    config = run.config
+    sgd = isinstance(config.optimizer, schema.optimizer.SGD) and config.optimizer.lr > UNCLIPPED
+    if isinstance(config.norm, schema.norm.WeightNorm) and sgd and config.clip_norm is None and run.epoch == 0:
+        log.warning(
+            "norm=weight: without batch norm, steps of optimizer.lr=%g may be too long to learn from; clip_norm=1, or "
+            "optimizer.lr=%g, trained on the digits",
+            *(config.optimizer.lr, UNCLIPPED),
         )
 
 

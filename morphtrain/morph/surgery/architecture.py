@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from morphtrain.errors import first_line
+from morphtrain.morph.computation import computed_names
+from morphtrain.morph.effective import effective
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import (
@@ -28,6 +31,7 @@ from morphtrain.morph.surgery.insert import norm_like
 from morphtrain.morph.surgery.widths import widths_of
 from morphtrain.plain_data import mismatch
 
+PARAMETRIZATIONS = ".parametrizations."  # in the names of tensors behind a computed one
 # The types of what `describe` returns (`plain_data.mismatch`).
 DESCRIPTION = {"layers": dict[str, dict[str, Any]], "widths": dict[str, dict[str, int]], "shapes": dict[str, list[int]]}
 
@@ -43,15 +47,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of every tensor by name; of one that is computed (`torch.nn.utils.parametrize`) its own shape."""
-    shapes = {}
-    for name, tensor in model.state_dict().items():
-        before, found, after = name.partition("parametrizations.")
-        plain = before + after.partition(".")[0] if found else name
-        owner, _, tensor_name = plain.rpartition(".")
-        shape = getattr(model.get_submodule(owner), tensor_name).shape if found else tensor.shape
-        shapes[plain] = list(shape)
-    return shapes
+    """The shape of every tensor by name; also of those that are computed (`torch.nn.utils.parametrize`).
+
+    A run whose method has weights computed goes on from plain ones, a network that computes them itself from theirs.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes | {name: list(effective(*place).shape) for name, place in _computed(model).items()}
+
+
+def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """By their names in the model, where its computed tensors are: (module, name there)."""
+    places = [(path, m, name) for path, m in model.named_modules() for name in computed_names(m)]
+    return {f"{path}.{name}" if path else name: (m, name) for path, m, name in places}
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
@@ -72,8 +79,11 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
             _put_layer(model, path, description["layers"][path])
         for path, widths in description["widths"].items():
             _set_widths(model.get_submodule(path), path, widths, largest)
+        present, computed = set(model.state_dict()), _computed(model)
         resized: dict[int, torch.Tensor] = {}
         for name, shape in description["shapes"].items():
+            if name in computed or (name not in present and PARAMETRIZATIONS in f".{name}"):
+                continue  # its shape follows from others; or it is behind a weight that is plain here
             path, _, tensor_name = name.rpartition(".")
             _resize(model.get_submodule(path), tensor_name, torch.Size(shape), resized)
     except (AttributeError, RuntimeError) as error:  # a path that it does not have; a shape that no tensor can have
@@ -200,6 +210,7 @@ def _resize(module: nn.Module, name: str, shape: torch.Size, resized: dict[int, 
     if old.shape == shape:
         return
     kernel = module.kernel_size if isinstance(module, _ConvNd) and name == "weight" else shape[2:]
+    kernel = old.shape[2:] if isinstance(module, ParametrizationList) else kernel
     if old.dim() != len(shape) or tuple(shape[2:]) != tuple(kernel):
         raise MorphError(
             f"{name} of a {type(module).__name__} is {tuple(old.shape)}, which no surgery makes {tuple(shape)}"

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from morphtrain.morph.effective import effective
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
 from morphtrain.morph.surgery.change import Change
+from morphtrain.morph.surgery.computed import replacements
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.widths import refresh_widths
 from morphtrain.morph.trace.kinds import CONVOLUTIONS
@@ -42,7 +44,7 @@ def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> 
     parent_path = path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
     place, layers = (parent_path, list(parent)) if isinstance(parent, Gated) else (path, [convolution])
-    device, changes = convolution.weight.device, []
+    device, changes = effective(convolution).device, []
     if gate.reads is not None:
         changes.append(Change(1, gate.reads))
         if isinstance(layers[0], SelectChannels):
@@ -55,6 +57,7 @@ def insert_gate(model: nn.Module, path: str, gate: Gate, rebinder: Rebinder) -> 
             layers[-1].index = layers[-1].index[gate.writes.to(device)]
         else:
             layers.append(ScatterChannels(gate.writes.to(device), convolution.out_channels))
-    rebinder.reindex(convolution, "weight", changes)
+    for replacement in replacements(path, convolution, "weight", changes):
+        rebinder.reindex(replacement)
     refresh_widths(convolution)
     model.set_submodule(place, Gated(*layers).train(convolution.training))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.spaces import Axis, Segment, Space
 from morphtrain.morph.surgery.change import Change
+from morphtrain.morph.surgery.computed import replacements
 from morphtrain.morph.surgery.rebind import Rebinder
 
 Index = Sequence[int] | torch.Tensor
@@ -34,10 +36,7 @@ def checked_index(space: Space, index: Index) -> torch.Tensor:
             f"index for '{space.name}' must lie in 0..{space.size - 1}, not {int(index.min())}..{int(index.max())}"
         )
     if space.is_ambiguous and len(index.unique()) < len(index):
-        raise MorphError(
-            f"'{space.name}' cannot be widened: its single channel has several entries in some tensor, or one weight "
-            "both makes and uses its channels"
-        )
+        raise MorphError(f"'{space.name}' cannot be widened: {space.why_not_wider}")
     return index
 
 
@@ -57,17 +56,22 @@ def emptied_axes(space: Space, spaces: Collection[Space], without: Sequence[Axis
 
 
 def reindex_tensors(axes: Sequence[Axis], indices: Mapping[Space, torch.Tensor], rebinder: Rebinder) -> None:
-    """Apply the indices of spaces to the tensors of `axes`; a tensor with several such axes is replaced once."""
+    """Apply the indices of spaces to the tensors of `axes`; a tensor with several such axes is replaced once.
+
+    Raises:
+        MorphError: before anything is changed, if a weight that is computed cannot change like this.
+    """
     divisors = {space: d for space, index in indices.items() if (d := _inverse_multiplicity(space, index)) is not None}
-    tensors: dict[tuple[int, str], tuple[nn.Module, list[Change]]] = {}
+    tensors: dict[tuple[int, str], tuple[str, nn.Module, list[Change]]] = {}
     for axis in axes:
         rows = _rows_of(axis, indices)
         scale = _scale_of(axis, indices, divisors) if axis.role == "consumes" else None
         for name, dim in axis.tensors:
-            _, sides = tensors.setdefault((id(axis.module), name), (axis.module, []))
+            _, _, sides = tensors.setdefault((id(axis.module), name), (axis.path, axis.module, []))
             sides.append(Change(dim, rows, scale))
-    for (_, name), (module, sides) in tensors.items():
-        rebinder.reindex(module, name, sides)
+    planned = [replacements(path, module, name, sides) for (_, name), (path, module, sides) in tensors.items()]
+    for replacement in chain.from_iterable(planned):  # a computed weight may have refused by now
+        rebinder.reindex(replacement)
 
 
 def _inverse_multiplicity(space: Space, index: torch.Tensor) -> torch.Tensor | None:

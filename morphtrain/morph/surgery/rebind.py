@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from morphtrain.morph.surgery.additions import additions_of
 from morphtrain.morph.surgery.change import Change, select
+from morphtrain.morph.surgery.computed import Replacement
 from morphtrain.morph.trace.traced import Shared
 
 # Optimizer state that is an average of gradients: it follows its parameter's index and scale. Other state of the
@@ -34,18 +35,20 @@ class Rebinder:
             for i, p in enumerate(group["params"])
         }
 
-    def reindex(self, module: nn.Module, name: str, changes: Sequence[Change]) -> None:
-        """Change `module.<name>` along some of its dimensions.
+    def reindex(self, replacement: Replacement) -> None:
+        """Put a new tensor in the place of one of a module's.
 
         A new parameter is made and bound to the name, because swapping `.data` under a live gradient accumulator fails
         at the next backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept, and
         optimizer state of the parameter's shape follows. The gradient is dropped, so call this between steps.
         """
+        module, name, changes, new, factor = replacement
         old = getattr(module, name)
-        new = select(old, changes)
+        if new is None:
+            new = select(old, changes or ())
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-            self._update_optimizer(old, new, changes)
+            self._update_optimizer(old, new, changes, factor)
         for owner, other in ((module, name), *self.shared.get((id(module), name), ())):
             setattr(owner, other, new)
 
@@ -81,19 +84,30 @@ class Rebinder:
             self.optimizer.state.pop(parameter, None)
         additions_of(self.optimizer).forget(gone)
 
-    def _update_optimizer(self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change]) -> None:
+    def _update_optimizer(
+        self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change] | None, factor: torch.Tensor | None
+    ) -> None:
         if self.optimizer is None or id(old) not in self.positions:
             return
         group, position = self.positions.pop(id(old))
         group["params"][position] = new
         self.positions[id(new)] = group, position
-        additions_of(self.optimizer).follow(old, new, changes)
         state = self.optimizer.state.pop(old, None)
+        if changes is None:
+            additions_of(self.optimizer).forget([old])
+            return
+        additions_of(self.optimizer).follow(old, new, changes)
         if state is not None:
             unscaled = [change._replace(scale=None) for change in changes]
             self.optimizer.state[new] = {
-                key: select(value, changes if key in FIRST_MOMENTS else unscaled)
+                key: _scaled(select(value, changes), factor)
+                if key in FIRST_MOMENTS
+                else select(value, unscaled)
                 if isinstance(value, torch.Tensor) and value.shape == old.shape
                 else value
                 for key, value in state.items()
             }
+
+
+def _scaled(average: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return average if factor is None else average * factor.to(average.dtype)

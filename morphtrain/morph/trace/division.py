@@ -13,7 +13,7 @@ def divide(trace: Trace) -> tuple[list[Axis], list[Space], list[ChannelGather]]:
     """Divide the traced axes into segments; a space is a longest run of labels that is contiguous everywhere."""
     runs = _Runs(trace)
     spaces: dict[int, Space] = {}  # by the first label
-    axes = [Axis(t.path, t.module, t.role, t.tensors, t.counter, [], t.two_sided) for t in trace.axes]
+    axes = [Axis(t.path, t.module, t.role, t.tensors, t.counter, [], t.two_sided, t.narrowing) for t in trace.axes]
     for number, label, span, length in runs.segments():
         if label == 0:
             axes[number].segments.append(Segment(None, fixed_size=span))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from morphtrain.morph.computation import plain_type
 
 # Attributes of torch's layers that a change of width changes.
 WIDTHS = (
@@ -25,10 +25,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MIXING = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)  # they mix channels, unless they are depthwise
 NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    _BatchNorm,  # of any number of dimensions, synchronised, mean-only
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
@@ -107,19 +104,14 @@ TENSORS = frozenset(("weight", "bias", "running_mean", "running_var"))
 
 
 def is_torch_layer(module: Any) -> bool:
-    """Whether a module is a layer of torch's, or derived from one with its forward and all that this uses kept."""
-    kinds = type(module).__mro__
+    """Whether a module is a layer of torch's, or derived from one with its forward and all that this uses kept.
+
+    A tensor of it may be computed (`torch.nn.utils.parametrize`).
+    """
+    kinds = plain_type(module).__mro__
     torchs = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
     if torchs is nn.Module or issubclass(torchs, CONTAINERS):
         return False
     forward = {name for kind in torchs.__mro__ if kind not in (nn.Module, object) for name in vars(kind)}
     forward = {name for name in forward if not name.startswith("__")} - BESIDE_FORWARD | TENSORS | {"__call__"}
     return forward.isdisjoint(name for kind in kinds[: kinds.index(torchs)] for name in vars(kind))
-
-
-def computed_weights(model: nn.Module) -> Iterator[str]:
-    """The paths of the modules with a weight that is computed from other tensors (weight norm, spectral norm)."""
-    for path, module in model.named_modules():
-        computed = any(isinstance(vars(module).get(name), torch.Tensor) for name in TENSORS)  # the hooks of older norms
-        if path and (parametrize.is_parametrized(module) or computed):
-            yield path

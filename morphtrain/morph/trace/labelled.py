@@ -8,13 +8,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from morphtrain.morph.effective import identity
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import OWN_LAYERS
 from morphtrain.morph.paths import matches
 from morphtrain.morph.spaces import Role, Tensors
+from morphtrain.morph.trace.computed import ComputedWeights
 from morphtrain.morph.trace.counts import Count
-from morphtrain.morph.trace.kinds import computed_weights
 from morphtrain.morph.trace.labels import Joins, along, fixed, varies
 from morphtrain.morph.trace.nodes import call_name, owner_path, tensors_in
 from morphtrain.morph.trace.recording import Recording
@@ -32,6 +34,7 @@ class LabelledGraph:
         recordings: of its forward.
         ignore: patterns of module paths that are not looked into.
         activations: what comes last in layers that are a norm with an activation, by its name.
+        computed: what is known of the weights that are computed.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class LabelledGraph:
         recordings: Sequence[Recording],
         ignore: Sequence[str],
         activations: Mapping[nn.Module, str],
+        computed: ComputedWeights,
     ) -> None:
         self.model = model
         self.recordings = recordings
         self.ignore = ignore
         self.activations = activations
+        self.computed = computed
         self.modules = dict(model.named_modules())
         self.values: dict[fx.Node, Any] = {}  # results of the calls; tensors without storage
         self.labels: dict[fx.Node, Any] = {}  # of tensors; for tuples of tensors, tuples of labels
@@ -217,7 +222,8 @@ class LabelledGraph:
         axis = TracedAxis(path, module, role, own, labels, counter)
         self.axes[id(module), place] = axis
         for name, dim in own:
-            self.tensor_axes[id(getattr(module, name)), dim] = axis
+            self.tensor_axes[identity(module, name), dim] = axis
+            axis.narrowing |= name == "weight" and (id(module), dim) in self.computed.narrowing
         return labels
 
     def gather(self, n: fx.Node, module: nn.Module, source: torch.Tensor, gathered: torch.Tensor) -> None:
@@ -233,6 +239,9 @@ class LabelledGraph:
         """The labels of a parameter or buffer that code uses directly: a vector has channels, all else is fixed."""
         path, _, name = str(n.target).rpartition(".")
         owner = self.model.get_submodule(path)
+        if isinstance(owner, ParametrizationList):
+            self.pin_computed(owner)
+            return fixed(value.dim())
         long = [d for d, size in enumerate(value.shape) if size > 1]
         if len(long) != 1 or (name not in owner._parameters and name not in owner._buffers):
             return fixed(value.dim())
@@ -249,13 +258,20 @@ class LabelledGraph:
     def _size_labels(self, n: fx.Node, dim: int) -> torch.Tensor:
         """(N,): the labels along a dimension of a parameter, which may be known only later."""
         path, _, name = str(n.target).rpartition(".")
-        tensor = getattr(self.model.get_submodule(path), name)
-        key = (id(tensor), dim)
+        key = (identity(self.model.get_submodule(path), name), dim)
         if key in self.tensor_axes:
             return self.tensor_axes[key].labels
         if key not in self.tensor_sizes:
-            self.tensor_sizes[key] = self.joins.fresh(tensor.shape[dim])
+            self.tensor_sizes[key] = self.joins.fresh(self.shape(n)[dim])
         return self.tensor_sizes[key]
+
+    def pin_computed(self, computed: ParametrizationList) -> None:
+        """Pin both sides of a computed weight that code reads, perhaps before its layer is called."""
+        for dim, size in enumerate(computed().shape):
+            key = (id(computed), dim)
+            known = self.tensor_axes.get(key)
+            labels = self.tensor_sizes.setdefault(key, self.joins.fresh(size)) if known is None else known.labels
+            self.joins.pin(labels)
 
     def refuse(self, n: fx.Node, what: str) -> NoReturn:
         """Raise a MorphError that names `what`, the module and the line of the model's code."""
@@ -299,7 +315,7 @@ class LabelledGraph:
                 by = min(int(first[classes[labels]].min()), len(self.joins.callers) - 1)
                 number = f"{len(labels)} of {len(axis.labels)} channels" if len(labels) < len(axis.labels) else "all"
                 found[axis.path] = f"{number}: {self._reason(self.joins.callers[by])}"
-        return found | {path: "all: its weight is computed" for path in computed_weights(self.model)}
+        return found | {path: f"all: {why}" for path, why in self.computed.kept.items()}
 
     def _reason(self, by: Any) -> str:
         if not isinstance(by, fx.Node):
@@ -325,18 +341,18 @@ class LabelledGraph:
         """The tensors of a new axis that no other axis has; `labels` are joined with those of the others."""
         own = []
         for name, dim in tensors:
-            tensor = getattr(module, name, None)
-            if tensor is None:
+            if getattr(module, name, None) is None:
                 continue
-            known = self.tensor_axes.get((id(tensor), dim))
+            tensor = identity(module, name)
+            known = self.tensor_axes.get((tensor, dim))
             if known is not None:
                 self.joins.join(known.labels, labels)
                 known.two_sided |= (known.role == "consumes") != (role == "consumes")
             else:
                 own.append((name, dim))
-            if (id(tensor), dim) in self.tensor_sizes:
-                self.joins.join(self.tensor_sizes[id(tensor), dim], labels)
-            if any(matches(path, self.ignore) for path, _, _ in self.holders.get(id(tensor), ())):
+            if (tensor, dim) in self.tensor_sizes:
+                self.joins.join(self.tensor_sizes[tensor, dim], labels)
+            if any(matches(path, self.ignore) for path, _, _ in self.holders.get(tensor, ())):
                 self.joins.pin(labels)
         return tuple(own)
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 from morphtrain.errors import first_line
 from morphtrain.morph.modes import kept_attributes, kept_buffers, kept_modes
 from morphtrain.morph.paths import matches
-from morphtrain.morph.trace.kinds import computed_weights
+from morphtrain.morph.trace.computed import computed_weights
 from morphtrain.morph.trace.labelled import LabelledGraph
 from morphtrain.morph.trace.labels import fixed
 from morphtrain.morph.trace.nodes import call_name, fixed_like, holds_tensors
@@ -42,9 +42,10 @@ def trace_channels(model: nn.Module, example_input: Any, ignore: Sequence[str] =
     with kept_modes(model), kept_buffers(model), kept_attributes(model), torch.no_grad():
         activations = norms_with_activations(model)
         inputs = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-        ignore = (*ignore, *map(glob.escape, computed_weights(model)))
+        computed = computed_weights(model)
+        ignore = (*ignore, *map(glob.escape, computed.kept))
         recordings = record_modes(model, ignore, activations, inputs)
-        labelled = LabelledGraph(model, recordings, ignore, activations)
+        labelled = LabelledGraph(model, recordings, ignore, activations, computed)
         model.eval()  # a norm in training mode refuses one value per channel
         for recording in recordings:  # the axes of the second are those of the first: their labels are joined
             Propagator(labelled, recording.graph).run(*map(samples_like, inputs))

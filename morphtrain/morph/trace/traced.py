@@ -23,6 +23,7 @@ class TracedAxis:
     """A dimension of a module's tensors, with the label of the channel that each of its entries belongs to.
 
     `two_sided`: whether one layer makes or passes on these channels with a tensor by which another uses them.
+    `narrowing`: whether its weight is computed such that channels can go, but none can be repeated.
     """
 
     path: str
@@ -32,6 +33,7 @@ class TracedAxis:
     labels: torch.Tensor
     counter: str | None = None  # the module's attribute that holds this axis' length
     two_sided: bool = False
+    narrowing: bool = False
 
 
 @dataclass(eq=False)

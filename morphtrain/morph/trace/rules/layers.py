@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from morphtrain.morph.layers import NoChannels, PadChannels, Scale, ScatterChannels, SelectChannels, ZeroBranch
 from morphtrain.morph.trace.kinds import ACTIVATIONS, CONVOLUTIONS, NORMS, POOLING_AND_PADDING, TRANSPOSED
 from morphtrain.morph.trace.labelled import LabelledGraph
-from morphtrain.morph.trace.labels import along
+from morphtrain.morph.trace.labels import along, fixed
 from morphtrain.morph.trace.nodes import fixed_like
 from morphtrain.morph.trace.rules import moves, per_channel, weighted
 
@@ -21,6 +22,9 @@ Rule = Callable[[LabelledGraph, fx.Node, Any, fx.Node, Any], torch.Tensor]
 
 def follow(g: LabelledGraph, n: fx.Node, module: nn.Module, value: Any) -> Any:
     """The labels of a layer's output; refused if there is no rule for the layer."""
+    if isinstance(module, ParametrizationList):  # code reads a weight that is computed
+        g.pin_computed(module)
+        return fixed(value.dim())
     rule = next((rule for kinds, rule in RULES.items() if isinstance(module, kinds)), None)
     if per_channel.declares_it(module):
         rule = per_channel.follow

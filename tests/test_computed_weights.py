@@ -1,0 +1,694 @@
+"""Layers whose weight is computed (`torch.nn.utils.parametrize`): weight norm, spectral norm, and one's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_close, check_surgery, outputs
+from test_own_parts import DENSE
+from test_resume import assert_same, contents
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+from torch.optim import SGD, Adam
+
+import morphtrain
+from morphtrain.cost import WidthCost, count_macs, count_params
+from morphtrain.cost.layer_steps import LayerSteps
+from morphtrain.cost.params import count_weights
+from morphtrain.cost.widths import layers_of
+from morphtrain.export.write import export
+from morphtrain.grow import widen
+from morphtrain.grow.size import params_at
+from morphtrain.initialise import fresh_weights
+from morphtrain.method import Method
+from morphtrain.morph import ChannelGraph, Gate, MorphError, additions_of, describe, rebuild
+from morphtrain.morph.effective import assign, effective, fold, parameters_of, scale, sensitivity, trained
+from morphtrain.preprocessing import Preprocessing
+from morphtrain.state import Run
+from morphtrain.trainer import train
+
+X = torch.randn(4, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3])
+Wrap = Callable[[Any], Any]
+
+
+class Masked(nn.Module):
+    """W with some entries off: a buffer of the weight's shape."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.rand_like(weight) > 0.3).to(weight.dtype))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.mask
+
+
+class RowScale(nn.Module):
+    """W with a trained factor for each row: a parameter of another shape."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(len(weight), *[1] * (weight.dim() - 1)) + 0.5)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor
+
+
+class Squashed(nn.Module):
+    """tanh W: a selection of rows is one, but half of it needs the inverse."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.tanh()
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.atanh()
+
+
+class OneWay(nn.Module):
+    """tanh W without an inverse."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.tanh()
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + weight.transpose(0, 1)
+
+
+class Fickle(nn.Module):
+    """Does something else with few rows."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if len(weight) > 4 else 2 * weight
+
+
+def own(kind: type[nn.Module], takes_weight: bool = False) -> Wrap:
+    def wrap(layer: nn.Module) -> nn.Module:
+        return register_parametrization(layer, "weight", kind(layer.weight) if takes_weight else kind())
+
+    return wrap
+
+
+def twice(layer: nn.Module) -> nn.Module:
+    return own(RowScale, True)(own(Masked, True)(layer))
+
+
+WRAPS: dict[str, Wrap] = {
+    "weight norm": weight_norm,
+    "weight norm of inputs": lambda layer: weight_norm(layer, dim=1),
+    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
+    "masked": own(Masked, True),
+    "row scale": own(RowScale, True),
+    "squashed": own(Squashed),
+    "twice": twice,
+}
+
+
+class Net(nn.Module):
+    """A residual sum, groups, a depthwise and a transposed convolution, batch norm in some places."""
+
+    def __init__(self, wrap: Wrap = lambda layer: layer, norms: bool = True) -> None:
+        super().__init__()
+        self.stem = wrap(nn.Conv2d(3, 8, 3, padding=1))
+        self.norm = nn.BatchNorm2d(8) if norms else nn.Identity()
+        self.a = wrap(nn.Conv2d(8, 6, 3, padding=1))
+        self.b = wrap(nn.Conv2d(6, 8, 1, bias=False))
+        self.norm_b = nn.BatchNorm2d(8) if norms else nn.Identity()
+        self.grouped = wrap(nn.Conv2d(8, 8, 3, padding=1, groups=2))
+        self.depthwise = wrap(nn.Conv2d(8, 8, 3, padding=1, groups=8))
+        self.plain = nn.Conv2d(8, 6, 1)
+        self.up = wrap(nn.ConvTranspose2d(6, 6, 2, 2))
+        self.head = wrap(nn.Linear(6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (x + self.norm_b(self.b(self.a(x).relu()))).relu()
+        x = self.plain(self.depthwise(self.grouped(x).relu()).relu()).relu()
+        return self.head(self.up(x).relu().mean((2, 3)))
+
+
+def made(wrap: Wrap, norms: bool = True) -> Any:
+    torch.manual_seed(0)
+    return Net(wrap, norms).double()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    F.cross_entropy(model(X), LABELS).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def two_spectral(layer: Any) -> Any:
+    """Spectral norm on two of the layers, weight norm on the others."""
+    return spectral_norm(layer) if getattr(layer, "in_channels", 0) in (6,) else weight_norm(layer)
+
+
+# -- cut and widened ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_sliced_equals_masked_and_widening_keeps_the_function(name: str) -> None:
+    torch.manual_seed(0)
+    graph = check_surgery(Net(WRAPS[name]), (X,), tolerance=1e-12)
+    assert {"stem", "a", "plain", "up"} <= {space.name for space in graph.spaces}
+    assert not any(space.is_ambiguous for space in graph.spaces)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "weight norm of inputs", "weight norm of the whole"])
+def test_a_chain_of_changes_keeps_the_function_and_gives_what_a_plain_network_gives(name: str) -> None:
+    """The oracle is the same network with plain weights, changed in the same way."""
+    model = made(WRAPS[name])
+    plain = copy.deepcopy(model)
+    fold(plain)
+    graphs = [ChannelGraph.trace(network, X) for network in (model, plain)]
+    assert [repr(space) for space in graphs[0].spaces] == [repr(space) for space in graphs[1].spaces]
+    for round in range(3):
+        index = {space.name: torch.randperm(space.size)[: max(space.size - 1 - round, 2)] for space in graphs[0].spaces}
+        for graph in graphs:
+            graph.reindex_spaces({space: index[space.name] for space in graph.spaces})
+        before = outputs(model, (X,))
+        assert_close(before, outputs(plain, (X,)), 1e-12)
+        for graph in graphs:
+            widen(graph, factor=1.6, generator=torch.Generator().manual_seed(round), noise=0.3)
+        assert_close(outputs(model, (X,)), before, 1e-12)
+        assert_close(outputs(model, (X,)), outputs(plain, (X,)), 1e-12)
+    for path in ("stem", "a", "grouped", "depthwise", "up", "head"):
+        assert torch.allclose(
+            effective(model.get_submodule(path)), plain.get_submodule(path).weight, rtol=0, atol=1e-12
+        )
+
+
+def test_what_is_zero_does_not_become_not_a_number() -> None:
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), weight_norm(nn.Conv2d(4, 3, 1))).double()
+    v = model[2].parametrizations.weight.original1
+    with torch.no_grad():
+        v[0] = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.double)[:, None, None]  # reads only what goes
+        v[1, 2:] = 0
+    graph = ChannelGraph.trace(model, X)
+    wanted = effective(model[2])[:, :3]
+    graph.reindex(graph.spaces[0], [0, 1, 2])
+    found = effective(model[2])
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-15)
+    assert (found[0] == 0).all() and found[1].abs().max() > 0
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# -- optimizer state ------------------------------------------------------------------------------------------
+
+
+def test_momentum_of_length_and_direction_follows() -> None:
+    model = made(weight_norm)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        step(model, optimizer)
+    graph = ChannelGraph.trace(model, X)
+    (space,) = (space for space in graph.spaces if space.name == "a")
+    g, v = (getattr(model.b.parametrizations.weight, name) for name in ("original0", "original1"))
+    of_g, of_v = (optimizer.state[p]["momentum_buffer"].clone() for p in (g, v))
+    rows = optimizer.state[model.a.parametrizations.weight.original0]["momentum_buffer"].clone()
+    index = [0, 1, 3, 3]
+    graph.reindex(space, index, optimizer)
+    new = model.b.parametrizations.weight
+    share = torch.tensor([1, 1, 0.5, 0.5], dtype=torch.double)[:, None, None]
+    norms = [w.flatten(1).norm(dim=1)[:, None, None, None] for w in (v, v[:, index] * share)]
+    moments = [optimizer.state[p]["momentum_buffer"] for p in (new.original0, new.original1)]
+    assert torch.allclose(moments[0], of_g * norms[1] / norms[0], rtol=1e-12)
+    assert torch.allclose(moments[1], of_v[:, index] * share, rtol=1e-12)
+    moment = optimizer.state[model.a.parametrizations.weight.original0]["momentum_buffer"]
+    assert torch.allclose(moment, rows[index], rtol=1e-12)
+    assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_adam_goes_on_with_state_of_the_new_shapes() -> None:
+    model = made(lambda layer: weight_norm(layer, dim=None))
+    optimizer = Adam(model.parameters(), lr=0.01)
+    step(model, optimizer)
+    graph = ChannelGraph.trace(model, X)
+    for index in ([0, 2, 3], [0, 1, 2, 2, 1]):
+        graph.reindex_spaces({space: index for space in graph.spaces if space.size > 4 or len(index) > 3}, optimizer)
+        assert all(optimizer.state[p]["exp_avg_sq"].shape == p.shape for p in model.parameters())
+        step(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm, two_spectral], ids=["weight", "spectral", "both"])
+def test_without_dead_channels_training_goes_on_as_with_them(wrap: Wrap) -> None:
+    """Function, momentum and the power iteration: three steps of the cut network equal those of the uncut one."""
+    model = made(wrap, norms=False)
+    graph = ChannelGraph.trace(model, X)
+    (space,) = (space for space in graph.spaces if space.name == "a")
+    gone = torch.tensor([1, 4])
+    with torch.no_grad():
+        model.a.bias[gone] = 0
+        scale(model.a, "weight", torch.ones(6).index_fill_(0, gone, 0.0).view(-1, 1, 1, 1))
+        scale(model.b, "weight", torch.ones(6).index_fill_(0, gone, 0.0).view(1, -1, 1, 1))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        step(model, optimizer)
+    uncut = copy.deepcopy(model)
+    uncut_optimizer = SGD(uncut.parameters(), lr=0.1, momentum=0.9)
+    uncut_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert bool((effective(uncut.a)[gone] == 0).all()), "it stays dead by itself"
+    graph.reindex(space, [0, 2, 3, 5], optimizer)
+    assert_close(outputs(model, (X,)), outputs(uncut, (X,)), 1e-12)
+    for _ in range(3):
+        step(model, optimizer)
+        step(uncut, uncut_optimizer)
+    assert_close(outputs(model, (X,)), outputs(uncut, (X,)), 1e-11)
+    assert model.a.out_channels == model.b.in_channels == 4
+
+
+def test_what_growth_adds_behind_a_computed_weight_has_its_own_learning_rate() -> None:
+    model = made(weight_norm)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    graph = ChannelGraph.trace(model, X)
+    additions = additions_of(optimizer)
+    additions.growth = 1
+    graph.reindex(graph.space("a"), [0, 1, 2, 3, 4, 5, 5], optimizer)
+    additions.set_factors({1: 0.0})
+    a, b = model.a.parametrizations.weight, model.b.parametrizations.weight
+    assert additions.numbers[a.original0].flatten().tolist() == [0] * 6 + [1]
+    assert additions.numbers[a.original1][:, 0, 0, 0].tolist() == [0] * 6 + [1]
+    assert additions.numbers[b.original1][0].flatten().tolist() == [0] * 6 + [1]
+    assert b.original0 not in additions.numbers
+
+
+# -- spectral norm --------------------------------------------------------------------------------------------
+
+
+def settle(layer: Any) -> None:
+    """What a cut does to the singular vectors if more than zeros has gone."""
+    norm = layer.parametrizations.weight[0]
+    norm._power_method(norm._reshape_weight_to_matrix(layer.parametrizations.weight.original.detach()), 15)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_spectral_norm_of_live_channels_is_that_of_the_masked_weight(transposed: bool) -> None:
+    torch.manual_seed(0)
+    middle = nn.ConvTranspose2d(8, 6, 3, padding=1) if transposed else nn.Conv2d(8, 6, 3, padding=1)
+    layers = [spectral_norm(nn.Conv2d(3, 8, 1)), nn.ReLU(), spectral_norm(middle), nn.ReLU(), nn.Conv2d(6, 4, 1)]
+    model = nn.Sequential(*layers).double()
+    masked = copy.deepcopy(model)
+    graph = ChannelGraph.trace(model, X)
+    assert [(space.size, space.is_ambiguous) for space in graph.spaces] == [(8, True), (6, True)]
+    keep = [torch.tensor([0, 2, 3, 5, 7]), torch.tensor([1, 2, 4])]
+    graph.reindex_spaces(dict(zip(graph.spaces, keep, strict=True)))
+    alive = [torch.zeros(size).index_fill_(0, kept, 1.0) for size, kept in zip((8, 6), keep, strict=True)]
+    into, out = (0, 1) if transposed else (1, 0)
+
+    def along(dim: int, values: torch.Tensor) -> torch.Tensor:
+        return values.view([-1 if d == dim else 1 for d in range(4)])
+
+    scale(masked[0], "weight", along(0, alive[0]))
+    scale(masked[2], "weight", along(into, alive[0]))
+    scale(masked[2], "weight", along(out, alive[1]))
+    scale(masked[4], "weight", along(1, alive[1]))
+    with torch.no_grad():
+        masked[0].bias.mul_(alive[0])
+        masked[2].bias.mul_(alive[1])
+    settle(masked[0])
+    settle(masked[2])
+    assert_close(outputs(model, (X,)), outputs(masked, (X,)), 1e-12)
+    for layer, dim in ((model[0], 0), (model[2], out)):
+        matrix = effective(layer).detach().movedim(dim, 0).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2) == pytest.approx(1, abs=0.05)
+
+
+def test_spectral_norm_is_not_widened() -> None:
+    model = made(two_spectral)
+    expected, graph = outputs(model, (X,)), ChannelGraph.trace(model, X)
+    before = copy.deepcopy(model.state_dict())
+    blocked = {space.name for space in graph.spaces if space.is_ambiguous}
+    assert blocked == {"stem", "a", "plain", "up"}
+    with pytest.raises(MorphError, match=r"^'a' cannot be widened: copies .* 'b' computes, whose weight is computed$"):
+        graph.reindex(graph.space("a"), [0, 1, 2, 3, 4, 5, 5])
+    assert_same(model.state_dict(), before)
+    changed = widen(graph, factor=2)
+    assert set(changed) == {"grouped"}
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+
+
+def test_a_permutation_of_spectral_norm_is_exact() -> None:
+    model = made(spectral_norm)
+    expected = outputs(model, (X,))
+    graph = ChannelGraph.trace(model, X)
+    graph.reindex_spaces({space: torch.randperm(space.size) for space in graph.spaces})
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+
+
+def test_nothing_but_zeros_is_refused() -> None:
+    model = nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+    scale(model[0], "weight", torch.tensor([1.0, 1, 0, 0]).view(-1, 1, 1, 1))
+    graph = ChannelGraph.trace(model, X)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=r"^'0': its weight is computed by SpectralNorm, which would divide by zero"):
+        graph.reindex(graph.spaces[0], [2, 3])
+    assert_same(model.state_dict(), before)
+
+
+# -- other parametrisations -----------------------------------------------------------------------------------
+
+
+def shared_computation(layer: Any) -> nn.Module:
+    """Two layers with one computed weight."""
+    first, second = weight_norm(nn.Conv2d(8, 8, 1)), weight_norm(nn.Conv2d(8, 8, 1))
+    second.parametrizations["weight"] = first.parametrizations["weight"]
+    return nn.Sequential(first, second)
+
+
+def shared_direction(layer: Any) -> nn.Module:
+    """Two layers with a common v, each with a g of its own."""
+    first, second = weight_norm(nn.Conv2d(8, 8, 1)), weight_norm(nn.Conv2d(8, 8, 1))
+    second.parametrizations.weight.original1 = first.parametrizations.weight.original1
+    return nn.Sequential(first, second)
+
+
+def shared_step(layer: Any) -> nn.Module:
+    """Two layers with one step that has a buffer."""
+    layers = [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)]
+    masked = Masked(layers[0].weight)
+    return nn.Sequential(*(register_parametrization(one, "weight", masked) for one in layers))
+
+
+KEPT: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
+    "symmetric": (own(Symmetric), "1: all: its weight is computed by Symmetric, which gives another"),
+    "orthogonal": (
+        lambda layer: nn.Sequential(nn.Flatten(2), orthogonal(nn.Linear(64, 64)), nn.Unflatten(2, (8, 8))),
+        "1.1: all: its weight is computed by Orthogonal, which gives another",
+    ),
+    "bias": (lambda layer: weight_norm(layer, "bias"), "1: all: its bias is computed by WeightNorm"),
+    "one computation": (shared_computation, "1.0: all: its weight is computed by WeightNorm from what others use"),
+    "one direction": (shared_direction, "1.1: all: its weight is computed by WeightNorm from what others use"),
+    "one step": (shared_step, "1.1: all: its weight is computed by Masked from what others use"),
+    "a norm": (lambda layer: weight_norm(nn.BatchNorm2d(8)), "1: all: its weight is computed by WeightNorm"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_cannot_follow_is_kept_and_the_rest_is_not(name: str) -> None:
+    make, said = KEPT[name]
+    torch.manual_seed(0)
+    layer = make(nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), layer, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1)).double()
+    before = copy.deepcopy(model.state_dict())
+    graph = ChannelGraph.trace(model, X)
+    assert [f"{path}: {why}" for path, why in graph.kept.items() if f"{path}: {why}".startswith(said)]
+    assert {space.size for space in graph.spaces} <= {6, 64} and graph.spaces[-1].name == "2"
+    assert_same(model.state_dict(), before)
+    graph.reindex(graph.space("2"), range(4))
+    assert model(X).shape == (4, 5, 8, 8)
+
+
+def test_an_inverse_is_used_and_what_has_none_is_not_widened() -> None:
+    for kind, widens in ((Squashed, True), (OneWay, False)):
+        model = made(own(kind))
+        expected, graph = outputs(model, (X,)), ChannelGraph.trace(model, X)
+        assert graph.space("a").is_ambiguous != widens
+        if widens:
+            graph.reindex(graph.space("a"), [0, 1, 2, 3, 4, 5, 0, 0])
+            assert_close(outputs(model, (X,)), expected, 1e-12)
+        else:
+            graph.reindex(graph.space("a"), [5, 4, 3, 2, 1, 0])
+            assert_close(outputs(model, (X,)), expected, 1e-12)
+
+
+def test_what_turns_out_not_to_follow_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), own(Fickle)(nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 3, 1)).double()
+    graph = ChannelGraph.trace(model, X)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=r"^'2': its weight is computed by Fickle, which gives another weight"):
+        graph.reindex_spaces({space: [0, 1, 2] for space in graph.spaces})
+    assert_same(model.state_dict(), before)
+    graph.reindex_spaces({space: range(5) for space in graph.spaces})
+    assert model(X).shape == (4, 3, 8, 8)
+
+
+class Reading(nn.Module):
+    """Its code reads a computed weight besides calling the layer."""
+
+    def __init__(self, first: bool, behind: bool) -> None:
+        super().__init__()
+        self.a, self.b = weight_norm(nn.Conv2d(3, 8, 1)), weight_norm(nn.Conv2d(8, 6, 1))
+        self.c, self.d = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
+        self.first, self.behind = first, behind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first:
+            length = self.read()
+            return self.d(self.c(self.b(self.a(x)))) * length
+        y = self.d(self.c(self.b(self.a(x))))
+        return y * self.read()
+
+    def read(self) -> torch.Tensor:
+        weight = self.b.parametrizations.weight.original1 if self.behind else self.b.weight
+        return weight.norm()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_computed_weight_that_code_reads_keeps_its_shape(first: bool, behind: bool) -> None:
+    graph = ChannelGraph.trace(Reading(first, behind).double(), X)
+    assert [space.name for space in graph.spaces] == ["c"]
+
+
+# -- tracing, surgery and costs -------------------------------------------------------------------------------
+
+
+def test_copies_and_traced_networks_are_recognised_and_tracing_leaves_no_mark() -> None:
+    model = made(two_spectral).train()
+    before = copy.deepcopy(model.state_dict())
+    names = [repr(space) for space in ChannelGraph.trace(model, X).spaces]
+    assert len(names) == 5
+    assert [repr(space) for space in ChannelGraph.trace(copy.deepcopy(model), X).spaces] == names
+    traced = fx.symbolic_trace(model)
+    assert sorted(repr(space) for space in ChannelGraph.trace(traced, X).spaces) == sorted(names)
+    graph = ChannelGraph.trace(model, X)
+    twin = copy.deepcopy(graph)
+    twin.reindex(twin.space("a"), [0, 1])
+    assert model.a.out_channels == 6 and twin.model.a.out_channels == 2
+    describe(model)
+    assert count_params(model) > count_weights(model) > 0 < WidthCost(graph, "flops")()
+    assert_same(model.state_dict(), before)
+
+
+def test_a_gate_a_layer_and_a_block_beside_computed_weights() -> None:
+    model = made(weight_norm, norms=False)
+    with torch.no_grad():
+        scale(model.b, "weight", torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1]).view(-1, 1, 1, 1))
+        scale(model.b, "weight", torch.tensor([1.0, 0, 1, 1, 1, 1]).view(1, -1, 1, 1))
+    expected = outputs(model, (X,))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    graph = ChannelGraph.trace(model, X)
+    graph.gate({"b": Gate(torch.tensor([0, 2, 3, 4, 5]), torch.arange(2, 8))}, optimizer)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    assert effective(model.b[1]).shape[:2] == (6, 5)
+    graph.insert_layer("grouped", optimizer=optimizer)
+    graph.insert_block("a", optimizer=optimizer)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    step(model, optimizer)
+    assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_a_dead_block_goes_with_all_that_its_weights_are_computed_from() -> None:
+    model = made(weight_norm)
+    with torch.no_grad():
+        scale(model.b, "weight", torch.zeros(()))
+    expected = outputs(model, (X,))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    graph = ChannelGraph.trace(model, X)
+    (block,) = (block for block in graph.blocks if block.kind == "sum")
+    graph.remove_block(block, optimizer)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    assert not [name for name, _ in model.named_parameters() if name.startswith(("a.", "b."))]
+    assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_costs_are_those_of_the_plain_network() -> None:
+    model = made(weight_norm).train()
+    plain = copy.deepcopy(model)
+    fold(plain)
+    ours, theirs = ChannelGraph.trace(model, X), ChannelGraph.trace(plain, X)
+    assert count_macs(model, (3, 8, 8)) == count_macs(plain, (3, 8, 8))
+    assert count_weights(model, 0.05) == count_weights(plain, 0.05)
+    lengths = sum(p.numel() for name, p in model.named_parameters() if name.endswith("original0"))
+    assert count_params(model) == count_params(plain) + lengths
+    for kind in ("flops", "model_size"):
+        costs = [WidthCost(graph, kind) for graph in (ours, theirs)]
+        assert costs[0]() == costs[1]()
+        assert costs[0]({ours.space("a"): 9}) == costs[1]({theirs.space("a"): 9})
+    widths = {"stem": 11, "a": 9}
+    predicted = params_at(ours)({ours.space(name): width for name, width in widths.items()})
+    steps = [LayerSteps(graph, 4) for graph in (ours, theirs)]
+    assert [steps[0].kind(layer) for layer in layers_of(ours)] == [steps[1].kind(layer) for layer in layers_of(theirs)]
+    layer = layers_of(ours)[1]
+    steps[0].step(layer, steps[0].widths(layer)[-1])()
+    widen(ours, target=widths)
+    assert count_params(model) == predicted
+
+
+# -- checkpoints and export -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm, twice], ids=["weight norm", "spectral norm", "own"])
+def test_a_cut_network_is_saved_loaded_and_exported(wrap: Wrap, tmp_path: Path) -> None:
+    model = made(wrap)
+    graph = ChannelGraph.trace(model, X)
+    graph.reindex_spaces({space: range(space.size - 2) for space in graph.spaces})
+    morphtrain.save(model, tmp_path / "net.pt")
+    loaded = morphtrain.load(tmp_path / "net.pt", model=Net(wrap))
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert_close(outputs(loaded, (X,)), outputs(model, (X,)), 0.0)
+    with pytest.raises(morphtrain.errors.UserError, match="it holds weights that are computed"):
+        morphtrain.load(tmp_path / "net.pt", model=Net())
+    assert [space.size for space in ChannelGraph.trace(loaded, X).spaces] == [space.size for space in graph.spaces]
+    before = type(model.a)
+    export(model, tmp_path / "net.state_dict.pt", "state_dict", Preprocessing(input_shape=(3, 8, 8)))
+    assert type(model.a) is before and trained(model.a)
+    values = torch.load(tmp_path / "net.state_dict.pt", weights_only=True)
+    assert not [name for name in values if "parametrizations" in name]
+    bare = rebuild(Net().double(), json.loads((tmp_path / "net.architecture.json").read_text()))
+    bare.load_state_dict(values)
+    assert_close(outputs(bare.eval(), (X,))[1:] * 2, outputs(model, (X,))[1:] * 2, 1e-12)
+
+
+def test_a_plain_network_takes_the_structure_of_a_computed_one() -> None:
+    """As a run does whose method has weights computed: first the structure, then the method, then the values."""
+    model = made(spectral_norm)
+    graph = ChannelGraph.trace(model, X)
+    graph.reindex_spaces({space: range(space.size - 2) for space in graph.spaces})
+    other = rebuild(Net().double(), json.loads(json.dumps(describe(model))))
+    for path in ("stem", "a", "b", "grouped", "depthwise", "up", "head"):
+        spectral_norm(other.get_submodule(path))
+    other.load_state_dict(model.state_dict())
+    assert_close(outputs(other, (X,)), outputs(model, (X,)), 0.0)
+
+
+def test_a_description_cannot_give_a_kernel_another_size() -> None:
+    description = describe(made(weight_norm))
+    description["shapes"]["a.parametrizations.weight.original1"] = [6, 8, 5, 5]
+    with pytest.raises(MorphError, match="no surgery makes"):
+        rebuild(Net(weight_norm), description)
+
+
+class Normed(Method):
+    """Weight norm on every convolution, spectral norm on the classifier, once the network is made."""
+
+    def after_build(self, run: Run) -> None:
+        for module in list(run.model.modules()):
+            if isinstance(module, nn.Conv2d):
+                weight_norm(module)
+        spectral_norm(run.model.classifier)  # type: ignore[arg-type]
+        run.optimizer = SGD(run.model.parameters(), lr=0.05, momentum=0.9)
+
+
+def interrupted(record: Mapping[str, float]) -> bool:
+    if record["epoch"] == 3:
+        raise KeyboardInterrupt
+    return False
+
+
+def test_a_run_that_grows_computed_weights_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    overrides = (*DENSE, "tracking=none", "device=cpu", "grow=wider", "grow.factor=1.5", "grow.at_epochs=[2]")
+    overrides += (f"methods=[{{_target_: {__name__}.Normed}}]", "epochs=5")
+    config = morphtrain.compose(*overrides)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for place in (once, twice):
+        place.mkdir()
+    train(config, once, {})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, twice, {}, on_epoch=interrupted)
+    train(
+        morphtrain.compose(*overrides, f"methods=[{{_target_: {__name__}.Normed}}]", "epochs=5", "resume=auto"),
+        twice,
+        {},
+    )
+    ends = [contents(place / "last.pt") for place in (once, twice)]
+    assert_same(ends[0], ends[1])
+    widths = ends[0]["facts"]["architecture"]["widths"]
+    assert 12 in {layer.get("out_channels") for layer in widths.values()}, "it has grown"
+
+
+# -- weights as the layers use them ---------------------------------------------------------------------------
+
+
+def test_assigned_weights_keep_the_norms_of_v_and_the_signs_of_g() -> None:
+    layer = weight_norm(nn.Conv2d(3, 4, 3)).double()
+    g, v = parameters_of(layer)
+    with torch.no_grad():
+        g[1] *= -1
+        v[2] *= 3
+    norms = v.flatten(1).norm(dim=1)
+    wanted = torch.randn(4, 3, 3, 3, dtype=torch.double)
+    wanted[3] = 0
+    direction = v[3].clone()
+    assign(layer, "weight", wanted)
+    assert torch.allclose(effective(layer), wanted, rtol=0, atol=1e-14) and bool((effective(layer)[3] == 0).all())
+    assert torch.allclose(v.flatten(1).norm(dim=1), norms) and torch.equal(v[3], direction)
+    assert g.flatten().sign().tolist() == [1, -1, 1, 0]
+
+
+def test_what_spectral_norm_cannot_give_is_refused_and_nothing_is_changed() -> None:
+    layer = spectral_norm(nn.Conv2d(3, 4, 3)).double()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(MorphError, match="computed by SpectralNorm, cannot be set to this one"):
+        assign(layer, "weight", 2 * effective(layer))
+    assert_same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_scaled_weights_are_scaled(name: str) -> None:
+    torch.manual_seed(0)
+    layer = WRAPS[name](nn.Conv2d(4, 5, 3).double()).double()
+    factor = (torch.rand(5, 4, 1, 1) * (torch.rand(5, 4, 1, 1) > 0.3)).double()
+    wanted = effective(layer).detach() * factor
+    scale(layer, "weight", factor)
+    assert torch.allclose(effective(layer), wanted, rtol=0, atol=1e-14)
+    assert torch.equal(effective(layer) == 0, wanted == 0)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_the_derivative_by_factors_on_a_normed_weight(dim: int | None) -> None:
+    torch.manual_seed(0)
+    layer = weight_norm(nn.Conv2d(3, 4, 3).double(), dim=dim)
+    assert sensitivity(layer) is None
+    layer(X).square().sum().backward()
+    factor = torch.ones(4, 3, 3, 3, dtype=torch.double, requires_grad=True)
+    F.conv2d(X, effective(layer).detach() * factor, layer.bias).square().sum().backward()
+    assert torch.allclose(sensitivity(layer), factor.grad, rtol=1e-10)
+
+
+def test_folding_leaves_copies_alone_and_tied_weights_tied() -> None:
+    model = shared_computation(None).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.double)
+    other = copy.deepcopy(model)
+    expected = model(x)
+    fold(model)
+    assert type(model[0]) is nn.Conv2d and model[0].weight is model[1].weight
+    assert torch.allclose(model(x), expected, rtol=1e-12)
+    assert torch.allclose(other(x), expected, rtol=1e-12) and len(list(other.parameters())) == 4
+    assert {name for name, _ in model.named_parameters()} == {"0.weight", "0.bias", "1.bias"}
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm], ids=["weight norm", "spectral norm"])
+def test_fresh_weights_are_those_of_a_plain_network(wrap: Wrap) -> None:
+    model, plain = made(wrap), made(lambda layer: layer)
+    for network in (model, plain):
+        torch.manual_seed(1)
+        fresh_weights(network)
+    for path in ("stem", "a", "grouped", "up", "head"):
+        layer, wanted = model.get_submodule(path), plain.get_submodule(path).weight
+        if wrap is weight_norm:
+            assert torch.allclose(effective(layer), wanted, rtol=1e-12)
+        else:
+            sigma = wanted / effective(layer)
+            assert torch.allclose(sigma, sigma.flatten()[0].expand_as(sigma), rtol=1e-10)
