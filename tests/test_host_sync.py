@@ -66,6 +66,7 @@ def built(*overrides: str) -> Run:
         [ALWAYS, "optimizer.fused=true", "clip_norm=1"],
         ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
         [ALWAYS, "data=digits", "schedule=milestones"],
+        [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
     ],
 )
 def test_a_step_reads_nothing(options: list[str]) -> None:
