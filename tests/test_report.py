@@ -520,6 +520,8 @@ def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) ->
         ({"is": "different", "arm": "poor"}, chapter3.AGREES),
         ({"is": "higher", "arm": "good", "against": "poor", "metric": "test_accuracy"}, chapter3.AGREES),
         ({"is": "higher", "arm": "same"}, chapter3.UNTOLD),
+        ({"is": "no worse", "arm": "good", "metric": "test_accuracy"}, chapter3.AGREES),
+        ({"is": "no worse", "arm": "poor", "metric": "test_accuracy"}, chapter3.DISAGREES),
         ({"is": "higher", "arm": "renamed"}, "too few runs yet"),
     ],
 )

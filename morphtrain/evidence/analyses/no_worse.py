@@ -70,16 +70,24 @@ def judged_arms(experiment: Experiment, found: Mapping[str, values.BySeed]) -> d
 
 def _judged(experiment: Experiment, names: tuple[str, str], ours: values.BySeed, theirs: values.BySeed) -> Judged:
     compared = compare_pairs(ours, theirs, DIFFERENCE, names=names)
-    low, high = compared.low, compared.high
-    assert low is not None and high is not None  # there are three pairs
-    higher = words.better(experiment.response) == words.MORE
-    least, most = (-high, -low) if higher else (low, high)  # how much worse it is
     p = math.nan
     if compared.p is not None:  # differences scatter
-        side = {"below" if higher else "above": experiment.margin}
-        p = pairs_within(ours, theirs, DIFFERENCE, **side, names=names, level=LEVEL).p
-    verdict = NO_WORSE if most < experiment.margin else WORSE if least > experiment.margin else CANNOT_TELL
-    return Judged(compared, p, verdict)
+        side = "below" if _more_is_better(experiment.response) else "above"
+        p = pairs_within(ours, theirs, DIFFERENCE, **{side: experiment.margin}, names=names, level=LEVEL).p
+    return Judged(compared, p, verdict(compared, experiment.response, experiment.margin))
+
+
+def verdict(difference: Comparison, metric: str, margin: float) -> str:
+    """NO_WORSE, WORSE or CANNOT_TELL, by the interval of a difference of this metric."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return CANNOT_TELL
+    least, most = (-high, -low) if _more_is_better(metric) else (low, high)  # how much worse it is
+    return NO_WORSE if most < margin else WORSE if least > margin else CANNOT_TELL
+
+
+def _more_is_better(metric: str) -> bool:
+    return words.better(metric) == words.MORE
 
 
 def _answer(experiment: Experiment, judged: Mapping[str, Judged], reference: str) -> str:
@@ -125,7 +133,7 @@ def _columns(found: Judged) -> dict[str, float | str]:
 
 def _picture(experiment: Experiment, judged: Mapping[str, Judged], reference: str) -> Picture:
     what, drawn = words.metric(experiment.response), {arm: _estimate(found) for arm, found in judged.items()}
-    worst = -experiment.margin if words.better(experiment.response) == words.MORE else experiment.margin
+    worst = -experiment.margin if _more_is_better(experiment.response) else experiment.margin
     spoken = "; ".join(f"{arm} {_spoken(found)}" for arm, found in judged.items())
     return Picture(
         title=f"{words.sentence(what)} of each arm less that of {reference}; dashed: worse by the margin.",
