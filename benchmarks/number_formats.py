@@ -4,8 +4,8 @@
     python number_formats.py --widths 64 --formats bf16 o2 --rounds 40
 
 Each variant is a run of its own as `morphtrain.run` makes it, a ResNet-8 on the images of `mnist_5000`, batch 64; its
-steps take turns with those of all others of its width: data, forward, backward, optimizer and hooks. "pruned": about half
-of the MACs have gone, at widths drawn at random, so that they are as ragged as PruneTrain leaves them.
+steps take turns with those of all others of its width: data, forward, backward, optimizer and hooks. "pruned": about
+half of the MACs have gone, at widths drawn at random, so that they are as ragged as PruneTrain leaves them.
 """
 
 from __future__ import annotations
