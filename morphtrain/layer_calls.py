@@ -10,7 +10,8 @@
 
 No module is replaced and no tensor renamed: tracing, surgery and checkpoints see the network as it is. Computed
 weights (weight normalisation) arrive as the tensors that the layers use. Several modes nest: the one entered last sees
-a call first, and what it calls is seen by the ones around it. Nothing is seen in the backward pass. `torch.autocast`
+a call first, and what it calls is seen by the ones around it. Nothing is seen in the backward pass, nor of a trace by
+torch.fx, which a structural change may need: it has proxies instead of tensors. `torch.autocast`
 acts below all of them: it casts what they pass on.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -57,7 +59,7 @@ class LayerCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func not in LAYERS:
+        if func not in LAYERS or is_traced(types):
             return func(*args, **(kwargs or {}))
         return _called(self.call, func, *args, **(kwargs or {}))
 
@@ -73,3 +75,8 @@ def _called(
 ) -> torch.Tensor:
     """Give the arguments of a layer their places, however they were given."""
     return call(layer, input, weight, bias, *rest, **keywords)
+
+
+def is_traced(types: Iterable[type]) -> bool:
+    """Whether a function was called by torch.fx while it records a network: with proxies instead of tensors."""
+    return any(issubclass(kind, fx.Proxy) for kind in types)

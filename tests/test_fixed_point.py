@@ -22,7 +22,7 @@ from whole_runs import trained_to_the_end
 import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
-from morphtrain.morph import format_of_model
+from morphtrain.morph import ChannelGraph, format_of_model
 from morphtrain.precision.fixed_point import QuantisedLayers, decode, encode, quantise, straight_through
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, start, train_epoch
@@ -206,6 +206,29 @@ def test_computed_weights_are_quantised_and_what_they_are_computed_from_learns()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in conv.parameters())
 
 
+class Functional(nn.Module):
+    """A network that calls its layers as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(x, self.conv.weight, self.conv.bias).relu()
+        return F.linear(x.mean((2, 3)), self.head.weight, self.head.bias)
+
+
+@pytest.mark.parametrize("network", [Net, Functional])
+def test_a_trace_is_as_without_it(network: type[nn.Module]) -> None:
+    """Growth follows the channels anew within the context in which it measures."""
+    net, x = network(), torch.zeros(1, 2, 6, 6)
+    with QuantisedLayers(2, "stochastic"):
+        inside = ChannelGraph.trace(net, x)
+    outside = ChannelGraph.trace(net, x)
+    assert [(space.name, space.size) for space in inside.spaces] == [(s.name, s.size) for s in outside.spaces]
+    assert inside.spaces
+
+
 def test_an_evaluation_is_no_matter_of_luck() -> None:
     torch.manual_seed(0)
     net, x = Net(), torch.randn(4, 2, 6, 6)
@@ -236,7 +259,7 @@ QUIET = ("tracking=none", "device=cpu")
     "options",
     [
         ("memory_format=channels_last", "norm=ghost", "norm.ghost_batch_size=5", "batch_policy.max_micro_batch=12"),
-        ("precision.rounding=stochastic", "grow=wider", "grow.at_epochs=[2]", "model.width=6"),
+        ("precision.rounding=stochastic", "grow=deeper", "grow.at_epochs=[2]", "grow.operator=layer"),
     ],
 )
 def test_a_run_in_it_learns_shrinks_and_grows(options: tuple[str, ...]) -> None:
@@ -247,7 +270,7 @@ def test_a_run_in_it_learns_shrinks_and_grows(options: tuple[str, ...]) -> None:
     assert last["train_loss"] < 0.5 * first["train_loss"]
     assert last["val_accuracy"] > 0.9
     sizes = [record["params"] for record in run.history]
-    assert sizes[-1] < max(sizes) and (sizes[0] < max(sizes)) == ("grow=wider" in options)
+    assert sizes[-1] < max(sizes) and (sizes[0] < max(sizes)) == ("grow=deeper" in options)
     assert all(parameter.dtype is torch.float32 for parameter in run.model.parameters())
     if "memory_format=channels_last" in options:
         assert format_of_model(run.model) is torch.channels_last

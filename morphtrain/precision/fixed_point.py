@@ -114,6 +114,8 @@ class QuantisedLayers(LayerCalls):
         *rest: Any,
         **keywords: Any,
     ) -> torch.Tensor:
+        if x.is_meta:  # a trace of the network asks for shapes
+            return layer(x, weight, bias, *rest, **keywords)
         bits, rounding = self.bits, self.rounding if torch.is_grad_enabled() else "nearest"
         x, weight = straight_through(x, bits, rounding), straight_through(weight, bits, rounding)
         output = layer(x, weight, bias, *rest, **keywords)
