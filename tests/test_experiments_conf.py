@@ -125,3 +125,14 @@ def test_the_guide_lists_every_question() -> None:
     guide = Path(__file__).parents[1] / "docs" / "guides" / "experiments.md"
     table = [line for line in guide.read_text().splitlines() if line.startswith("| `")]
     assert [name for name in NAMES if not any(f"`{name}`" in line for line in table)] == []
+
+
+def test_every_number_format_is_asked_about(files: dict[str, dict[str, Any]]) -> None:
+    """Whether it costs accuracy: by a margin stated beforehand and, on images that are not nearly solved, ten seeds."""
+    question = files["format_accuracy"]
+    overrides = [override for node in question["arms"].values() for override in node["overrides"]]
+    formats = set(schema.OPTIONS["precision"]) - {"auto", "custom"}
+    assert formats <= {override.removeprefix("precision=") for override in overrides}
+    assert next(iter(question["arms"].values()))["overrides"] == ["precision=o0"], "the reference"
+    assert (question["analysis"], question["response"], question["margin"]) == ("no_worse", "test_accuracy", 0.005)
+    assert all(len(question["sizes"][size]["seeds"]) == 10 for size in ("medium", "full"))

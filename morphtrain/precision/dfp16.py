@@ -23,9 +23,13 @@ class DynamicFixedPoint(Precision):
         super().__init__(device)
         self.bits, self.rounding = bits, rounding
 
+    def context(self, device_type: str) -> QuantisedLayers:
+        """The context of a forward pass on any device."""
+        return QuantisedLayers(self.bits, self.rounding)
+
     def autocast(self) -> QuantisedLayers:
         """The context of a forward pass, in training, in evaluation, and where batch norm is settled."""
-        return QuantisedLayers(self.bits, self.rounding)
+        return self.context(self.device.type)
 
 
 def build(config: FixedPoint, device: torch.device) -> DynamicFixedPoint:
