@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
@@ -110,8 +110,11 @@ def _table(metric: str, found: Mapping[str, values.BySeed], judged: Mapping[str,
     import pandas as pd
 
     rows = {
-        arm: {**values.columns(metric, values.mean(metric, DIFFERENCE, list(seeds.values()))), "seeds": len(seeds)}
-        | (_columns(judged[arm]) if arm in judged else {})
+        arm: {
+            **values.columns(metric, values.mean(metric, DIFFERENCE, list(seeds.values()))),
+            "seeds": len(seeds),
+            **(_columns(judged[arm]) if arm in judged else {}),
+        }
         for arm, seeds in found.items()
         if seeds
     }
@@ -122,7 +125,7 @@ def _table(metric: str, found: Mapping[str, values.BySeed], judged: Mapping[str,
     return Table("no-worse", caption, frame)
 
 
-def _columns(found: Judged) -> dict[str, float | str]:
+def _columns(found: Judged) -> dict[str, Any]:
     return {
         **values.columns(DIFFERENCE, found.difference),
         "pairs": found.difference.n[0],
