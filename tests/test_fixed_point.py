@@ -329,5 +329,5 @@ def test_keys_out_of_range_are_named(key: str, wanted: str) -> None:
 def test_the_largest_batch_in_it_is_not_estimated() -> None:
     with initialize_config_dir(str(schema.CONF)):
         composed = compose("maxbatch", overrides=["precision=dfp16", "budget=1GiB"])
-    with pytest.raises(UserError, match="precision=dfp16: must be another option: the memory of its emulation"):
+    with pytest.raises(UserError, match="precision=dfp16: must be another option: its emulation takes more memory"):
         schema.parse_max_batch(composed)

@@ -32,7 +32,12 @@ EMULATED = "the emulation takes longer than what it emulates, so that its times 
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict("precision=dfp16", "compile!=none", "an emulation has no time to save", "compile=none"),
-    Conflict("precision=dfp16", "batch_policy=fill_memory", "its memory is not estimated", "batch_policy=fixed"),
+    Conflict(
+        "precision=dfp16",
+        "batch_policy=fill_memory",
+        "an emulation takes more memory than what it emulates",
+        "batch_policy=fixed",
+    ),
     Conflict("precision=dfp16", "prune.round_to=auto", EMULATED, "prune.round_to=8"),
     Conflict("precision=dfp16", "prune.cost=latency", EMULATED, "prune.cost=flops"),
     Conflict("precision=dfp16", "grow.cost=latency", EMULATED, "grow.cost=flops"),

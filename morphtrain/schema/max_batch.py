@@ -15,8 +15,8 @@ from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.precision import Precision
 
-# Precisions whose memory is not known before a run.
-UNKNOWN = {"auto": "only a run measures which is fastest", "dfp16": "the memory of its emulation is not estimated"}
+# Precisions that have no memory of their own to estimate, and why.
+REFUSED = {"auto": "only a run measures which is fastest", "dfp16": "its emulation takes more memory than the format"}
 
 
 @dataclass
@@ -64,5 +64,5 @@ class MaxBatch(MaxBatchKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        why = UNKNOWN.get(self.precision.name, "")
+        why = REFUSED.get(self.precision.name, "")
         check(not why, "precision", self.precision.name, f"another option: {why}")
