@@ -577,7 +577,7 @@ def test_the_command_says_what_it_wrote(report: Report, capsys: pytest.CaptureFi
     tables = list((tmp_path / "new" / "mine-tables").glob("*.csv"))
     folder = tmp_path / "new" / "mine-tables"
     assert capsys.readouterr().out.splitlines() == [str(out), f"{folder}/: {len(tables)} tables"]
-    assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3) + 10
+    assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3 + 3) + 10
 
 
 def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:
