@@ -95,8 +95,14 @@ class SelectableData(Data, Protocol):
 class Precision(Protocol):
     """How a training step computes: the type that operations are cast to, and the loss scale that goes with it.
 
-    One may also have `prepare(model, optimizer)`, called once they are made and before a checkpoint's values are
-    loaded, and `metrics()`, what to record of the epoch that has just ended.
+    One may also have
+
+        prepare(model, optimizer)   called once they are made, before a checkpoint's values are loaded
+        end_step(optimizer)         called after each step, when methods have seen the weights after it
+        metrics()                   what to record of the epoch that has just ended; called once
+        context(device_type), update(optimizer)
+                                    what copies of the network do whose steps are timed, or whose memory is estimated
+                                    (`morphtrain.cost.step.Format`); without both, they cast to `dtype` and step plainly
     """
 
     dtype: torch.dtype | None  # what `autocast` casts to; None for the parameters' own type

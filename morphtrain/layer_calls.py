@@ -10,9 +10,9 @@
 
 No module is replaced and no tensor renamed: tracing, surgery and checkpoints see the network as it is. Computed
 weights (weight normalisation) arrive as the tensors that the layers use. Several modes nest: the one entered last sees
-a call first, and what it calls is seen by the ones around it. Nothing is seen in the backward pass, nor of a trace by
-torch.fx, which a structural change may need: it has proxies instead of tensors. `torch.autocast`
-acts below all of them: it casts what they pass on.
+a call first, and what it calls is seen by the ones around it. Nothing is seen in the backward pass, nor while torch.fx
+records a network, as growth does: it has proxies instead of tensors. `torch.autocast` acts below all of them: it casts
+what they pass on.
 """
 
 from __future__ import annotations

@@ -100,8 +100,9 @@ class Method:
     def step(self, run: Run, closure: Closure) -> bool | None:
         """Take the step in the optimizer's place and return whether there was one; None leaves it to the others.
 
-        `closure` computes the gradients of this batch again, with the current weights, and returns its loss. It needs a
-        precision without a loss scale.
+        `closure` computes the gradients of this batch again, with the current weights, and returns its loss. Take every
+        step by `run.precision.step(run.optimizer)`: with a loss scale gradients may have overflowed, and it returns
+        whether there was a step. A plain `run.optimizer.step()` is refused then.
         """
         return None
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from morphtrain import schema, world
 from morphtrain.compilation import Compilation, usual_pass
-from morphtrain.contracts import Data, Loss, Precision, Schedule
+from morphtrain.contracts import Batch, Data, Loss, Precision, Schedule
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
 from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
@@ -166,6 +166,19 @@ class Run:
         loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
         return [images for images, _ in itertools.islice(loader, batches)]
 
+    def first_batch(self) -> Batch:
+        """The first batch of this epoch at its full size, as often as it is asked for."""
+        with self._same_data():
+            return next(self.data.train_batches(self.batch_size, self.generator(self.epoch)))
+
+    @contextmanager
+    def _same_data(self) -> Iterator[None]:
+        """Put the state of the data back when the block ends."""
+        before = copy.deepcopy(self.data.state_dict()) if hasattr(self.data, "state_dict") else None
+        yield
+        if before is not None:
+            self.data.load_state_dict(before)  # type: ignore[attr-defined]  # of the user's own, see `contracts`
+
     def settle(self) -> None:
         """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
 
@@ -178,11 +191,9 @@ class Run:
             norms = trained_norms(self.model)
             if not norms:
                 return
-            data = copy.deepcopy(self.data.state_dict()) if hasattr(self.data, "state_dict") else None
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            devices = [self.device] if self.device.type == "cuda" else []
+            with self._same_data(), torch.random.fork_rng(devices=devices):
                 settle(self.model, norms, self._settling_passes(), self.precision.autocast)
-            if data is not None:
-                self.data.load_state_dict(data)  # type: ignore[attr-defined]  # of the user's own, see `contracts`
         for norm in norms:
             for statistic in (norm.running_mean, norm.running_var):
                 statistic.copy_(world.mean(statistic))  # type: ignore[union-attr,arg-type]  # `trained_norms` have both

@@ -132,8 +132,9 @@ def test_what_takes_its_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that takes 20 ms more in one of the four."""
     real = auto.training_step
 
-    def step(model, optimizer, images, labels, dtype) -> None:  # type: ignore[no-untyped-def]
-        time.sleep(0.02 if dtype is not torch.bfloat16 or format_of_model(model) is torch.contiguous_format else 0)
+    def step(model, optimizer, images, labels, precision) -> None:  # type: ignore[no-untyped-def]
+        slow = precision.dtype is not torch.bfloat16 or format_of_model(model) is torch.contiguous_format
+        time.sleep(0.02 if slow else 0)
         real(model, optimizer, images, labels, None)
 
     monkeypatch.setattr(auto, "training_step", step)
@@ -183,10 +184,10 @@ def test_trackers_are_told_what_ran(measured: list, tmp_path: Path, monkeypatch:
 def test_a_network_that_a_precision_cannot_train_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     real = auto.training_step
 
-    def step(model, optimizer, images, labels, dtype) -> None:  # type: ignore[no-untyped-def]
-        if dtype is torch.bfloat16:
+    def step(model, optimizer, images, labels, precision) -> None:  # type: ignore[no-untyped-def]
+        if precision.dtype is torch.bfloat16:
             raise RuntimeError('"fancy" not implemented for BFloat16')
-        real(model, optimizer, images, labels, dtype)
+        real(model, optimizer, images, labels, precision)
 
     monkeypatch.setattr(auto, "training_step", step)
     monkeypatch.setattr(precisions, "SLOW", 1e9)

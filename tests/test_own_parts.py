@@ -518,7 +518,7 @@ WRONG = {
     ),
     "float16": (
         ["precision=o1", "precision.dtype=float16", "methods=[{_target_: test_own_parts.Twice}]"],
-        "the loss scale of float16 does not allow; bf16 works",
+        r"the loss scale of float16 does not allow; run.precision.step\(run.optimizer\), or precision=bf16, works",
     ),
     "trained loss": (part("loss", "torch.nn.PReLU"), "has parameters, which no optimizer trains"),
     "name": (["methods=[{_target_: test_own_parts.Metrics, kind: name}]"], "'own \\(%\\)' needs a name of letters"),

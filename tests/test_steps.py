@@ -33,6 +33,7 @@ SMALL = (
     "device=cpu",
 )
 PLAIN_STEPS = ("optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.weight_decay=0")
+HALF = ("precision.dtype=float16",)
 NO_NORM = ("model=alexnet", "model.dropout=null", "model.batch_norm=false")
 
 
@@ -46,6 +47,7 @@ def started(*overrides: str) -> Run:
 def step_of(model: nn.Module, micro_batch: int | None, precision: Precision) -> SimpleNamespace:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parts = {
+        "hooks": lambda name: [],
         "forward": model,
         "model": model,
         "optimizer": optimizer,
@@ -126,7 +128,7 @@ def test_single_images_are_refused_where_the_network_cannot_train_on_them() -> N
     started("batch_policy.batch_size=1")  # batch norm over more pixels can
 
 
-@pytest.mark.parametrize("batch", [[], ["precision=o1", "precision.dtype=float16"]], ids=["o0", "float16"])
+@pytest.mark.parametrize("batch", [[], ["precision=o1", *HALF], ["precision=o2", *HALF]], ids=["o0", "o1", "o2"])
 def test_gradients_are_clipped(batch: list[str]) -> None:
     one_step = ("batch_policy.batch_size=50", *PLAIN_STEPS, *batch)
     free, clipped, loose = (started(*one_step, *more) for more in ([], ["clip_norm=0.01"], ["clip_norm=1e9"]))

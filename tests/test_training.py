@@ -67,8 +67,8 @@ def test_precision_types() -> None:
     for precision, expected in (
         (o0.build(schema.precision.Precision("o0"), CPU), torch.float32),
         (bf16.build(schema.precision.Precision("bf16"), CPU), torch.bfloat16),
-        (o1.build(schema.precision.Autocast("o1", "auto", 2.0**16), CPU), torch.bfloat16),
-        (o1.build(schema.precision.Autocast("o1", "float16", 2.0**16), CPU), torch.float16),
+        (o1.build(schema.precision.Mixed("o1", "auto", 2.0**16), CPU), torch.bfloat16),
+        (o1.build(schema.precision.Mixed("o1", "float16", 2.0**16), CPU), torch.float16),
     ):
         with precision.autocast():
             assert layer(x).dtype is expected
@@ -82,7 +82,7 @@ def test_loss_scaling_unscales_before_the_hooks_and_skips_overflows() -> None:
     F.cross_entropy(model(x), LABELS).backward()
     expected = model.weight.grad.clone()
     optimizer.zero_grad()
-    precision = o1.build(schema.precision.Autocast("o1", "float16", 1024.0), CPU)
+    precision = o1.build(schema.precision.Mixed("o1", "float16", 1024.0), CPU)
     precision.backward(F.cross_entropy(model(x), LABELS), optimizer)
     torch.testing.assert_close(model.weight.grad, expected)
     assert precision.step(optimizer)

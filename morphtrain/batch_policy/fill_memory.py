@@ -15,6 +15,7 @@ from morphtrain.batch_policy.learning_rate import grow
 from morphtrain.batch_policy.sizes import tenth, without_single
 from morphtrain.byte_sizes import byte_count, left_of, readable
 from morphtrain.cost import MemoryModel, memory_model
+from morphtrain.cost.step import casts_of
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.state import Run
@@ -74,7 +75,9 @@ class FillMemory(Method):
 
 def memory_of(run: Run) -> MemoryModel:
     """The memory model of the run's training step."""
-    return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=run.precision.dtype)
+    return memory_model(
+        run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=casts_of(run.precision)
+    )
 
 
 def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from morphtrain.cost.widths import Layer, Side
-from morphtrain.morph import NORMS, SAMPLES, ChannelGraph, format_of_model
+from morphtrain.morph import NORMS, SAMPLES, ChannelGraph, format_of_model, input_type
 from morphtrain.morph.formats import format_of
 from morphtrain.morph.surgery.widths import refresh_widths
 
@@ -41,13 +42,12 @@ class LayerSteps:
 
     def __init__(self, graph: ChannelGraph, batch_size: int, autocast: Autocast = nullcontext) -> None:
         parameter = next(graph.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = parameter.device, input_type(graph.model)
         self.layout, self.batch_size, self.autocast = format_of_model(graph.model), batch_size, autocast
         self.norms = {path: m for path, m in graph.model.named_modules() if isinstance(m, NORMS)}
         self.first = graph.calls[0] if graph.calls else None
         with autocast():
-            on = torch.is_autocast_enabled(self.device.type)
-            self.computed = torch.get_autocast_dtype(self.device.type) if on else self.dtype
+            self.computed = F.linear(*torch.zeros(2, 1, 1, dtype=self.dtype, device=self.device)).dtype
         self.stock: dict[torch.dtype, torch.Tensor] = {}  # noise, of which inputs and gradients are views
         self.facts = {
             "weights": str(self.dtype),

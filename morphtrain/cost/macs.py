@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import MIXING, TRANSPOSED, kept_modes
+from morphtrain.morph import MIXING, TRANSPOSED, input_type, kept_modes
 
 
 @torch.no_grad()
@@ -31,8 +31,8 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
         total += values.numel() * math.prod(weight.shape[1:])
 
     hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, MIXING)]
-    parameter = next(model.parameters())
-    sample = torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device)
+    device = next(model.parameters()).device
+    sample = torch.zeros(1, *input_shape, dtype=input_type(model), device=device)
     try:
         with kept_modes(model):
             model.eval()(sample)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing
 from morphtrain.cost.memory import MemoryModel, fitted
 from morphtrain.cost.search import largest_fitting
 from morphtrain.cost.simulate import SimulatedStep
+from morphtrain.cost.step import Casts
 from morphtrain.cost.verify import verify_batch
 
 
@@ -20,7 +20,7 @@ def max_batch(
     budget_bytes: float,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
     device_type: str | None = None,
     verified: bool = False,
 ) -> int:

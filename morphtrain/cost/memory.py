@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing
 from morphtrain.cost.simulate import SimulatedStep
+from morphtrain.cost.step import Casts
 
 NOT_MODELLED = (
     "workspaces of the kernels, the allocator's rounding and fragmentation, the device's own context, and a data set "
@@ -60,7 +60,7 @@ def memory_model(
     input_shape: Sequence[int],
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
     device_type: str | None = None,
 ) -> MemoryModel:
     """Peak memory of a step as a function of the batch, from two simulated steps.
@@ -70,7 +70,8 @@ def memory_model(
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters: `torch.optim.AdamW`. Its state counts,
             whether it has any yet or not.
-        autocast_dtype: what `torch.autocast` casts to; None for none.
+        autocast_dtype: what `torch.autocast` casts to, None for none; or a run's precision.
+            Its loss scale does not count.
         device_type: of the device that trains; by default the model's.
 
     Raises:
@@ -88,7 +89,7 @@ def estimate_memory(
     batch_size: int,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
     device_type: str | None = None,
 ) -> int:
     """Peak bytes of a training step of `batch_size` samples, simulated; arguments as in `memory_model`.

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from morphtrain.cost.copies import Optimizing, copied
 from morphtrain.cost.onednn import copied_bytes
-from morphtrain.cost.step import backpropagate, blank_batch
+from morphtrain.cost.step import Casts, backpropagate, blank_batch, update
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -100,7 +100,8 @@ class SimulatedStep:
         model: on any device, in any mode; it is simulated in training mode.
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters.
-        autocast_dtype: what `torch.autocast` casts to; None for none.
+        autocast_dtype: what `torch.autocast` casts to, None for none; or a run's precision.
+            Its loss scale does not count.
         device_type: of the device that trains; None: the model's. It decides whether optimizers work on all parameters
             at once, which takes room for their intermediate results, and whether convolutions copy what they read.
     """
@@ -111,7 +112,7 @@ class SimulatedStep:
         input_shape: Sequence[int],
         *,
         optimizer: Optimizing,
-        autocast_dtype: torch.dtype | None,
+        autocast_dtype: Casts,
         device_type: str | None = None,
     ) -> None:
         self.input_shape = tuple(input_shape)
@@ -133,8 +134,7 @@ class SimulatedStep:
 
     def _update(self) -> None:
         with AnyValue():
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+            update(self._optimizer, self.autocast_dtype)
 
     def live_bytes(self, batch_size: int) -> list[int]:
         """Bytes alive after each operation of a step of `batch_size` samples: weights and all.

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from morphtrain.morph import exact, input_type
 from morphtrain.morph.formats import format_of
 
 
-def backpropagate(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast_dtype: torch.dtype | None
-) -> None:
+@runtime_checkable
+class Format(Protocol):
+    """A number format that is more than what `torch.autocast` casts to: a run's precision."""
+
+    def context(self, device_type: str) -> AbstractContextManager[Any]:
+        """The context of a forward pass on a device of this type."""
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Take a step."""
+
+
+Casts = torch.dtype | Format | None  # what `torch.autocast` casts to, or a format; None for the parameters' own type
+
+
+def casts_of(precision: Any) -> Casts:
+    """How a run's precision computes; of a user's own, what it casts to is all that need be known."""
+    return precision if isinstance(precision, Format) else precision.dtype
+
+
+def backpropagate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast_dtype: Casts) -> None:
     """Leave the gradients of the cross-entropy of `images` (B, ...) and `labels` (B,) in the parameters."""
-    cast = nullcontext() if autocast_dtype is None else torch.autocast(images.device.type, dtype=autocast_dtype)
-    with cast:
-        loss = F.cross_entropy(model(images), labels)
+    with _context(autocast_dtype, images.device.type):
+        loss = F.cross_entropy(exact(model(images)), labels)
     loss.backward()
 
 
@@ -27,18 +45,32 @@ def training_step(
     optimizer: Optimizer,
     images: torch.Tensor,
     labels: torch.Tensor,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
 ) -> None:
     """Forward, backward and optimizer step on `images` (B, ...) and `labels` (B,); gradients are None afterwards."""
     backpropagate(model, images, labels, autocast_dtype)
-    optimizer.step()
+    update(optimizer, autocast_dtype)
+
+
+def update(optimizer: Optimizer, autocast_dtype: Casts) -> None:
+    """The optimizer's step, after which gradients are None."""
+    if isinstance(autocast_dtype, Format):
+        autocast_dtype.update(optimizer)
+    else:
+        optimizer.step()
     optimizer.zero_grad()
+
+
+def _context(autocast_dtype: Casts, device_type: str) -> AbstractContextManager[Any]:
+    if isinstance(autocast_dtype, Format):
+        return autocast_dtype.context(device_type)
+    return nullcontext() if autocast_dtype is None else torch.autocast(device_type, dtype=autocast_dtype)
 
 
 def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, *input_shape) of zeros where the model is, of its type and format; labels (B,) of the first class."""
-    parameter = next(model.parameters())
-    images = torch.zeros(batch_size, *input_shape, dtype=parameter.dtype, device=parameter.device)
+    device = next(model.parameters()).device
+    images = torch.zeros(batch_size, *input_shape, dtype=input_type(model), device=device)
     if images.dim() == 4 and any(format_of(p) is torch.channels_last for p in model.parameters()):
         images = images.to(memory_format=torch.channels_last)
-    return images, torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
+    return images, torch.zeros(batch_size, dtype=torch.long, device=device)

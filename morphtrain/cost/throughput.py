@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
-from morphtrain.cost.step import blank_batch, training_step
+from morphtrain.cost.step import Casts, blank_batch, training_step
 from morphtrain.cost.stopwatch import timed
 
 WARMUP_STEPS, LEAST_STEPS = 1, 3  # of every size; the first is not timed
@@ -25,7 +25,7 @@ def throughput(
     seconds: float,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
 ) -> dict[int, float]:
     """Samples a second in training steps of each batch size, on the device of the model: the median over its steps.
 

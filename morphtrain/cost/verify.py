@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
 from morphtrain.cost.search import largest_fitting
-from morphtrain.cost.step import blank_batch, training_step
+from morphtrain.cost.step import Casts, blank_batch, training_step
 
 STEPS = 2  # the first one makes the optimizer's state, the second one has gradients and all of it
 
@@ -46,7 +46,7 @@ def verify_batch(
     *,
     guess: int,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: torch.dtype | None = None,
+    autocast_dtype: Casts = None,
 ) -> Verified:
     """The largest batch, to one percent, that takes two full steps within `budget_bytes` of the model's CUDA device.
 
@@ -108,7 +108,7 @@ def _try(
     model: nn.Module,
     optimizer: Optimizer,
     input_shape: tuple[int, ...],
-    autocast_dtype: torch.dtype | None,
+    autocast_dtype: Casts,
     device: torch.device,
 ) -> None:
     total = torch.cuda.get_device_properties(device).total_memory

@@ -15,7 +15,7 @@ from torch import nn
 from morphtrain.errors import UserError, first_line
 from morphtrain.export import FORMATS, TOLERANCE
 from morphtrain.files import write_atomically
-from morphtrain.morph import describe, kept_modes
+from morphtrain.morph import SHORT, copy_of, describe, exact, input_type, kept_modes
 from morphtrain.preprocessing import Preprocessing
 
 TRACED, COMPARED = 3, (1, 5)  # images in a batch that the network is traced with, and compared on
@@ -37,7 +37,8 @@ def export(
 ) -> Written:
     """Write `network` to `output`, and `preprocessing` as JSON beside it.
 
-    What is written is first read again and compared on random images, in batches of two sizes.
+    What is written is first read again and compared on random images, in batches of two sizes. A network of 16 bits is
+    written in 32, which hold all of its values: not every runtime computes in less.
 
     Args:
         network: on the CPU, images (B, C, H, W) to one tensor; what it computes in evaluation mode is exported.
@@ -54,6 +55,7 @@ def export(
     if preprocessing.input_shape is None:
         raise UserError("input_shape: the size of an image is not known; say it as in --input-shape 3,32,32")
     form = importlib.import_module(f"morphtrain.export.{kind}")
+    network = _in_32_bits(network)
     with kept_modes(network):
         network.eval()
         batches = [_images(network, preprocessing.input_shape, count) for count in COMPARED]
@@ -77,9 +79,19 @@ def export(
     return Written([output, *files], difference)
 
 
+def _in_32_bits(network: nn.Module) -> nn.Module:
+    """The network itself, or a copy of one with tensors of 16 bits, in which these have 32."""
+    if not any(tensor.dtype in SHORT for tensor in (*network.parameters(), *network.buffers())):
+        return network
+    wide = copy_of(network)
+    for tensor in (*wide.parameters(), *wide.buffers()):
+        tensor.data = exact(tensor.data)
+    return wide
+
+
 def _images(network: nn.Module, input_shape: Sequence[int], count: int) -> torch.Tensor:
     """Random images (count, C, H, W) in the network's number format."""
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype = input_type(network)
     generator = torch.Generator().manual_seed(count)
     return torch.randn(count, *input_shape, generator=generator).to(dtype)
 

@@ -15,6 +15,7 @@ from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
 from morphtrain.morph.modes import copy_of, kept_modes, stored_activations
+from morphtrain.morph.number_types import SHORT, exact, in_type, input_type
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
 from morphtrain.morph.surgery.additions import Additions, additions_of
@@ -34,6 +35,7 @@ __all__ = [
     "NORMS",
     "OUTPUT",
     "SAMPLES",
+    "SHORT",
     "TRANSPOSED",
     "Additions",
     "Axis",
@@ -52,7 +54,10 @@ __all__ = [
     "additions_of",
     "copy_of",
     "describe",
+    "exact",
     "format_of_model",
+    "in_type",
+    "input_type",
     "is_within",
     "kept_modes",
     "matches",

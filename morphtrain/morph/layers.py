@@ -108,7 +108,7 @@ class ZeroBranch(nn.Module):
         # depend on their number.
         out = x.new_zeros([x.shape[0], self.channels, 2, 1])  # len(x) would fix the batch of an export
         if self.bias is not None:
-            out = out + self.bias.view(1, -1, 1, 1)
+            out = out + self.bias.to(x.dtype).view(1, -1, 1, 1)  # or what follows the sum would be in the larger type
         if self.norm is not None:
             out = self.norm(out)
         out = out[:1, :, :1]

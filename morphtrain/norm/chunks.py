@@ -13,6 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from morphtrain.morph import exact
+
 Chunks = list[tuple[int, int]]  # (how many, samples in each), in the order of the batch
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a batch, and of weight and bias by chunk: (K, C)
 
@@ -83,16 +85,17 @@ class NormaliseByChunk(torch.autograd.Function):
         eps: float,
     ) -> torch.Tensor:
         output = torch.empty_like(x)
-        means, deviations = _exact(x.new_empty(2, len(sizes), x.shape[1]))  # deviations are inverse
-        tracked = [_exact(statistic) for statistic in running or ()]
+        means, deviations = exact(x.new_empty(2, len(sizes), x.shape[1]))  # deviations are inverse
+        tracked = [exact(statistic) for statistic in running or ()]
+        affine = [None if tensor is None else exact(tensor) for tensor in (weight, bias)]
         norm = torch.ops.aten.native_batch_norm.out
         parts = zip(x.split(sizes), output.split(sizes), momenta, means.unbind(), deviations.unbind(), strict=True)
         for part, out, momentum, mean, deviation in parts:
-            exact = out if out.dtype == means.dtype else torch.empty_like(out, dtype=means.dtype)
+            wide = out if out.dtype == means.dtype else torch.empty_like(out, dtype=means.dtype)
             saved = {"save_mean": mean, "save_invstd": deviation}
-            norm(_exact(part), weight, bias, *(tracked or (None, None)), True, momentum, eps, out=exact, **saved)
-            if exact is not out:
-                out.copy_(exact)
+            norm(exact(part), *affine, *(tracked or (None, None)), True, momentum, eps, out=wide, **saved)
+            if wide is not out:
+                out.copy_(wide)
         for statistic, new in zip(running or (), tracked, strict=True):
             if new is not statistic:
                 statistic.copy_(new)
@@ -106,10 +109,11 @@ class NormaliseByChunk(torch.autograd.Function):
         x, weight, means, deviations = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         slopes, totals = [], []
+        scale = None if weight is None else exact(weight)
         tensors = (tensor.split(ctx.sizes) for tensor in (grad, x, grad_x))
         for g, part, out, mean, deviation in zip(*tensors, means.unbind(), deviations.unbind(), strict=True):
             new, slope, total = torch.ops.aten.native_batch_norm_backward(
-                _exact(g), _exact(part), weight, None, None, mean, deviation, True, 0.0, [True, True, True]
+                exact(g), exact(part), scale, None, None, mean, deviation, True, 0.0, [True, True, True]
             )
             out.copy_(new)
             slopes.append(slope)
@@ -172,15 +176,10 @@ def _scale_and_shift(
     return scale, -scale * mean if bias is None else torch.addcmul(bias, scale, mean, value=-1)
 
 
-def _exact(x: torch.Tensor) -> torch.Tensor:
-    """`x` in 32 bits or more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _parts(x: torch.Tensor, chunks: Chunks) -> Iterator[torch.Tensor]:
     """(B, C, H, W) -> views (K, G, C, H, W) of 32 bits or more, one for each size of chunks."""
     for (number, size), part in zip(chunks, x.split([number * size for number, size in chunks]), strict=True):
-        yield _exact(part.unflatten(0, (number, size)))
+        yield exact(part.unflatten(0, (number, size)))
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
@@ -189,8 +188,8 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(channels: torch.Tensor | None) -> torch.Tensor | None:
-    """(C,) -> (1, 1, C, 1, 1)"""
-    return None if channels is None else channels.view(1, 1, -1, 1, 1)
+    """(C,) -> (1, 1, C, 1, 1), of 32 bits or more."""
+    return None if channels is None else exact(channels).view(1, 1, -1, 1, 1)
 
 
 def _joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

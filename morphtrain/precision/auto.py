@@ -10,7 +10,7 @@ from morphtrain.precision.autocast import SLOW, Precision, slowdown
 
 def candidates(device: torch.device) -> dict[str, Precision]:
     """What may be chosen on `device`, by the option's name, the most exact first."""
-    found = {"o0": Precision(device), "bf16": Precision(device, torch.bfloat16)}
+    found = {"o0": Precision(device), "bf16": Precision(device, torch.bfloat16, init_scale=None)}
     if device.type == "cuda":
         found["o1"] = Precision(device, torch.float16)
     return found

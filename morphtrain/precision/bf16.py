@@ -8,4 +8,4 @@ from morphtrain.precision.autocast import Precision, warn_if_slow
 
 def build(config: schema.precision.Precision, device: torch.device) -> Precision:
     warn_if_slow(config.name, device, torch.bfloat16)
-    return Precision(device, torch.bfloat16)
+    return Precision(device, torch.bfloat16, init_scale=None)

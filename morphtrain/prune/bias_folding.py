@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain.morph import MIXING, SAMPLES, ChannelGraph, Space, kept_modes, restored
+from morphtrain.morph import MIXING, SAMPLES, ChannelGraph, Space, input_type, kept_modes, restored
 
 CONSTANTS = ("bias", "running_mean")  # what a channel's value consists of besides its weights
 
@@ -99,7 +99,7 @@ def _mean_contributions(
     handles = [layer.register_forward_pre_hook(partial(look, path)) for path, layer in layers.items()]
     try:
         with kept_modes(graph.model):
-            graph.model.eval()(images)
+            graph.model.eval()(images.to(input_type(graph.model)))
     finally:
         for handle in handles:
             handle.remove()

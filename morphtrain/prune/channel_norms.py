@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from morphtrain.morph import NORMS, ChannelGraph, Slot, Space
+from morphtrain.morph import NORMS, ChannelGraph, Slot, Space, exact
 from morphtrain.prune.step_length import step_length
 
 SHORTEST = 1e-30  # step; one of length 0 moves nothing, and its inverse is still a number
@@ -38,14 +38,15 @@ class Weight:
 
     def magnitudes(self) -> torch.Tensor:
         """(N,)"""
-        tensor = self.tensor.detach()
+        tensor = exact(self.tensor.detach())
         if tensor.dim() == 1:
             return tensor.abs()
         return torch.linalg.vector_norm(tensor.transpose(0, self.dim).flatten(1), dim=1)
 
     def mean_length(self, length: Any) -> torch.Tensor:
         """(N,): the harmonic mean, over an entry, of what `step_length` returns for this parameter."""
-        per_length = torch.as_tensor(length, dtype=self.tensor.dtype, device=self.tensor.device).reciprocal()
+        dtype = torch.promote_types(self.tensor.dtype, torch.float32)
+        per_length = torch.as_tensor(length, dtype=dtype, device=self.tensor.device).reciprocal()
         rows = per_length.expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
         return rows.mean(1).reciprocal()
 
@@ -84,7 +85,7 @@ class ChannelNorms:
         for space in self.spaces:
             row = _entries(space, slots[space], offsets)
             rows.setdefault(padded[space], []).append(F.pad(row, (0, padded[space] - row.shape[1]), value=absent))
-        self.like = _weight(used[0]) if used else torch.zeros(0)  # for device and dtype
+        self.like = exact(_weight(used[0]).detach()) if used else torch.zeros(0)  # for device and dtype
         self.groups = [torch.cat(parts).to(self.like.device) for parts in rows.values()]  # each (C, M): entries
         self.sizes = [len(group) for group in self.groups]
         owner = torch.full((absent + 1,), sum(self.sizes))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from morphtrain.morph import NORMS, Axis, ChannelGraph, Space
+from morphtrain.morph import NORMS, Axis, ChannelGraph, Space, exact
 
 Importance = dict[Space, torch.Tensor]
 
@@ -129,7 +129,7 @@ def _shares(weight: torch.Tensor | None, dim: int) -> torch.Tensor | None:
     """(length,): of each entry along `dim`, its share of the squares of a weight."""
     if weight is None:
         return None
-    squares = _summed(weight.square(), dim)
+    squares = _summed(exact(weight).square(), dim)
     return squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
 
 
@@ -154,7 +154,7 @@ def _derivative(axis: Axis) -> torch.Tensor | None:
     gradient = axis.weight.grad
     if gradient is None:
         return axis.weight.new_zeros(axis.length)  # frozen, or the loss does not depend on it
-    return _summed(gradient * axis.weight, axis.dim)
+    return _summed(exact(gradient) * exact(axis.weight), axis.dim)
 
 
 def _has_gradients(space: Space) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph import ChannelGraph, exact
 
 EPS = 1e-8  # under the root of a subgradient's norm
 
@@ -106,7 +106,7 @@ def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
         grad = lasso.weight.grad
         if grad is None:
             continue  # the loss does not depend on it
-        grad.addcmul_(lasso.weight, _spread(rows[:, None] + columns, lasso.weight))
+        grad.addcmul_(lasso.weight, _spread(rows[:, None] + columns, lasso.weight).to(grad.dtype))
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def share_taken(lasso: GroupLasso, amount: float) -> float:
 
     Its elements lose it with their row and with their column.
     """
-    norm = torch.linalg.vector_norm(lasso.weight.detach()).item()
+    norm = torch.linalg.vector_norm(exact(lasso.weight.detach())).item()
     rows, columns = lasso.weight.shape[:2]
     pull = amount * (lasso.row_weight * rows**0.5 + lasso.column_weight * columns**0.5)
     return pull / norm if norm else math.inf
@@ -143,13 +143,14 @@ def _amounts(amount: float | torch.Tensor) -> tuple[float | torch.Tensor, float 
     """What each row, (O,), and each column, (I,), loses; both are `amount` if that is a number."""
     if not isinstance(amount, torch.Tensor) or amount.dim() == 0:
         return amount, amount
-    inverse = amount.reciprocal().flatten(2).mean(2) if amount.dim() > 2 else amount.reciprocal()  # (O, I)
+    inverse = exact(amount).reciprocal()
+    inverse = inverse.flatten(2).mean(2) if amount.dim() > 2 else inverse  # (O, I)
     return inverse.mean(1).reciprocal(), inverse.mean(0).reciprocal()
 
 
 def _squares(weight: torch.Tensor) -> torch.Tensor:
-    """(O, I): squared weights, summed over the kernel."""
-    weight = weight.detach()
+    """(O, I): squared weights, summed over the kernel, in 32 bits or more: squares of 16 bits would soon be zero."""
+    weight = exact(weight.detach())
     return weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.option import Option
+
+TYPES = ("auto", "float16", "bfloat16")
 
 
 @dataclass
@@ -14,12 +17,37 @@ class Precision(Option, group="precision", plain=("o0", "bf16", "auto")):
 
 
 @dataclass
-class Autocast(Precision, option="o1"):
-    """Mixed precision: operations are cast, losses scaled."""
+class Mixed(Precision, option=("o1", "o2")):
+    """Mixed precision: weights of 32 bits, operations (o1) or all layers (o2) in 16, losses scaled."""
+
+    metrics = ("loss_scale", "skipped_steps", "underflow_share")
 
     dtype: str
     init_scale: float
 
     def __post_init__(self) -> None:
-        check_one_of("precision.dtype", self.dtype, ("auto", "float16", "bfloat16"))
-        check(self.init_scale > 0, "precision.init_scale", self.init_scale, "above 0")
+        check_one_of("precision.dtype", self.dtype, TYPES)
+        check(0 < self.init_scale < math.inf, "precision.init_scale", self.init_scale, "above 0, and finite")
+
+
+@dataclass
+class Short(Precision, option="o3"):
+    """16 bits throughout."""
+
+    metrics = ("underflow_share",)
+
+    dtype: str
+    keep_batchnorm_fp32: bool
+
+    def __post_init__(self) -> None:
+        check_one_of("precision.dtype", self.dtype, TYPES)
+
+
+@dataclass
+class PureBfloat16(Precision, option="bf16_pure"):
+    """bfloat16 throughout."""
+
+    rounding: str
+
+    def __post_init__(self) -> None:
+        check_one_of("precision.rounding", self.rounding, ("masters", "stochastic"))

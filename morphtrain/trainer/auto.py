@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from morphtrain import schema
 from morphtrain.cost.copies import copied
-from morphtrain.cost.step import blank_batch, training_step
+from morphtrain.cost.step import blank_batch, casts_of, training_step
 from morphtrain.cost.stopwatch import timed
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
@@ -78,6 +78,7 @@ def adopt(run: Run, chosen: Mapping[str, str]) -> None:
         run.data = run.data.to(run.device, FORMATS[chosen["memory_format"]])
     if "precision" in run.chosen:
         run.precision = precisions.candidates(run.device)[chosen["precision"]]
+        run.precision.prepare(run.model, run.optimizer)
 
 
 def metrics(run: Run) -> dict[str, float]:
@@ -133,7 +134,7 @@ def _steps(run: Run) -> dict[Choice, Step]:
     kinds = precisions.worth_trying(run.device) if _is_auto(run, "precision") else {"": run.precision}
     twins = {name: twin(run, name) for name in formats}
     return {
-        Choice(memory_format, name): partial(training_step, *twins[memory_format], precision.dtype)
+        Choice(memory_format, name): partial(training_step, *twins[memory_format], casts_of(precision))
         for name, precision in kinds.items()
         if precision.dtype is not torch.float16 or not run.hooks("step")  # its loss scale allows none
         for memory_format in formats

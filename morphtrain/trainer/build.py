@@ -16,7 +16,7 @@ from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import AllocationLimit, machine_bytes, named_if_out_of_memory
 from morphtrain.method import ORDER, Method
-from morphtrain.morph import OUTPUT, ChannelGraph, MorphError, matches
+from morphtrain.morph import OUTPUT, ChannelGraph, MorphError, input_type, matches
 from morphtrain.outputs import check_outputs
 from morphtrain.progressive import check_small_images
 from morphtrain.schema import Custom
@@ -75,13 +75,19 @@ def build_run(
     )
     if isinstance(run.criterion, nn.Module):
         run.criterion.to(device)
-    if hasattr(run.precision, "prepare"):
-        run.precision.prepare(model, run.optimizer)
+    _prepare(run)
+    if run.precision.dtype is not None:  # it may not have every operation
+        with run.precision.autocast():
+            name = f"precision={config.precision.name}"
+            check_outputs(name, model, data.input_shape, data.num_classes, images=torch.float32)
     _check_own_parts(run)
     names = {"data_name": config.data.name, "loss_name": config.loss.name}
     run.infobatch = infobatch.build(config.data, config.epochs, data, run.criterion, device, **names)
+    optimizer = run.optimizer
     for hook in run.hooks("after_build"):
         hook(run)
+    if run.optimizer is not optimizer:
+        _prepare(run)
     if run.model is not model:
         raise UserError("a method has replaced run.model in after_build; change it in place, or no file could be read")
     run.graph = follow_channels(config, model, data.input_shape, methods)  # as the methods have left the model
@@ -97,6 +103,12 @@ def build_run(
     return run
 
 
+def _prepare(run: Run) -> None:
+    """Let the number format see the model and the optimizer."""
+    if hasattr(run.precision, "prepare"):
+        run.precision.prepare(run.model, run.optimizer)
+
+
 def _check_own_parts(run: Run) -> None:
     """Try the user's own parts on the run's device; raises a `UserError` for one that its contract does not allow."""
     config = run.config
@@ -108,10 +120,6 @@ def _check_own_parts(run: Run) -> None:
         part_checks.check_schedule(f"schedule={config.schedule.name}", run.schedule, config.epochs)
     if isinstance(config.optimizer, Custom):
         part_checks.check_optimizer(f"optimizer={config.optimizer.name}", run.optimizer)
-    if run.precision.dtype is torch.float16 and run.hooks("step"):
-        raise UserError(
-            "precision: a method takes the step, which the loss scale of float16 does not allow; bf16 works"
-        )
 
 
 def build_methods(config: schema.Config) -> dict[str, Method]:
@@ -188,7 +196,7 @@ def follow_channels(
         _check_ignored(name, method.ignore, model)
     ignore = [pattern for method in methods.values() for pattern in method.ignore]
     try:
-        graph = ChannelGraph.trace(model, torch.zeros(1, *input_shape), ignore)
+        graph = ChannelGraph.trace(model, torch.zeros(1, *input_shape, dtype=input_type(model)), ignore)
         if any(method.follows_channels for method in methods.values()):
             _say_what_is_kept(graph)
         return graph

@@ -7,6 +7,7 @@ they are written and read.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from morphtrain import compilation, custom, morph, options, schema
 from morphtrain.errors import UserError, first_line
@@ -210,8 +212,10 @@ class Checkpoint:
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
         self._settle_auto(run)
+        self._check_types(run)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
+        self._keep_types(run.optimizer)
         self._check_moments(run)
         self._load_state("precision", run.precision, self.content["precision"])
         for name, method in run.methods.items():
@@ -258,6 +262,32 @@ class Checkpoint:
         except Exception as error:  # each part says in its own way that it cannot take a state
             wanted = f"{type(part).__name__} ({type(error).__name__}: {first_line(error)})"
             raise UserError(f"{self.name}: its state of {name} is not one of {wanted}") from error
+
+    def _check_types(self, run: Run) -> None:
+        """Raise a `UserError` if the run would go on in another number format, which devices choose with `auto`."""
+        for name, tensor in run.model.state_dict().items():
+            stored = self.content["model"].get(name)
+            if isinstance(stored, torch.Tensor) and stored.is_floating_point() and stored.dtype != tensor.dtype:
+                here, there = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, stored.dtype))
+                precision = f"precision={run.config.precision.name} on {run.device.type}"
+                hint = "go on on such a device as it was written on, or start again with resume=never"
+                raise UserError(f"{self.name}: its {name} is {there}, and {precision} makes it {here}; {hint}")
+
+    def _keep_types(self, optimizer: Optimizer) -> None:
+        """Give the optimizer's state the types of the file; loading has cast it to those of the parameters.
+
+        They differ if weights of 16 bits have a momentum of 32. An optimizer that loads in its own way keeps that.
+        """
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            return
+        state = self.content["optimizer"]
+        numbers = itertools.chain.from_iterable(group["params"] for group in state["param_groups"])
+        parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key, loaded in optimizer.state.get(parameter, {}).items():
+                stored = state["state"][number][key]
+                if isinstance(stored, torch.Tensor) and key != "step" and stored.dtype != loaded.dtype:
+                    optimizer.state[parameter][key] = stored.to(loaded.device, copy=True)
 
     def _check_moments(self, run: Run) -> None:
         """Raise a `UserError` if one of our optimizers would find a momentum of another shape in its next step."""

@@ -27,11 +27,13 @@ from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer import auto, format_hint
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
+from morphtrain.trainer.underflow import underflow_share
 from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
 METRIC = re.compile(r"[\w\-./ ]+")  # a name that trackers take
+UNDERFLOW = "underflow_share"
 DENSITIES = {"channel_density", "weight_density"}  # a method may measure them by a threshold of its own
 
 Record = dict[str, float]  # the metrics of an epoch, by name
@@ -110,10 +112,11 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
         run.settle()
     with run.clock.timed("eval_seconds"):
         val_loss, val_accuracy = evaluate(run)
+        of_precision = _of_precision(run)
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
     record |= {} if peak is None else {"peak_memory_bytes": peak}
     record |= auto.metrics(run) | _of_compiling(run)
-    for metrics in (added, _of_methods(run, "measure")):
+    for metrics in (of_precision, added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
@@ -144,13 +147,29 @@ def _of_methods(run: Run, hook: str) -> Record:
     found: Record = {}
     for name, method in run.methods.items():
         metrics: Mapping[str, Any] = (getattr(method, hook)(run) or {}) if method.implements(hook) else {}
-        for metric, value in metrics.items():
-            number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-            if not METRIC.fullmatch(metric):
-                raise UserError(f"{name}: its metric {metric!r} needs a name of letters, digits and _-./ or spaces")
-            if not isinstance(number, Real):
-                raise UserError(f"{name}: its metric {metric} is a {type(value).__name__}; a number works")
-            found[metric] = int(number) if isinstance(number, int) else float(number)
+        found |= _checked(name, metrics)
+    return found
+
+
+def _of_precision(run: Run) -> Record:
+    """What the number format records of the epoch, such as its loss scale."""
+    precision, config = run.precision, run.config.precision
+    found = _checked(f"precision={config.name}", precision.metrics()) if hasattr(precision, "metrics") else {}
+    if isinstance(config, schema.Option) and UNDERFLOW in config.metrics:
+        found[UNDERFLOW] = underflow_share(run)
+    return found
+
+
+def _checked(name: str, metrics: Mapping[str, Any]) -> Record:
+    """Metrics as numbers; raises a `UserError` beginning with `name`, that of what has them, for other things."""
+    found: Record = {}
+    for metric, value in metrics.items():
+        number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        if not METRIC.fullmatch(metric):
+            raise UserError(f"{name}: its metric {metric!r} needs a name of letters, digits and _-./ or spaces")
+        if not isinstance(number, Real):
+            raise UserError(f"{name}: its metric {metric} is a {type(value).__name__}; a number works")
+        found[metric] = int(number) if isinstance(number, int) else float(number)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from morphtrain import interrupts
 from morphtrain.contracts import Batch, SelectableData
 from morphtrain.errors import UserError
-from morphtrain.morph import additions_of
+from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
@@ -65,6 +65,8 @@ def training_steps(run: Run) -> Iterator[int]:
             for hook in after_step:
                 hook(run)
         run.optimizer.zero_grad()
+        if hasattr(run.precision, "end_step"):
+            run.precision.end_step(run.optimizer)
         seen += len(labels)
         total += loss * len(labels)
         correct += right
@@ -129,7 +131,7 @@ def backward(
     for number, (x, y, of) in enumerate(pieces, 1):
         with forward_context(run):
             logits = run.forward(x)
-            loss = _loss(run, logits, y, of) * (len(y) / len(labels))
+            loss = _loss(run, exact(logits), y, of) * (len(y) / len(labels))
         run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()

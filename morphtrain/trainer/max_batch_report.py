@@ -14,6 +14,7 @@ from morphtrain.byte_sizes import readable
 from morphtrain.cost.max_batch import fitting_batch
 from morphtrain.cost.memory import NOT_MODELLED, MemoryModel, fitted
 from morphtrain.cost.simulate import SimulatedStep
+from morphtrain.cost.step import casts_of
 from morphtrain.cost.throughput import knee, throughput
 from morphtrain.cost.verify import Verified, verify_batch
 from morphtrain.errors import UserError
@@ -83,7 +84,9 @@ def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, h
             warnings.simplefilter("ignore")  # a loss scaler warns if its GPU is missing
         precision = options.build("precision", config.precision, device=device)
     optimizer = options.build("optimizer", config.optimizer, model=model)
-    return {"optimizer": optimizer, "autocast_dtype": precision.dtype}
+    if hasattr(precision, "prepare"):
+        precision.prepare(model, optimizer)
+    return {"optimizer": optimizer, "autocast_dtype": casts_of(precision)}
 
 
 def pick_possible_device(wanted: str) -> tuple[torch.device, bool]:

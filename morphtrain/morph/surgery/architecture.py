@@ -23,6 +23,7 @@ from morphtrain.morph.layers import (
     SelectChannels,
     ZeroBranch,
 )
+from morphtrain.morph.number_types import in_type, input_type
 from morphtrain.morph.surgery.insert import norm_like
 from morphtrain.morph.surgery.widths import widths_of
 from morphtrain.plain_data import mismatch
@@ -95,7 +96,7 @@ def _put_layer(model: nn.Module, path: str, facts: Mapping[str, Any]) -> None:
         parent_path, _, name = path.rpartition(".")
         if not isinstance(model.get_submodule(parent_path), nn.Sequential) or not name.isdecimal():
             raise MorphError(f"{path}: layers are inserted into a Sequential only")
-        model.set_submodule(path, INSERTED[kind](model, settings).to(next(model.parameters()).dtype))
+        model.set_submodule(path, in_type(INSERTED[kind](model, settings), input_type(model)))
     else:
         model.set_submodule(path, REBUILD[kind](model.get_submodule(path), settings))
 

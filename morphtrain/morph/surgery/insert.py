@@ -13,8 +13,10 @@ from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
 from morphtrain.morph.modes import copy_of
+from morphtrain.morph.number_types import in_type, input_type
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.statistics import Statistics, measure_inputs
+from morphtrain.morph.trace.kinds import MIXING
 from morphtrain.morph.trace.points import Point
 
 Start = Literal["zero_gamma", "half_half"]
@@ -153,9 +155,13 @@ def _check_kernel(kernel: int) -> None:
 
 
 def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
-    """Give a new module the device, dtype and mode of its neighbour, and the memory format of the model."""
+    """Give a new module the device, number format and mode of its neighbour, and the memory format of the model.
+
+    Its norms have the number format of the model's norms already.
+    """
     weight = next(p for p in neighbour.parameters() if p.is_floating_point())
-    new.to(device=weight.device, dtype=weight.dtype).train(neighbour.training)
+    like = neighbour if any(isinstance(m, MIXING) for m in neighbour.modules()) else model
+    in_type(new.to(weight.device), input_type(like)).train(neighbour.training)
     new.to(memory_format=format_of_model(model))
 
 
