@@ -46,7 +46,7 @@ def test_a_declaration_is_read_as_it_was_written(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"question": "It pays."}, "question=It pays.: must be one sentence that ends in a question mark"),
-        ({"analysis": "guess"}, "analysis=guess: must be one of pays, ratio, factor, line, curves"),
+        ({"analysis": "guess"}, "analysis=guess: must be one of pays, ratio, no_worse, factor, line, curves"),
         ({"seeds": []}, "seeds=[]: must be a list of at least one seed"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: must be different seeds"),
         ({"seeds": "many"}, "the declaration.seeds is a str, not list"),
@@ -54,6 +54,7 @@ def test_a_declaration_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"typo": 1}, "the declaration.typo: no such key"),
         ({"arms": {"dense": {"overrides": [], "role": "dense", "of": None}}}, "must be two or more arms"),
         ({"analysis": "line"}, "x=null: must be the config's key or the metric on the x axis"),
+        ({"analysis": "no_worse"}, "response=calibrated_train_seconds: must be an accuracy or a loss"),
     ],
 )
 def test_what_is_no_declaration_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:

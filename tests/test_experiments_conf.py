@@ -23,6 +23,8 @@ NAMES = [path.stem for path in FILES]
 SIZES = {path.stem: list(yaml.safe_load(path.read_text())["hydra"]["sweeper"]["sizes"]) for path in FILES}
 OF_THE_THESIS = [name for name in NAMES if "thesis" in SIZES[name]]
 RESHAPES = re.compile("prune=|grow=").match  # an override by which a run ends with another structure
+# Of the other questions, the arms whose final structure is also trained from scratch.
+SHAPED = {"recipe": {"recipe"}, "recipe_elsewhere": {"recipe"}, "format_time": {"pruned_bf16"}}
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -71,7 +73,7 @@ def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files:
         shaped = [node["of"] for node in keys["arms"].values() if "of" in node]
         assert methods and len(shaped) == counts["from_scratch"], name
         reshaping = {arm for arm in methods if any(map(RESHAPES, keys["arms"][arm].get("overrides", ())))}
-        assert set(shaped) == (reshaping if name in OF_THE_THESIS else {"recipe"}), name
+        assert set(shaped) == (reshaping if name in OF_THE_THESIS else SHAPED[name]), name
         curve = [keys["arms"][arm] for arm, role in roles.items() if role in CURVE]
         assert all(set(node) <= {"role", "epochs", "width"} for node in curve), "which differ in nothing else"
 
@@ -126,3 +128,14 @@ def test_the_guide_lists_every_question() -> None:
     guide = Path(__file__).parents[1] / "docs" / "guides" / "experiments.md"
     table = [line for line in guide.read_text().splitlines() if line.startswith("| `")]
     assert [name for name in NAMES if not any(f"`{name}`" in line for line in table)] == []
+
+
+def test_every_number_format_is_asked_about(files: dict[str, dict[str, Any]]) -> None:
+    """Whether it costs accuracy: by a margin stated beforehand and, on images that are not nearly solved, ten seeds."""
+    question = files["format_accuracy"]
+    overrides = [override for node in question["arms"].values() for override in node["overrides"]]
+    formats = set(schema.OPTIONS["precision"]) - {"auto", "custom"}
+    assert formats <= {override.removeprefix("precision=") for override in overrides}
+    assert next(iter(question["arms"].values()))["overrides"] == ["precision=o0"], "the reference"
+    assert (question["analysis"], question["response"], question["margin"]) == ("no_worse", "test_accuracy", 0.005)
+    assert all(len(question["sizes"][size]["seeds"]) == 10 for size in ("medium", "full"))

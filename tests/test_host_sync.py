@@ -68,6 +68,7 @@ def built(*overrides: str) -> Run:
         ["prune=morphnet", "prune.start_epoch=1", "prune.regulariser=group_lasso", "norm=weight"],
         ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
         [ALWAYS, "data=digits", "schedule=milestones"],
+        [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
     ],
 )
 def test_a_step_reads_nothing(options: list[str]) -> None:

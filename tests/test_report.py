@@ -143,6 +143,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("experiments")
     write(root, declared("pays", ARMS, SEEDS), metrics, EPOCHS)
     write(root, declared("ratio", THREE, SEEDS), metrics, EPOCHS)
+    write(root, declared("no_worse", THREE, SEEDS, response="test_accuracy"), metrics, EPOCHS)
     write(root, declared("curves", THREE, SEEDS, response="test_accuracy"), metrics, EPOCHS)
     write(root, declared("factor", FACTOR, SEEDS, x="prune.interval"), metrics, EPOCHS)
     configs = {name: {"model": {"blocks": int(name.removeprefix("blocks_"))}} for name in LINE}
@@ -221,6 +222,35 @@ def holm(ps: list[float]) -> list[float]:
     small, large = sorted(ps)
     corrected = {small: min(1, 2 * small), large: max(min(1, 2 * small), large)}
     return [corrected[p] for p in ps]
+
+
+def test_no_worse_is_an_interval_that_ends_before_the_margin(report: Report, tmp_path: Path) -> None:
+    accuracy = report.values("no_worse_question", "test_accuracy")
+    table = report.table("no_worse_question-small-no-worse")
+    for arm in ("good", "poor"):
+        difference = np.subtract(accuracy[arm], accuracy["dense"])
+        assert row(table, arm, "difference") == pytest.approx(t_interval(difference), rel=1e-8)
+        p = stats.ttest_1samp(difference, -0.01, alternative="greater").pvalue
+        assert table.loc[arm, "one-sided p"] == pytest.approx(p, rel=1e-6)
+    assert list(table["verdict"][1:]) == ["no worse", "worse"]
+    said = "1 of 2 arms is shown to be no worse than dense by 0.01 of test accuracy: good no worse ("
+    assert report.answer("no_worse_question").startswith(said)
+
+    def verdicts(response: str, margin: float, spread: float) -> list[str]:
+        def scattered(arm: str, seed: int, epoch: int) -> dict[str, float]:
+            worse = {"dense": 0.0, "good": 0.004, "poor": 0.06}[arm] + spread * noise(arm, seed, spread=1)
+            return {"val_accuracy": 0.9 - worse, "val_loss": 0.3 + worse}
+
+        shutil.rmtree(tmp_path / "no_worse_question-small", ignore_errors=True)
+        experiment = declared("no_worse", THREE, SEEDS, response=response, margin=margin)
+        question = read(write(tmp_path, experiment, scattered, EPOCHS), tmp_path)
+        assert question.is_open == ("cannot tell yet" in question.answer)
+        return list(question.section.tables[0].frame["verdict"][1:])
+
+    for response in ("val_accuracy", "val_loss"):
+        assert verdicts(response, 0.01, 0.001) == ["no worse", "worse"]
+        assert verdicts(response, 0.002, 0.0) == ["worse", "worse"], "nothing scatters"
+        assert verdicts(response, 0.01, 0.1) == ["cannot tell yet"] * 2
 
 
 def test_differences_at_the_end_are_paired_by_seed(report: Report) -> None:
@@ -345,7 +375,7 @@ def test_the_page_is_well_formed_and_has_a_name_for_everything(report: Report) -
     page = Page(report.html)
     assert page.wrong == []
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     for tag, name, value in page.attributes:
         if name in ("href", "src", "xlink:href", "srcset", "action", "data"):
             assert value == "data:," or value.removeprefix("#") in page.ids, (tag, name, value)
@@ -359,7 +389,7 @@ def test_the_page_is_well_formed_and_has_a_name_for_everything(report: Report) -
 
 
 def test_every_answer_has_n_and_an_interval_and_every_section_a_command(report: Report) -> None:
-    for name in ("pays", "ratio", "curves", "factor", "line"):
+    for name in ("pays", "ratio", "no_worse", "curves", "factor", "line"):
         assert re.search(r"n = \d+ (seed|run)s", report.answer(f"{name}_question")), name
         assert re.search(r"\[[-+0-9.e]+, [-+0-9.e]+\]", report.answer(f"{name}_question")), name
         assert f"+experiment={name}_question size=small" in report.section(f"{name}_question")
@@ -401,12 +431,13 @@ def test_an_experiment_under_way_is_shown_as_far_as_it_is(tmp_path: Path) -> Non
     assert found.table("ratio_question-small-ratios").loc["poor", "seeds"] == 5
 
 
-@pytest.mark.parametrize("kind", ["pays", "ratio", "factor", "curves", "line"])
+@pytest.mark.parametrize("kind", ["pays", "ratio", "no_worse", "factor", "curves", "line"])
 @pytest.mark.parametrize("runs", [True, False])
 def test_one_seed_is_no_answer(kind: str, runs: bool, tmp_path: Path) -> None:
     arms = {"pays": ARMS, "line": THREE}.get(kind, THREE)
     x = "model.blocks" if kind == "line" else None
-    experiment = declared(kind, arms, (1, 2), x=x)
+    response = {"response": "test_accuracy"} if kind == "no_worse" else {}
+    experiment = declared(kind, arms, (1, 2), x=x, **response)
     directory = write(tmp_path, experiment, metrics, EPOCHS) if runs else write_declaration(tmp_path, experiment)
     for arm in arms if runs else []:
         cut(directory, 2, arm, 1)
@@ -501,6 +532,8 @@ def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) ->
         ({"is": "different", "arm": "poor"}, chapter3.AGREES),
         ({"is": "higher", "arm": "good", "against": "poor", "metric": "test_accuracy"}, chapter3.AGREES),
         ({"is": "higher", "arm": "same"}, chapter3.UNTOLD),
+        ({"is": "no worse", "arm": "good", "metric": "test_accuracy"}, chapter3.AGREES),
+        ({"is": "no worse", "arm": "poor", "metric": "test_accuracy"}, chapter3.DISAGREES),
         ({"is": "higher", "arm": "renamed"}, "too few runs yet"),
     ],
 )
@@ -556,7 +589,7 @@ def test_the_command_says_what_it_wrote(report: Report, capsys: pytest.CaptureFi
     tables = list((tmp_path / "new" / "mine-tables").glob("*.csv"))
     folder = tmp_path / "new" / "mine-tables"
     assert capsys.readouterr().out.splitlines() == [str(out), f"{folder}/: {len(tables)} tables"]
-    assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3) + 10
+    assert len(pd.read_csv(tmp_path / "new" / "mine-tables" / "ends.csv")) == 7 * (7 + 3 + 3 + 3 + 3) + 10
 
 
 def test_characters_that_no_page_can_show_are_replaced(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def train_here(run_dir: Path, *overrides: str) -> None:
         ("optimizer=adamw", "prune.lasso_ratio=4", "prune.lasso_ratio_of=initial_norm"),
         ("precision=o1",),
         ("precision=o1", "precision.dtype=float16"),
+        ("precision=dfp16", "precision.rounding=stochastic", "precision.bits=12", "batch_policy.max_micro_batch=12"),
         ("model.shortcut=B", "prune.update=subgradient", "prune.threshold=0.02"),
         ("model.shortcut=B", "prune.residual=gating"),
         ("grow=wider", "grow.at_epochs=[1]", "grow.factor=1.5"),

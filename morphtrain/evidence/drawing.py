@@ -1,4 +1,4 @@
-"""The pictures of the five analyses, on axes of matplotlib; told apart by marker and line, not by colour alone."""
+"""The pictures of the analyses, on axes of matplotlib; told apart by marker and line, not by colour alone."""
 
 from __future__ import annotations
 
@@ -54,14 +54,27 @@ def ratios(axes: Any, found: Mapping[str, Estimate], reference: str, what: str) 
     """A dot and an interval an arm, with the pairs themselves below it; 1 is as much as the reference."""
     axes.set_xscale("log")
     axes.axvline(1, color=INK, linewidth=1)
-    for row, (name, look) in enumerate(looks(found).items()):
-        ratio = found[name]
-        axes.plot(ratio.values, [row + 0.22] * ratio.n, "|", color=INK, markersize=6, linewidth=0)
-        _cross(axes, ratio, Estimate((row,), row, None, None), color=look.color, marker=look.marker, markersize=8)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    _rows(axes, found)
     axes.set(xlabel=f"{what}, as a multiple of that of {reference} (log scale)")
     log_ticks(axes.xaxis)
+
+
+def differences(axes: Any, found: Mapping[str, Estimate], reference: str, what: str, worst: float) -> None:
+    """A dot and an interval an arm, with the pairs themselves below it; 0 is as the reference, `worst` the margin."""
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.axvline(worst, color=INK, linewidth=1, linestyle="--")
+    _rows(axes, found)
+    axes.set(xlabel=f"{what}, less that of {reference}")
+
+
+def _rows(axes: Any, found: Mapping[str, Estimate]) -> None:
+    """An arm a row: its mean and interval, and below them its values."""
+    for row, (name, look) in enumerate(looks(found).items()):
+        mean = found[name]
+        axes.plot(mean.values, [row + 0.22] * mean.n, "|", color=INK, markersize=6, linewidth=0)
+        _cross(axes, mean, Estimate((row,), row, None, None), color=look.color, marker=look.marker, markersize=8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
 
 
 def boxes(axes: Any, groups: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> None:

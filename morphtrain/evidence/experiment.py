@@ -14,7 +14,7 @@ from morphtrain.plain_data import mismatch
 from morphtrain.wording import as_yaml
 
 FILE = "experiment.yaml"
-ANALYSES = ("pays", "ratio", "factor", "line", "curves")
+ANALYSES = ("pays", "ratio", "no_worse", "factor", "line", "curves")
 CURVE = ("dense", "sooner", "narrower")  # roles of the points of the dense curve
 ROLES = ("method", *CURVE, "from_scratch")
 NAME = re.compile(r"\w[\w.+-]*")  # of an arm, which is that of its directories, too
@@ -56,7 +56,7 @@ class Experiment:
         size: small | thesis.
         question: one sentence.
         thesis: which sections, figures and tables of the thesis's chapter 3 it answers; "" if none.
-        analysis: pays | ratio | factor | line | curves.
+        analysis: pays | ratio | no_worse | factor | line | curves.
         response: the metric of the last record that decides, such as calibrated_train_seconds.
         arms: by name, in order; the first is the reference.
         seeds: of which each arm has one run.
@@ -103,6 +103,9 @@ class Experiment:
             _check(arm.of is None or arm.of in self._methods(), f"arms.{name}.of", arm.of, "the name of a method's arm")
         if self.analysis == "line":
             _check(self.x is not None, "x", None, "the config's key or the metric on the x axis")
+        if self.analysis == "no_worse":
+            fits = self.response.endswith(("accuracy", "loss")) and not self.response.endswith("time_to_accuracy")
+            _check(fits, "response", self.response, "an accuracy or a loss, as test_accuracy, for analysis=no_worse")
         if self.analysis == "pays":
             roles = {arm.role for arm in self.arms.values()}
             _check(next(iter(self.arms.values())).role == "dense", "arms", list(self.arms), "with the dense arm first")

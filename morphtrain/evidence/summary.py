@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from morphtrain.evidence.analyses import pays, values
+from morphtrain.evidence.analyses import no_worse, pays, values
 from morphtrain.evidence.analyses.values import ACCURACY, BySeed
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.repeats import paired_ratio
@@ -24,7 +24,7 @@ def summary(experiment: Experiment, table: pd.DataFrame) -> Table:
 
     Calibrated seconds of training and their ratio to the first arm's, test accuracy, and what decides if it is neither;
     all are means over the seeds with 95 % intervals. Of a question about what pays, also each method's verdict, and its
-    seconds as a share of those of the dense network that is as accurate.
+    seconds as a share of those of the dense network that is as accurate; of one about what is no worse, the verdict.
 
     Args:
         table: of `records.load` of its runs, those that have finished.
@@ -62,7 +62,10 @@ def _means(arm: str, found: Mapping[str, Mapping[str, BySeed]]) -> dict[str, flo
 
 
 def _verdicts(experiment: Experiment, table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of each method that is judged."""
+    """Of each arm that is judged."""
+    if experiment.analysis == "no_worse":
+        judged = no_worse.judged_arms(experiment, values.last(experiment, table, experiment.response))
+        return {arm: {"verdict": found.verdict} for arm, found in judged.items()}
     if experiment.analysis != "pays":
         return {}
     methods = pays.judged_methods(experiment, pays.runs_of(experiment, table))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from morphtrain.evidence import words
-from morphtrain.evidence.analyses import values
+from morphtrain.evidence.analyses import no_worse, values
 from morphtrain.evidence.comparisons import DIFFERENCE, Comparison
+from morphtrain.evidence.frontier import CANNOT_TELL
 from morphtrain.evidence.regressions import Coefficient
 from morphtrain.report.question import Question
 from morphtrain.report.tables import Column, Link, Shown
@@ -20,9 +21,11 @@ TEXT = (
     "What the draft of June 2020 reported, and what was measured here. The draft measured ResNets on CIFAR-10 and one "
     "GPU (GTX 1080 Ti, RTX 2080 Ti), mostly without intervals; every question's section says what was measured on "
     "what. The verdict follows by rule: the 95 % interval of the measured effect lies on the claimed side of no effect "
-    "(agrees), on the other (disagrees), or on both (cannot tell yet)."
+    "(agrees), on the other (disagrees), or on both (cannot tell yet). Where the claim is that "
+    "nothing is lost, the margin that was declared takes the place of no effect."
 )
 AGREES, DISAGREES, UNTOLD = "agrees", "disagrees", "cannot tell yet"
+OF_NO_WORSE = {no_worse.NO_WORSE: AGREES, no_worse.WORSE: DISAGREES, CANNOT_TELL: UNTOLD}
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,9 @@ def judged(expects: Mapping[str, str], question: Question) -> str:
     if effect is None:
         return "too few runs yet"
     low, high = effect.low, effect.high
+    if expects["is"] == no_worse.NO_WORSE and isinstance(effect, Comparison):
+        metric = expects.get("metric", question.experiment.response)
+        return OF_NO_WORSE[no_worse.verdict(effect, metric, question.experiment.margin)]
     if low is None or high is None or low <= 0 <= high:
         return UNTOLD
     right = expects["is"] == "different" or (low > 0) == (expects["is"] == "higher")

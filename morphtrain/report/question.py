@@ -28,6 +28,7 @@ CODE = ("morphtrain_commit", "torch", "python")
 TESTS = {
     "pays": "accuracy against seconds, read against the curve of the dense arms",
     "ratio": "paired ratios to the first arm",
+    "no_worse": "differences to the first arm beside the margin (non-inferiority)",
     "factor": "analysis of variance over the arms, then pairs with Holm's correction",
     "line": "least-squares line",
     "curves": "metrics over the epochs, differences at the end",

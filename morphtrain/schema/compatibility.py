@@ -28,6 +28,8 @@ class Conflict(NamedTuple):
     instead: str  # what works
 
 
+EMULATED = "the emulation takes longer than what it emulates, so that its times say nothing"
+
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "norm=weight",
@@ -36,6 +38,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         "prune.regulariser=group_lasso",
     ),
     Conflict("norm=weight", "prune.importance=gamma", "no norm with a scale is left", "prune.importance=magnitude"),
+    Conflict("precision=dfp16", "compile!=none", "an emulation has no time to save", "compile=none"),
+    Conflict(
+        "precision=dfp16",
+        "batch_policy=fill_memory",
+        "an emulation takes more memory than what it emulates",
+        "batch_policy=fixed",
+    ),
+    Conflict("precision=dfp16", "prune.round_to=auto", EMULATED, "prune.round_to=8"),
+    Conflict("precision=dfp16", "prune.cost=latency", EMULATED, "prune.cost=flops"),
+    Conflict("precision=dfp16", "grow.cost=latency", EMULATED, "grow.cost=flops"),
 )
 
 

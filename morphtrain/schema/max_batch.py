@@ -15,6 +15,9 @@ from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.precision import Precision
 
+# Precisions that have no memory of their own to estimate, and why.
+REFUSED = {"auto": "only a run measures which is fastest", "dfp16": "its emulation takes more memory than the format"}
+
 
 @dataclass
 class MaxBatchKeys:
@@ -61,5 +64,5 @@ class MaxBatch(MaxBatchKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted = "another option: only a run measures which is fastest"
-        check(self.precision.name != "auto", "precision", self.precision.name, wanted)
+        why = REFUSED.get(self.precision.name, "")
+        check(not why, "precision", self.precision.name, f"another option: {why}")

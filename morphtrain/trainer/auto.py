@@ -32,6 +32,8 @@ CLEARLY = 0.9  # of the time of what is plainer: less is noise, or not worth oth
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # of a step of each, whose median counts
 SECONDS = 2.0  # after which no further round begins
 
+Step = Callable[[], None]
+
 log = logging.getLogger(__name__)
 
 
@@ -126,11 +128,11 @@ def _is_auto(run: Run, key: str) -> bool:
     return (value if isinstance(value, str) else value.name) == "auto"
 
 
-def _steps(run: Run) -> dict[Choice, Callable[[], None]]:
+def _steps(run: Run) -> dict[Choice, Step]:
     """A training step of a copy of the network with each choice: precision after precision, in each format."""
     formats = tuple(FORMATS) if _is_auto(run, "memory_format") else (run.config.memory_format,)
     kinds = precisions.worth_trying(run.device) if _is_auto(run, "precision") else {"": run.precision}
-    twins = {name: _twin(run, name) for name in formats}
+    twins = {name: twin(run, name) for name in formats}
     return {
         Choice(memory_format, name): partial(training_step, *twins[memory_format], casts_of(precision))
         for name, precision in kinds.items()
@@ -139,7 +141,7 @@ def _steps(run: Run) -> dict[Choice, Callable[[], None]]:
     }
 
 
-def _twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tensor, torch.Tensor]:
+def twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tensor, torch.Tensor]:
     """A copy of the network in this format, its optimizer, and a batch for them."""
     model, optimizer = copied(run.model, run.optimizer, torch.clone)
     batch_size = min(run.config.first_batch_size, len(run.data.train))
@@ -149,7 +151,7 @@ def _twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Ten
     return model, optimizer, images, labels
 
 
-def _trains(run: Run, step: Callable[[], None], choice: Choice) -> bool:
+def _trains(run: Run, step: Step, choice: Choice) -> bool:
     """Whether the network can be trained like this, by a step that also chooses kernels and maps memory.
 
     False only for a memory format that need not be taken: a `view` in a network may want another one.

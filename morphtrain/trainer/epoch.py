@@ -24,7 +24,7 @@ from morphtrain.errors import UserError
 from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
-from morphtrain.trainer import auto
+from morphtrain.trainer import auto, format_hint
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.trainer.underflow import underflow_share
@@ -41,12 +41,18 @@ Record = dict[str, float]  # the metrics of an epoch, by name
 Judge = Callable[[Mapping[str, float], Sequence[Mapping[str, float]]], Record]  # record, those before it
 
 
-def start(run: Run) -> None:
-    """Settle what is `auto`, start the norm, and let the methods look at a run that has just been built or restored."""
+def start(run: Run, hint: bool = False) -> None:
+    """Settle what is `auto`, start the norm, and let the methods look at a run that has just been built or restored.
+
+    Args:
+        hint: whether to say what 16 bits would give (`format_hint`).
+    """
     with run.clock.timed("setup_seconds"):
         if run.epoch == 0:
             auto.choose(run)
             run.start_norm()
+            if hint:
+                format_hint.say(run)
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)

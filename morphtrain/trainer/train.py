@@ -81,7 +81,8 @@ def _train(
 ) -> list[float]:
     run, stored = _start_or_resume(config, run_dir, slot.device)
     guard = Guard(slot, config.timing, run.history)
-    start(run)
+    alone = tags.get("study", "none") == "none"
+    start(run, hint=alone)  # nobody reads the logs of a hundred runs, and their times are compared
     machine = environment.describe(run.device) | run.chosen
     environment.write(run_dir, machine)
     records.begin(run_dir, run.history)
@@ -92,7 +93,7 @@ def _train(
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=tags.get("study", "none") == "none")
+    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
     return [run.history[-1][metric] for metric in config.objective]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from morphtrain.evidence.analyses import curves, factor, line, pays, ratio
+from morphtrain.evidence.analyses import curves, factor, line, no_worse, pays, ratio
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.section import Section
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ANALYSES = {
     "pays": pays.section,
     "ratio": ratio.section,
+    "no_worse": no_worse.section,
     "factor": factor.section,
     "line": line.section,
     "curves": curves.section,

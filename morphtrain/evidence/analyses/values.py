@@ -115,11 +115,11 @@ def columns(name: str, found: Estimate | Comparison) -> dict[str, float]:
     return {name: value, f"{name} low": low, f"{name} high": high}
 
 
-def too_few(experiment: Experiment, metric: str, found: Mapping[str, BySeed]) -> Section:
-    """A section that says what is missing, instead of numbers."""
+def too_few(experiment: Experiment, metric: str, found: Mapping[str, BySeed], least: int = LEAST_SEEDS) -> Section:
+    """A section that says what is missing, instead of numbers: `least` seeds of each arm are needed."""
     there = [f"{arm} {len(seeds)} of {len(experiment.seeds)}" for arm, seeds in found.items()]
     answer = (
-        f"Nothing can be said yet: it takes {counted(LEAST_SEEDS, 'seed')} of the arms that are compared, finished "
+        f"Nothing can be said yet: it takes {counted(least, 'seed')} of the arms that are compared, finished "
         f"and with {metric}. There are: {words.listed(there)}."
     )
     return Section(answer, "None, with so few runs.")
