@@ -14,7 +14,7 @@ from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
-from morphtrain.morph.modes import copy_of, kept_modes, stored_activations
+from morphtrain.morph.modes import copy_of, kept_buffers, kept_modes, stored_activations
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
 from morphtrain.morph.surgery.additions import Additions, additions_of
@@ -54,6 +54,7 @@ __all__ = [
     "describe",
     "format_of_model",
     "is_within",
+    "kept_buffers",
     "kept_modes",
     "matches",
     "rebuild",

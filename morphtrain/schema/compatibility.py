@@ -28,7 +28,24 @@ class Conflict(NamedTuple):
     instead: str  # what works
 
 
-CONFLICTS: tuple[Conflict, ...] = ()
+_OTHER_BATCHES = "InfoBatch leaves out other images in every epoch", "data.infobatch=0"
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict("data.order=cycle", "data.infobatch!=0", *_OTHER_BATCHES),
+    Conflict("optimizer=isgd", "data.infobatch!=0", *_OTHER_BATCHES),
+    Conflict(
+        "optimizer=isgd",
+        "precision.dtype=float16",
+        "its extra steps have no loss scale of their own",
+        "precision=bf16",
+    ),
+    Conflict(
+        "optimizer=isgd",
+        "precision=o2|bf16_pure",
+        "its extra steps move weights of 16 bits, and not the 32-bit ones that these are copied from",
+        "precision=bf16",
+    ),
+)
 
 
 def check_compatible(config: Config) -> None:
@@ -49,7 +66,7 @@ def chosen(config: Config, choice: str) -> str | None:
     key, values = choice.split("!=" if unequal else "=", 1)
     value: Any = config
     for part in key.split("."):
-        if isinstance(value, Custom) or not hasattr(value, part):
+        if not hasattr(value, part):
             return None
         value = getattr(value, part)
     if isinstance(value, Custom):
