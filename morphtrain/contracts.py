@@ -7,7 +7,7 @@ An option is built from its config and from the keywords that its group is given
     data                                       Data
     norm           model                       nothing: it changes the model's norms in place
     precision      device                      Precision
-    optimizer      model                       a torch.optim.Optimizer
+    optimizer      model                       a torch.optim.Optimizer; with `build_method` also a Method
     loss           num_classes                 Loss
     schedule       epochs                      Schedule
     prune, grow,                               a Method (`morphtrain.method`); `none` builds None
@@ -87,7 +87,7 @@ class Data(Protocol):
 
 @runtime_checkable
 class SelectableData(Data, Protocol):
-    """Data that gives training images one asks for, so that an epoch may leave some out (`data.infobatch`)."""
+    """Data that gives training images one asks for: not all of them (`data.infobatch`), or as before (`data.order`)."""
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Training images `rows`, each 0 .. len(train) - 1 (an int64 tensor on the CPU), in this order, augmented.

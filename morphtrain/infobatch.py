@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from morphtrain import world
-from morphtrain.contracts import Data, Loss, SelectableData
+from morphtrain.contracts import Data, Loss
 from morphtrain.errors import UserError, said
+from morphtrain.part_checks import check_selectable
 from morphtrain.schema.data import Curriculum
 
 TRIED = 4  # images that a loss is tried on
@@ -154,11 +155,7 @@ def build(
     key, without = f"data.infobatch={curriculum.infobatch:g}", "data.infobatch=0 trains on all images"
     if world.size() > 1:
         raise UserError(f"{key}: {world.size()} processes would leave out different images; {without}")
-    if not isinstance(data, SelectableData) or not _is_consistent(data):
-        raise UserError(
-            f"{key}: data={data_name} has no train_batches_of(rows, batch_size, generator) beside its train_batches, "
-            f"to give batches of chosen images (morphtrain.contracts.SelectableData); {without}"
-        )
+    check_selectable(key, data_name, data, without)
     losses = unreduced(loss)
     if losses is None or not _averages_to(losses, loss, data.num_classes, device, f"{key}: loss={loss_name}"):
         raise UserError(
@@ -166,15 +163,6 @@ def build(
             f"`reduction` can, and {without}"
         )
     return InfoBatch(len(data.train), losses, curriculum.infobatch, curriculum.thinned_epochs(epochs), device)
-
-
-def _is_consistent(data: SelectableData) -> bool:
-    """Whether chosen images come as all do, and not from a base class that knows nothing of this `train_batches`."""
-    all_of, chosen = (
-        next((kind for kind in type(data).__mro__ if name in vars(kind)), object)
-        for name in ("train_batches", "train_batches_of")
-    )
-    return issubclass(chosen, all_of) or chosen is object
 
 
 def _averages_to(losses: Loss, loss: Loss, num_classes: int, device: torch.device, name: str) -> bool:

@@ -27,9 +27,9 @@ hooks it needs; a misspelt one is an error when the class is defined.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -39,12 +39,18 @@ from morphtrain.errors import UserError
 if TYPE_CHECKING:
     from morphtrain.state import Run
 
-# The batch policy comes last, so that it reacts to what the others changed; `methods` are the user's own.
-ORDER = ("prune", "grow", "methods", "batch_policy")
+# The batch policy comes last, so that it reacts to what the others changed; `methods` are the user's own. An optimizer
+# may bring a method along.
+ORDER = ("prune", "grow", "methods", "optimizer", "batch_policy")
 
 PREFIXES = ("before_", "around_", "after_")  # of the names of hooks
 
-Closure = Callable[[], torch.Tensor]
+
+class Closure(Protocol):
+    """Computes the gradients of the present batch again, with the weights as they are now, and returns its loss."""
+
+    def __call__(self, alone: bool = False) -> torch.Tensor:
+        """`alone`: only those of the loss, clipped, without what methods add to them in `after_backward`."""
 
 
 class Method:
@@ -100,9 +106,8 @@ class Method:
     def step(self, run: Run, closure: Closure) -> bool | None:
         """Take the step in the optimizer's place and return whether there was one; None leaves it to the others.
 
-        `closure` computes the gradients of this batch again, with the current weights, and returns its loss. Take every
-        step by `run.precision.step(run.optimizer)`: with a loss scale gradients may have overflowed, and it returns
-        whether there was a step. A plain `run.optimizer.step()` is refused then.
+        Take every step by `run.precision.step(run.optimizer)`: with a loss scale gradients may have overflowed, and it
+        returns whether there was a step. A plain `run.optimizer.step()` is refused then.
         """
         return None
 

@@ -44,8 +44,20 @@ def build(group: str, config: Option | Custom, **given: Any) -> Any:
     """
     if isinstance(config, Custom):
         return build_custom(group, group, config, **given)
-    module = importlib.import_module(f"morphtrain.{group}.{option_of(vars(config))}")
-    return module.build(config, **given)
+    return _module(group, config).build(config, **given)
+
+
+def build_method(group: str, config: Option | Custom) -> Method | None:
+    """The method that an option is, or that the module of another one makes beside its part: by its `build_method`."""
+    if KINDS[group] is Method:
+        made: Method | None = build(group, config)
+        return made
+    make = None if isinstance(config, Custom) else getattr(_module(group, config), "build_method", None)
+    return None if make is None else make(config)
+
+
+def _module(group: str, config: Option) -> Any:
+    return importlib.import_module(f"morphtrain.{group}.{option_of(vars(config))}")
 
 
 def norm_start(config: Option | Custom) -> NormStart | None:

@@ -27,7 +27,7 @@ TRIED = 16  # training images that are asked for in a certain order
 def check_data(name: str, data: Data, chosen: bool = False) -> None:
     """Look at a batch of each set: training, validation, test if there is one.
 
-    With `chosen`, the run will ask for chosen images (`data.infobatch`), if the data can give them.
+    With `chosen`, the run will ask for chosen images (`data.infobatch`, `data.order`), if the data can give them.
     """
     if not isinstance(data, Data):
         raise UserError(f"{name}: its `to` returns a {type(data).__name__}; the data on the device are needed")
@@ -67,6 +67,28 @@ def _check_order(what: str, data: SelectableData, rows: torch.Tensor) -> None:
     (_, labels), (_, turned) = (_tried(what, _first, lambda r=r: _of_rows(data, r)) for r in (rows, rows.flip(0)))
     if not torch.equal(labels, turned.flip(0)):
         raise UserError(f"{what} gives images in an order of its own; that of the rows it is asked for is needed")
+
+
+def check_selectable(key: str, name: str, data: Data, instead: str) -> None:
+    """Raise a `UserError` unless one can ask for images, which the choice `key` needs; `instead` is what does not.
+
+    Args:
+        name: of the data.
+    """
+    if not isinstance(data, SelectableData) or not _is_consistent(data):
+        raise UserError(
+            f"{key}: data={name} has no train_batches_of(rows, batch_size, generator) beside its train_batches, "
+            f"to give batches of chosen images (morphtrain.contracts.SelectableData); {instead}"
+        )
+
+
+def _is_consistent(data: SelectableData) -> bool:
+    """Whether chosen images come as all do, and not from a base class that knows nothing of this `train_batches`."""
+    all_of, chosen = (
+        next((kind for kind in type(data).__mro__ if name in vars(kind)), object)
+        for name in ("train_batches", "train_batches_of")
+    )
+    return issubclass(chosen, all_of) or chosen is object
 
 
 def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from morphtrain import schema, world
 from morphtrain.compilation import Compilation, usual_pass
-from morphtrain.contracts import Batch, Data, Loss, NormStart, Precision, Schedule
+from morphtrain.contracts import Batch, Data, Loss, NormStart, Precision, Schedule, SelectableData
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
 from morphtrain.cost.latency import Terms
 from morphtrain.errors import UserError
@@ -71,6 +71,7 @@ class Run:
     lr_factor: float = 1.0  # factor on the schedule's learning rate, set by methods that lower it
     rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after growth
     growths: list[Ramp] = field(default_factory=list)  # factors on the rate of what each has added, see `growing`
+    redrawn: int = 0  # the last epoch after which all weights were drawn again
     stopped: bool = False  # a method ends the run after this epoch
     params: int = 0
     macs: int = 0
@@ -162,15 +163,27 @@ class Run:
         small = epoch <= self.config.data.small_epochs(self.config.epochs)
         return small_size(self.config.data, self.data.input_shape) if small else None
 
+    def all_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """All training images in the order of this epoch, augmented, in batches of the run's size or another one.
+
+        With `data.order=cycle` the order is that of the first epoch, in every epoch; the augmentation is not.
+        """
+        batch_size, generator = batch_size or self.batch_size, self.generator(self.epoch)
+        if self.config.data.order == "shuffled":
+            return self.data.train_batches(batch_size, generator)
+        samples = len(self.data.train)
+        torch.randperm(samples, generator=generator)  # what orders the first epoch does not augment it, too
+        order = torch.randperm(samples, generator=self.generator(1))
+        return cast(SelectableData, self.data).train_batches_of(order, batch_size, generator)
+
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
         """The images of the first batches of this epoch, as training sees them."""
-        loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
-        return [images for images, _ in itertools.islice(loader, batches)]
+        return [images for images, _ in itertools.islice(self.all_batches(), batches)]
 
     def first_batch(self) -> Batch:
         """The first batch of this epoch at its full size, as often as it is asked for."""
         with self._looking_ahead():
-            return next(self.data.train_batches(self.batch_size, self.generator(self.epoch)))
+            return next(self.all_batches())
 
     def settle(self) -> None:
         """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
@@ -194,8 +207,7 @@ class Run:
     def _settling_passes(self) -> Iterator[torch.Tensor]:
         """Images as they go through the network in training; whole batches only, as all count the same."""
         number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
-        batches = self.data.train_batches(self.batch_size, self.generator(self.epoch))
-        for images, _ in itertools.islice(batches, number):
+        for images, _ in itertools.islice(self.all_batches(), number):
             yield from images.tensor_split(passes(len(images), self.micro_batch))
 
     @contextmanager
@@ -217,7 +229,7 @@ class Run:
         batch_size = self.batch_size or self.config.first_batch_size
         most = self.micro_batch or getattr(self.config.batch_policy, "max_micro_batch", None)
         with self._looking_ahead():
-            images, _ = next(self.data.train_batches(batch_size, self.generator(self.epoch)))
+            images, _ = next(self.all_batches(batch_size))
             small = self.small_size(max(self.epoch, 1))
             images = images if small is None else resized(images, small)
             with self.precision.autocast():
@@ -227,6 +239,7 @@ class Run:
         """Give the network new random weights in its present structure, and clear the optimizer's state."""
         fresh_weights(self.model)
         self.start_norm()
+        self.redrawn = self.epoch
         self.optimizer.state.clear()
         additions_of(self.optimizer).forget(self.model.parameters())
 

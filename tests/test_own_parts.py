@@ -127,9 +127,9 @@ def test_the_hooks_are_called_as_the_contract_says(tmp_path: Path, monkeypatch: 
 
 def test_methods_are_called_in_the_declared_order() -> None:
     methods = "methods=[{_target_: test_own_parts.Recorder}, {_target_: test_own_parts.Recorder}]"
-    run = build_run(morphtrain.compose(*SMALL, "grow=wider", "grow.at_epochs=[2]", methods))
-    assert list(run.methods) == ["prune", "grow", "methods.0", "methods.1", "batch_policy"]
-    assert ORDER == ("prune", "grow", "methods", "batch_policy")
+    run = build_run(morphtrain.compose(*SMALL, "grow=wider", "grow.at_epochs=[2]", methods, "optimizer=isgd"))
+    assert list(run.methods) == ["prune", "grow", "methods.0", "methods.1", "optimizer", "batch_policy"]
+    assert ORDER == ("prune", "grow", "methods", "optimizer", "batch_policy")
 
 
 def test_a_misspelt_hook_is_an_error_when_the_class_is_made() -> None:

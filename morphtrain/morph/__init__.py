@@ -14,7 +14,7 @@ from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.graph import ChannelGraph
 from morphtrain.morph.layers import PadChannels, ZeroBranch
-from morphtrain.morph.modes import copy_of, kept_modes, stored_activations
+from morphtrain.morph.modes import copy_of, kept_buffers, kept_modes, stored_activations
 from morphtrain.morph.number_types import SHORT, exact, in_type, input_type
 from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
@@ -59,6 +59,7 @@ __all__ = [
     "in_type",
     "input_type",
     "is_within",
+    "kept_buffers",
     "kept_modes",
     "matches",
     "rebuild",

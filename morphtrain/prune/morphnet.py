@@ -113,7 +113,7 @@ class MorphNetPenalty(Method):
         dead = {space: mask for space, mask in dead.items() if mask.any()}
         if not dead:
             return False
-        images, _ = next(run.data.train_batches(run.batch_size, run.generator(run.epoch)))
+        images, _ = next(run.all_batches())
         run.settle()  # the constants are those of the evaluated network
         fold_constants(run.graph, images, dead)
         self.norms.clear(dead)

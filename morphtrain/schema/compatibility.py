@@ -29,6 +29,7 @@ class Conflict(NamedTuple):
 
 
 EMULATED = "the emulation takes longer than what it emulates, so that its times say nothing"
+OTHER_BATCHES = "InfoBatch leaves out other images in every epoch", "data.infobatch=0"
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
@@ -48,6 +49,20 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("precision=dfp16", "prune.round_to=auto", EMULATED, "prune.round_to=8"),
     Conflict("precision=dfp16", "prune.cost=latency", EMULATED, "prune.cost=flops"),
     Conflict("precision=dfp16", "grow.cost=latency", EMULATED, "grow.cost=flops"),
+    Conflict("data.order=cycle", "data.infobatch!=0", *OTHER_BATCHES),
+    Conflict("optimizer=isgd", "data.infobatch!=0", *OTHER_BATCHES),
+    Conflict(
+        "optimizer=isgd",
+        "precision.dtype=float16",
+        "its extra steps have no loss scale of their own",
+        "precision=bf16",
+    ),
+    Conflict(
+        "optimizer=isgd",
+        "precision=o2|bf16_pure",
+        "its extra steps move weights of 16 bits, and not the 32-bit ones that these are copied from",
+        "precision=bf16",
+    ),
 )
 
 
@@ -69,7 +84,7 @@ def chosen(config: Config, choice: str) -> str | None:
     key, values = choice.split("!=" if unequal else "=", 1)
     value: Any = config
     for part in key.split("."):
-        if isinstance(value, Custom) or not hasattr(value, part):
+        if not hasattr(value, part):
             return None
         value = getattr(value, part)
     if isinstance(value, Custom):

@@ -9,7 +9,7 @@ from typing import Any
 
 from morphtrain.byte_sizes import byte_count
 from morphtrain.errors import UserError
-from morphtrain.schema.checks import check
+from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.option import OPTIONS, Option
 
@@ -27,6 +27,7 @@ class Curriculum:
     progressive_until: float = 0.75
     infobatch: float = 0.0
     infobatch_until: float = 0.875
+    order: str = "shuffled"
 
     def __post_init__(self) -> None:
         side = "above 0 and at most 1, as a share of the images' side"
@@ -34,6 +35,7 @@ class Curriculum:
         _check_share("data.progressive_until", self.progressive_until)
         check(0 <= self.infobatch < 1, "data.infobatch", self.infobatch, "0 or more and below 1, as a share of images")
         _check_share("data.infobatch_until", self.infobatch_until)
+        check_one_of("data.order", self.order, ("shuffled", "cycle"))
 
     def small_epochs(self, epochs: int) -> int:
         """How many of the first of `epochs` have smaller images."""
@@ -56,6 +58,11 @@ class Curriculum:
                 f"data.infobatch_until={self.infobatch_until:g}: the first epoch sees all images, and none of the "
                 f"others may leave any out {longer} data.infobatch=0"
             )
+
+    @property
+    def chooses_images(self) -> bool:
+        """Whether a run asks the data for images in an order of its own."""
+        return self.infobatch > 0 or self.order != "shuffled"
 
     @property
     def recorded(self) -> tuple[str, ...]:

@@ -46,6 +46,25 @@ class SGD(Momentum, option="sgd"):
 
 
 @dataclass
+class ISGD(SGD, option="isgd"):
+    """Inconsistent SGD: with extra steps for batches with a high loss."""
+
+    metrics = ("accelerated_batches", "extra_passes")
+
+    sigmas: float
+    stop: int
+    eps: float
+    zeta: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.sigmas >= 0, "optimizer.sigmas", self.sigmas, "0 or more (Wang et al.: 3)")
+        check(self.stop >= 1, "optimizer.stop", self.stop, "1 or more steps (Wang et al.: 5)")
+        check(self.eps >= 0, "optimizer.eps", self.eps, "0 or more (Wang et al.: 0.1)")
+        check(self.zeta > 0, "optimizer.zeta", self.zeta, "above 0, as a multiple of the learning rate")
+
+
+@dataclass
 class LARS(Momentum, option="lars"):
     """Layer-wise adaptive rate scaling."""
 

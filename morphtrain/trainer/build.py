@@ -114,7 +114,10 @@ def _check_own_parts(run: Run) -> None:
     """Try the user's own parts on the run's device; raises a `UserError` for one that its contract does not allow."""
     config = run.config
     if isinstance(config.data, Custom):
-        part_checks.check_data(f"data={config.data.name}", run.data, chosen=config.data.infobatch > 0)
+        part_checks.check_data(f"data={config.data.name}", run.data, chosen=config.data.chooses_images)
+        if config.data.order != "shuffled":
+            instead = "data.order=shuffled takes any data"
+            part_checks.check_selectable(f"data.order={config.data.order}", config.data.name, run.data, instead)
     if isinstance(config.loss, Custom):
         part_checks.check_loss(f"loss={config.loss.name}", run.criterion, run.data.num_classes, run.device)
     if isinstance(config.schedule, Custom):
@@ -131,7 +134,7 @@ def build_methods(config: schema.Config) -> dict[str, Method]:
             for number, own in enumerate(config.methods):
                 methods[f"methods.{number}"] = options.build_custom("methods", f"methods[{number}]", own)
         else:
-            methods[group] = options.build(group, getattr(config, group))
+            methods[group] = options.build_method(group, getattr(config, group))
     return {name: method for name, method in methods.items() if method is not None}
 
 

@@ -63,6 +63,7 @@ ADDED_KEYS = {
     "data.infobatch_until": 0.875,
     "compile": "none",
     "optimizer.fused": False,
+    "data.order": "shuffled",
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")

@@ -74,7 +74,8 @@ def training_steps(run: Run) -> Iterator[int]:
         yield len(labels)
     if given != samples or seen == 0:
         name = f"data={run.config.data.name}"
-        made, has = ("train_batches", "train has") if run.infobatch is None else ("train_batches_of", "rows has")
+        chosen = run.config.data.chooses_images
+        made, has = ("train_batches_of", "rows has") if chosen else ("train_batches", "train has")
         raise UserError(f"{name}: {made} gave {given} images, {seen} of them to train on; {has} {samples}")
     if run.infobatch is not None:
         run.train_loss, run.train_accuracy = run.infobatch.estimates()
@@ -84,9 +85,9 @@ def training_steps(run: Run) -> Iterator[int]:
 
 def training_batches(run: Run) -> Iterator[Batch]:
     """The batches of this epoch, of all training images or of those that InfoBatch chooses."""
-    generator = run.generator(run.epoch)
     if run.infobatch is None:
-        return run.data.train_batches(run.batch_size, generator)
+        return run.all_batches()
+    generator = run.generator(run.epoch)
     rows = run.infobatch.choose(run.epoch, generator, run.leaves_single)
     return cast(SelectableData, run.data).train_batches_of(rows, run.batch_size, generator)
 
@@ -108,12 +109,20 @@ def gradients(
     Returns the loss, and how many images were classified correctly. `rows` are those of the images in the training set,
     whose scores InfoBatch keeps; None without it.
     """
-    run.loss, right = backward(run, images, labels, rows)
-    if run.config.clip_norm is not None:
-        clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
+    run.loss, right = clipped_gradients(run, images, labels, rows)
     for hook in run.hooks("after_backward"):
         hook(run)
     return run.loss, right
+
+
+def clipped_gradients(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradients of the loss alone, clipped; see `gradients`."""
+    loss, right = backward(run, images, labels, rows)
+    if run.config.clip_norm is not None:
+        clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
+    return loss, right
 
 
 def backward(
@@ -163,9 +172,9 @@ def _split(rows: torch.Tensor | None, parts: int) -> Sequence[torch.Tensor | Non
 def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
     """The step of the first method that takes it, or else the optimizer's; False if there was none."""
 
-    def closure() -> torch.Tensor:
+    def closure(alone: bool = False) -> torch.Tensor:
         run.optimizer.zero_grad()
-        return gradients(run, images, labels, rows)[0]
+        return (clipped_gradients if alone else gradients)(run, images, labels, rows)[0]
 
     for hook in run.hooks("step"):
         taken: bool | None = hook(run, closure)
