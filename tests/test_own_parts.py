@@ -129,7 +129,7 @@ def test_methods_are_called_in_the_declared_order() -> None:
     methods = "methods=[{_target_: test_own_parts.Recorder}, {_target_: test_own_parts.Recorder}]"
     run = build_run(morphtrain.compose(*SMALL, "grow=wider", "grow.at_epochs=[2]", methods))
     assert list(run.methods) == ["prune", "grow", "methods.0", "methods.1", "batch_policy"]
-    assert ORDER == ("prune", "grow", "methods", "batch_policy")
+    assert ORDER == ("prune", "grow", "gradient", "methods", "batch_policy")
 
 
 def test_a_misspelt_hook_is_an_error_when_the_class_is_made() -> None:
@@ -305,6 +305,7 @@ REFUSED = {
     ),
     "prune": (["prune=custom", UNFIT.format("prune")], "prune._target_=.* not a morphtrain.method.Method"),
     "grow": (["grow=custom", UNFIT.format("grow")], "grow._target_=.* not a morphtrain.method.Method"),
+    "gradient": (["gradient=custom", UNFIT.format("gradient")], "gradient._target_=.* not a morphtrain.method.Method"),
     "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
@@ -604,7 +605,7 @@ def test_a_further_method_can_be_one_of_morphtrains_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"option": "norm/ghost"}, "option=norm: must be one of prune, grow, batch_policy"),
+        ({"option": "norm/ghost"}, "option=norm: must be one of prune, grow, gradient, batch_policy"),
         ({"option": "grow/taller"}, "option=taller: must be one of"),
         ({"option": "grow/deeper", "typo": 1}, "methods, option grow/deeper.typo=1: no such key"),
     ],

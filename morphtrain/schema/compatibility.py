@@ -28,7 +28,26 @@ class Conflict(NamedTuple):
     instead: str  # what works
 
 
-CONFLICTS: tuple[Conflict, ...] = ()
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict(
+        "gradient=approximate|sparse_activation",
+        "compile!=none",
+        "compiled code does not call layers one by one",
+        "compile=none",
+    ),
+    Conflict(
+        "gradient.kind=zero",
+        "optimizer=lars",
+        "its trust ratios divide by gradients; where these are zero, weights decay at the whole learning rate",
+        "gradient.kind=top1",
+    ),
+    Conflict(
+        "gradient=approximate",
+        "prune.importance=taylor",
+        "channels are measured by gradients of weights, which are not those of the loss then",
+        "prune.importance=magnitude",
+    ),
+)
 
 
 def check_compatible(config: Config) -> None:
