@@ -15,8 +15,7 @@ import torch
 from conftest import SMALL
 from scipy import integrate, stats
 from test_layer_calls import Scaled
-from test_memory_format import stop_after
-from test_resume import assert_same, contents
+from test_resume import assert_same
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -24,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import trained_to_the_end
 
 import morphtrain
-from morphtrain import schema
 from morphtrain.cost import count_macs
 from morphtrain.errors import UserError
 from morphtrain.gradient import ApproximateGradients, SparseGradients, sparse_activation, sparsified
@@ -32,7 +30,7 @@ from morphtrain.gradient.approximate import Approximate
 from morphtrain.method import Closure, Method
 from morphtrain.model import ResNet
 from morphtrain.state import Run, derived_seed
-from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train_epoch
+from morphtrain.trainer import begin_epoch, build_run, checkpoint, finish_epoch, start, train_epoch
 from morphtrain.trainer.checkpoint import Checkpoint
 
 SIGMAS = 4.5  # standard errors that a mean of random numbers may be off
@@ -327,10 +325,7 @@ def run_of(*overrides: str) -> Run:
 
 def trained(*overrides: str) -> Run:
     """A run after its first epoch."""
-    run = run_of(*overrides)
-    train_epoch(run)
-    finish_epoch(run)
-    return run
+    return advanced(build_run(morphtrain.compose("tracking=none", "device=cpu", *overrides)), 1)
 
 
 def watched(run: Run) -> list[dict[str, torch.Tensor]]:
@@ -420,19 +415,29 @@ def test_none_adds_nothing_to_a_run() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_amid_pruning_and_growth_it_ends_in_the_same_bits(method: str, tmp_path: Path) -> None:
     """The layers that are chosen after a block was inserted or removed are those of the new order."""
-    options = (*SMALL, "tracking=none", "device=cpu", "data.train_samples=128", "epochs=4", *METHODS[method])
+    options = (*SMALL, "tracking=none", "device=cpu", "epochs=4", *METHODS[method])
     changes = ("prune.start_epoch=1", "grow=deeper", "grow.at_epochs=[2]")
-    formats = ("precision=bf16", "memory_format=channels_last")
-    for name, stops in {"whole": [4], "parts": [1, 3, 4]}.items():
-        (tmp_path / name).mkdir()
-        for number, last in enumerate(stops):
-            config = morphtrain.compose(*options, *changes, *formats, f"resume={'auto' if number else 'never'}")
-            stop_after(last, config, tmp_path / name)
-    whole, parts = (contents(tmp_path / name / "last.pt") for name in ("whole", "parts"))
-    assert_same(whole, parts)
-    assert len(whole["facts"]["changes"]) > 2
-    for metric in schema.OPTIONS["gradient"][config.gradient.name].metrics:
-        assert all(0 < record[metric] <= 1 for record in whole["facts"]["history"]), metric
+    config = morphtrain.compose(*options, *changes, "precision=bf16", "memory_format=channels_last")
+    whole, half = advanced(build_run(config), 4), advanced(build_run(config), 2)
+    checkpoint.save(half, tmp_path, None)
+    parts = advanced(Checkpoint(tmp_path / "last.pt").restore(config), 4)
+    for part in ("model", "optimizer"):
+        assert_same(getattr(whole, part).state_dict(), getattr(parts, part).state_dict())
+    assert whole.history[1]["params"] > whole.history[0]["params"], "it has grown"
+    assert len(whole.changes) > 2, "and was pruned"
+    for metric in config.gradient.metrics:
+        assert all(0 < record[metric] <= 1 for record in whole.history)
+        assert [record[metric] for record in whole.history] == [record[metric] for record in parts.history]
+
+
+def advanced(run: Run, epochs: int) -> Run:
+    """A built or restored run after so many epochs."""
+    start(run)
+    while run.epoch < epochs:
+        begin_epoch(run)
+        train_epoch(run)
+        finish_epoch(run)
+    return run
 
 
 # -- sparse activation gradients --------------------------------------------------------------------------------------
@@ -449,7 +454,7 @@ def test_sparse_gradients_have_the_same_mean(p: float, dtype: torch.dtype) -> No
     g, number = draw(24, dtype=dtype), 10000
     draws = sparsified(g.expand(number, -1), p, torch.Generator().manual_seed(1))
     assert draws.dtype is dtype
-    tau = float(torch.tensor(threshold(g.double().numpy(), p)).to(dtype))
+    tau = float(torch.tensor(threshold(g.double().numpy(), p), dtype=torch.double).to(dtype))
     small = g.abs() < tau
     assert small.any()
     assert torch.equal(draws[:, ~small], g[~small].expand(number, -1))
@@ -582,12 +587,15 @@ class Pointwise(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
+    """A network without convolutions."""
+
     def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__(in_channels, num_classes)
+        super().__init__()
+        self.head = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -632,7 +640,7 @@ def test_both_can_be_had_in_one_run() -> None:
 
 def test_a_checkpoint_from_before_there_was_the_group_goes_on(tmp_path: Path) -> None:
     config = morphtrain.compose(*PLAIN, "epochs=2")
-    stop_after(1, config, tmp_path)
+    checkpoint.save(advanced(build_run(config), 1), tmp_path, None)
     stored = Checkpoint(tmp_path / "last.pt")
     del stored.facts["config"]["gradient"]
     assert stored.restore(config).epoch == 1
@@ -642,11 +650,10 @@ def test_a_checkpoint_from_before_there_was_the_group_goes_on(tmp_path: Path) ->
             stored.restore(morphtrain.compose(*PLAIN, "epochs=2", *options))
 
 
-def test_a_whole_network_trains_with_each() -> None:
-    """To about the accuracy that it has without."""
+def test_a_network_learns_from_them() -> None:
     options = ("data=digits", "model.width=8", "tracking=none", "device=cpu", "epochs=3")
-    for method in METHODS.values():
-        run = trained_to_the_end(morphtrain.compose(*options, *method))
+    for method in ("zero", "sparse"):
+        run = trained_to_the_end(morphtrain.compose(*options, *METHODS[method]))
         assert run.history[-1]["val_accuracy"] > 0.8, method
 
 

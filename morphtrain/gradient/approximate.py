@@ -26,7 +26,7 @@ from morphtrain.layer_calls import CONVOLUTIONS, Layer, LayerCalls
 from morphtrain.method import Method
 from morphtrain.state import GRADIENTS, Run, derived_seed
 
-# The input (where it was kept), the gradient of the output and the weight of a layer -> a gradient of the weight.
+# The input (where it was kept), the gradient of the output and the weight of a layer -> a gradient like the weight.
 Rule = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -96,7 +96,8 @@ class ApproximateGradients(LayerCalls):
                     channels.shape[2], channels.shape[:2], generator=self.generator, device=grad.device
                 )
             # What autocast has given the layer is of the type of its output.
-            return weight_gradient(x.to(grad.dtype), positions, channels.sum(2), len(weight), where)
+            found = weight_gradient(x.to(grad.dtype), positions, channels.sum(2), len(weight), where)
+            return torch.empty_like(weight).copy_(found)
 
         return rule
 
@@ -133,7 +134,7 @@ class OwnWeightGradient(torch.autograd.Function):
         bias = None
         if ctx.needs_input_grad[2]:
             bias = grad.sum((0, *range(2, grad.dim())), dtype=ctx.bias_dtype)
-        return grad, ctx.rule(x, grad, weight).to(weight.dtype), bias, None, None
+        return grad, ctx.rule(x, grad, weight), bias, None, None
 
 
 class Approximate(Method):
