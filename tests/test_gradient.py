@@ -423,8 +423,8 @@ def test_resumed_amid_pruning_and_growth_it_ends_in_the_same_bits(method: str, t
     parts = advanced(Checkpoint(tmp_path / "last.pt").restore(config), 4)
     for part in ("model", "optimizer"):
         assert_same(getattr(whole, part).state_dict(), getattr(parts, part).state_dict())
-    assert whole.history[1]["params"] > whole.history[0]["params"], "it has grown"
-    assert len(whole.changes) > 2, "and was pruned"
+    events = " ".join(change["event"] for change in whole.changes)
+    assert "inserted blocks" in events and "removed" in events
     for metric in config.gradient.metrics:
         assert all(0 < record[metric] <= 1 for record in whole.history)
         assert [record[metric] for record in whole.history] == [record[metric] for record in parts.history]

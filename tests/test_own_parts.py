@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ class Recorder(Method):
         self.called.append("before_forward")
         return batch
 
+    def around_forward(self, run: Run) -> AbstractContextManager[None]:
+        self.called.append("around_forward")
+        return nullcontext()
+
     def step(self, run: Run, closure: Closure) -> None:
         self.called.append("step")
 
@@ -120,7 +125,7 @@ def test_the_hooks_are_called_as_the_contract_says(tmp_path: Path, monkeypatch: 
     methods = "methods=[{_target_: test_own_parts.made}]"
     config = morphtrain.compose(*DENSE, "epochs=2", "tracking=none", "device=cpu", methods, "objective=[own,measured]")
     assert train(config, tmp_path, {}) == [1.0, 1.0]
-    batch = ["before_forward", "after_backward", "step", "after_step"]
+    batch = ["before_forward", "around_forward", "after_backward", "step", "after_step"]
     epoch = ["before_epoch", *16 * batch, "after_epoch", "after_change", "measure"]
     assert recorder.called == ["after_build", "before_training", *epoch, *epoch, "after_training"]
 

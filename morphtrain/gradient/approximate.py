@@ -58,7 +58,7 @@ class ApproximateGradients(LayerCalls):
 
     def __enter__(self) -> ApproximateGradients:
         self.chosen = self._calls = 0
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def call(

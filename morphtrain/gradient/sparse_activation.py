@@ -85,7 +85,7 @@ class SparseGradients(LayerCalls):
         self.p, self.generator, self.tally = p, generator, tally or Tally()
 
     def __enter__(self) -> SparseGradients:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def call(
