@@ -10,7 +10,7 @@ An option is built from its config and from the keywords that its group is given
     optimizer      model                       a torch.optim.Optimizer; with `build_method` also a Method
     loss           num_classes                 Loss
     schedule       epochs                      Schedule
-    prune, grow,                               a Method (`morphtrain.method`); `none` builds None
+    prune, grow, gradient,                     a Method (`morphtrain.method`); `none` builds None
       batch_policy
     tracking       run_id                      a Tracker (`morphtrain.tracker`)
 

@@ -30,6 +30,7 @@ KINDS: dict[str, type | None] = {
     "schedule": None,
     "prune": Method,
     "grow": Method,
+    "gradient": Method,
     "methods": Method,
     "batch_policy": Method,
     "tracking": Tracker,
@@ -158,7 +159,7 @@ def method(option: str, **keys: Any) -> Method:
         UserError: if there is no such option, or a key has a wrong type or range.
     """
     group, _, name = option.partition("/")
-    schema.check_one_of("option", group, ("prune", "grow", "batch_policy"))
+    schema.check_one_of("option", group, ("prune", "grow", "gradient", "batch_policy"))
     schema.check_one_of("option", name, tuple(known for known in schema.OPTIONS[group] if known != "custom"))
     defaults: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / group / f"{name}.yaml"))
     config = schema.typed(schema.OPTIONS[group][name], {**defaults, **keys}, f"methods, option {option}")

@@ -34,6 +34,8 @@ from morphtrain.timing.clock import Clock
 # training images give to 0.5 points (4 batches: 0.8, 16: 0.3, the moving average: 30), in 6 % of an epoch of 44 steps.
 SETTLING_BATCHES = 8
 
+GRADIENTS = 1  # the stream of random numbers that gradient methods draw, see `derived_seed`
+
 
 @dataclass
 class Run:
@@ -306,6 +308,6 @@ def passes(images: int, micro_batch: int | None) -> int:
     return 1 if micro_batch is None else max(1, -(-images // micro_batch))
 
 
-def derived_seed(seed: int, epoch: int) -> int:
-    """A 64-bit seed for an epoch; epoch 0 is the initialisation."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(seed: int, epoch: int, *stream: int) -> int:
+    """A 64-bit seed for an epoch; epoch 0 is the initialisation. A `stream` has random numbers of its own."""
+    return int(np.random.SeedSequence((seed, epoch, *stream)).generate_state(1, np.uint64)[0] >> 1)

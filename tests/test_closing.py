@@ -182,12 +182,12 @@ def test_the_ratio_is_that_of_the_epochs_that_trained_the_two_networks(
 
 @pytest.mark.parametrize("tracking", ["none", "mlflow"])
 def test_the_last_line_names_what_shows_the_records(tracking: str, command: Command, tmp_path: Path) -> None:
-    small = ["data.progressive=0.5", "data.infobatch=0.25", "data.infobatch_until=0.5"]
+    small = ["data.progressive=0.5", "data.infobatch=0.25", "data.infobatch_until=0.5", "gradient=approximate"]
     result = command(*SMALL, *small, "epochs=4", "prune.start_epoch=1", f"tracking={tracking}")
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("next:"))
     shows = f"; to compare: python -m mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
-    baseline = "prune=none data.progressive=1 data.infobatch=0, the baseline"
+    baseline = "prune=none gradient=none data.progressive=1 data.infobatch=0, the baseline"
     assert line == f"next:          the same command with {baseline}{shows if tracking != 'none' else ''}"
 
 

@@ -61,10 +61,6 @@ def test_every_question_can_be_run_arm_by_arm(name: str, size: str) -> None:
         assert ("epochs=180" in experiment.overrides) == (size == "thesis")
 
 
-def overrides_of(node: dict[str, Any]) -> list[str]:
-    return [override for key in ("overrides", "small", "thesis") for override in node.get(key, [])]
-
-
 def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files: dict[str, dict[str, Any]]) -> None:
     about_time = {name: keys for name, keys in files.items() if keys["response"] == "calibrated_train_seconds"}
     assert len(about_time) == 11

@@ -69,6 +69,8 @@ def built(*overrides: str) -> Run:
         ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
         [ALWAYS, "data=digits", "schedule=milestones"],
         [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
+        [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
+        [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
     ],
 )
 def test_a_step_reads_nothing(options: list[str]) -> None:

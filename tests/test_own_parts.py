@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ class Recorder(Method):
         self.called.append("before_forward")
         return batch
 
+    def around_forward(self, run: Run) -> AbstractContextManager[None]:
+        self.called.append("around_forward")
+        return nullcontext()
+
     def step(self, run: Run, closure: Closure) -> None:
         self.called.append("step")
 
@@ -120,7 +125,7 @@ def test_the_hooks_are_called_as_the_contract_says(tmp_path: Path, monkeypatch: 
     methods = "methods=[{_target_: test_own_parts.made}]"
     config = morphtrain.compose(*DENSE, "epochs=2", "tracking=none", "device=cpu", methods, "objective=[own,measured]")
     assert train(config, tmp_path, {}) == [1.0, 1.0]
-    batch = ["before_forward", "after_backward", "step", "after_step"]
+    batch = ["before_forward", "around_forward", "after_backward", "step", "after_step"]
     epoch = ["before_epoch", *16 * batch, "after_epoch", "after_change", "measure"]
     assert recorder.called == ["after_build", "before_training", *epoch, *epoch, "after_training"]
 
@@ -129,7 +134,7 @@ def test_methods_are_called_in_the_declared_order() -> None:
     methods = "methods=[{_target_: test_own_parts.Recorder}, {_target_: test_own_parts.Recorder}]"
     run = build_run(morphtrain.compose(*SMALL, "grow=wider", "grow.at_epochs=[2]", methods, "optimizer=isgd"))
     assert list(run.methods) == ["prune", "grow", "methods.0", "methods.1", "optimizer", "batch_policy"]
-    assert ORDER == ("prune", "grow", "methods", "optimizer", "batch_policy")
+    assert ORDER == ("prune", "grow", "gradient", "methods", "optimizer", "batch_policy")
 
 
 def test_a_misspelt_hook_is_an_error_when_the_class_is_made() -> None:
@@ -305,6 +310,7 @@ REFUSED = {
     ),
     "prune": (["prune=custom", UNFIT.format("prune")], "prune._target_=.* not a morphtrain.method.Method"),
     "grow": (["grow=custom", UNFIT.format("grow")], "grow._target_=.* not a morphtrain.method.Method"),
+    "gradient": (["gradient=custom", UNFIT.format("gradient")], "gradient._target_=.* not a morphtrain.method.Method"),
     "method": (["methods=[{_target_: test_own_parts.Unfit}]"], r"methods\[0\]._target_=.* not a .*Method"),
     "optimizer": (["optimizer=custom", UNFIT.format("optimizer")], "not a .*Optimizer"),
     "loss": (["loss=custom", UNFIT.format("loss")], "makes a Unfit, not a function"),
@@ -604,7 +610,7 @@ def test_a_further_method_can_be_one_of_morphtrains_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"option": "norm/ghost"}, "option=norm: must be one of prune, grow, batch_policy"),
+        ({"option": "norm/ghost"}, "option=norm: must be one of prune, grow, gradient, batch_policy"),
         ({"option": "grow/taller"}, "option=taller: must be one of"),
         ({"option": "grow/deeper", "typo": 1}, "methods, option grow/deeper.typo=1: no such key"),
     ],

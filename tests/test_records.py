@@ -38,7 +38,10 @@ METRICS = {
 }
 TIMED = ("setup_seconds", "epoch_seconds", "morph_seconds")  # what `train_seconds` adds up
 UNPRUNED = [*(o for o in SMALL if not o.startswith("prune")), "prune=none"]
-TAGS = {"prune", "grow", "norm", "precision", "batch_policy", "optimizer", "model", "data", "seed", "device", "study"}
+TAGS = {
+    *("prune", "grow", "norm", "precision", "gradient", "batch_policy", "optimizer", "model", "data"),
+    *("seed", "device", "study"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pkgutil
 from morphtrain.schema import (
     batch_policy,
     data,
+    gradient,
     grow,
     loss,
     model,
@@ -61,6 +62,7 @@ __all__ = [
     "check_sweeper",
     "compose",
     "data",
+    "gradient",
     "grow",
     "keywords",
     "loss",

@@ -63,6 +63,24 @@ CONFLICTS: tuple[Conflict, ...] = (
         "its extra steps move weights of 16 bits, and not the 32-bit ones that these are copied from",
         "precision=bf16",
     ),
+    Conflict(
+        "gradient=approximate|sparse_activation",
+        "compile!=none",
+        "compiled code does not call layers one by one",
+        "compile=none",
+    ),
+    Conflict(
+        "gradient.kind=zero",
+        "optimizer=lars",
+        "its trust ratios divide by gradients; where these are zero, weights decay at the whole learning rate",
+        "gradient.kind=top1",
+    ),
+    Conflict(
+        "gradient=approximate",
+        "prune.importance=taylor",
+        "channels are measured by gradients of weights, which are not those of the loss then",
+        "prune.importance=magnitude",
+    ),
 )
 
 

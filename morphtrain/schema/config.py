@@ -11,6 +11,7 @@ from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.compatibility import check_compatible
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import CustomData, Data
+from morphtrain.schema.gradient import Gradient
 from morphtrain.schema.grow import Grow
 from morphtrain.schema.loss import Loss
 from morphtrain.schema.model import Model
@@ -97,6 +98,7 @@ class Config(TopLevel):
     methods: list[Custom]  # further methods, the user's own
     norm: Norm | Custom
     precision: Precision | Custom
+    gradient: Gradient | Custom
     batch_policy: BatchPolicy | Custom
     optimizer: Optimizer | Custom
     loss: Loss | Custom
@@ -125,7 +127,7 @@ class Config(TopLevel):
     @property
     def records_more(self) -> bool:
         """Whether methods of the user's own take part, which record what they like."""
-        methods = (self.prune, self.grow, self.batch_policy)
+        methods = (self.prune, self.grow, self.gradient, self.batch_policy)
         return bool(self.methods) or any(isinstance(method, Custom) for method in methods)
 
     @property

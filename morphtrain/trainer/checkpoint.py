@@ -64,6 +64,7 @@ ADDED_KEYS = {
     "compile": "none",
     "optimizer.fused": False,
     "data.order": "shuffled",
+    "gradient.name": "none",
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")
@@ -421,7 +422,8 @@ class Checkpoint:
 
     def _check_config(self, config: schema.Config) -> None:
         now = asdict(config)
-        added = {key: value for key, value in ADDED_KEYS.items() if key in flat(now)}
+        known = {*flat(now), *(key for key in ADDED_KEYS if key.split(".")[0] not in self.facts["config"])}
+        added = {key: value for key, value in ADDED_KEYS.items() if key in known}
         here, there = differences(now, self.facts["config"], added)
         if here or there:
             raise UserError(
@@ -466,10 +468,13 @@ def differences(
     Args:
         defaults: what `other` has for keys, in dots, that it lacks.
     """
-    groups = [g for g in schema.OPTIONS if _option(config.get(g)) != _option(other.get(g))]
-    here, there = flat(config), {**(defaults or {}), **flat(other)}
-    for side, values in ((here, config), (there, other)):
-        side.update({group: _option(values.get(group)) for group in groups})
+    defaults = defaults or {}
+    chosen = {group: _option(config.get(group)) for group in schema.OPTIONS}
+    others = {group: _option(other.get(group)) or defaults.get(f"{group}.name") for group in schema.OPTIONS}
+    groups = [group for group in schema.OPTIONS if chosen[group] != others[group]]
+    here, there = flat(config), {**defaults, **flat(other)}
+    for side, options_of_groups in ((here, chosen), (there, others)):
+        side.update({group: options_of_groups[group] for group in groups})
     covered = tuple(f"{group}." for group in groups)
     different = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
     keys = [key for key in different if not key.startswith(covered) and not _is_free(key)]

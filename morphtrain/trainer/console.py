@@ -74,7 +74,7 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str, alone: bool) 
 
 def _counterpart(run: Run) -> str:
     """The override that makes the run to compare this one with."""
-    chosen = [f"{group}=none" for group in ("prune", "grow") if getattr(run.config, group).name != "none"]
+    chosen = [f"{group}=none" for group in ("prune", "grow", "gradient") if getattr(run.config, group).name != "none"]
     plain = {"progressive": 1.0, "infobatch": 0.0}
     chosen += [f"data.{key}={off:g}" for key, off in plain.items() if getattr(run.config.data, key) != off]
     return f"{' '.join(chosen)}, the baseline" if chosen else "prune=prunetrain"

@@ -1,0 +1,7 @@
+"""Gradients are those of the loss."""
+
+from morphtrain import schema
+
+
+def build(config: schema.gradient.Gradient) -> None:
+    return None
