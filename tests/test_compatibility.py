@@ -14,7 +14,7 @@ from conftest import Answer
 
 import morphtrain
 from morphtrain import schema
-from morphtrain.errors import Incompatible
+from morphtrain.errors import Incompatible, UserError
 from morphtrain.experiment.declaration import key_of, merged
 from morphtrain.schema.compatibility import CONFLICTS, Conflict, chosen
 
@@ -25,7 +25,8 @@ CHOICE = re.compile(r"([\w.]+)(!?=)(\S+)")
 NEEDED = {
     ("grow=wider",): "grow.at_epochs=[2]",
     ("grow=deeper",): "grow.at_epochs=[2]",
-    ("grow=selective",): "grow.at_epochs=[2]",
+    ("grow=selective",): "grow.at_epochs=[2] prune=prunetrain",
+    ("grow=morphnet",): "prune=prunetrain",
     ("grow=morphnet", "prune=prunetrain"): "prune.stop_epoch=10",
     ("grow=morphnet", "prune=morphnet"): "prune.stop_epoch=10",
     ("model=torchvision",): "model.name=resnet18",
@@ -39,8 +40,10 @@ def composed(overrides: list[str]) -> schema.Config:
     last = merged(overrides)
     options = {key_of(override): number for number, override in enumerate(overrides)}
     kept = [o for o in last if options[key_of(o)] >= options.get(key_of(o).split(".")[0], 0)]
-    needed = [override for choices, override in NEEDED.items() if set(choices) <= set(kept)]
-    return morphtrain.compose(*merged(needed, kept))
+    for choices, needed in NEEDED.items():
+        if set(choices) <= set(kept):
+            kept = merged(needed.split(), kept)
+    return morphtrain.compose(*kept)
 
 
 def makings(choice: str) -> list[list[str]]:
@@ -58,8 +61,20 @@ def _makings(key: str, sign: str, values: str) -> Iterator[list[str]]:
     if name and chosen(morphtrain.compose(), f"{key}!=") is None:  # the default option has no such key
         kinds = schema.OPTIONS[group].items()
         holders = [[f"{group}={option}"] for option, kind in kinds if name in {field.name for field in fields(kind)}]
-    assert named and holders, f"{key}: nothing makes this choice"
-    yield from ([*holder, f"{key}={value}"] for holder in holders for value in named)
+    made = [[*holder, f"{key}={value}"] for holder in holders for value in named]
+    assert any(map(is_valid, made)), f"{key}: nothing makes this choice"
+    yield from filter(is_valid, made)
+
+
+def is_valid(overrides: list[str]) -> bool:
+    """Whether a choice is one by itself: not every option that has a key takes all of its values."""
+    try:
+        composed(overrides)
+    except Incompatible:
+        return True
+    except UserError:
+        return False
+    return True
 
 
 def others(key: str) -> list[str]:

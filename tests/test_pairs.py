@@ -51,6 +51,7 @@ SHORT = {
     "interval": 1,
     "max_batch_size": 32,
     "max_params": 4.0,
+    "min_channels": 2,  # so that there is one to cut
     "new_lr_factor": 2.0,
     "patience": 2,
     "round_epochs": 1,
@@ -69,6 +70,7 @@ MORE_VARIANTS: tuple[dict[str, Any], ...] = (
     {"operator": "deeper", "keep_fraction": 0.9},
     {"start": "half_half"},
     {"inherit": False, "new_lr_factor": 1.0},
+    {"rounding": "stochastic"},
 )
 # Keys of no such group that change how steps are taken, where the config has them.
 SWITCHES = {
