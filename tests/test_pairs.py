@@ -45,6 +45,7 @@ SHORT = {
     "at_epochs": [1],
     "batch_size": 16,  # three steps an epoch
     "budget": "1GiB",
+    "eps": 1e-6,  # below 6e-8, what AdamW divides by is 0 in float16
     "every": 1,
     "ghost_batch_size": 4,
     "init_scale": 256.0,  # steps at the default overflow at first, and are skipped
