@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A wrong option, range, file or combination; shown as its message alone, without a traceback."""
 
 
+class Incompatible(UserError):
+    """Options that exclude one another, each of which is right by itself (`morphtrain.schema.compatibility`)."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from morphtrain.state import Run
 
 # The batch policy comes last, so that it reacts to what the others changed; `methods` are the user's own. An optimizer
-# may bring a method along. What they put around a forward pass lies within what `gradient` does, which acts on the layers
-# as they are called in the end.
+# may bring a method along. What they put around a forward pass lies within what `gradient` does, which acts on the
+# layers as they are called in the end.
 ORDER = ("prune", "grow", "gradient", "methods", "optimizer", "batch_policy")
 
 PREFIXES = ("before_", "around_", "after_")  # of the names of hooks

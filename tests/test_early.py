@@ -391,13 +391,13 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
         (["prune.target=0.02"], "prune.target=0.02: cannot be reached with prune.round_to=2 and prune.min_channels=1;"),
         (["prune.ignore=['*']"], "prune=early: the model has no channels that can go"),
         (
-            ["model=alexnet", "model.batch_norm=false", "prune.importance=gamma"],
+            ["model=torchvision", "model.name=squeezenet1_1", "data.image_size=32", "prune.importance=gamma"],
             "prune.importance=gamma: no channels of the model go through a norm with a scale;",
         ),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_first_epoch(overrides: list[str], message: str) -> None:
-    keys = [key for key in RESNET if not (key == "model.width=8" and "model=alexnet" in overrides)]
+    keys = [key for key in RESNET if not (key == "model.width=8" and "model=torchvision" in overrides)]
     with pytest.raises(UserError) as refused:
         started(*keys, *overrides)
     assert str(refused.value).startswith(message)

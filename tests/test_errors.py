@@ -223,7 +223,13 @@ CASES = {
     "even kernel": (["grow=deeper", "grow.at_epochs=[2]", "grow.kernel=4"], "grow.kernel=4: must be odd"),
     "selective without pruning": (
         ["grow=selective", "grow.at_epochs=[2]"],
-        "grow=selective: needs a method that shrinks; prune=prunetrain or prune=morphnet works",
+        "grow=selective with prune=none methods=[]: it grows a network that another method has shrunk; "
+        "prune=prunetrain or prune=morphnet works",
+    ),
+    "ghosts of no norms": (
+        ["model=alexnet", "norm=ghost"],
+        "norm=ghost with model.batch_norm=false: the model has no batch norm to replace; model.batch_norm=true or "
+        "norm=batch works",
     ),
     "pruning after the last round": (
         ["grow=morphnet", "prune=prunetrain"],
@@ -407,12 +413,12 @@ SLOWER_CASES = {
         ["batch_policy.batch_size=16", "a single one", "more than 1 value per channel"],
     ),
     "no batch norm": (
-        [*ANY_MODEL, "model=alexnet", "norm=ghost"],
+        [*ANY_MODEL, "model=torchvision", "model.name=squeezenet1_1", "norm=ghost", "data.image_size=32"],
         ["norm=ghost: the model has no BatchNorm2d"],
     ),
     "model too small to prune": ([*SMALL, "model.width=1", "model.stages=1"], ["prune.min_channels=1", "wider"]),
     "no norms": (
-        [*ANY_MODEL, "prune=morphnet", "model=vgg8", "model.batch_norm=false", "data.image_size=32"],
+        [*ANY_MODEL, "prune=morphnet", "model=torchvision", "model.name=squeezenet1_1", "data.image_size=32"],
         ["prune.regulariser=gamma_l1", "prune.regulariser=group_lasso"],
     ),
     "pattern without a module": ([*SMALL, "prune.ignore=[steam]"], ["prune.ignore=['steam']", "stem"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from morphtrain.cost import WidthCost
 from morphtrain.grow.expand import expand_to
-from morphtrain.grow.net2net import widen
+from morphtrain.grow.net2net import _copies, widen
 from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
 from morphtrain.model.vgg import VGG
@@ -237,6 +238,12 @@ def test_both_operands_of_a_sum_can_go(shape: str, order: tuple[str, str], again
 
 
 # -- widening ---------------------------------------------------------------------------------------------------
+
+
+def test_a_space_becomes_much_wider_in_no_time() -> None:
+    start = time.perf_counter()
+    assert len(_copies(1, 20_000, None)) == 20_000
+    assert time.perf_counter() - start < 5  # adding up what there is before each of 20000 copies takes half a minute
 
 
 def test_copies_part_only_if_they_share_unevenly() -> None:

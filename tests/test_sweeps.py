@@ -297,6 +297,19 @@ def test_too_many_failures_end_it(command: Command, tmp_path: Path) -> None:
     assert states(trials_in(tmp_path)) == {"FAIL": 4}
 
 
+def test_options_that_exclude_one_another_take_a_trial_and_no_more(command: Command, tmp_path: Path) -> None:
+    """Also where they are what ends all ranges, by which a search is checked, and are more than may fail."""
+    space = ("batch_policy=fixed,fill_memory", "model.width=4,6", "device=cpu", "hydra/sweeper/sampler=grid")
+    result = command(*SWEEP, *space, "epochs=1", "hydra.sweeper.max_failure_rate=0.1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = trials_in(tmp_path)
+    assert states(trials) == {"COMPLETE": 3, "FAIL": 2}
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            assert trial.params["batch_policy"] == "fill_memory"
+            assert trial.user_attrs["error"].startswith("batch_policy.budget=null with device=cpu: only a CUDA device")
+
+
 def test_two_objectives_and_a_constraint(command: Command, tmp_path: Path) -> None:
     two = ("objective=[macs,val_accuracy]", "hydra.sweeper.direction=[minimize,maximize]")
     space = ("model.width=4,8", "hydra/sweeper/sampler=nsgaii")
@@ -319,6 +332,10 @@ def test_when_nothing_is_accurate_enough_that_is_reported(command: Command) -> N
 
 
 WRONG = {
+    "options that exclude one another in every trial": (
+        ["model.width=4,8", "batch_policy=fill_memory", "device=cpu"],
+        "batch_policy.budget=null with device=cpu: only a CUDA device says",
+    ),
     "key": (["optimizer.lrr=0.1,0.2"], "optimizer.lrr"),
     "value": (["optimizer.lr=interval(-1.0,0.2)"], "optimizer.lr=-1.0: must be"),
     "nothing": ([], "hydra.sweeper.params={}: must be what to search"),

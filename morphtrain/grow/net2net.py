@@ -75,10 +75,9 @@ def widen(
 
 def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
     """(width,): every old channel, then random ones; none is copied twice before all have been copied once."""
-    rounds = [torch.arange(size)]
-    while sum(map(len, rounds)) < width:
-        rounds.append(torch.randperm(size, generator=generator))
-    return torch.cat(rounds)[:width]
+    more = -(-width // size) - 1
+    rounds = (torch.randperm(size, generator=generator) for _ in range(more))
+    return torch.cat([torch.arange(size), *rounds])[:width]
 
 
 @torch.no_grad()

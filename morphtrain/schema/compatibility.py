@@ -1,15 +1,20 @@
-"""Which options exclude or need one another; checked when a config is composed."""
+"""Which options exclude or need one another; checked when a config is composed.
+
+`CONFLICTS` is the whole table, which docs/compatibility.md prints. Below it are relations of numbers: what a key may be
+for another key's value. What only the run's own network, data or device shows is checked where it is built.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from morphtrain.errors import UserError
+from morphtrain.errors import Incompatible
 from morphtrain.schema.checks import check
 from morphtrain.schema.custom import Custom
-from morphtrain.schema.grow import MorphNetExpansion, Planned, Selective
-from morphtrain.schema.option import Option
+from morphtrain.schema.grow import MorphNetExpansion, Planned
+from morphtrain.schema.option import Option, option_of
 from morphtrain.schema.prune import Early, MorphNetPenalty, PruneTrain
+from morphtrain.wording import as_yaml
 
 if TYPE_CHECKING:
     from morphtrain.schema.config import Config
@@ -18,8 +23,9 @@ if TYPE_CHECKING:
 class Conflict(NamedTuple):
     """Two choices that exclude one another.
 
-    A choice is `key=value|other` (one of these values) or `key!=value` (another one). The value of a group is the name
-    of its option. An option without the key, or a part of the user's own, has made neither choice.
+    A choice is `key=value|other` (one of these values) or `key!=value` (another one, so that the value is needed), or
+    several of these with spaces between them (all at once). The value of a group is the name of its option. An option
+    without the key has made neither choice, and nor has a part of the user's own.
     """
 
     one: str
@@ -81,6 +87,36 @@ CONFLICTS: tuple[Conflict, ...] = (
         "channels are measured by gradients of weights, which are not those of the loss then",
         "prune.importance=magnitude",
     ),
+    Conflict(
+        "grow=morphnet|selective",
+        "prune=none methods=[]",
+        "it grows a network that another method has shrunk",
+        "prune=prunetrain or prune=morphnet",
+    ),
+    Conflict(
+        "norm=ghost",
+        "model.batch_norm=false",
+        "the model has no batch norm to replace",
+        "model.batch_norm=true or norm=batch",
+    ),
+    Conflict(
+        "prune.regulariser=gamma_l1",
+        "model.batch_norm=false",
+        "without norms there is no gamma to penalise",
+        "prune.regulariser=group_lasso or model.batch_norm=true",
+    ),
+    Conflict(
+        "prune.importance=gamma",
+        "model.batch_norm=false",
+        "without norms there is no gamma to go by",
+        "prune.importance=magnitude or model.batch_norm=true",
+    ),
+    Conflict(
+        "batch_policy.budget=null",
+        "device=cpu|mps",
+        "only a CUDA device says how much memory is free",
+        "batch_policy.budget=2GiB",
+    ),
 )
 
 
@@ -89,26 +125,38 @@ def check_compatible(config: Config) -> None:
     for conflict in CONFLICTS:
         one, other = chosen(config, conflict.one), chosen(config, conflict.other)
         if one is not None and other is not None:
-            raise UserError(f"{one} with {other}: {conflict.why}; {conflict.instead} works")
+            raise Incompatible(f"{one} with {other}: {conflict.why}; {conflict.instead} works")
     config.data.check_epochs(config.epochs)
     _check_cuts(config)
     _check_growth(config)
     _check_custom_policy(config)
 
 
-def chosen(config: Config, choice: str) -> str | None:
-    """`key=value` as it is in the config, if that is the choice (see `Conflict`), or None."""
+def chosen(config: Any, choice: str) -> str | None:
+    """The keys and values of a choice as they are in the config, if that makes it (see `Conflict`), or None."""
+    made = [_made(config, part) for part in choice.split()]
+    return None if None in made else " ".join(map(str, made))
+
+
+def _made(config: Any, choice: str) -> str | None:
     unequal = "!=" in choice
     key, values = choice.split("!=" if unequal else "=", 1)
-    value: Any = config
+    value = config
     for part in key.split("."):
         if not hasattr(value, part):
             return None
         value = getattr(value, part)
     if isinstance(value, Custom):
         return None
-    text = value.name if isinstance(value, Option) else f"{value:g}" if isinstance(value, float) else str(value)
+    text = _text(value)
     return None if (text in values.split("|")) == unequal else f"{key}={text}"
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed; of a group, the name of its option."""
+    if isinstance(value, Option):
+        return str(option_of(vars(value)))
+    return f"{value:g}" if isinstance(value, float) else as_yaml(value)
 
 
 def _check_cuts(config: Config) -> None:
@@ -118,8 +166,6 @@ def _check_cuts(config: Config) -> None:
 
 def _check_growth(config: Config) -> None:
     grow, prune, epochs = config.grow, config.prune, config.epochs
-    if isinstance(grow, (MorphNetExpansion, Selective)) and prune.name == "none" and not config.methods:
-        raise UserError(f"grow={grow.name}: needs a method that shrinks; prune=prunetrain or prune=morphnet works")
     if isinstance(grow, Planned):
         late = [epoch for epoch in grow.at_epochs if epoch >= epochs]
         check(not late, "grow.at_epochs", grow.at_epochs, f"before the last epoch (epochs={epochs})")

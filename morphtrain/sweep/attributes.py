@@ -14,6 +14,7 @@ NAME_ATTR = "baseline_name"  # of a baseline beside trial 0
 OVERRIDES_ATTR = "overrides"  # that its job was started with
 RUN_DIR_ATTR = "run_dir"
 ERROR_ATTR = "error"  # why it failed
+EXCLUDED_ATTR = "excluded"  # it failed because its options exclude one another
 METRICS_ATTR = "metrics"  # the record of its last epoch
 EPOCHS_ATTR = "epochs"  # trial 0 only: number, accuracy and clocks of each
 STOPPED_ATTR = "stopped_at"  # the epoch after which the pruner stopped it
@@ -49,6 +50,11 @@ class Attributes:
     def error(self) -> str | None:
         error = self._stored.get(ERROR_ATTR)
         return error if isinstance(error, str) else None
+
+    @property
+    def excluded(self) -> bool:
+        """Whether it failed because its options exclude one another."""
+        return self._stored.get(EXCLUDED_ATTR) is True
 
     @property
     def run_dir(self) -> str | None:

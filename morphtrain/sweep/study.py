@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR, NAME_ATTR, Attributes
+from morphtrain.sweep.attributes import BASELINE_ATTR, ERROR_ATTR, EXCLUDED_ATTR, NAME_ATTR, Attributes
 from morphtrain.sweep.storage import exclusive, open_storage
 from morphtrain.sweep.workers import Worker, abandoned
 from morphtrain.wording import as_yaml
@@ -132,10 +132,12 @@ class SharedStudy:
         """End a trial that was stopped early; its last reported value becomes its value."""
         self._tell(worker, trial, TrialState.PRUNED)
 
-    def fail(self, worker: Worker, trial: Trial, reason: str) -> None:
-        """End a trial without a value, and log and store the reason."""
+    def fail(self, worker: Worker, trial: Trial, reason: str, excluded: bool = False) -> None:
+        """End a trial without a value, and log and store the reason; `excluded`: its options exclude one another."""
         log.warning("trial %d failed: %s", trial.number, reason)
         trial.set_user_attr(ERROR_ATTR, reason)
+        if excluded:
+            trial.set_user_attr(EXCLUDED_ATTR, True)
         self._tell(worker, trial, TrialState.FAIL)
 
     def _tell(self, worker: Worker, trial: Trial, state: TrialState, values: Sequence[float] | None = None) -> None:

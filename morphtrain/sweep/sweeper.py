@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from morphtrain import interrupts, schema
-from morphtrain.errors import UserError, first_line
+from morphtrain.errors import Incompatible, UserError, first_line
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.evidence.experiment import Arm
@@ -175,24 +175,30 @@ class StudySweeper:
         searched = bool(space.distributions) or any(b.distributions for b in space.branches) or space.extend is not None
         example = "what to search, such as {optimizer.lr: interval(0.01,0.1)}"
         schema.check(searched, "hydra.sweeper.params", self.plain.params, example)
-        configs = [self._first_parsed(corners) for corners in space.corners()]
-        schema.check(configs[0].trial is None, "trial", configs[0].trial, NO_NUMBER)
+        configs = [config for corners in space.corners() if (config := self._first_parsed(corners)) is not None]
+        first = configs[0] if configs else self._parsed(space.corners()[0][0])  # which says what excludes what
+        schema.check(first.trial is None, "trial", first.trial, NO_NUMBER)
         for overrides in (baselines.first(), *baselines.more.values()) if self.baseline is not None else ():
             self._parsed(overrides)
-        directions, objective = self.plain._get_directions(), configs[0].objective
+        directions, objective = self.plain._get_directions(), first.objective
         check_pruner(self.pruner, directions, objective)
         check_directions(directions, objective)
         check_confirm(self.confirm.best, directions, objective)
-        return configs[0]
+        return first
 
-    def _first_parsed(self, alternatives: Sequence[Sequence[str]]) -> schema.Config:
-        """The config of the first of these that is valid; raises what is wrong with the first if none is."""
+    def _first_parsed(self, alternatives: Sequence[Sequence[str]]) -> schema.Config | None:
+        """The config of the first of these that is valid; raises what is wrong with the first if none is.
+
+        None for options that exclude one another: other trials may have others.
+        """
         mistakes = []
         for overrides in alternatives:
             try:
                 return self._parsed(overrides)
             except UserError as error:
                 mistakes.append(error)
+        if isinstance(mistakes[0], Incompatible):
+            return None
         raise mistakes[0]
 
     def _parsed(self, overrides: Sequence[str]) -> schema.Config:
@@ -293,7 +299,7 @@ class StudySweeper:
             raise interrupts.Interrupted(interrupt.number) from interrupt
         except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            study.fail(worker, trial, kind + first_line(error))
+            study.fail(worker, trial, kind + first_line(error), excluded=isinstance(error, Incompatible))
             return
         accuracy = attributes.metrics.get("val_accuracy")
         if accuracy is None:  # the job could not reach the storage; its log says why
@@ -375,7 +381,8 @@ class StudySweeper:
         )
 
     def _check_failures(self, study: SharedStudy) -> None:
-        ended = [trial for trial in study.trials if trial.state.is_finished()]
+        """Give up if too many trials have failed, of those whose options do not exclude one another."""
+        ended = [trial for trial in study.trials if trial.state.is_finished() and not Attributes(trial).excluded]
         failed = [trial for trial in ended if trial.state == TrialState.FAIL]
         rate = self.plain.max_failure_rate
         if len(ended) >= TRIALS_BEFORE_GIVING_UP and len(failed) > rate * len(ended):
