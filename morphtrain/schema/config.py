@@ -54,6 +54,7 @@ METRICS = (
 )
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
+CHOSEN = ("memory_format", "precision")  # keys that may be `auto`
 COMPILE = ("none", "default", "max")
 
 
@@ -65,6 +66,7 @@ class TopLevel:
     seed: int
     device: str
     memory_format: str
+    chosen: dict[str, str] | None
     compile: str
     resume: str
     architecture: str | None
@@ -107,6 +109,7 @@ class Config(TopLevel):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_compatible(self)
+        self._check_chosen()
         for metric in self.objective:
             check(metric not in TESTED, "objective", metric, "another metric: no decision may see the test images")
             if not self.records_more and metric not in self.recorded:
@@ -115,6 +118,19 @@ class Config(TopLevel):
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
             aimed = self.timing.target_accuracy is not None or metric not in TO_ACCURACY
             check(aimed, "timing.target_accuracy", None, f"a val_accuracy, 0 to 1, for objective={metric}")
+
+    @property
+    def automatic(self) -> list[str]:
+        """The keys that are `auto`: what they stand for is measured."""
+        values = {"memory_format": self.memory_format, "precision": self.precision.name}
+        return [key for key in CHOSEN if values[key] == "auto"]
+
+    def _check_chosen(self) -> None:
+        if self.chosen is None:
+            return
+        check(len(self.automatic) > 0, "chosen", self.chosen, "null: no key is auto")
+        wanted = f"null, or a value of each key that is auto: {{{', '.join(f'{key}: ...' for key in self.automatic)}}}"
+        check(self.chosen.keys() == {*self.automatic}, "chosen", self.chosen, wanted)
 
     @property
     def recorded(self) -> tuple[str, ...]:

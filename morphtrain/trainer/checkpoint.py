@@ -38,6 +38,7 @@ WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 FREE_KEYS = (
     "resume",
     "device",
+    "chosen",
     "objective",
     "trial",
     "tracking",
