@@ -25,7 +25,7 @@ from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
-from morphtrain.progressive import small_size
+from morphtrain.progressive import resized, small_size
 from morphtrain.ramp import Ramp
 from morphtrain.settling import settle, trained_norms
 from morphtrain.timing.clock import Clock
@@ -162,9 +162,10 @@ class Run:
         return small_size(self.config.data, self.data.input_shape) if small else None
 
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
-        """The images of the first batches of this epoch, as training sees them."""
+        """The images of the first batches of this epoch, of the size that the next epoch trains on."""
         loader = self.data.train_batches(self.batch_size, self.generator(self.epoch))
-        return [images for images, _ in itertools.islice(loader, batches)]
+        size = self.small_size(self.epoch + 1)
+        return [images if size is None else resized(images, size) for images, _ in itertools.islice(loader, batches)]
 
     def settle(self) -> None:
         """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
