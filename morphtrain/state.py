@@ -144,7 +144,7 @@ class Run:
 
     @property
     def epoch_images(self) -> int:
-        """How many of the training images this epoch trains on."""
+        """How many of the training images this epoch trains on; all of them until its first batch, which chooses."""
         return len(self.data.train) if self.infobatch is None else len(self.infobatch.rows)
 
     @property
