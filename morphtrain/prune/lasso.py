@@ -110,7 +110,7 @@ def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
 
 
 @torch.no_grad()
-def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
+def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor, pace: float | torch.Tensor = 1.0) -> None:
     """Soft-threshold the weights in place: every row, then every column, loses `amount` of its norm.
 
     Those whose norm is smaller become exactly zero. It is the proximal step of one side's penalty, then of the other's.
@@ -119,13 +119,18 @@ def shrink(lassos: Iterable[GroupLasso], amount: float | torch.Tensor) -> None:
         amount: of every weight; or a tensor of the weight's shape where its elements take steps of different lengths.
             A group then loses their harmonic mean: elements with hardly a gradient, whose steps are longest, count
             least.
+        pace: how much of what its groups lose an element loses; a tensor of the weight's shape where some learn at
+            another rate, see `Additions.factor`. It does not slow down the others of its groups, nor pass zero.
     """
     for lasso in lassos:
         squares = _squares(lasso.weight)
         of_rows, of_columns = _amounts(amount)
         rows = _soft_threshold(squares.sum(1), of_rows * lasso.row_weight)  # (O,)
         columns = _soft_threshold(rows.square() @ squares, of_columns * lasso.column_weight)  # (I,)
-        lasso.weight.mul_(_spread(rows[:, None] * columns, lasso.weight))
+        factors = _spread(rows[:, None] * columns, lasso.weight)
+        if isinstance(pace, torch.Tensor):
+            factors = (1 - pace * (1 - factors)).clamp(min=0)
+        lasso.weight.mul_(factors)
 
 
 def share_taken(lasso: GroupLasso, amount: float) -> float:

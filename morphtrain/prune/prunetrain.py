@@ -12,7 +12,7 @@ from morphtrain.cost.layer_steps import LADDER
 from morphtrain.cost.params import count_weights
 from morphtrain.errors import UserError
 from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph
+from morphtrain.morph import ChannelGraph, additions_of
 from morphtrain.prune.lasso import (
     add_gradient,
     group_lassos,
@@ -64,8 +64,10 @@ class PruneTrain(Method):
     def after_step(self, run: Run) -> None:
         if self.config.update == "proximal" and is_active(self.config, run.epoch):
             assert self.penalty_weight is not None
+            weight, additions = self.penalty_weight * run.step_weight, additions_of(run.optimizer)
             for lasso in self.lassos:
-                shrink([lasso], step_length(run.optimizer, lasso.weight) * (self.penalty_weight * run.step_weight))
+                length = step_length(run.optimizer, lasso.weight)
+                shrink([lasso], length * weight, additions.factor(lasso.weight))
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.penalty_weight is not None
