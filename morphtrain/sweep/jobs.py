@@ -1,4 +1,4 @@
-"""The trials of a worker as jobs: what each is run with, and where; their launch; what the study is told of their end."""
+"""The trials of a worker as jobs: what each is run with, and where; their launch; and what the study is told of them."""
 
 from __future__ import annotations
 
