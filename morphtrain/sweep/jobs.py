@@ -1,4 +1,4 @@
-"""The trials of a worker as jobs: what each is run with, and where; their launch; and what the study is told of them."""
+"""The trials of a worker as jobs: what each is run with, and where; their launch, and what the study is told of it."""
 
 from __future__ import annotations
 
