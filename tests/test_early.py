@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -401,3 +402,27 @@ def test_what_cannot_be_done_is_said_before_the_first_epoch(overrides: list[str]
     with pytest.raises(UserError) as refused:
         started(*keys, *overrides)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("keys", [("prune.round_to=2",), ("prune.round_to=8",), ("prune.min_channels=7",)])
+def test_a_target_out_of_reach_names_the_least_that_is_not(keys: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as refused:
+        started(*RESNET, *keys, "prune.target=0.01", "epochs=2")
+    (named,) = re.findall(r"; ([\d.]+|no target) can, and smaller values of these may allow less$", str(refused.value))
+    if named == "no target":
+        assert keys == ("prune.round_to=8",), "its first stage has 8 channels"
+        return
+    least = float(named)
+    assert advance(started(*RESNET, *keys, f"prune.target={least}", "epochs=2"), 2).history[-1]["cost_share"] <= least
+    with pytest.raises(UserError, match=f"; {named} can"):
+        started(*RESNET, *keys, f"prune.target={0.98 * least}", "epochs=2")
+
+
+def test_a_choice_after_training_has_diverged_says_so() -> None:
+    run = started(*RESNET, "epochs=2", "prune.by=0.5")
+    begin_epoch(run)
+    for parameter in run.model.parameters():
+        parameter.data.fill_(math.nan)
+    lr = f"an optimizer.lr below {run.base_lrs[0]:g} may work"
+    with pytest.raises(UserError, match=rf"^prune=early: importance of '.*': not a number \(nan\): .* diverged; {lr}$"):
+        method_of(run).after_epoch(run)

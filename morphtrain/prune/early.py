@@ -9,6 +9,7 @@ until the cut. Early-Bird tickets (You et al. 2020, arXiv 1909.11957) show that 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from morphtrain.method import Method
 from morphtrain.morph import Space
 from morphtrain.prune.fading import NOTHING, Fading, resumed
 from morphtrain.prune.importance import Importance, Taylor, gamma, magnitude, rising
-from morphtrain.prune.knapsack import within
+from morphtrain.prune.knapsack import OutOfReach, within
 from morphtrain.state import Run
 from morphtrain.wording import counted
 from morphtrain.world import agree
@@ -137,20 +138,32 @@ class Early(Method):
         """Masks (size,) of the channels without which the network costs at most this share of the first one.
 
         Raises:
-            UserError: if no widths that are allowed cost so little.
+            UserError: if no widths that are allowed cost so little; if training has diverged.
         """
         lost = {space: rising(found) for space, found in self._importance(run).items()}
         cost, budget = self._cost(run), share * self.first_cost
         multiple, least = self.config.round_to, self.config.min_channels
         try:
             keep = within(run.graph, lost, cost, budget, multiple=multiple, min_channels=least)
+        except OutOfReach as error:
+            raise UserError(self._unreachable(error.least / self.first_cost)) from error
         except ValueError as error:
             raise UserError(
-                f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
-                f"prune.min_channels={least}; a larger target, or a smaller value of these, may work ({error})"
+                f"prune=early: {error}: training has diverged; an optimizer.lr below {run.base_lrs[0]:g} may work"
             ) from error
         masks = agree([keep[space] for space in run.graph.spaces])
         return {space: ~mask for space, mask in zip(run.graph.spaces, masks, strict=True)}
+
+    def _unreachable(self, least: float) -> str:
+        """What to say where the network costs at least this share of what the first one did."""
+        multiple, channels = self.config.round_to, self.config.min_channels
+        reached = math.ceil(1000 * least) / 1000
+        other = f"{reached:g} can" if reached < 1 else "no target can"
+        wanted = f"{other}, and smaller values of these may allow less"
+        return (
+            f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
+            f"prune.min_channels={channels}; {wanted}"
+        )
 
     def _importance(self, run: Run) -> Importance:
         if self.config.importance == "taylor":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import BatchPolicy
@@ -67,7 +68,7 @@ class TopLevel:
     device: str
     memory_format: str
     chosen: dict[str, str] | None
-    compile: str
+    compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
     architecture: str | None
     objective: list[str]
@@ -79,7 +80,8 @@ class TopLevel:
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
-        check_one_of("compile", self.compile, COMPILE)
+        wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
+        check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(self.architecture != "", "architecture", self.architecture, "the path of a checkpoint, or null")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
