@@ -367,11 +367,11 @@ def test_cuts_are_spread_over_the_first_epochs() -> None:
     [
         (
             ["prune.target=50"],
-            "prune.target=50.0: must be between 0 and 1, both excluded, as a share of the first",
+            "prune.target=50.0: must be above 0 and below 1, as a share of the first",
         ),
-        (["prune.target=1"], "prune.target=1.0: must be between 0 and 1, both excluded"),
-        (["prune.by=5"], "prune.by=5.0: must be between 0 and 1, both excluded, as a share of the epochs"),
-        (["prune.by=0"], "prune.by=0.0: must be between 0 and 1, both excluded"),
+        (["prune.target=1"], "prune.target=1.0: must be above 0 and below 1"),
+        (["prune.by=5"], "prune.by=5.0: must be above 0 and below 1, as a share of the epochs"),
+        (["prune.by=0"], "prune.by=0.0: must be above 0 and below 1"),
         (["prune.cuts=0"], "prune.cuts=0: must be 1 or more"),
         (["prune.cost=watts"], "prune.cost=watts: must be one of flops, model_size, latency"),
         (["prune.importance=luck"], "prune.importance=luck: must be one of magnitude, gamma, taylor"),

@@ -458,7 +458,7 @@ REFUSED = {
     "share": ((*PLAIN, "data.infobatch=1"), "data.infobatch=1.0: must be 0 or more and below 1"),
     "until": (
         (*PLAIN, "data.infobatch_until=0"),
-        "data.infobatch_until=0.0: must be a share of the epochs, above 0 and below 1",
+        "data.infobatch_until=0.0: must be above 0 and below 1, as a share of the epochs",
     ),
     "epochs": (
         (*THINNED, "epochs=2"),

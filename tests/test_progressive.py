@@ -210,7 +210,10 @@ REFUSED = {
     "no epoch": (["epochs=1", "data.progressive=0.5"], "data.progressive_until=0.75: no epoch has smaller images with"),
     "zero": (["data.progressive=0"], "data.progressive=0.0: must be above 0 and at most 1"),
     "larger": (["data.progressive=1.5"], "data.progressive=1.5: must be above 0 and at most 1"),
-    "all epochs": (["data.progressive_until=1"], "data.progressive_until=1.0: must be a share of the epochs, above 0"),
+    "all epochs": (
+        ["data.progressive_until=1"],
+        "data.progressive_until=1.0: must be above 0 and below 1, as a share of the epochs",
+    ),
 }
 
 
