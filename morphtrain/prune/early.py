@@ -20,6 +20,7 @@ from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.morph import Space
+from morphtrain.prune.early_bird import EarlyBird
 from morphtrain.prune.fading import NOTHING, Fading, resumed
 from morphtrain.prune.importance import Importance, Taylor, gamma, magnitude, rising
 from morphtrain.prune.knapsack import OutOfReach, within
@@ -55,13 +56,15 @@ class Early(Method):
         self.first_cost = 0.0
         self.latency: Terms = {}  # measured so far, if that is the cost
         self.taylor = Taylor()
+        self.bird = None if config.stable is None else EarlyBird(config.stable)
+        self.hastened: int | None = None  # the epoch that the cut follows, since the choice has settled
         self.fading: Fading | None = None
         self.cut: int | None = None  # the epoch that the next cut follows; None after the last one
         self.cut_at = self.fades_for = 0.0  # the run's progress when it comes; how many epochs before it channels fade
         self._stored: dict[str, Any] | None = None  # what a checkpoint holds of `fading`
 
     def before_training(self, run: Run) -> None:
-        self.cuts = self.config.cut_epochs(run.config.epochs)
+        self.cuts = self.config.cut_epochs(run.config.epochs) if self.hastened is None else [self.hastened]
         if run.epoch == 0:
             self._check_spaces(run)
             self.first_cost = self._cost(run)()
@@ -93,6 +96,7 @@ class Early(Method):
 
     def after_epoch(self, run: Run) -> None:
         if run.epoch != self.cut:
+            self._hasten(run)
             return
         if self.fading is None:  # the steps after which to choose were skipped
             self._choose(run, 0.0)
@@ -104,6 +108,8 @@ class Early(Method):
 
     def after_change(self, run: Run) -> None:
         self.fading, self.taylor = None, Taylor()  # what was chosen or seen may have been of other channels
+        if self.bird is not None:
+            self.bird.masks = []
 
     def measure(self, run: Run) -> dict[str, float]:
         return {"cost_share": self._cost(run)() / self.first_cost}
@@ -114,6 +120,8 @@ class Early(Method):
             "latency": self.latency,
             "taylor": self.taylor.state_dict(),
             "fading": self.fading.state_dict() if self.fading is not None else None,
+            "choices": self.bird.masks if self.bird is not None else [],
+            "hastened": self.hastened,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,6 +129,23 @@ class Early(Method):
         self.latency = known_terms(state, "prune.cost")
         self.taylor.load_state_dict(state["taylor"])
         self._stored = state["fading"]
+        self.hastened = state.get("hastened")  # older checkpoints have neither
+        if self.bird is not None:
+            self.bird.masks = list(state.get("choices", []))
+
+    def _hasten(self, run: Run) -> None:
+        """Let the cut follow the next epoch if the choice of channels has settled."""
+        if self.bird is None or self.cut is None or self.fading is not None or self.cut <= run.epoch + 1:
+            return
+        gone = self._chosen(run, self.config.target)
+        if self.bird.settled(torch.cat([gone[space] for space in run.graph.spaces])):
+            self.hastened = run.epoch + 1
+            self.cuts = [self.hastened]
+            log.info(
+                "prune=early: over %d epochs the choice of channels has changed in less than %.3g of them; the cut "
+                "follows epoch %d instead of %d",
+                *(len(self.bird.masks), self.config.stable, self.hastened, self.cut),
+            )
 
     def _choose(self, run: Run, left: float) -> None:
         """Choose what the next cut removes: so much that the network is as far on its way to the target as the run."""

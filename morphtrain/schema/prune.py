@@ -95,6 +95,7 @@ class Early(Prune, option="early"):
     cost: str
     by: float
     cuts: int
+    stable: float | None
     importance: str
     round_to: int
     min_channels: int
@@ -105,6 +106,10 @@ class Early(Prune, option="early"):
         check_one_of("prune.cost", self.cost, COSTS)
         check_share("prune.by", self.by, "the epochs")
         check(self.cuts >= 1, "prune.cuts", self.cuts, "1 or more")
+        if self.stable is not None:
+            check_share("prune.stable", self.stable, "the channels")
+            alone = self.cuts == 1  # a cut makes other channels, and no choice could settle
+            check(alone, "prune.cuts", self.cuts, f"1 with prune.stable={self.stable:g}; or prune.stable=null")
         check_one_of("prune.importance", self.importance, ("magnitude", "gamma", "taylor"))
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
         check(self.min_channels >= 1, "prune.min_channels", self.min_channels, "1 or more channels")

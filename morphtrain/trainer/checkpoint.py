@@ -62,6 +62,7 @@ ADDED_KEYS = {
     "data.infobatch_until": 0.875,
     "compile": "none",
     "optimizer.fused": False,
+    "prune.stable": None,
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")
