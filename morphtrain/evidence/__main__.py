@@ -150,9 +150,9 @@ def _say_disturbed(table: pd.DataFrame, metric: str) -> None:
 
 
 def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespace) -> None:
-    from morphtrain.evidence import comparisons
+    from morphtrain.evidence import comparisons, margins
 
-    within: Any = comparisons.groups_within if given.paired is None else comparisons.pairs_within
+    within: Any = margins.groups_within if given.paired is None else margins.pairs_within
     worse = "below" if words.better(given.metric) == words.MORE else "above"
     first, *others = groups
     for other in others:
