@@ -20,18 +20,32 @@ LAYOUTS = {0.0: "contiguous", 1.0: "channels_last"}
 
 
 def mixed(table: pd.DataFrame, by: str = "arm") -> list[str]:
-    """The groups whose runs did not all choose the same: `dense: 4 runs in 16 bits, 1 run in 32 bits`.
+    """The groups whose runs did not all choose the same: `dense: 4 runs in 16 bits and 1 run in 32 bits`.
 
     Args:
         table: a row a run, as `records.ends` gives it.
         by: the column of the groups.
     """
     found = []
-    for group, runs in table.groupby(by, sort=False):
-        counts = Counter(_format(run.get(BITS, math.nan), run.get(LAST, math.nan)) for _, run in runs.iterrows())
-        if len(counts) > 1:
-            parts = [f"{counted(number, 'run')} {kind}" for kind, number in counts.items()]
+    for group, counts in _chosen(table, by).items():
+        parts = [f"{counted(number, 'run')} {kind}" for kind, number in counts.items()]
+        if len(parts) > 1:
             found.append(f"{group}: {words.listed(parts)}")
+    return found
+
+
+def unlike(table: pd.DataFrame, arm: str) -> list[str]:
+    """The arms that chose otherwise than this one did: `narrower in 32 bits`."""
+    chosen = {name: list(counts) for name, counts in _chosen(table, "arm").items() if len(counts) == 1}
+    return [f"{name} {kind}" for name, (kind,) in chosen.items() if arm in chosen and [kind] != chosen[arm]]
+
+
+def _chosen(table: pd.DataFrame, by: str) -> dict[str, Counter[str]]:
+    """By group, how many runs chose each format."""
+    found: dict[str, Counter[str]] = {}
+    for _, run in table.iterrows():
+        kind = _format(run.get(BITS, math.nan), run.get(LAST, math.nan))
+        found.setdefault(str(run[by]), Counter())[kind] += 1
     return found
 
 

@@ -149,8 +149,11 @@ class Question:
         return " ".join([mixed] * (len(machines) > 1) + [changed] * (len(code) > 1))
 
     def _formats(self) -> str:
-        arms = formats.mixed(ends(self.finished))
-        return f"Mixed formats: auto chose differently in the runs of one arm ({'; '.join(arms)})." if arms else ""
+        first, last = next(iter(self.experiment.arms)), ends(self.finished)
+        mixed, unlike = formats.mixed(last), formats.unlike(last, first)
+        notes = [f"Mixed formats: auto chose differently in the runs of one arm ({'; '.join(mixed)})."] * bool(mixed)
+        notes += [f"In other formats than {first}, as auto chose: {words.listed(unlike)}."] if unlike else []
+        return " ".join(notes)
 
     @property
     def on_gpu(self) -> bool:
