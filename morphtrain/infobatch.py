@@ -50,7 +50,12 @@ class InfoBatch:
         self.scores = torch.full((samples,), math.inf, device=device)  # not known; none is below a mean
         self.right = torch.zeros(samples, dtype=torch.bool, device=device)
         self.weights = torch.ones(samples, device=device)
-        self.rows = torch.arange(samples, device=device)
+        self.take_all()
+
+    def take_all(self) -> None:
+        """Take all images, which count alike, until an epoch chooses; so does a run that has just been resumed."""
+        self.weights.fill_(1.0)
+        self.rows = torch.arange(len(self.scores), device=self.scores.device)
 
     def choose(self, epoch: int, generator: torch.Generator, leaves_single: Callable[[int], bool]) -> torch.Tensor:
         """Choose the images of an epoch; returns `rows`, in random order, on the CPU.

@@ -148,7 +148,7 @@ class Run:
 
     @property
     def epoch_images(self) -> int:
-        """How many of the training images this epoch trains on."""
+        """How many of the training images this epoch trains on; all of them until its first batch, which chooses."""
         return len(self.data.train) if self.infobatch is None else len(self.infobatch.rows)
 
     @property
@@ -179,8 +179,10 @@ class Run:
         return cast(SelectableData, self.data).train_batches_of(order, batch_size, generator)
 
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
-        """The images of the first batches of this epoch, as training sees them."""
-        return [images for images, _ in itertools.islice(self.all_batches(), batches)]
+        """The images of the first batches of this epoch, of the size that the next epoch trains on."""
+        size = self.small_size(self.epoch + 1)
+        found = itertools.islice(self.all_batches(), batches)
+        return [images if size is None else resized(images, size) for images, _ in found]
 
     def first_batch(self) -> Batch:
         """The first batch of this epoch at its full size, as often as it is asked for."""

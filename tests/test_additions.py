@@ -194,7 +194,7 @@ def test_a_penalty_pulls_as_far_as_the_step_goes() -> None:
     additions_of(optimizer).numbers[weight] = torch.tensor([0, 1, 0, 1], dtype=torch.int16)[:, None].expand(4, 3)
     assert step_length(optimizer, weight) == 0.2, "no factor is set"
     additions_of(optimizer).set_factors({1: 3.0})
-    assert torch.allclose(step_length(optimizer, weight)[:, 0], torch.tensor([0.2, 0.6, 0.2, 0.6]).double())
+    assert step_length(optimizer, weight) == 0.2, "and new elements take their share of it"
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------
@@ -233,6 +233,36 @@ def test_the_rate_comes_back_and_then_nothing_is_left(small_run) -> None:
         seen.append(dict(additions.factors))
     assert seen == [{1: 0.25}, {1: pytest.approx(0.625)}, {1: pytest.approx(0.9625)}, {}]
     assert not additions.numbers
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1.5])
+def test_beside_what_learns_slowly_all_else_is_pruned_as_before(small_run, factor: float) -> None:
+    """New columns lie in every row of a weight, so that they could hold all of it back."""
+    rate = (f"grow.new_lr_factor={factor}", "grow.new_lr_epochs=2", "grow.rewarm_epochs=0")
+    run = small_run("epochs=4", *GROWTHS["wider"], *rate)
+    for run.epoch in (1, 2):
+        train_epoch(run)
+        grow(run)
+    run.set_learning_rates(run.progress)
+    prune, additions = run.methods["prune"], additions_of(run.optimizer)
+    weights = [lasso.weight for lasso in prune.lassos]
+    before = [weight.detach().clone() for weight in weights]
+    prune.after_step(run)
+    paced = [weight.detach().clone() for weight in weights]
+    for weight, old in zip(weights, before, strict=True):
+        weight.data.copy_(old)
+    numbers, additions.factors = dict(additions.numbers), {}
+    prune.after_step(run)
+    mixed = 0
+    for weight, old, new in zip(weights, before, paced, strict=True):
+        added = numbers.get(weight, torch.zeros_like(weight)) == 1
+        torch.testing.assert_close(new[~added], weight.detach()[~added], rtol=1e-5, atol=1e-8)
+        share = old + factor * (weight.detach() - old)
+        share[share * old < 0] = 0.0
+        torch.testing.assert_close(new[added], share[added], rtol=1e-5, atol=1e-8)
+        assert (weight.detach() - old).abs().max() > 1e-5, "the test is about a penalty that pulls"
+        mixed += bool(added.any()) and not bool(added.all())
+    assert mixed >= 3
 
 
 def test_two_growths_have_each_their_own_rate(small_run) -> None:

@@ -29,6 +29,7 @@ from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import auto, train
 from morphtrain.trainer.auto import Choice
 from morphtrain.trainer.build import build_run
+from morphtrain.trainer.checkpoint import Checkpoint
 from morphtrain.trainer.epoch import begin_epoch, start
 from morphtrain.trainer.loop import training_batches
 
@@ -172,6 +173,51 @@ def test_a_resumed_run_keeps_it_and_a_file_knows_it(measured: list, tmp_path: Pa
     assert format_of_model(morphtrain.load(tmp_path / "parts" / "last.pt")) is torch.channels_last
     environment = json.loads((tmp_path / "parts" / "environment.json").read_text())
     assert (environment["memory_format"], environment["precision"]) == ("channels_last", "bf16")
+
+
+def test_what_config_key_chosen_says_is_taken_and_measured_all_the_same(
+    measured: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So the first of the runs that share a choice does not pay for all of them."""
+    with caplog.at_level(logging.INFO):
+        run = trained(*BOTH, "chosen={memory_format: contiguous, precision: bf16}")
+    typed = trained("precision=bf16")
+    assert run.chosen == {"memory_format": "contiguous", "precision": "bf16"}
+    assert_same(run.model.state_dict(), typed.model.state_dict())
+    assert len(measured) == 1
+    said = "memory_format=contiguous precision=bf16 instead: config key chosen says so"
+    assert caplog.messages.count(said) == 1
+    assert (run.history[-1]["precision_bits"], run.history[-1]["channels_last"]) == (16, 0)
+
+
+def test_a_resumed_run_keeps_its_choice_whatever_it_is_told(measured: list, tmp_path: Path) -> None:
+    """A run that began before another had chosen for it."""
+    stop_after(1, config_of(*BOTH), tmp_path)
+    config = config_of(*BOTH, "chosen={memory_format: contiguous, precision: o0}", "resume=auto")
+    assert Checkpoint(tmp_path / "last.pt").restore(config).chosen == {
+        "memory_format": "channels_last",
+        "precision": "bf16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ((), "chosen={'precision': 'bf16'}: must be null: no key is auto"),
+        (BOTH, "chosen={'precision': 'bf16'}: must be null, or a value of each key that is auto: {memory_format: ...,"),
+        (("memory_format=auto", "chosen=fast"), "chosen=fast: must be keys with values, as {key: value}, or null"),
+    ],
+)
+def test_a_choice_of_what_is_not_auto_is_refused(keys: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config_of("chosen={precision: bf16}", *keys)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_choice_that_the_device_does_not_have_is_named(measured: list) -> None:
+    run = build_run(config_of("precision=auto", "chosen={precision: o9}"))
+    with pytest.raises(UserError, match="precision=o9: must be one of o0, bf16"):
+        start(run)
 
 
 def test_trackers_are_told_what_ran(measured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

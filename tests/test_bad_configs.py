@@ -51,9 +51,9 @@ ACCEPTED = {
     "node": {"model.options"},
     "empty": {"tracking.parent_run_id", "tracking.uri"},
     "null": {
-        *("architecture", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
+        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
-        *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stop_epoch", "prune.strength"),
+        *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
         *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),
     },
 }

@@ -16,7 +16,7 @@ from topologies import TOPOLOGIES, Net, conv
 from torch import nn
 
 from morphtrain.cost import WidthCost
-from morphtrain.morph import ChannelGraph, Space
+from morphtrain.morph import ChannelGraph, Space, additions_of
 from morphtrain.prune.bias_folding import CONSTANTS
 from morphtrain.prune.channel_norms import ChannelNorms
 
@@ -226,3 +226,23 @@ def test_a_graph_without_members_has_nothing_to_shrink() -> None:
     assert norms.spaces == []
     assert norms.importance() == {}
     norms.shrink(norms.per_channel({}))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_row_whose_new_half_does_not_learn_takes_half_a_step(optimizer: Any) -> None:
+    """The old half is not held back, and its norm as a whole moves as far as its elements do on average."""
+    model = nn.Sequential(conv(3, 4), conv(4, 6), nn.Flatten(), nn.Linear(6 * 64, 2))
+    graph = ChannelGraph.trace(model, INPUT[:1, :, :8, :8].float())
+    norms, steps = ChannelNorms(graph, "group_lasso"), optimizer(model.parameters(), lr=0.1)
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    steps.step()
+    before = norms.step_lengths(steps)
+    weight = model[1].weight
+    numbers = torch.zeros_like(weight, dtype=torch.int16)
+    numbers[:, 2:], numbers[5] = 1, 1
+    additions_of(steps).numbers[weight] = numbers
+    additions_of(steps).set_factors({1: 0.0})
+    (start,) = (sum(norms.lengths[:n]) for n, w in enumerate(norms.weights.values()) if w.tensor is weight)
+    shares = torch.ones_like(before)
+    shares[start : start + 6] = torch.tensor([0.5] * 5 + [0.0])
+    torch.testing.assert_close(norms.step_lengths(steps), shares * before)

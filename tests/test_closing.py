@@ -5,16 +5,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL, Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 
+import morphtrain
+from morphtrain import schema
 from morphtrain.timing.summaries import NEVER
 from morphtrain.tracking import store
+from morphtrain.trainer import console
+from morphtrain.trainer.build import build_run
 from morphtrain.trainer.closing import closing_table
+from morphtrain.trainer.epoch import start
 
 INITIAL = {"params": 1000, "macs": 5000}
 
@@ -189,6 +196,35 @@ def test_the_last_line_names_what_shows_the_records(tracking: str, command: Comm
     shows = f"; to compare: python -m mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
     baseline = "prune=none gradient=none data.progressive=1 data.infobatch=0, the baseline"
     assert line == f"next:          the same command with {baseline}{shows if tracking != 'none' else ''}"
+
+
+TINY = ("data=synthetic", "data.train_samples=64", "data.val_samples=16", "data.image_size=16", "epochs=4")
+
+
+@pytest.mark.parametrize("model", ["resnet8", "vgg8", "mobilenet", "alexnet"])
+def test_a_plain_run_is_shown_the_recipe_and_it_can_be_run(model: str) -> None:
+    keys = (*TINY, f"model={model}")
+    run = build_run(morphtrain.compose(*keys))
+    found = console._counterpart(run)
+    assert found == "prune=early data.progressive=0.7 data.infobatch=0.5, the recipe"
+    run = build_run(morphtrain.compose(*keys, *found.removesuffix(", the recipe").split()))
+    start(run)
+    assert console._counterpart(run) == "prune=none data.progressive=1 data.infobatch=0, the baseline"
+
+
+def test_the_recipe_is_that_of_the_experiment() -> None:
+    arms: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "experiment" / "recipe.yaml").hydra.sweeper.arms)
+    whole = [override for part in arms["recipe"]["parts"] for override in arms[part]["overrides"]]
+    assert set(console.RECIPE) <= set(whole)
+    known = {"prune.target=0.5", "prune.by=0.25", "prune.cuts=2"}  # the default, and of a run of eight epochs
+    assert set(whole) - set(console.RECIPE) == known
+
+
+@pytest.mark.parametrize("keys", [("epochs=3",), ("model=torchvision", "model.name=resnet18")])
+def test_nothing_is_suggested_that_is_not_known_to_run(keys: tuple[str, ...]) -> None:
+    run = build_run(morphtrain.compose(*TINY, *keys))
+    assert console._next(run, "") == ""
+    assert console._next(run, "make ui") == "to compare: make ui"
 
 
 def test_make_ui_is_named_only_where_it_would_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

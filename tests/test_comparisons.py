@@ -15,10 +15,9 @@ from morphtrain.evidence.comparisons import (
     RATIO,
     compare_groups,
     compare_pairs,
-    groups_within,
     least_pairs,
-    pairs_within,
 )
+from morphtrain.evidence.margins import groups_within, pairs_within
 from morphtrain.evidence.power import pairs_needed, power_of_groups, power_of_pairs, runs_needed
 from morphtrain.evidence.variance import compare_blocks, compare_many, corrected, nothing_to_test
 

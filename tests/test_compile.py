@@ -316,9 +316,11 @@ def test_code_of_others_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         compilation.compiled(nn.Linear(2, 2), "default")
 
 
-def test_a_wrong_mode_is_named() -> None:
-    with pytest.raises(UserError, match="compile=fast: must be one of none, default, max"):
-        config_of("compile=fast")
+@pytest.mark.parametrize("mode", ["fast", "true", "false", "null", "1"])
+def test_a_wrong_mode_is_named_as_it_was_typed(mode: str) -> None:
+    message = f"^compile={mode}: must be one of none, default, max; default compiles, none does not$"
+    with pytest.raises(UserError, match=message):
+        config_of(f"compile={mode}")
 
 
 @pytest.mark.slow

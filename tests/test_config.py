@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.schema import CONF
+from morphtrain.schema.checks import check_share
 
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / group).glob("*.yaml"))]
 
@@ -188,3 +190,21 @@ def test_a_network_may_start_narrow_and_be_widened_once_early() -> None:
     assert asdict(config)["grow"]["at_epochs"] == [4], "as a checkpoint has it"
     rounds = schema.compose("grow=morphnet", "grow.round_epochs=25%", "prune=morphnet", "prune.stop_epoch=25%")
     assert asdict(rounds)["grow"]["round_epochs"] == 15
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "wanted"),
+    [
+        (0.0, {}, "above 0 and below 1, as a share of all"),
+        (1.0, {"zero": True}, "0 or more and below 1, as a share of all"),
+        (-0.1, {"zero": True, "one": True}, "0 or more and at most 1, as a share of all"),
+        (1.1, {"one": True}, "above 0 and at most 1, as a share of all"),
+        (math.nan, {"zero": True, "one": True}, "0 or more and at most 1, as a share of all"),
+    ],
+)
+def test_what_is_no_share_is_named_with_the_ends_that_are_allowed(value: float, ends: dict, wanted: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_share("data.share", value, "all", **ends)
+    assert str(refused.value) == f"data.share={value}: must be {wanted}"
+    for inside in (0.5, *[0.0] * ends.get("zero", False), *[1.0] * ends.get("one", False)):
+        check_share("data.share", inside, "all", **ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from morphtrain.compare.training import steps
 from morphtrain.cost import WidthCost
 from morphtrain.errors import UserError
 from morphtrain.morph import NORMS, ChannelGraph
+from morphtrain.prune import early
 from morphtrain.prune.early import Early
+from morphtrain.prune.early_bird import EarlyBird
 from morphtrain.prune.fading import Fading
 from morphtrain.state import Run
+from morphtrain.trainer import checkpoint
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch, training_steps
@@ -343,9 +347,51 @@ def test_killed_between_two_cuts_it_ends_the_same(moment: str, tmp_path: Path, c
     assert once["last"]["facts"]["history"][-1]["cost_share"] <= 0.5
 
 
+def test_a_choice_has_settled_once_it_is_like_the_five_before() -> None:
+    masks = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.5
+    bird, other = EarlyBird(most=0.1), masks.clone()
+    other[:4] = ~other[:4]  # a tenth of them, which is not less than a tenth
+    assert [bird.settled(masks) for _ in range(7)] == [False] * 5 + [True] * 2
+    assert not bird.settled(other)
+    assert [bird.settled(masks) for _ in range(6)] == [False] * 5 + [True], "until it is none of the last five"
+    nearer = masks.clone()
+    nearer[:3] = ~nearer[:3]
+    assert bird.settled(nearer)
+
+
+SETTLES = ("epochs=20", "prune.by=0.8", "prune.cuts=1", "prune.stable=0.1", "optimizer.lr=1e-6")
+
+
+def test_a_cut_comes_sooner_where_the_choice_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that hardly move: after six epochs five choices are alike; where each is drawn, none are."""
+
+    def drawn(graph: ChannelGraph) -> dict[Any, torch.Tensor]:
+        return {space: torch.rand(space.size).double() for space in graph.spaces}
+
+    for importance, cut in ((early.magnitude, 7), (drawn, 16)):
+        monkeypatch.setattr(early, "magnitude", importance)
+        run = advance(started(*RESNET, *SETTLES), 17)
+        assert [int(record["epoch"]) for record in run.history if record["changed"]] == [cut]
+        assert run.history[cut - 2]["cost_share"] == 1
+        assert run.history[-1]["cost_share"] <= 0.5
+
+
+@pytest.mark.parametrize("stops", [3, 6], ids=["while it compares", "once it has settled"])
+def test_a_resumed_run_settles_on_the_same_epoch(stops: int, tmp_path: Path) -> None:
+    config = morphtrain.compose(*RESNET, *SETTLES)
+    whole = advance(started(*RESNET, *SETTLES), stops)
+    checkpoint.save(whole, tmp_path, None)
+    again = checkpoint.Checkpoint(tmp_path / checkpoint.LAST).restore(config)
+    start(again)
+    advance(whole, 8 - stops)
+    advance(again, 8 - stops)
+    assert whole.history[6]["changed"] == again.history[6]["changed"] == 1
+    assert_same(again.model.state_dict(), whole.model.state_dict())
+
+
 def test_cuts_are_spread_over_the_first_epochs() -> None:
     def cuts(epochs: int, by: float, number: int) -> list[int]:
-        option = schema.prune.Early("early", 0.5, "flops", by, number, "magnitude", 8, 1, [])
+        option = schema.prune.Early("early", 0.5, "flops", by, number, None, "magnitude", 8, 1, [])
         return option.cut_epochs(epochs)
 
     assert cuts(60, 0.2, 3) == [4, 8, 12]
@@ -366,12 +412,17 @@ def test_cuts_are_spread_over_the_first_epochs() -> None:
     [
         (
             ["prune.target=50"],
-            "prune.target=50.0: must be between 0 and 1, both excluded, as a share of the first",
+            "prune.target=50.0: must be above 0 and below 1, as a share of the first",
         ),
-        (["prune.target=1"], "prune.target=1.0: must be between 0 and 1, both excluded"),
-        (["prune.by=5"], "prune.by=5.0: must be between 0 and 1, both excluded, as a share of the epochs"),
-        (["prune.by=0"], "prune.by=0.0: must be between 0 and 1, both excluded"),
+        (["prune.target=1"], "prune.target=1.0: must be above 0 and below 1"),
+        (["prune.by=5"], "prune.by=5.0: must be above 0 and below 1, as a share of the epochs"),
+        (["prune.by=0"], "prune.by=0.0: must be above 0 and below 1"),
         (["prune.cuts=0"], "prune.cuts=0: must be 1 or more"),
+        (["prune.stable=0.1"], "prune.cuts=3: must be 1 with prune.stable=0.1; or prune.stable=null"),
+        (
+            ["prune.stable=0", "prune.cuts=1"],
+            "prune.stable=0.0: must be above 0 and below 1, as a share of the channels",
+        ),
         (["prune.cost=watts"], "prune.cost=watts: must be one of flops, model_size, latency"),
         (["prune.importance=luck"], "prune.importance=luck: must be one of magnitude, gamma, taylor"),
         (["prune.round_to=0"], "prune.round_to=0: must be 1 or more channels"),
@@ -401,3 +452,27 @@ def test_what_cannot_be_done_is_said_before_the_first_epoch(overrides: list[str]
     with pytest.raises(UserError) as refused:
         started(*keys, *overrides)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("keys", [("prune.round_to=2",), ("prune.round_to=8",), ("prune.min_channels=7",)])
+def test_a_target_out_of_reach_names_the_least_that_is_not(keys: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as refused:
+        started(*RESNET, *keys, "prune.target=0.01", "epochs=2")
+    (named,) = re.findall(r"; ([\d.]+|no target) can, and smaller values of these may allow less$", str(refused.value))
+    if named == "no target":
+        assert keys == ("prune.round_to=8",), "its first stage has 8 channels"
+        return
+    least = float(named)
+    assert advance(started(*RESNET, *keys, f"prune.target={least}", "epochs=2"), 2).history[-1]["cost_share"] <= least
+    with pytest.raises(UserError, match=f"; {named} can"):
+        started(*RESNET, *keys, f"prune.target={0.98 * least}", "epochs=2")
+
+
+def test_a_choice_after_training_has_diverged_says_so() -> None:
+    run = started(*RESNET, "epochs=2", "prune.by=0.5")
+    begin_epoch(run)
+    for parameter in run.model.parameters():
+        parameter.data.fill_(math.nan)
+    lr = f"an optimizer.lr below {run.base_lrs[0]:g} may work"
+    with pytest.raises(UserError, match=rf"^prune=early: importance of '.*': not a number \(nan\): .* diverged; {lr}$"):
+        method_of(run).after_epoch(run)

@@ -160,7 +160,7 @@ CASES = {
     ),
     "ratio 1.5": (
         ["prune=prunetrain", "prune.lasso_ratio=1.5", "prune.lasso_ratio_of=loss"],
-        "prune.lasso_ratio=1.5: must be between 0 and 1, both excluded, with prune.lasso_ratio_of=loss",
+        "prune.lasso_ratio=1.5: must be above 0 and below 1, with prune.lasso_ratio_of=loss",
     ),
     "no ratio": (
         ["prune=prunetrain", "prune.lasso_ratio=0"],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,7 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Co
     [
         (("size=thesis",), "size=thesis: must be one of small"),
         (("resume=auto",), "resume=auto: an experiment sets resume by itself"),
+        (("chosen={precision:bf16}",), "chosen={precision:bf16}: an experiment sets chosen by itself"),
         (("prune=none",), "prune=none: arm pruned of the experiment has a value of its own"),
         (("epochs=1,2",), "epochs=1,2: an experiment has its arms in its file"),
         (("seed=x",), "seed=x: must be 0 to 4294967295"),
@@ -302,10 +304,12 @@ def test_a_run_counts_as_contended_unless_the_machine_was_measured_again() -> No
 class Jobs:
     """A launcher whose jobs leave records at once; `plan` says how the next runs of an arm end."""
 
-    def __init__(self, plan: dict[str, list[Any]]) -> None:
-        self.plan, self.started = plan, []  # type: ignore[var-annotated]
+    def __init__(self, plan: dict[str, list[Any]], chooses: bool = False) -> None:
+        self.plan, self.started, self.chooses = plan, [], chooses  # type: ignore[var-annotated]
+        self.launches: list[int] = []  # how many jobs at once
 
     def launch(self, jobs: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        self.launches.append(len(jobs))
         return [self._run(dict(job.split("=", 1) for job in jobs)) for jobs in jobs]
 
     def _run(self, job: dict[str, str]) -> JobReturn:
@@ -314,6 +318,9 @@ class Jobs:
         arm = directory.name
         self.started.append((subdir, job, (directory / DISTURBED).exists()))
         directory.mkdir(parents=True, exist_ok=True)
+        if self.chooses:
+            chosen = job["chosen"].strip("{}") if "chosen" in job else f"precision:its_own_{len(self.started)}"
+            (directory / "environment.json").write_text(json.dumps(dict([chosen.split(":")])))
         how = self.plan.get(arm, []).pop(0) if self.plan.get(arm) else "well"
         values = record(epoch_seconds=1.0, train_seconds=7.0, params=5.0, contended=float(how == "contended"))
         (directory / "records.jsonl").write_text(json.dumps(values) + "\n")
@@ -324,7 +331,11 @@ class Jobs:
 
 
 def swept(
-    directory: Path, plan: dict[str, list[Any]], at_once: bool = False, seeds: tuple[int, ...] = (1,)
+    directory: Path,
+    plan: dict[str, list[Any]],
+    at_once: bool = False,
+    seeds: tuple[int, ...] = (1,),
+    declared: Experiment | None = None,
 ) -> tuple[Jobs, dict[Run, str], list[Run]]:
     """Run an experiment with such jobs: the launcher, what failed, and all runs."""
     sweeper = ArmsSweeper({"attempts": 3})
@@ -332,9 +343,9 @@ def swept(
     logging = OmegaConf.create({"version": 1, "root": None})  # leaves pytest's as it is
     sweeper.config = SimpleNamespace(hydra=SimpleNamespace(hydra_logging=logging, verbose=False))
     sweeper.hydra_context = SimpleNamespace(execution_whitelist=None)
-    jobs = Jobs(plan)
+    declared = declared or experiment(ARMS, seeds)
+    jobs = Jobs(plan, chooses="precision=auto" in declared.overrides)
     sweeper.launcher = jobs
-    declared = experiment(ARMS, seeds)
     runs = planned(declared, directory)
     failures = sweeper.run_all(declared, runs, declaration.Typed((), (), None), None)
     return jobs, failures, runs
@@ -412,6 +423,58 @@ def test_a_disturbed_run_that_nobody_looked_at_is_spoilt(tmp_path: Path) -> None
     ArmsSweeper({})._spoil_unjudged(runs)
     assert [run.ended for run in runs[:2]] == [True, False]
     assert [run.spoilt for run in runs[:2]] == [False, True]
+
+
+NETWORKS = {
+    "a": Arm(role="dense"),
+    "sooner": Arm(("epochs=2",), "sooner"),
+    "narrow": Arm(("model.width=4",), "narrower"),
+    "method": Arm(("prune=early", "data.progressive=0.5")),
+    "again": Arm(role="from_scratch", of="method"),
+}
+
+
+def choosing(seeds: tuple[int, ...] = (1, 2, 3)) -> Experiment:
+    return replace(experiment(NETWORKS, seeds), overrides=("data=digits", "precision=auto"))
+
+
+def choices(directory: Path) -> dict[str, str]:
+    """What stands for `auto` in each run."""
+    paths = directory.glob("*/*/environment.json")
+    return {f"{path.parts[-3]}/{path.parts[-2]}": json.loads(path.read_text())["precision"] for path in paths}
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one at a time", "a seed at once"])
+def test_the_first_run_of_a_network_chooses_for_all_of_it(at_once: bool, tmp_path: Path) -> None:
+    """Where each would choose something else: the dense network is compared with itself in one format, in all seeds."""
+    jobs, failures, _ = swept(tmp_path, {}, at_once, declared=choosing())
+    assert failures == {}
+    found = choices(tmp_path)
+    assert len(found) == 15
+    of_arms = {arm: {found[f"{seed}/{arm}"] for seed in (1, 2, 3)} for arm in NETWORKS}
+    assert all(len(of_arm) == 1 for of_arm in of_arms.values())
+    assert of_arms["a"] == of_arms["sooner"] == of_arms["method"]
+    assert len({next(iter(of_arm)) for of_arm in of_arms.values()}) == 3, "other networks choose for themselves"
+    assert {subdir[0] for subdir, job, _ in jobs.started if "chosen" not in job} == {"1"}
+    if at_once:
+        assert len(jobs.launches) < 15
+        assert jobs.launches[-4:] == [4, 1, 4, 1], "nobody waits once all have chosen"
+
+
+def test_a_run_that_fails_does_not_choose(tmp_path: Path) -> None:
+    swept(tmp_path, {arm: [UserError("diverged")] for arm in ("a", "sooner")}, declared=choosing())
+    found = choices(tmp_path)
+    ended = {run: choice for run, choice in found.items() if (tmp_path / run / "run.png").exists()}
+    assert {"1/method", "2/a", "3/sooner"} <= ended.keys()
+    assert len({choice for run, choice in ended.items() if run.endswith(("/a", "/sooner", "/method"))}) == 1
+
+
+def test_a_damaged_choice_is_named_and_becomes_no_part_of_a_command(tmp_path: Path) -> None:
+    swept(tmp_path, {}, declared=choosing(seeds=(1,)))
+    for path in tmp_path.glob("1/*/environment.json"):
+        path.write_text(json.dumps({"precision": "o0},objective:[params"}))
+    with pytest.raises(UserError, match=r"environment\.json: damaged, precision is the name of no option"):
+        swept(tmp_path, {}, declared=choosing(seeds=(1, 2)))
 
 
 def test_two_commands_do_not_run_one_experiment_at_once(own: Path, command: Command) -> None:

@@ -18,6 +18,7 @@ from test_settling import epoch, run_of
 from torch import nn
 from torch.nn import functional as F
 
+import morphtrain
 from morphtrain.compare.training import steps
 from morphtrain.contracts import Batch, Loss, SelectableData
 from morphtrain.data import ImageData, Images, image_folder
@@ -27,7 +28,7 @@ from morphtrain.method import Method
 from morphtrain.prune import morphnet, prunetrain
 from morphtrain.schema.data import Curriculum
 from morphtrain.state import Run
-from morphtrain.trainer import begin_epoch, train_epoch
+from morphtrain.trainer import begin_epoch, build_run, checkpoint, start, train_epoch
 from morphtrain.trainer.loop import backward, training_batches
 
 CPU = torch.device("cpu")
@@ -257,6 +258,40 @@ def test_the_gradient_is_that_of_the_weighted_losses_in_any_number_of_passes() -
     assert run.step_weight == len(run.data.train) / len(run.infobatch.rows) > 1.05
 
 
+class Looks(Method):
+    """Notes how many images an epoch is said to train on, and for how many each stands: before it, and in its steps."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, tuple[int, float]] = {}
+        self.trained: dict[int, tuple[int, float]] = {}
+
+    def before_epoch(self, run: Run) -> None:
+        self.before[run.epoch] = run.epoch_images, run.step_weight
+
+    def after_step(self, run: Run) -> None:
+        self.trained[run.epoch] = run.epoch_images, run.step_weight
+
+
+def test_a_resumed_run_is_told_the_same_of_the_epoch_to_come(tmp_path: Path) -> None:
+    """Nothing is chosen for it yet; what was chosen for the last one is over."""
+    config = morphtrain.compose(*THINNED, "methods=[{_target_: test_infobatch.Looks}]")
+    whole = build_run(config)
+    start(whole)
+    for _ in range(2):
+        epoch(whole)
+    checkpoint.save(whole, tmp_path, None)
+    resumed = checkpoint.Checkpoint(tmp_path / checkpoint.LAST).restore(config)
+    start(resumed)
+    for run in (whole, resumed):
+        epoch(run)
+    kept, again = (run.methods["methods.0"] for run in (whole, resumed))
+    assert isinstance(kept, Looks)
+    assert isinstance(again, Looks)
+    assert kept.trained[2][0] < 200, "the test is about epochs that leave some out"
+    assert kept.before[3] == again.before[3] == (200, 1.0)
+    assert kept.trained[3] == again.trained[3] == (whole.epoch_images, 200 / whole.epoch_images)
+
+
 def test_the_steps_of_a_comparison_are_whole_batches() -> None:
     run, _, watch = watched()
     taken = sum(1 for _ in steps(run))
@@ -423,7 +458,7 @@ REFUSED = {
     "share": ((*PLAIN, "data.infobatch=1"), "data.infobatch=1.0: must be 0 or more and below 1"),
     "until": (
         (*PLAIN, "data.infobatch_until=0"),
-        "data.infobatch_until=0.0: must be a share of the epochs, above 0 and below 1",
+        "data.infobatch_until=0.0: must be above 0 and below 1, as a share of the epochs",
     ),
     "epochs": (
         (*THINNED, "epochs=2"),

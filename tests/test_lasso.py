@@ -151,3 +151,22 @@ def test_a_group_loses_the_harmonic_mean_of_what_its_elements_would() -> None:
     shrink([GroupLasso(alike, 1.0, 0.5)], torch.full_like(alike, 0.2))
     shrink([GroupLasso(plain, 1.0, 0.5)], 0.2)
     torch.testing.assert_close(alike, plain)
+
+
+def test_an_element_loses_its_share_of_what_its_groups_do_and_slows_down_no_other() -> None:
+    """A small step is one of gradient descent with a learning rate for each element; the gradient is autograd's."""
+    weight, pace = torch.randn(5, 4, 2, 2).double(), 3 * torch.rand(5, 4, 2, 2).double()
+    pace[:, 1], pace[2, 0] = 0.0, 1e-9  # a new column that does not learn at all, and hardly
+    lasso, amount = GroupLasso(weight.clone().requires_grad_(), 1.0, 0.5), 1e-6
+    naive_penalty(lasso).backward()
+    shrunk = weight.clone()
+    shrink([GroupLasso(shrunk, 1.0, 0.5)], amount, pace)
+    torch.testing.assert_close(shrunk - weight, -amount * pace * lasso.weight.grad, rtol=1e-4, atol=1e-15)
+    assert torch.equal(shrunk[:, 1], weight[:, 1])
+
+
+def test_no_element_passes_zero_and_a_slow_one_gets_there_later() -> None:
+    weight = torch.full((2, 3), 0.1)
+    pace = torch.tensor([[1.0, 5.0, 0.25], [1.0, 5.0, 0.25]])
+    shrink([GroupLasso(weight, 1.0, 0.0)], 1.0, pace)
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0.0, 0.075]] * 2))

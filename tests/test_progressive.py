@@ -122,6 +122,30 @@ def test_what_is_pruned_and_grown_meanwhile_is_traced_at_full_size() -> None:
     assert [(s.name, s.size) for s in run.graph.spaces] == [(s.name, s.size) for s in fresh.spaces]
 
 
+@pytest.mark.parametrize(("grown_at", "side"), [(2, 8), (3, 16)])
+@pytest.mark.parametrize("grow", ["grow.operator=layer", "grow.start=half_half"])
+def test_what_is_inserted_changes_nothing_for_the_images_that_it_is_trained_on(
+    grow: str, grown_at: int, side: int
+) -> None:
+    """The statistics of a new norm are those of the next epoch's size; on one and the same batch nothing changes."""
+    deeper = ("grow=deeper", f"grow.at_epochs=[{grown_at}]", "grow.calibration_batches=1", grow)
+    run = run_of(*TINY, "data.progressive=0.5", *deeper)
+    for _ in range(grown_at - 1):
+        epoch(run)
+    begin_epoch(run)
+    train_epoch(run)
+    images, _ = next(run.data.train_batches(run.batch_size, run.generator(run.epoch)))
+    outputs = {}
+    for size in (8, 16):
+        seen = resized(images, (size, size)) if size < 16 else images
+        outputs[size] = seen, copy.deepcopy(run.model).train()(seen)
+    run.methods["grow"].after_epoch(run)
+    assert run.change.startswith("inserted")
+    off = {size: (run.model(seen) - before).abs().max().item() for size, (seen, before) in outputs.items()}
+    assert off.pop(side) < 1e-4
+    assert min(off.values()) > 1e-3, "for images of the other size it does"
+
+
 def test_a_memory_budget_is_planned_for_full_images() -> None:
     plan = ("batch_policy=fill_memory", "batch_policy.budget=3MB", "batch_policy.overhead=0", "data.image_size=32")
     full, small = (run_of(*TINY, *plan, f"data.progressive={scale}") for scale in (1, 0.5))
@@ -186,7 +210,10 @@ REFUSED = {
     "no epoch": (["epochs=1", "data.progressive=0.5"], "data.progressive_until=0.75: no epoch has smaller images with"),
     "zero": (["data.progressive=0"], "data.progressive=0.0: must be above 0 and at most 1"),
     "larger": (["data.progressive=1.5"], "data.progressive=1.5: must be above 0 and at most 1"),
-    "all epochs": (["data.progressive_until=1"], "data.progressive_until=1.0: must be a share of the epochs, above 0"),
+    "all epochs": (
+        ["data.progressive_until=1"],
+        "data.progressive_until=1.0: must be above 0 and below 1, as a share of the epochs",
+    ),
 }
 
 

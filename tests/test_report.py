@@ -505,6 +505,21 @@ def test_too_few_pairs_for_significance_have_no_p(tmp_path: Path) -> None:
     assert "With fewer than 6 pairs significance is out of reach" in found.section("ratio_question")
 
 
+def test_runs_of_an_arm_that_chose_different_formats_are_flagged(tmp_path: Path) -> None:
+    def formats(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        chosen = {"precision_bits": 32 if (arm, seed) == ("poor", 3) else 16, "channels_last": float(arm != "good")}
+        return {**metrics(arm, seed, epoch), **chosen}
+
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), formats, EPOCHS)
+    found = f"poor: {len(SEEDS) - 1} runs in 16 bits channels_last and 1 run in 32 bits channels_last"
+    note = f"Mixed formats: auto chose differently in the runs of one arm ({found})."
+    (said,) = (note for note in read(directory, tmp_path).notes if "formats" in note)
+    assert said == f"{note} In other formats than dense, as auto chose: good in 16 bits contiguous."
+    cut(directory, 3, "poor", 1)
+    (note,) = (note for note in read(directory, tmp_path).notes if "formats" in note)
+    assert note == "In other formats than dense, as auto chose: good in 16 bits contiguous.", "which it may"
+
+
 def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) -> None:
     def disturbed(arm: str, seed: int, epoch: int) -> dict[str, float]:
         """Seed 7's runs were measured once."""

@@ -265,6 +265,18 @@ def test_disturbed_times_are_said_not_to_compare(
     assert not said or said in notes[0]
 
 
+def test_runs_of_a_group_in_different_formats_are_said_to_be(
+    stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(1, 5):
+        stored(f"dense{seed}", dense(seed), 0.5 + seed / 100, precision_bits=32.0 if seed == 2 else 16.0)
+        stored(f"pruned{seed}", pruned(seed), 0.6 + seed / 100)
+    assert main(["test", str(tmp_path), "--by", "prune", "--paired", "seed"]) == 0
+    said = "note: auto chose differently in the runs of one group, none: 3 runs in 16 bits and 1 run in 32 bits\n"
+    shown = capsys.readouterr().out
+    assert (shown.count("note:"), shown.count(said)) == (1, 1)
+
+
 def test_help_imports_nothing_slow() -> None:
     script = "import sys, morphtrain.evidence.__main__ as m\ntry: m.main(['test', '--help'])\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'pandas', 'numpy', 'scipy', 'statsmodels', 'mlflow'} & set(sys.modules)))"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphtrain.errors import UserError
-from morphtrain.evidence import samples, words
+from morphtrain.evidence import formats, samples, words
 from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES
 from morphtrain.flags import Parser
 
@@ -115,6 +115,8 @@ def _test(given: argparse.Namespace) -> None:
     table = _in_declared_order(_finished(given))
     scale = values.scale(given.metric)
     _say_disturbed(table, given.metric)
+    for group in formats.mixed(table, given.by) if given.by in table else ():
+        print(f"note: auto chose differently in the runs of one group, {group}")
     groups: Any = samples.by_group(table, given.by, given.metric)
     compare: tuple[Any, Any] = comparisons.compare_groups, variance.compare_many
     if given.paired is not None:
@@ -148,9 +150,9 @@ def _say_disturbed(table: pd.DataFrame, metric: str) -> None:
 
 
 def _print_margin(groups: Mapping[str, Any], scale: str, given: argparse.Namespace) -> None:
-    from morphtrain.evidence import comparisons
+    from morphtrain.evidence import comparisons, margins
 
-    within: Any = comparisons.groups_within if given.paired is None else comparisons.pairs_within
+    within: Any = margins.groups_within if given.paired is None else margins.pairs_within
     worse = "below" if words.better(given.metric) == words.MORE else "above"
     first, *others = groups
     for other in others:

@@ -59,8 +59,8 @@ class Comparison:
 
         None for fewer than three values, or if they are too much alike.
         """
-        found = _bca(self.samples, self.confidence) if _has_interval(self.samples) else None
-        return None if found is None else (_unscaled(found[0], self.scale), _unscaled(found[1], self.scale))
+        found = _bca(self.samples, self.confidence) if has_interval(self.samples) else None
+        return None if found is None else (unscaled(found[0], self.scale), unscaled(found[1], self.scale))
 
     @property
     def out_of_reach(self) -> bool:
@@ -93,46 +93,6 @@ class Comparison:
         return f"{self.test} p = {self.p:.2g}{rank}{family}"
 
 
-@dataclass(frozen=True)
-class WithinMargin:
-    """Whether an effect lies within a margin that was stated before, from `lowest` to `highest` on its scale.
-
-    A bound that does not matter is infinite (on a ratio's lower side 0): then it is a test of non-inferiority,
-    otherwise of equivalence (two one-sided tests, Schuirmann 1987). Either is shown if p < 0.05, which is if the
-    interval of 90 % lies within the bounds. What is not shown is not refuted.
-    """
-
-    names: tuple[str, str]
-    scale: str
-    effect: float
-    low: float
-    high: float
-    lowest: float
-    highest: float
-    n: tuple[int, ...]
-    p: float
-    level: float
-
-    @property
-    def shown(self) -> bool:
-        """Whether the effect is shown to lie within the margin."""
-        return self.p < self.level
-
-    def __str__(self) -> str:
-        what = " / " if self.scale == RATIO else " - "
-        one_sided = math.isinf(self.highest) or math.isinf(self.lowest) or self.lowest == 0
-        claim = f"{'is' if self.shown else 'is not shown to be'} {'no worse' if one_sided else 'equivalent'}"
-        bounds = f"within {self.lowest:.4g} to {self.highest:.4g}"
-        if one_sided:
-            has_floor = math.isinf(self.highest)
-            bounds = f"(not {'below' if has_floor else 'above'} {self.lowest if has_floor else self.highest:.4g})"
-        return (
-            f"{what.join(self.names)}: {claim} {bounds}: {self.effect:.4g} "
-            f"[{self.low:.4g}, {self.high:.4g}] ({1 - 2 * self.level:.0%}; n = {' and '.join(map(str, self.n))}), "
-            f"p = {self.p:.2g}"
-        )
-
-
 def least_pairs(confidence: float = 0.95) -> int:
     """The fewest pairs with which a rank test can be significant: all of one sign has p = 2 / 2^n. Six at 95 %."""
     return math.floor(1 - math.log2(1 - confidence)) + 1
@@ -154,12 +114,12 @@ def compare_pairs(
     Raises:
         ValueError: without a pair, for numbers that are not finite, or on a ratio's scale not above 0.
     """
-    differences = _paired(ours, theirs, scale)
+    differences = paired(ours, theirs, scale)
     n = len(differences)
     from scipy import stats
 
     p = rank_p = None
-    if _has_interval((differences,)) and _scatters((differences,)):
+    if has_interval((differences,)) and scatters((differences,)):
         p = float(stats.ttest_1samp(differences, 0).pvalue)
         rank_p = float(stats.wilcoxon(differences).pvalue) if n >= least_pairs(confidence) else None
     return _comparison((differences,), scale, names, confidence, p, rank_p)
@@ -182,46 +142,9 @@ def compare_groups(
     from scipy import stats
 
     p = None
-    if _has_interval(samples) and _scatters(samples):
+    if has_interval(samples) and scatters(samples):
         p = float(stats.ttest_ind(*samples, equal_var=False).pvalue)
     return _comparison(samples, scale, names, confidence, p, None)
-
-
-def pairs_within(
-    ours: Mapping[Any, float],
-    theirs: Mapping[Any, float],
-    scale: str,
-    *,
-    below: float | None = None,
-    above: float | None = None,
-    names: tuple[str, str],
-    level: float = 0.05,
-) -> WithinMargin:
-    """Test whether paired values differ by less than a margin.
-
-    Args:
-        below, above: how far ours may be below and above theirs: a difference, or on a ratio's scale 0.1 for 1 / 1.1
-            and 1.1; None: any distance. Both are a test of equivalence, one alone of non-inferiority.
-        level: of the test.
-
-    Raises:
-        ValueError: as `compare_pairs`, without a margin above 0, or for fewer than three pairs or pairs all alike.
-    """
-    return _within((_paired(ours, theirs, scale),), scale, below, above, names, level)
-
-
-def groups_within(
-    ours: Sequence[float],
-    theirs: Sequence[float],
-    scale: str,
-    *,
-    below: float | None = None,
-    above: float | None = None,
-    names: tuple[str, str],
-    level: float = 0.05,
-) -> WithinMargin:
-    """The same as `pairs_within` for independent groups, by Welch's test."""
-    return _within((scaled(ours, scale), scaled(theirs, scale)), scale, below, above, names, level)
 
 
 def are_equal(ours: Any, theirs: Any) -> bool:
@@ -240,58 +163,30 @@ def _comparison(
     rank_p: float | None,
 ) -> Comparison:
     """`samples`: the differences of pairs, or both groups; logarithms on a ratio's scale."""
-    low, high = _t_interval(samples, confidence) if _has_interval(samples) else (None, None)
-    effect, low, high = (None if value is None else _unscaled(value, scale) for value in (_effect(*samples), low, high))
+    low, high = t_interval(samples, confidence) if has_interval(samples) else (None, None)
+    effect, low, high = (
+        None if value is None else unscaled(value, scale) for value in (effect_of(*samples), low, high)
+    )
     assert effect is not None
     test = ("paired t test" if len(samples) == 1 else "Welch's t test") + (" of logs" if scale == RATIO else "")
     n = tuple(map(len, samples))
     return Comparison(names, scale, effect, low, high, n, p, rank_p, test, confidence, samples)
 
 
-def _within(
-    samples: tuple[Any, ...],
-    scale: str,
-    below: float | None,
-    above: float | None,
-    names: tuple[str, str],
-    level: float,
-) -> WithinMargin:
-    margins = [margin for margin in (below, above) if margin is not None]
-    if not margins or not all(margin > 0 for margin in margins):
-        raise ValueError(f"below={below}, above={above}: one or both must be given, above 0")
-    if not _has_interval(samples) or not _scatters(samples):
-        raise ValueError(f"n={[*map(len, samples)]}: a margin needs three values or more that are not all alike")
-    reach = math.log1p if scale == RATIO else float
-    lowest, highest = -math.inf if below is None else -reach(below), math.inf if above is None else reach(above)
-    from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
-
-    sides = [(end, side) for end, side in ((lowest, "larger"), (highest, "smaller")) if math.isfinite(end)]
-    if len(samples) == 1:
-        tests = [DescrStatsW(samples[0]).ttest_mean(end, side) for end, side in sides]
-    else:
-        means = CompareMeans(*map(DescrStatsW, samples))
-        tests = [means.ttest_ind(side, "unequal", end) for end, side in sides]
-    p = max(float(test[1]) for test in tests)
-    low, high = _t_interval(samples, 1 - 2 * level)
-    effect, low, high, lowest, highest = (
-        _unscaled(end, scale) for end in (_effect(*samples), low, high, lowest, highest)
-    )
-    return WithinMargin(names, scale, effect, low, high, lowest, highest, tuple(map(len, samples)), p, level)
-
-
-def _effect(*samples: Any, axis: int = -1) -> Any:
+def effect_of(*samples: Any, axis: int = -1) -> Any:
     """The mean of differences, or the difference of two means."""
     means = [sample.mean(axis=axis) for sample in samples]
     return means[0] if len(means) == 1 else means[0] - means[1]
 
 
-def _t_interval(samples: tuple[Any, ...], confidence: float) -> tuple[float, float]:
+def t_interval(samples: tuple[Any, ...], confidence: float) -> tuple[float, float]:
+    """The interval of the effect of these samples, by Student's or Welch's t."""
     if len(samples) == 1:
         found = estimate(samples[0].tolist(), confidence)
         assert found.low is not None and found.high is not None
         return found.low, found.high
-    if not _scatters(samples):
-        return float(_effect(*samples)), float(_effect(*samples))
+    if not scatters(samples):
+        return float(effect_of(*samples)), float(effect_of(*samples))
     from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
     low, high = CompareMeans(*map(DescrStatsW, samples)).tconfint_diff(1 - confidence, usevar="unequal")
@@ -304,13 +199,13 @@ def _bca(samples: tuple[Any, ...], confidence: float) -> tuple[float, float] | N
     import numpy as np
     from scipy import stats
 
-    if not _scatters(samples):
+    if not scatters(samples):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the ends are NaN then
         found = stats.bootstrap(
             samples,
-            _effect,
+            effect_of,
             vectorized=True,
             n_resamples=RESAMPLES,
             confidence_level=confidence,
@@ -320,16 +215,18 @@ def _bca(samples: tuple[Any, ...], confidence: float) -> tuple[float, float] | N
     return None if np.isnan(found).any() else (float(found.low), float(found.high))
 
 
-def _scatters(samples: tuple[Any, ...]) -> bool:
+def scatters(samples: tuple[Any, ...]) -> bool:
     """Whether a group's values differ by more than rounding errors."""
     return any(sample.max() - sample.min() > ROUNDING * abs(sample).max() for sample in samples)
 
 
-def _has_interval(samples: tuple[Any, ...]) -> bool:
+def has_interval(samples: tuple[Any, ...]) -> bool:
+    """Whether every group has enough values for an interval."""
     return all(len(sample) >= LEAST_FOR_INTERVAL for sample in samples)
 
 
-def _paired(ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], scale: str) -> Any:
+def paired(ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], scale: str) -> Any:
+    """Ours less theirs, of what both have; of logarithms on a ratio's scale."""
     keys = [key for key in ours if key in theirs]
     return scaled([ours[key] for key in keys], scale) - scaled([theirs[key] for key in keys], scale)
 
@@ -348,5 +245,6 @@ def scaled(values: Sequence[float], scale: str) -> Any:
     return np.log(array) if scale == RATIO else array
 
 
-def _unscaled(value: float, scale: str) -> float:
+def unscaled(value: float, scale: str) -> float:
+    """A number as it is shown, from one of `scaled` values."""
     return math.exp(value) if scale == RATIO else float(value)

@@ -63,11 +63,16 @@ def progress(directory: Path, experiment: Experiment, table: pd.DataFrame) -> li
             done = (0, False, 0, False)
             if row is not None:
                 done = int(row.epoch), bool(row.finished), int(row.contended_epochs), bool(row.calibrated)
-            found.append(Progress(arm, seed, *done, (run / DISTURBED).exists(), _machines(run / ENVIRONMENT)))
+            found.append(Progress(arm, seed, *done, (run / DISTURBED).exists(), machines(run / ENVIRONMENT)))
     return found
 
 
-def _machines(path: Path) -> tuple[dict[str, str], ...]:
+def machines(path: Path) -> tuple[dict[str, str], ...]:
+    """The machines that a run was on, as its environment.json says; none without that file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     if not path.exists():
         return ()
     try:

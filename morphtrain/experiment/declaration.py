@@ -17,7 +17,7 @@ from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.schema.experiment import ArmKeys, ExperimentKeys, SizeKeys
 
 ASIDE = ("experiment", "size", "launcher", "tracking", "data.root", "data.download")  # change nothing that is computed
-OWN = ("resume", "trial", "architecture")  # keys that an experiment sets by itself
+OWN = ("resume", "trial", "architecture", "chosen")  # keys that an experiment sets by itself
 SHAPING = (
     "prune",
     "grow",
@@ -64,7 +64,7 @@ def typed(arguments: Sequence[str]) -> Typed:
                 f"{argument}: an experiment has its arms in its file, and one value here; seed takes several"
             )
         else:
-            (aside if _is_of(key, ASIDE) else overrides).append(argument)
+            (aside if is_of(key, ASIDE) else overrides).append(argument)
     return Typed(tuple(overrides), tuple(aside), seeds)
 
 
@@ -178,7 +178,7 @@ def _overrides(
 ) -> tuple[str, ...]:
     """An arm's overrides, with those of the arm that shaped its network, and with shares worked out."""
     shaped_by = arms[arm.of].overrides if arm.of is not None and arm.of in arms else []
-    overrides = merged([other for other in shaped_by if not _is_of(key_of(other), SHAPING)], arm.overrides)
+    overrides = merged([other for other in shaped_by if not is_of(key_of(other), SHAPING)], arm.overrides)
     plain = tuple(overrides)
     overrides += shared(arm.epochs, arm.width, lambda: whole(plain))
     return tuple(overrides)
@@ -204,7 +204,8 @@ def _naming(arm: str) -> Iterator[None]:
         raise UserError(f"arm {arm}: {error}") from error
 
 
-def _is_of(key: str, keys: Sequence[str]) -> bool:
+def is_of(key: str, keys: Sequence[str]) -> bool:
+    """Whether it is one of the keys, or below one."""
     return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 

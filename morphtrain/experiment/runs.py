@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from morphtrain.errors import UserError
 from morphtrain.evidence import records
 from morphtrain.evidence.calibration import is_calibrated
 from morphtrain.evidence.experiment import Experiment
-from morphtrain.evidence.progress import DISTURBED
+from morphtrain.evidence.progress import DISTURBED, ENVIRONMENT, machines
+from morphtrain.schema.config import CHOSEN
 
 Record = Mapping[str, float]
 
@@ -51,6 +53,15 @@ class Run:
     def history(self) -> list[dict[str, float]]:
         """The records of its epochs."""
         return records.read_records(self.directory)
+
+    def chosen(self) -> dict[str, str]:
+        """What stood for `auto` in it, by config key; raises `UserError` for a damaged file."""
+        path = self.directory / ENVIRONMENT
+        found = {key: part[key] for part in machines(path)[-1:] for key in CHOSEN if key in part}
+        for key, value in found.items():
+            if not value.isidentifier():  # it becomes part of the next run's command line
+                raise UserError(f"{path}: damaged, {key} is the name of no option")
+        return found
 
     def warnings(self) -> list[str]:
         """What its log warns of, each kind once: of lines that differ only in numbers, the first."""

@@ -25,6 +25,7 @@ from morphtrain.experiment import runs as run_states
 from morphtrain.experiment.answer import show_answer
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
+from morphtrain.experiment.formats import Choices
 from morphtrain.experiment.runs import Run, contended, planned, ready, why_not_calibrated
 from morphtrain.files import named_lock, write_atomically
 from morphtrain.tracking import begin_sweep, end_sweep, mark_disturbed, prepare
@@ -154,13 +155,15 @@ class ArmsSweeper:
         """Run what has not ended; the runs that cannot, with the reason."""
         failures: dict[Run, str] = {}
         clock = Clock(sum(not run.ended for run in found), len(found))
+        choices = Choices(experiment, found)
         for seed in experiment.seeds:
             left = [run for run in found if run.seed == seed and not run.ended]
             tries: Counter[Run] = Counter()
-            while starting := ready(left):
+            while starting := choices.in_turn(ready(left)):
                 interrupts.check()
                 starting = starting[:1] if self.one_at_a_time else starting
-                for run, why in self._launched(experiment, starting, given, parent).items():
+                own = {run: choices.override(run) for run in starting}
+                for run, why in self._launched(experiment, own, given, parent).items():
                     tries[run] += 1
                     again = isinstance(why, str) and tries[run] < int(self.keys["attempts"])
                     clock.show(run, experiment.response, why, again)
@@ -175,17 +178,20 @@ class ArmsSweeper:
         return failures
 
     def _launched(
-        self, experiment: Experiment, starting: Sequence[Run], given: Typed, parent: str | None
+        self, experiment: Experiment, starting: Mapping[Run, Sequence[str]], given: Typed, parent: str | None
     ) -> dict[Run, str | UserError | None]:
-        """Run some; for each None if it has ended, else what went wrong: a user's mistake as itself, else a text."""
+        """Run some, with overrides of their own.
+
+        For each None if it has ended, else what went wrong: a user's mistake as itself, else a text.
+        """
         for run in starting:
             if run.spoilt:
                 shutil.rmtree(run.directory)
-        jobs = [self._job(experiment, run, given, parent) for run in starting]
+        jobs = [self._job(experiment, run, own, given, parent) for run, own in starting.items()]
         hydra = self.config.hydra
         try:
             with _silence():
-                returned = self.launcher.launch(jobs, initial_job_idx=starting[0].number)
+                returned = self.launcher.launch(jobs, initial_job_idx=next(iter(starting)).number)
         finally:  # or what is logged later goes to what was printed to meanwhile
             configure_log(hydra.hydra_logging, hydra.verbose, self.hydra_context.execution_whitelist)
         return {run: self._outcome(run, result) for run, result in zip(starting, returned, strict=True)}
@@ -217,9 +223,9 @@ class ArmsSweeper:
             if run.ended:
                 self._disturbed(run)
 
-    def _job(self, experiment: Experiment, run: Run, given: Typed, parent: str | None) -> list[str]:
+    def _job(self, experiment: Experiment, run: Run, own: Sequence[str], given: Typed, parent: str | None) -> list[str]:
         """The overrides of a run."""
-        more = [f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir={_quoted(self.directory)}"]
+        more = [*own, f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir={_quoted(self.directory)}"]
         more += [f"hydra.sweep.subdir={run.seed}/{run.arm}"]
         if parent is not None:
             more.append(f"tracking.parent_run_id={parent}")

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from morphtrain.morph import NORMS, ChannelGraph, Slot, Space, exact
+from morphtrain.morph import NORMS, ChannelGraph, Slot, Space, additions_of, exact
 from morphtrain.prune.step_length import step_length
 from morphtrain.prune.weights import Normed, is_trained, weight_of
 
@@ -45,12 +45,11 @@ class Weight:
             return tensor.abs()
         return torch.linalg.vector_norm(tensor.transpose(0, self.dim).flatten(1), dim=1)
 
-    def mean_length(self, length: Any) -> torch.Tensor:
-        """(N,): the harmonic mean, over an entry, of what `step_length` returns for this parameter."""
-        dtype = torch.promote_types(self.tensor.dtype, torch.float32)
-        per_length = torch.as_tensor(length, dtype=dtype, device=self.tensor.device).reciprocal()
-        rows = per_length.expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
-        return rows.mean(1).reciprocal()
+    def means(self, values: Any) -> torch.Tensor:
+        """(N,): the means, over the entries, of numbers for the elements of this parameter, or of one for all."""
+        values = exact(torch.as_tensor(values, device=self.tensor.device))
+        rows = values.expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
+        return rows.mean(1)
 
     def scale(self, factors: torch.Tensor) -> None:
         """Multiply the entries by `factors` (N,)."""
@@ -141,7 +140,7 @@ class ChannelNorms:
 
     def step_lengths(self, optimizer: Optimizer) -> torch.Tensor:
         """(E + 1,): how far the optimizer's step goes for every entry, and 1 at the end; see `step_length`."""
-        parts = [weight.mean_length(step_length(optimizer, weight.tensor)) for weight in self.weights.values()]
+        parts = [_lengths(weight, optimizer) for weight in self.weights.values()]
         return torch.cat([*parts, self.like.new_ones(1)])
 
     def per_length(self, optimizer: Optimizer) -> torch.Tensor:
@@ -174,6 +173,14 @@ class ChannelNorms:
     def _magnitudes(self) -> torch.Tensor:
         """(E + 1,): of every entry, and a zero at the end."""
         return torch.cat([*(weight.magnitudes() for weight in self.weights.values()), self.like.new_zeros(1)])
+
+
+def _lengths(weight: Weight, optimizer: Optimizer) -> torch.Tensor:
+    """(N,): the harmonic mean of an entry's steps, as in `lasso.shrink`, times the mean share that it takes of them."""
+    length = torch.as_tensor(step_length(optimizer, weight.tensor), dtype=exact(weight.tensor).dtype)
+    mean = weight.means(length.reciprocal()).reciprocal()
+    pace = additions_of(optimizer).factor(weight.tensor)
+    return mean * weight.means(pace) if isinstance(pace, torch.Tensor) else mean
 
 
 def _level(members: torch.Tensor, per_length: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:

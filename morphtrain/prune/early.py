@@ -9,6 +9,7 @@ until the cut. Early-Bird tickets (You et al. 2020, arXiv 1909.11957) show that 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from morphtrain.cost.latency import Terms, known_terms
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.morph import Space
+from morphtrain.prune.early_bird import EarlyBird
 from morphtrain.prune.fading import NOTHING, Fading, resumed
 from morphtrain.prune.importance import Importance, Taylor, gamma, magnitude, rising
-from morphtrain.prune.knapsack import within
+from morphtrain.prune.knapsack import OutOfReach, within
 from morphtrain.state import Run
 from morphtrain.wording import counted
 from morphtrain.world import agree
@@ -54,13 +56,15 @@ class Early(Method):
         self.first_cost = 0.0
         self.latency: Terms = {}  # measured so far, if that is the cost
         self.taylor = Taylor()
+        self.bird = None if config.stable is None else EarlyBird(config.stable)
+        self.hastened: int | None = None  # the epoch that the cut follows, since the choice has settled
         self.fading: Fading | None = None
         self.cut: int | None = None  # the epoch that the next cut follows; None after the last one
         self.cut_at = self.fades_for = 0.0  # the run's progress when it comes; how many epochs before it channels fade
         self._stored: dict[str, Any] | None = None  # what a checkpoint holds of `fading`
 
     def before_training(self, run: Run) -> None:
-        self.cuts = self.config.cut_epochs(run.config.epochs)
+        self.cuts = self.config.cut_epochs(run.config.epochs) if self.hastened is None else [self.hastened]
         if run.epoch == 0:
             self._check_spaces(run)
             self.first_cost = self._cost(run)()
@@ -92,6 +96,7 @@ class Early(Method):
 
     def after_epoch(self, run: Run) -> None:
         if run.epoch != self.cut:
+            self._hasten(run)
             return
         if self.fading is None:  # the steps after which to choose were skipped
             self._choose(run, 0.0)
@@ -103,6 +108,8 @@ class Early(Method):
 
     def after_change(self, run: Run) -> None:
         self.fading, self.taylor = None, Taylor()  # what was chosen or seen may have been of other channels
+        if self.bird is not None:
+            self.bird.masks = []
 
     def measure(self, run: Run) -> dict[str, float]:
         return {"cost_share": self._cost(run)() / self.first_cost}
@@ -113,6 +120,8 @@ class Early(Method):
             "latency": self.latency,
             "taylor": self.taylor.state_dict(),
             "fading": self.fading.state_dict() if self.fading is not None else None,
+            "choices": self.bird.masks if self.bird is not None else [],
+            "hastened": self.hastened,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,6 +129,23 @@ class Early(Method):
         self.latency = known_terms(state, "prune.cost")
         self.taylor.load_state_dict(state["taylor"])
         self._stored = state["fading"]
+        self.hastened = state.get("hastened")  # older checkpoints have neither
+        if self.bird is not None:
+            self.bird.masks = list(state.get("choices", []))
+
+    def _hasten(self, run: Run) -> None:
+        """Let the cut follow the next epoch if the choice of channels has settled."""
+        if self.bird is None or self.cut is None or self.fading is not None or self.cut <= run.epoch + 1:
+            return
+        gone = self._chosen(run, self.config.target)
+        if self.bird.settled(torch.cat([gone[space] for space in run.graph.spaces])):
+            self.hastened = run.epoch + 1
+            self.cuts = [self.hastened]
+            log.info(
+                "prune=early: over %d epochs the choice of channels has changed in less than %.3g of them; the cut "
+                "follows epoch %d instead of %d",
+                *(len(self.bird.masks), self.config.stable, self.hastened, self.cut),
+            )
 
     def _choose(self, run: Run, left: float) -> None:
         """Choose what the next cut removes: so much that the network is as far on its way to the target as the run."""
@@ -137,20 +163,32 @@ class Early(Method):
         """Masks (size,) of the channels without which the network costs at most this share of the first one.
 
         Raises:
-            UserError: if no widths that are allowed cost so little.
+            UserError: if no widths that are allowed cost so little; if training has diverged.
         """
         lost = {space: rising(found) for space, found in self._importance(run).items()}
         cost, budget = self._cost(run), share * self.first_cost
         multiple, least = self.config.round_to, self.config.min_channels
         try:
             keep = within(run.graph, lost, cost, budget, multiple=multiple, min_channels=least)
+        except OutOfReach as error:
+            raise UserError(self._unreachable(error.least / self.first_cost)) from error
         except ValueError as error:
             raise UserError(
-                f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
-                f"prune.min_channels={least}; a larger target, or a smaller value of these, may work ({error})"
+                f"prune=early: {error}: training has diverged; an optimizer.lr below {run.base_lrs[0]:g} may work"
             ) from error
         masks = agree([keep[space] for space in run.graph.spaces])
         return {space: ~mask for space, mask in zip(run.graph.spaces, masks, strict=True)}
+
+    def _unreachable(self, least: float) -> str:
+        """What to say where the network costs at least this share of what the first one did."""
+        multiple, channels = self.config.round_to, self.config.min_channels
+        reached = math.ceil(1000 * least) / 1000
+        other = f"{reached:g} can" if reached < 1 else "no target can"
+        wanted = f"{other}, and smaller values of these may allow less"
+        return (
+            f"prune.target={self.config.target:g}: cannot be reached with prune.round_to={multiple} and "
+            f"prune.min_channels={channels}; {wanted}"
+        )
 
     def _importance(self, run: Run) -> Importance:
         if self.config.importance == "taylor":

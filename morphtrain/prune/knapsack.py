@@ -34,6 +34,18 @@ class Choice(NamedTuple):
     cost: float
 
 
+class OutOfReach(ValueError):
+    """A budget that no widths meet.
+
+    Attributes:
+        least: the least cost that was found.
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 def within(
     graph: ChannelGraph,
     importance: Mapping[Space, torch.Tensor],
@@ -57,16 +69,17 @@ def within(
         min_channels: every space keeps at least so many channels, or all that it has now.
 
     Raises:
-        ValueError: for a budget that no widths meet, naming the least that was found; an importance that is no
-            number; `multiple` or `min_channels` below 1.
+        OutOfReach: for a budget that no widths meet, with the least that was found.
+        ValueError: for an importance that is no number; `multiple` or `min_channels` below 1.
     """
     search = _Search(Ladder(graph, importance, multiple, min_channels), cost, budget)
     now = search.at(search.ladder.top)
     chosen = search.descended(now)
     if not search.fits(chosen):
-        raise ValueError(
+        raise OutOfReach(
             f"budget={budget:.6g}: the least that was found is {chosen.cost:.6g}, of {now.cost:.6g} now "
-            f"(multiple={multiple}, min_channels={min_channels})"
+            f"(multiple={multiple}, min_channels={min_channels})",
+            chosen.cost,
         )
     return search.ladder.masks(search.improved(chosen).removed)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from morphtrain.morph import Axis, ChannelGraph, exact
+from morphtrain.morph import Axis, ChannelGraph, additions_of, exact
 from morphtrain.morph.effective import identity
 from morphtrain.prune.step_length import step_length
 from morphtrain.prune.weights import (
@@ -129,7 +129,7 @@ def add_gradient(lassos: Iterable[GroupLasso], penalty_weight: float) -> None:
 
 
 @torch.no_grad()
-def shrink(lassos: Iterable[GroupLasso], amount: Amount) -> None:
+def shrink(lassos: Iterable[GroupLasso], amount: Amount, pace: float | torch.Tensor = 1.0) -> None:
     """Soft-threshold the weights in place: every row, then every column, loses `amount` of its norm.
 
     Those whose norm is smaller become exactly zero. It is the proximal step of one side's penalty, then of the other's.
@@ -138,6 +138,8 @@ def shrink(lassos: Iterable[GroupLasso], amount: Amount) -> None:
         amount: of every weight; or a tensor of the weight's shape where its elements take steps of different lengths.
             A group then loses their harmonic mean: elements with hardly a gradient, whose steps are longest, count
             least. Or one amount for the rows and one for the columns.
+        pace: how much of what its groups lose an element loses; a tensor of the weight's shape where some learn at
+            another rate, see `pace_of_step`. It does not slow down the others of its groups, nor pass zero.
     """
     for lasso in lassos:
         value = value_of(lasso.weight)
@@ -145,7 +147,10 @@ def shrink(lassos: Iterable[GroupLasso], amount: Amount) -> None:
         of_rows, of_columns = _amounts(amount)
         rows = _soft_threshold(squares.sum(1), of_rows * lasso.row_weight)  # (O,)
         columns = _soft_threshold(rows.square() @ squares, of_columns * lasso.column_weight)  # (I,)
-        multiply(lasso.weight, _spread(rows[:, None] * columns, value))
+        factors = _spread(rows[:, None] * columns, value)
+        if isinstance(pace, torch.Tensor):
+            factors = (1 - pace * (1 - factors)).clamp(min=0)
+        multiply(lasso.weight, factors)
 
 
 @torch.no_grad()
@@ -171,6 +176,12 @@ def amount_of_step(lasso: GroupLasso, optimizer: Optimizer, penalty_weight: floa
         return across[dim] * torch.where(total > 0, (squares * turned).sum(1 - dim) / total, 1.0)
 
     return of_side(0), of_side(1)
+
+
+def pace_of_step(lasso: GroupLasso, optimizer: Optimizer) -> float | torch.Tensor:
+    """The `pace` of `shrink`: the factor on each element's learning rate, where a growth has given some their own."""
+    weight = lasso.weight
+    return additions_of(optimizer).factor(weight.direction if isinstance(weight, Normed) else weight)
 
 
 def share_taken(lasso: GroupLasso, amount: Amount) -> float:

@@ -17,6 +17,7 @@ from morphtrain.prune.lasso import (
     add_gradient,
     amount_of_step,
     group_lassos,
+    pace_of_step,
     penalty,
     share_taken,
     shrink,
@@ -67,7 +68,8 @@ class PruneTrain(Method):
             assert self.penalty_weight is not None
             strength = self.penalty_weight * run.step_weight
             for lasso in self.lassos:
-                shrink([lasso], amount_of_step(lasso, run.optimizer, strength))
+                amount, pace = amount_of_step(lasso, run.optimizer, strength), pace_of_step(lasso, run.optimizer)
+                shrink([lasso], amount, pace)
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         assert self.penalty_weight is not None

@@ -10,7 +10,6 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from morphtrain.errors import UserError
-from morphtrain.morph import additions_of
 from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
@@ -26,15 +25,16 @@ def step_length(optimizer: Optimizer, weight: torch.Tensor) -> Any:
     Momentum repeats a gradient 1 / (1 - momentum) times in all, so a threshold has to do the same. Adam averages
     gradients instead of adding them up, and divides them by sqrt(v) + eps. An optimizer may say how far it goes: its
     method `step_size(weight)`, if it has one, returns what it has just multiplied this weight's gradient by.
+    Elements that learn at a rate of their own after a growth go less far, or farther: by `Additions.factor`.
 
     Returns:
         A number; a scalar tensor where the optimizer computes the length on its device; or one of the weight's shape
-        where its elements take steps of their own, as with Adam, or after a growth with `new_lr_factor`.
+        where it scales the steps of its elements, as Adam does.
     """
     group = _group_of(optimizer, weight)
     own = getattr(optimizer, "step_size", None)
     lr = group["lr"] * _scale(optimizer.state.get(weight, {}), group) if own is None else own(weight)
-    return lr * additions_of(optimizer).factor(weight) / (1 - group.get("momentum", 0.0))
+    return lr / (1 - group.get("momentum", 0.0))
 
 
 def warn_if_unknown(optimizer: Optimizer) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from morphtrain.evidence import alike, analyses, words
+from morphtrain.evidence import alike, analyses, formats, words
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.progress import Progress
+from morphtrain.evidence.records import ends
 from morphtrain.evidence.section import Section
 from morphtrain.report.svg import inline
 from morphtrain.report.tables import Column, Shown, shown
@@ -90,7 +91,10 @@ class Question:
     @property
     def notes(self) -> list[str]:
         """What limits the answer: what is missing, disturbed, or ran elsewhere."""
-        found = (self._missing(), self._alike(), self._spoilt(), self._contended(), self._mixed(), self._limits())
+        found = (
+            *(self._missing(), self._alike(), self._spoilt(), self._contended()),
+            *(self._mixed(), self._formats(), self._limits()),
+        )
         return [note for note in found if note]
 
     def _alike(self) -> str:
@@ -144,6 +148,13 @@ class Question:
         mixed = f"Mixed machines: the runs come from {len(machines)}, so their times are not comparable."
         changed = f"Mixed code: the runs come from {len(code)} commits."
         return " ".join([mixed] * (len(machines) > 1) + [changed] * (len(code) > 1))
+
+    def _formats(self) -> str:
+        first, last = next(iter(self.experiment.arms)), ends(self.finished)
+        mixed, unlike = formats.mixed(last), formats.unlike(last, first)
+        notes = [f"Mixed formats: auto chose differently in the runs of one arm ({'; '.join(mixed)})."] * bool(mixed)
+        notes += [f"In other formats than {first}, as auto chose: {words.listed(unlike)}."] if unlike else []
+        return " ".join(notes)
 
     @property
     def on_gpu(self) -> bool:

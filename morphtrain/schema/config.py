@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from morphtrain.errors import UserError
 from morphtrain.schema.batch_policy import BatchPolicy
@@ -55,6 +56,7 @@ METRICS = (
 )
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
+CHOSEN = ("memory_format", "precision")  # keys that may be `auto`
 COMPILE = ("none", "default", "max")
 
 
@@ -66,7 +68,8 @@ class TopLevel:
     seed: int
     device: str
     memory_format: str
-    compile: str
+    chosen: dict[str, str] | None
+    compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
     architecture: str | None
     objective: list[str]
@@ -78,7 +81,8 @@ class TopLevel:
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
-        check_one_of("compile", self.compile, COMPILE)
+        wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
+        check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
         check(self.architecture != "", "architecture", self.architecture, "the path of a checkpoint, or null")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
@@ -109,6 +113,7 @@ class Config(TopLevel):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_compatible(self)
+        self._check_chosen()
         for metric in self.objective:
             check(metric not in TESTED, "objective", metric, "another metric: no decision may see the test images")
             if not self.records_more and metric not in self.recorded:
@@ -117,6 +122,19 @@ class Config(TopLevel):
             check(measured, "timing.reference", self.timing.reference, f"above 0 for objective={metric}")
             aimed = self.timing.target_accuracy is not None or metric not in TO_ACCURACY
             check(aimed, "timing.target_accuracy", None, f"a val_accuracy, 0 to 1, for objective={metric}")
+
+    @property
+    def automatic(self) -> list[str]:
+        """The keys that are `auto`: what they stand for is measured."""
+        values = {"memory_format": self.memory_format, "precision": self.precision.name}
+        return [key for key in CHOSEN if values[key] == "auto"]
+
+    def _check_chosen(self) -> None:
+        if self.chosen is None:
+            return
+        check(len(self.automatic) > 0, "chosen", self.chosen, "null: no key is auto")
+        wanted = f"null, or a value of each key that is auto: {{{', '.join(f'{key}: ...' for key in self.automatic)}}}"
+        check(self.chosen.keys() == {*self.automatic}, "chosen", self.chosen, wanted)
 
     @property
     def recorded(self) -> tuple[str, ...]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from morphtrain.byte_sizes import byte_count
 from morphtrain.errors import UserError
-from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.checks import check, check_one_of, check_share
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.option import OPTIONS, Option
+from morphtrain.schema.shares import ended
 
 WITH_UNIT = re.compile(r"\d+(\.\d*)? *([KMGT]i?)?B", re.IGNORECASE)
 
@@ -30,20 +31,19 @@ class Curriculum:
     order: str = "shuffled"
 
     def __post_init__(self) -> None:
-        side = "above 0 and at most 1, as a share of the images' side"
-        check(0 < self.progressive <= 1, "data.progressive", self.progressive, side)
-        _check_share("data.progressive_until", self.progressive_until)
-        check(0 <= self.infobatch < 1, "data.infobatch", self.infobatch, "0 or more and below 1, as a share of images")
-        _check_share("data.infobatch_until", self.infobatch_until)
+        check_share("data.progressive", self.progressive, "the images' side", one=True)
+        check_share("data.progressive_until", self.progressive_until, "the epochs")
+        check_share("data.infobatch", self.infobatch, "the images", zero=True)
+        check_share("data.infobatch_until", self.infobatch_until, "the epochs")
         check_one_of("data.order", self.order, ("shuffled", "cycle"))
 
     def small_epochs(self, epochs: int) -> int:
         """How many of the first of `epochs` have smaller images."""
-        return _ended(self.progressive_until, epochs) if self.progressive < 1 else 0
+        return ended(self.progressive_until, epochs) if self.progressive < 1 else 0
 
     def thinned_epochs(self, epochs: int) -> int:
         """The last of `epochs` that may leave images out; the first never does. 0: none may."""
-        return _ended(self.infobatch_until, epochs) if self.infobatch > 0 else 0
+        return ended(self.infobatch_until, epochs) if self.infobatch > 0 else 0
 
     def check_epochs(self, epochs: int) -> None:
         """Raise a `UserError` for a key that a run of so many epochs would ignore."""
@@ -204,12 +204,3 @@ OPTIONS[Data.group]["custom"] = CustomData
 
 def _check_shift(shift: int, image_size: int) -> None:
     check(0 <= shift < image_size, "data.shift", shift, f"0 to {image_size - 1} pixels")
-
-
-def _check_share(key: str, share: float) -> None:
-    check(0 < share < 1, key, share, "a share of the epochs, above 0 and below 1")
-
-
-def _ended(share: float, epochs: int) -> int:
-    """How many epochs have ended after this share of them; 0.29 * 100, which is a little less than 29, is 29."""
-    return math.floor(share * epochs + 1e-9)

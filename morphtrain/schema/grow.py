@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from morphtrain.schema.checks import COSTS, check, check_one_of
+from morphtrain.schema.checks import COSTS, check, check_one_of, check_share
 from morphtrain.schema.option import Option
 
 
@@ -61,7 +61,7 @@ class Planned(Limited):
         some = bool(self.at_epochs) or self.patience is not None
         check(some, "grow.at_epochs", self.at_epochs, "at least one epoch, unless grow.patience is a number")
         check(self.patience is None or self.patience >= 1, "grow.patience", self.patience, "1 or more epochs, or null")
-        check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
+        check_share("grow.smoothing", self.smoothing, zero=True)
         check(self.max_times >= 1, "grow.max_times", self.max_times, "1 or more")
 
 
@@ -109,7 +109,7 @@ class WhereKept(Limited, Priced, Deepening):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 < self.keep_fraction <= 1, "grow.keep_fraction", self.keep_fraction, "above 0 and at most 1")
+        check_share("grow.keep_fraction", self.keep_fraction, "the channels", one=True)
         check_one_of("grow.operator", self.operator, ("wider", "deeper", "auto"))
 
 
@@ -185,10 +185,10 @@ class Adaptive(WhereKept, option="adaptive"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.patience >= 2, "grow.patience", self.patience, "2 or more epochs")
-        check(0 <= self.smoothing < 1, "grow.smoothing", self.smoothing, "0 or more and below 1")
-        check(0 <= self.low_accuracy <= 1, "grow.low_accuracy", self.low_accuracy, "0 to 1")
+        check_share("grow.smoothing", self.smoothing, zero=True)
+        check_share("grow.low_accuracy", self.low_accuracy, zero=True, one=True)
         rising = self.low_accuracy <= self.high_accuracy <= 1
         check(rising, "grow.high_accuracy", self.high_accuracy, f"{self.low_accuracy} (grow.low_accuracy) to 1")
         check(self.step > 1, "grow.step", self.step, "above 1")
         check(self.lasso_factor > 1, "grow.lasso_factor", self.lasso_factor, "above 1")
-        check(0 < self.lr_factor < 1, "grow.lr_factor", self.lr_factor, "between 0 and 1, both excluded")
+        check_share("grow.lr_factor", self.lr_factor, "the learning rate")

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from morphtrain.schema.checks import COSTS, check, check_one_of
+from morphtrain.schema.checks import COSTS, check, check_one_of, check_share
 from morphtrain.schema.option import Option
+from morphtrain.schema.shares import ended
 
 
 @dataclass
@@ -44,7 +45,7 @@ class PruneTrain(Prune, option="prunetrain"):
         _check_common(self)
         whole = type(self.round_to) is int and self.round_to >= 1
         check(whole or self.round_to == "auto", "prune.round_to", self.round_to, "1 or more channels, or auto")
-        check(0 <= self.round_down < 1, "prune.round_down", self.round_down, "0 or more, less than 1")
+        check_share("prune.round_down", self.round_down, zero=True)
         wanted = f"0 with prune.round_to={self.round_to}; prune.round_to=auto allows it"
         check(self.round_to == "auto" or not self.round_down, "prune.round_down", self.round_down, wanted)
         check_one_of("prune.residual", self.residual, ("union", "gating"))
@@ -94,17 +95,21 @@ class Early(Prune, option="early"):
     cost: str
     by: float
     cuts: int
+    stable: float | None
     importance: str
     round_to: int
     min_channels: int
     ignore: list[str]
 
     def __post_init__(self) -> None:
-        wanted = "between 0 and 1, both excluded, as a share of "
-        check(0 < self.target < 1, "prune.target", self.target, f"{wanted}the first network's cost")
+        check_share("prune.target", self.target, "the first network's cost")
         check_one_of("prune.cost", self.cost, COSTS)
-        check(0 < self.by < 1, "prune.by", self.by, f"{wanted}the epochs")
+        check_share("prune.by", self.by, "the epochs")
         check(self.cuts >= 1, "prune.cuts", self.cuts, "1 or more")
+        if self.stable is not None:
+            check_share("prune.stable", self.stable, "the channels")
+            alone = self.cuts == 1  # a cut makes other channels, and no choice could settle
+            check(alone, "prune.cuts", self.cuts, f"1 with prune.stable={self.stable:g}; or prune.stable=null")
         check_one_of("prune.importance", self.importance, ("magnitude", "gamma", "taylor"))
         check(self.round_to >= 1, "prune.round_to", self.round_to, "1 or more channels")
         check(self.min_channels >= 1, "prune.min_channels", self.min_channels, "1 or more channels")
@@ -116,7 +121,7 @@ class Early(Prune, option="early"):
             UserError: if no epoch would train the small network.
         """
         check(epochs >= 2, "epochs", epochs, "2 or more with prune=early, which leaves some to train the small network")
-        last = max(1, min(math.floor(round(self.by * epochs, 6)), epochs - 1))
+        last = max(1, min(ended(self.by, epochs), epochs - 1))
         cuts = min(self.cuts, last)
         return [math.ceil(last * cut / cuts) for cut in range(1, cuts + 1)]
 
@@ -124,7 +129,7 @@ class Early(Prune, option="early"):
 def _check_ratio(option: PruneTrain | MorphNetPenalty, otherwise: str = "") -> None:
     of, ratio = option.lasso_ratio_of, option.lasso_ratio
     check_one_of("prune.lasso_ratio_of", of, ("initial_norm", "loss"))
-    limit, wanted = (1.0, "between 0 and 1, both excluded") if of == "loss" else (math.inf, "above 0 (usual: 2 to 16)")
+    limit, wanted = (1.0, "above 0 and below 1") if of == "loss" else (math.inf, "above 0 (usual: 2 to 16)")
     right = ratio is not None and 0 < ratio < limit
     check(right, "prune.lasso_ratio", ratio, f"{wanted}, with prune.lasso_ratio_of={of}{otherwise}")
 

@@ -1,7 +1,8 @@
-"""Epochs that are given as shares of the run, as in `grow.at_epochs=[25%]`: they follow `epochs`."""
+"""Epochs as shares of the run, which follow `epochs`: those of `grow.at_epochs=[25%]`, and those that have ended."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, get_origin, get_type_hints
@@ -36,3 +37,8 @@ def _whole(value: Any, epochs: int, key: str) -> Any:
     share = float(value[:-1]) / 100
     check(0 < share <= 1, key, value, "above 0% and at most 100%, as a share of the run")
     return max(1, round(share * epochs))
+
+
+def ended(share: float, epochs: int) -> int:
+    """How many epochs have ended after this share of them; 0.29 * 100, which is a little less than 29, is 29."""
+    return math.floor(share * epochs + 1e-9)

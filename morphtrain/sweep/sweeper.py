@@ -12,25 +12,25 @@ from typing import Any
 
 import optuna
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 from omegaconf import DictConfig, OmegaConf, open_dict
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from morphtrain import interrupts, schema
-from morphtrain.errors import Incompatible, UserError, first_line
+from morphtrain.errors import Incompatible, UserError
 from morphtrain.evidence import experiment as evidence
 from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.evidence.experiment import Arm
 from morphtrain.experiment.sweeper import ArmsSweeper
 from morphtrain.schema.sweeper import Confirm, MoreBaseline
 from morphtrain.sweep import confirmation, report
-from morphtrain.sweep.attributes import METRICS_ATTR, OVERRIDES_ATTR, RUN_DIR_ATTR, Attributes
+from morphtrain.sweep.attributes import Attributes
 from morphtrain.sweep.baseline import Baselines
 from morphtrain.sweep.checks import check_confirm, check_directions, check_pruner
 from morphtrain.sweep.comparison import compared
 from morphtrain.sweep.floor import parse_floor
+from morphtrain.sweep.jobs import Jobs
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 from morphtrain.sweep.single_run import single_run
@@ -42,8 +42,6 @@ from morphtrain.sweep.workers import Worker
 from morphtrain.tracking import begin_sweep, end_sweep, prepare
 
 log = logging.getLogger(__name__)
-
-TRIALS_BEFORE_GIVING_UP = 4
 
 
 class StudySweeper:
@@ -154,13 +152,23 @@ class StudySweeper:
 
     def _work(self, study: SharedStudy, worker: Worker, baselines: Baselines, parent: str | None) -> None:
         """Take and run trials until all of the study's have ended."""
-        child = [] if parent is None else [f"tracking.parent_run_id={parent}"]
+        jobs = Jobs(
+            study=study,
+            worker=worker,
+            launcher=self.launcher,
+            repeating=functools.partial(self._repeating, baselines=baselines),
+            child=[] if parent is None else [f"tracking.parent_run_id={parent}"],
+            sweep_dir=self.sweep_dir,
+            target=self.target,
+            floor=self.floor,
+            max_failure_rate=self.plain.max_failure_rate,
+        )
         while True:
             interrupts.check()
             if self.floor is not None:
                 self.floor.check_baseline(study.trials)
             if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, baselines=baselines)):
-                self._run(study, worker, trials, baselines, child)
+                jobs.run(trials)
             elif study.others_running():
                 interrupts.wait(WAIT_SECONDS)
             else:
@@ -225,41 +233,11 @@ class StudySweeper:
         points = math.prod(map(len, grid.values())) + (self.baseline is not None) + len(baselines.more)
         return sampler(grid), min(total, points)
 
-    def _run(
-        self, study: SharedStudy, worker: Worker, trials: list[Trial], baselines: Baselines, child: list[str]
-    ) -> None:
-        """Launch trials and wait for them; if this is interrupted, those that have not ended are queued again."""
-        open_trials = list(trials)
-        commands: dict[Trial, list[str]] = {}
-        try:
-            for trial in trials:
-                try:
-                    commands[trial] = [*self._overrides(study, trial, baselines), *child]
-                except UserError as error:
-                    study.fail(worker, trial, str(error))
-                    open_trials.remove(trial)
-            returns = (
-                self.launcher.launch(list(commands.values()), initial_job_idx=trials[0].number) if commands else []
-            )
-            for trial, returned in zip(commands, returns, strict=True):
-                self._settle(study, worker, trial, returned)
-                open_trials.remove(trial)
-        finally:
-            study.give_back(worker, open_trials)
-        self._check_failures(study)
-
     def _choose(self, trial: Trial, baselines: Baselines) -> None:
         """Give a trial its values of the searched keys; a baseline may have none."""
-        with contextlib.suppress(UserError):  # for a value in the study that is not searched; `_run` says so
+        with contextlib.suppress(UserError):  # for a value in the study that is not searched; `Jobs.run` says so
             if baselines.overrides(trial) is None:
                 baselines.space.suggest(trial)
-
-    def _overrides(self, study: SharedStudy, trial: Trial, baselines: Baselines) -> list[str]:
-        run_dir = self._run_dir(trial)
-        trial.set_user_attr(RUN_DIR_ATTR, str(run_dir))
-        overrides = [*self._repeating(trial, baselines), *self.target.overrides(study.trials)]
-        trial.set_user_attr(OVERRIDES_ATTR, overrides)
-        return [*overrides, f"trial={trial.number}", "resume=auto", f"hydra.sweep.subdir='{run_dir}'"]
 
     def _repeating(self, trial: Trial | FrozenTrial, baselines: Baselines) -> list[str]:
         """What a trial runs with, from this machine's config and the trial's values of the searched keys."""
@@ -275,55 +253,6 @@ class StudySweeper:
         loader = self.hydra_context.config_loader
         overrides = [*self._repeating(trial, baselines), *self.target.overrides(trials)]
         return single_run(overrides, loader, hydra.job.config_name, paths)
-
-    def _run_dir(self, trial: Trial) -> Path:
-        """Where the trial's job goes on or begins.
-
-        The study may only name a directory of this trial in which there is a checkpoint already: whoever can write to
-        it must not decide where files go.
-        """
-        stored = Path(Attributes(trial).run_dir or "")
-        begun = any((stored / name).is_file() for name in ("last.pt", "previous.pt"))
-        return stored if stored.name == str(trial.number) and begun else self.sweep_dir / str(trial.number)
-
-    def _settle(self, study: SharedStudy, worker: Worker, trial: Trial, returned: JobReturn) -> None:
-        """Tell the study how a trial ended."""
-        stored = study.storage.get_trial(trial._trial_id)
-        attributes = Attributes(stored)
-        if returned.status == JobStatus.FAILED:
-            interrupts.check()  # a job that fails after a signal fails for it
-        try:
-            values = returned.return_value
-            values = [float(value) for value in (values if isinstance(values, list) else [values])]
-        except interrupts.JobInterrupted as interrupt:
-            raise interrupts.Interrupted(interrupt.number) from interrupt
-        except Exception as error:  # noqa: BLE001 (whatever a job raises ends its trial, not the sweep)
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            study.fail(worker, trial, kind + first_line(error), excluded=isinstance(error, Incompatible))
-            return
-        accuracy = attributes.metrics.get("val_accuracy")
-        if accuracy is None:  # the job could not reach the storage; its log says why
-            study.fail(worker, trial, "its job could not report any epoch to the study")
-            return
-        if self.target.sets(stored):
-            metrics = attributes.metrics | self.target.times(stored)
-            trial.set_user_attr(METRICS_ATTR, metrics)
-            if missing := set(self.target.objective) - metrics.keys():
-                study.fail(
-                    worker, trial, f"its job could not report all epochs to the study, which {min(missing)} needs"
-                )
-                return
-            values = [metrics[name] for name in self.target.objective]
-        if self.floor is not None:
-            trial.set_constraint("val_accuracy", self.floor.excess(accuracy, study.trials))
-        if self.target.given is not None:
-            trial.set_constraint("target_accuracy", self.target.given - accuracy)
-        if attributes.stopped:
-            study.prune(worker, trial)
-        elif all(map(math.isfinite, values)):
-            study.complete(worker, trial, values)
-        else:
-            study.fail(worker, trial, f"its objective is {values}")
 
     def _confirm(
         self,
@@ -379,14 +308,3 @@ class StudySweeper:
             self.sweep_dir / name,
             self.target.accuracy(trials, self.floor),
         )
-
-    def _check_failures(self, study: SharedStudy) -> None:
-        """Give up if too many trials have failed, of those whose options do not exclude one another."""
-        ended = [trial for trial in study.trials if trial.state.is_finished() and not Attributes(trial).excluded]
-        failed = [trial for trial in ended if trial.state == TrialState.FAIL]
-        rate = self.plain.max_failure_rate
-        if len(ended) >= TRIALS_BEFORE_GIVING_UP and len(failed) > rate * len(ended):
-            raise UserError(
-                f"hydra.sweeper.max_failure_rate={rate}: {len(failed)} of {len(ended)} trials failed; trial "
-                f"{failed[-1].number} said: {Attributes(failed[-1]).error}"
-            )

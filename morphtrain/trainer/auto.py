@@ -45,21 +45,26 @@ class Choice(NamedTuple):
 
 
 def choose(run: Run) -> None:
-    """Settle what is `auto` in a run before its first epoch, the same in every process; `run.chosen` says how."""
-    keys = [key for key in Choice._fields if _is_auto(run, key)]
+    """Settle what is `auto` in a run before its first epoch, the same in every process; `run.chosen` says how.
+
+    What config key `chosen` says is taken, whatever this run measures. It measures all the same: the time for that is
+    on the clock of every run, whichever of those that share a choice was the first.
+    """
+    keys = run.config.automatic
     if not keys:
         return
     start = time.perf_counter()
     seconds = step_seconds(run)
-    chosen, ratio = agree(clearly_fastest(seconds))
-    adopt(run, {key: getattr(chosen, key) for key in keys})
-    plain = next(iter(seconds))
+    fastest, ratio = agree(clearly_fastest(seconds))
+    found, plain = {key: getattr(fastest, key) for key in keys}, next(iter(seconds))
+    adopt(run, run.config.chosen or found)
     log.info(
         "%s: %s; a step takes %.2f of its time with %s (measured in %.2g s)",
         " ".join(f"{key}=auto" for key in keys),
-        *(" ".join(f"{key}={getattr(chosen, key)}" for key in keys), ratio),
-        *(" ".join(getattr(plain, key) for key in keys), time.perf_counter() - start),
+        *(_typed(found), ratio, " ".join(getattr(plain, key) for key in keys), time.perf_counter() - start),
     )
+    if run.chosen != found:
+        log.info("%s instead: config key chosen says so", _typed(run.chosen))
 
 
 def adopt(run: Run, chosen: Mapping[str, str]) -> None:
@@ -124,8 +129,11 @@ def clearly_fastest(seconds: Mapping[Choice, float]) -> tuple[Choice, float]:
 
 
 def _is_auto(run: Run, key: str) -> bool:
-    value = getattr(run.config, key)
-    return (value if isinstance(value, str) else value.name) == "auto"
+    return key in run.config.automatic
+
+
+def _typed(chosen: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in chosen.items())
 
 
 def _steps(run: Run) -> dict[Choice, Step]:

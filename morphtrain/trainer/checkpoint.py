@@ -40,6 +40,7 @@ WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 FREE_KEYS = (
     "resume",
     "device",
+    "chosen",
     "objective",
     "trial",
     "tracking",
@@ -65,6 +66,7 @@ ADDED_KEYS = {
     "optimizer.fused": False,
     "data.order": "shuffled",
     "gradient.name": "none",
+    "prune.stable": None,
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")

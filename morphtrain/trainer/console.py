@@ -10,11 +10,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from morphtrain import world
 from morphtrain.schema import Custom
+from morphtrain.schema.model import Torchvision
 from morphtrain.state import Run
 from morphtrain.trainer import best
 from morphtrain.trainer.closing import closing_table, data_share
 
+# Of conf/experiment/recipe.yaml, for networks, data and losses of which it is known that they can do it all.
+RECIPE = ("prune=early", "data.progressive=0.7", "data.infobatch=0.5")
+RECIPE_EPOCHS = 4  # fewer leave parts of it nothing to do
 SHOWN_SHARE, WARNED_SHARE = 0.05, 0.25  # of an epoch, spent waiting for data
 
 Record = dict[str, float]
@@ -68,16 +73,28 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str, alone: bool) 
         record = best.best(run.history)
         what = f"epoch {record['epoch']:.0f}, val_accuracy {record['val_accuracy']:.4f}"
         print(f"the best:      {_short(run_dir / best.BEST)} ({what})")
-    if alone:
-        print(f"next:          the same command with {_counterpart(run)}{f'; to compare: {view}' if view else ''}")
+    if alone and (next_ones := _next(run, view)):
+        print(f"next:          {next_ones}")
+
+
+def _next(run: Run, view: str) -> str:
+    """What to type next; "" if nothing is known that would do."""
+    counterpart = _counterpart(run)
+    parts = (f"the same command with {counterpart}" if counterpart else "", f"to compare: {view}" if view else "")
+    return "; ".join(filter(None, parts))
 
 
 def _counterpart(run: Run) -> str:
-    """The override that makes the run to compare this one with."""
+    """The overrides that make the run to compare this one with: without its methods, or with those that pay."""
     chosen = [f"{group}=none" for group in ("prune", "grow", "gradient") if getattr(run.config, group).name != "none"]
     plain = {"progressive": 1.0, "infobatch": 0.0}
     chosen += [f"data.{key}={off:g}" for key, off in plain.items() if getattr(run.config.data, key) != off]
-    return f"{' '.join(chosen)}, the baseline" if chosen else "prune=prunetrain"
+    if chosen:
+        return f"{' '.join(chosen)}, the baseline"
+    config = run.config
+    own = any(isinstance(part, (Custom, Torchvision)) for part in (config.model, config.data, config.loss))
+    fits = bool(run.graph.spaces) and config.epochs >= RECIPE_EPOCHS and world.size() == 1
+    return f"{' '.join(RECIPE)}, the recipe" if fits and not own else ""
 
 
 def _how_to_load(run: Run, checkpoint: Path) -> str:

@@ -93,6 +93,8 @@ def begin_epoch(run: Run) -> None:
         raise UserError(f"batch_policy={name}: no batch size is set; before_training does it, called by start(run)")
     run.epoch += 1
     run.change = ""
+    if run.infobatch is not None:
+        run.infobatch.take_all()  # as in a run that is resumed here
     torch.manual_seed(derived_seed(run.config.seed, run.epoch))
     reset_peak_memory(run.device)
     for hook in run.hooks("before_epoch"):

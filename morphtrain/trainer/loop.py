@@ -18,6 +18,7 @@ from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
+from morphtrain.trainer.tally import Tally
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
@@ -38,18 +39,14 @@ def training_steps(run: Run) -> Iterator[int]:
     """
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     batches, small = training_batches(run), run.small_size(run.epoch)
-    samples = run.epoch_images
-    given = seen = 0  # images of the data, and those trained on: `before_forward` may take or add some
-    total = torch.zeros((), device=run.device)
-    correct = torch.zeros((), device=run.device, dtype=torch.long)
+    tally = Tally(run.epoch_images, run.device)
     set_mode(run, training=True)
     if run.compilation is not None:
-        run.compilation.begin_epoch(samples // run.batch_size, run.usual_pass)
+        run.compilation.begin_epoch(tally.samples // run.batch_size, run.usual_pass)
     steps = Steps(run.compilation)
     for images, labels in waited_for(batches, run):
-        rows = None if run.infobatch is None else run.infobatch.rows[given : given + len(labels)]
-        given += len(labels)
-        passed = len(labels) / samples
+        rows = None if run.infobatch is None else run.infobatch.rows[tally.given :][: len(labels)]
+        passed = tally.give(len(labels))
         run.set_learning_rates(run.progress + passed / 2)
         if small is not None:
             images = resized(images, small)
@@ -58,8 +55,7 @@ def training_steps(run: Run) -> Iterator[int]:
         _check_rows(run, rows, labels)
         with steps.next(whole=len(labels) == run.batch_size):
             loss, right = gradients(run, images, labels, rows)
-            with additions_of(run.optimizer).paced():
-                taken = take_step(run, images, labels, rows)
+            taken = take_step(run, images, labels, rows)
         if taken:
             run.progress += passed
             for hook in after_step:
@@ -67,20 +63,22 @@ def training_steps(run: Run) -> Iterator[int]:
         run.optimizer.zero_grad()
         if hasattr(run.precision, "end_step"):
             run.precision.end_step(run.optimizer)
-        seen += len(labels)
-        total += loss * len(labels)
-        correct += right
+        tally.add(len(labels), loss, right)
         run.clock.step_done()
         yield len(labels)
-    if given != samples or seen == 0:
-        name = f"data={run.config.data.name}"
-        chosen = run.config.data.chooses_images
-        made, has = ("train_batches_of", "rows has") if chosen else ("train_batches", "train has")
-        raise UserError(f"{name}: {made} gave {given} images, {seen} of them to train on; {has} {samples}")
-    if run.infobatch is not None:
-        run.train_loss, run.train_accuracy = run.infobatch.estimates()
-    else:
-        run.train_loss, run.train_accuracy = total.item() / seen, correct.item() / seen
+    _check_given(run, tally)
+    run.train_loss, run.train_accuracy = tally.means() if run.infobatch is None else run.infobatch.estimates()
+
+
+def _check_given(run: Run, tally: Tally) -> None:
+    """Raise a `UserError` if the data gave another number of images than it has, or methods left none of them."""
+    if tally.given == tally.samples and tally.trained:
+        return
+    name = f"data={run.config.data.name}"
+    made, has = ("train_batches_of", "rows has") if run.config.data.chooses_images else ("train_batches", "train has")
+    raise UserError(
+        f"{name}: {made} gave {tally.given} images, {tally.trained} of them to train on; {has} {tally.samples}"
+    )
 
 
 def training_batches(run: Run) -> Iterator[Batch]:
@@ -176,11 +174,12 @@ def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.
         run.optimizer.zero_grad()
         return (clipped_gradients if alone else gradients)(run, images, labels, rows)[0]
 
-    for hook in run.hooks("step"):
-        taken: bool | None = hook(run, closure)
-        if taken is not None:
-            return taken
-    taken = run.precision.step(run.optimizer)
+    with additions_of(run.optimizer).paced():
+        for hook in run.hooks("step"):
+            taken: bool | None = hook(run, closure)
+            if taken is not None:
+                return taken
+        taken = run.precision.step(run.optimizer)
     if taken is None:
         name = run.config.precision.name
         raise UserError(f"precision={name}: its step returns nothing; True if a step was taken, else False, is needed")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
-from morphtrain.evidence.comparisons import DIFFERENCE, pairs_within
+from morphtrain.evidence.comparisons import DIFFERENCE
 from morphtrain.evidence.experiment import CURVE, Experiment
 from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, ROUNDING, Point, Verdict, judge, mean, on_curve, read
+from morphtrain.evidence.margins import pairs_within
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, paired_ratio, share
 from morphtrain.evidence.savings import Savings, savings
