@@ -187,6 +187,15 @@ def test_a_chain_of_changes_keeps_the_function_and_gives_what_a_plain_network_gi
         )
 
 
+def test_copies_of_a_channel_are_read_by_uneven_shares() -> None:
+    model = made(weight_norm)
+    expected, graph = outputs(model, (X,)), ChannelGraph.trace(model, X)
+    widen(graph, target={"a": 12}, noise=0.5)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    columns = effective(model.b).flatten(1).T
+    assert len(columns.unique(dim=0)) == 12, "copies with equal shares would stay alike for ever"
+
+
 def test_what_is_zero_does_not_become_not_a_number() -> None:
     model = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), weight_norm(nn.Conv2d(4, 3, 1))).double()
     v = model[2].parametrizations.weight.original1
@@ -494,6 +503,7 @@ def test_a_gate_a_layer_and_a_block_beside_computed_weights() -> None:
     assert effective(model.b[1]).shape[:2] == (6, 5)
     graph.insert_layer("grouped", optimizer=optimizer)
     graph.insert_block("a", optimizer=optimizer)
+    assert not [why for why in graph.kept.values() if "computed" in why], "nor do layers beside others look computed"
     assert_close(outputs(model, (X,)), expected, 1e-12)
     step(model, optimizer)
     assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
