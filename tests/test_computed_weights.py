@@ -15,7 +15,7 @@ from test_own_parts import DENSE
 from test_resume import assert_same, contents
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm, orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import SGD, Adam
 
@@ -145,6 +145,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     F.cross_entropy(model(X), LABELS).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+class Derived(_WeightNorm):
+    """torch's weight norm by another name, as one in another memory format."""
+
+
+def derived(layer: Any) -> Any:
+    return register_parametrization(layer, "weight", Derived(0), unsafe=True)
 
 
 def two_spectral(layer: Any) -> Any:
@@ -702,3 +710,18 @@ def test_fresh_weights_are_those_of_a_plain_network(wrap: Wrap) -> None:
         else:
             sigma = wanted / effective(layer)
             assert torch.allclose(sigma, sigma.flatten()[0].expand_as(sigma), rtol=1e-10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, 1e-30, 3e38])
+@pytest.mark.parametrize("name", [*WRAPS, "spectral norm", "derived"])
+def test_what_can_change_does_not_depend_on_values(name: str, value: float) -> None:
+    """A resumed run is traced before it has its values."""
+    torch.manual_seed(0)
+    wrap = {**WRAPS, "spectral norm": spectral_norm, "derived": derived}[name]
+    model = Net(wrap)
+    wanted = [(repr(s), s.is_ambiguous) for s in ChannelGraph.trace(model, X.float()).spaces]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(value)
+    graph = ChannelGraph.trace(model, X.float())
+    assert [(repr(s), s.is_ambiguous) for s in graph.spaces] == wanted and len(wanted) == 5
