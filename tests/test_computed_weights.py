@@ -15,7 +15,7 @@ from test_own_parts import DENSE
 from test_resume import assert_same, contents
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm, orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import SGD, Adam
 
@@ -147,6 +147,14 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+class Derived(_WeightNorm):
+    """torch's weight norm by another name, as one in another memory format."""
+
+
+def derived(layer: Any) -> Any:
+    return register_parametrization(layer, "weight", Derived(0), unsafe=True)
+
+
 def two_spectral(layer: Any) -> Any:
     """Spectral norm on two of the layers, weight norm on the others."""
     return spectral_norm(layer) if getattr(layer, "in_channels", 0) in (6,) else weight_norm(layer)
@@ -185,6 +193,15 @@ def test_a_chain_of_changes_keeps_the_function_and_gives_what_a_plain_network_gi
         assert torch.allclose(
             effective(model.get_submodule(path)), plain.get_submodule(path).weight, rtol=0, atol=1e-12
         )
+
+
+def test_copies_of_a_channel_are_read_by_uneven_shares() -> None:
+    model = made(weight_norm)
+    expected, graph = outputs(model, (X,)), ChannelGraph.trace(model, X)
+    widen(graph, target={"a": 12}, noise=0.5)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    columns = effective(model.b).flatten(1).T
+    assert len(columns.unique(dim=0)) == 12, "copies with equal shares would stay alike for ever"
 
 
 def test_what_is_zero_does_not_become_not_a_number() -> None:
@@ -494,6 +511,7 @@ def test_a_gate_a_layer_and_a_block_beside_computed_weights() -> None:
     assert effective(model.b[1]).shape[:2] == (6, 5)
     graph.insert_layer("grouped", optimizer=optimizer)
     graph.insert_block("a", optimizer=optimizer)
+    assert not [why for why in graph.kept.values() if "computed" in why], "nor do layers beside others look computed"
     assert_close(outputs(model, (X,)), expected, 1e-12)
     step(model, optimizer)
     assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -692,3 +710,18 @@ def test_fresh_weights_are_those_of_a_plain_network(wrap: Wrap) -> None:
         else:
             sigma = wanted / effective(layer)
             assert torch.allclose(sigma, sigma.flatten()[0].expand_as(sigma), rtol=1e-10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, 1e-30, 3e38])
+@pytest.mark.parametrize("name", [*WRAPS, "spectral norm", "derived"])
+def test_what_can_change_does_not_depend_on_values(name: str, value: float) -> None:
+    """A resumed run is traced before it has its values."""
+    torch.manual_seed(0)
+    wrap = {**WRAPS, "spectral norm": spectral_norm, "derived": derived}[name]
+    model = Net(wrap)
+    wanted = [(repr(s), s.is_ambiguous) for s in ChannelGraph.trace(model, X.float()).spaces]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.fill_(value)
+    graph = ChannelGraph.trace(model, X.float())
+    assert [(repr(s), s.is_ambiguous) for s in graph.spaces] == wanted and len(wanted) == 5

@@ -76,6 +76,11 @@ def is_spectral_norm(computed: ParametrizationList) -> bool:
     return len(computed) == 1 and type(computed[0]) is _SpectralNorm and hasattr(computed[0], "_u")
 
 
+def is_known(computed: ParametrizationList) -> bool:
+    """Whether a computation is one of torch's norms itself, which need not be tried out."""
+    return is_spectral_norm(computed) or (len(computed) == 1 and type(computed[0]) is _WeightNorm)
+
+
 def computed_by(computed: ParametrizationList) -> str:
     """The names of a computation's steps, for messages."""
     return ", ".join(type(step).__name__.lstrip("_") for step in computed)

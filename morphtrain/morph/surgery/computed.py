@@ -25,6 +25,7 @@ from morphtrain.morph.computation import (
     has_dim,
     inverse,
     is_close,
+    is_known,
     is_spectral_norm,
     is_weight_norm,
     norm_dim,
@@ -89,7 +90,8 @@ def _of_weight_norm(
     new_g = select(g, rows) * factor
     if bool((after == 0).any()):
         new_v.masked_fill_(after == 0, 1.0)  # the network would compute with 0 / 0
-    if not _gives(computed, {"original0": new_g, "original1": new_v}, select(weight, changes)):
+    values = {"original0": new_g, "original1": new_v}
+    if not (is_known(computed) or _gives(computed, values, select(weight, changes))):
         raise MorphError("but by another rule than that of weight norm; its channels cannot change")
     return [
         Replacement(computed, "original0", rows, new_g, factor),

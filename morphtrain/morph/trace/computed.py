@@ -8,9 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from morphtrain.morph.computation import computation, computed_by, computed_names, is_spectral_norm, is_weight_norm
+from morphtrain.morph.computation import (
+    computation,
+    computed_by,
+    computed_names,
+    is_known,
+    is_weight_norm,
+    tensors_behind,
+)
 from morphtrain.morph.effective import effective
 from morphtrain.morph.errors import MorphError
+from morphtrain.morph.modes import copy_of
 from morphtrain.morph.surgery.change import Change
 from morphtrain.morph.surgery.computed import replacements
 from morphtrain.morph.trace.kinds import MIXING, TENSORS, TRANSPOSED, is_torch_layer
@@ -57,12 +65,12 @@ def _why_kept(path: str, module: nn.Module, uses: Counter[int]) -> str:
     assert computed is not None
     if any(uses[id(part)] > 1 for part in (computed, *computed, *computed.parameters(), *computed.buffers())):
         return f"{said} from what others use, too"
-    if is_spectral_norm(computed) or (is_weight_norm(computed) and _is_meta(computed)):
+    if is_known(computed) or (is_weight_norm(computed) and _is_meta(computed)):
         return ""
-    sizes = effective(module).shape[:2]
+    sizes, twin = effective(module).shape[:2], _drawn(module)
     try:
         for dim in (dim for dim in (0, 1) if sizes[dim] > 1):
-            replacements(path, module, "weight", [Change(dim, torch.arange(sizes[dim] - 1, 0, -1))])
+            replacements(path, twin, "weight", [Change(dim, torch.arange(sizes[dim] - 1, 0, -1))])
     except MorphError:
         return f"{said}, which gives another weight for fewer channels"
     return ""
@@ -72,16 +80,27 @@ def _widens(path: str, module: nn.Module, dim: int) -> bool:
     """Whether a weight can have an entry along `dim` twice, halved if it is of an input."""
     computed, size = computation(module, "weight"), effective(module).shape[dim]
     assert computed is not None
-    if is_spectral_norm(computed) or _is_meta(computed):
+    if is_known(computed) or _is_meta(computed):
         return is_weight_norm(computed)
     scale = torch.ones(size + 1, dtype=torch.double)
     scale[[0, -1]] = 0.5
     consumes = dim == (0 if isinstance(module, TRANSPOSED) else 1)
     change = Change(dim, torch.arange(size + 1) % size, scale if consumes else None)
     try:
-        return bool(replacements(path, module, "weight", [change]))
+        return bool(replacements(path, _drawn(module), "weight", [change]))
     except MorphError:
         return False
+
+
+def _drawn(module: nn.Module) -> nn.Module:
+    """A copy of a layer with random values behind its weight; its own may not be set yet, in a run that is resumed."""
+    twin = copy_of(module)
+    computed, random = computation(twin, "weight"), torch.Generator().manual_seed(0)
+    assert computed is not None
+    for tensor in tensors_behind(computed).values():
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.data.copy_(0.1 + 0.9 * torch.rand(tensor.shape, generator=random))
+    return twin
 
 
 def _uses(model: nn.Module) -> Counter[int]:
