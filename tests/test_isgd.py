@@ -251,7 +251,10 @@ def test_running_statistics_see_a_batch_once(losses: list[list[float]]) -> None:
 
 RESUMED = {
     "plain": (),
-    "pruned": (*PRUNED, "optimizer.fused=true", "precision=bf16", "memory_format=channels_last"),
+    "pruned": (
+        *("prune=early", "prune.by=0.5", "prune.cuts=2", "prune.round_to=1"),
+        *("optimizer.fused=true", "precision=bf16", "memory_format=channels_last"),
+    ),
     "grown": ("grow=wider", "grow.at_epochs=[1]", "grow.new_lr_factor=0.5", "data.progressive=0.5"),
 }
 
