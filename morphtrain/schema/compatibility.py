@@ -65,9 +65,9 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "optimizer=isgd",
-        "precision=o2|bf16_pure",
-        "its extra steps move weights of 16 bits, and not the 32-bit ones that these are copied from",
-        "precision=bf16",
+        "precision=bf16_pure precision.rounding=stochastic",
+        "its extra steps are not rounded by chance, and would be lost in weights of 16 bits",
+        "precision.rounding=masters",
     ),
     Conflict(
         "gradient=approximate|sparse_activation",

@@ -73,8 +73,9 @@ def _warn_of_one_chunk(run: Run) -> None:
 
 def _warn_of_long_steps(run: Run) -> None:
     config = run.config
-    sgd = isinstance(config.optimizer, schema.optimizer.SGD) and config.optimizer.lr > UNCLIPPED
-    if isinstance(config.norm, schema.norm.WeightNorm) and sgd and config.clip_norm is None and run.epoch == 0:
+    if not isinstance(config.optimizer, schema.optimizer.SGD) or config.optimizer.lr <= UNCLIPPED:
+        return
+    if isinstance(config.norm, schema.norm.WeightNorm) and config.clip_norm is None and run.epoch == 0:
         log.warning(
             "norm=weight: without batch norm, steps of optimizer.lr=%g may be too long to learn from; clip_norm=1, or "
             "optimizer.lr=%g, trained on the digits",

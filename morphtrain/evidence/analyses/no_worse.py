@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from morphtrain.evidence import drawing, words
 from morphtrain.evidence.analyses import values
-from morphtrain.evidence.comparisons import DIFFERENCE, Comparison, compare_pairs, pairs_within
+from morphtrain.evidence.comparisons import DIFFERENCE, Comparison, compare_pairs
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.evidence.frontier import CANNOT_TELL
+from morphtrain.evidence.margins import pairs_within
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate
 from morphtrain.evidence.section import Section, Table
