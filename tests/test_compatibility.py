@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields
-from itertools import chain, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +49,10 @@ def composed(overrides: list[str]) -> schema.Config:
 def makings(choice: str) -> list[list[str]]:
     """Overrides that make a choice, with each of its values, and in each option that has its key."""
     parts = [list(_makings(*CHOICE.fullmatch(part).groups())) for part in choice.split()]
-    return [list(chain(*overrides)) for overrides in product(*parts)]
+    made = (
+        overrides for overrides in product(*parts) if not any(contradict(*two) for two in combinations(overrides, 2))
+    )
+    return [list(chain(*overrides)) for overrides in made]
 
 
 def _makings(key: str, sign: str, values: str) -> Iterator[list[str]]:

@@ -63,7 +63,7 @@ def test_every_question_can_be_run_arm_by_arm(name: str, size: str) -> None:
 
 def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files: dict[str, dict[str, Any]]) -> None:
     about_time = {name: keys for name, keys in files.items() if keys["response"] == "calibrated_train_seconds"}
-    assert len(about_time) == 11
+    assert len(about_time) == 14
     for name, keys in about_time.items():
         assert keys["analysis"] == "pays"
         roles = {arm: node.get("role", "method") for arm, node in keys["arms"].items()}
@@ -79,7 +79,7 @@ def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files:
 
 
 def test_a_test_has_five_seeds_or_more(files: dict[str, dict[str, Any]]) -> None:
-    assert len(OF_THE_THESIS) == 21
+    assert len(OF_THE_THESIS) == 23
     for name, keys in files.items():
         assert set(keys["sizes"]) == ({"small", "thesis"} if name in OF_THE_THESIS else {"small", "medium", "full"})
         for size in keys["sizes"].values():
