@@ -50,6 +50,7 @@ SHORT = {
     "ghost_batch_size": 4,
     "init_scale": 256.0,  # steps at the default overflow at first, and are skipped
     "interval": 1,
+    "lr": 0.03,  # at which networks without batch norm learn, too
     "max_batch_size": 32,
     "max_params": 4.0,
     "min_channels": 2,  # so that there is one to cut
