@@ -548,12 +548,11 @@ SHARES = "must be above 0 and at most 1, of the batches"
         (["gradient=sparse_activation", "gradient.p=1"], "gradient.p=1.0: must be between 0 and 1, both excluded"),
         (
             ["gradient=sparse_activation", "compile=default"],
-            "gradient=sparse_activation with compile=default: compiled code does not call layers one by one; "
-            "compile=none works",
+            "gradient=sparse_activation with compile=default: it is not tested in compiled passes; compile=none works",
         ),
         (
             ["gradient=approximate", "compile=max"],
-            "gradient=approximate with compile=max: compiled code does not call layers one by one; compile=none works",
+            "gradient=approximate with compile=max: it is not tested in compiled passes; compile=none works",
         ),
         (
             ["gradient=approximate", "optimizer=lars"],

@@ -72,7 +72,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "gradient=approximate|sparse_activation",
         "compile!=none",
-        "compiled code does not call layers one by one",
+        "it is not tested in compiled passes",
         "compile=none",
     ),
     Conflict(
