@@ -141,8 +141,7 @@ def test_the_target_is_reached_by_its_epoch(
     largest = max(cost({space: space.size + step}) for space in run.graph.spaces) - cost()
     assert target * first - largest < cost() <= target * first
     assert shares[-1] == pytest.approx(run.macs / run.initial["macs"])  # counted on the network itself
-    if network != "resnet8":  # padded shortcuts put layers together from parts
-        assert all(axis.length % step == 0 for axis in run.graph.axes if axis.weight is not None and is_free(axis))
+    assert all(axis.length % step == 0 for axis in run.graph.axes if axis.weight is not None and is_free(axis))
 
 
 def is_free(axis: Any) -> bool:
