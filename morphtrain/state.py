@@ -226,7 +226,7 @@ class Run:
     def start_norm(self) -> None:
         """Let a norm that needs to see images before the first step start the network from a pass of them.
 
-        They are of the first batch of the present epoch, as training sees them.
+        They are of the first batch of the present epoch, of the size that the next epoch trains on.
         """
         if self.norm_start is None:
             return
@@ -234,7 +234,7 @@ class Run:
         most = self.micro_batch or getattr(self.config.batch_policy, "max_micro_batch", None)
         with self._looking_ahead():
             images, _ = next(self.all_batches(batch_size))
-            small = self.small_size(max(self.epoch, 1))
+            small = self.small_size(self.epoch + 1)
             images = images if small is None else resized(images, small)
             with self.precision.autocast():
                 self.norm_start(self.model, images.tensor_split(passes(len(images), most))[0])

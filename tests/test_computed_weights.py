@@ -31,7 +31,9 @@ from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, Gate, MorphError, additions_of, describe, rebuild
 from morphtrain.morph.effective import assign, effective, fold, parameters_of, scale, sensitivity, trained
+from morphtrain.optimizer.groups import decay_groups
 from morphtrain.preprocessing import Preprocessing
+from morphtrain.prune.fading import Fading
 from morphtrain.state import Run
 from morphtrain.trainer import train
 
@@ -202,6 +204,16 @@ def test_copies_of_a_channel_are_read_by_uneven_shares() -> None:
     assert_close(outputs(model, (X,)), expected, 1e-12)
     columns = effective(model.b).flatten(1).T
     assert len(columns.unique(dim=0)) == 12, "copies with equal shares would stay alike for ever"
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_uneven_shares_keep_the_function_of_every_weight_that_can_be_widened(name: str) -> None:
+    torch.manual_seed(0)
+    model = made(WRAPS[name])
+    expected, graph = outputs(model, (X,)), ChannelGraph.trace(model, X)
+    assert len(widen(graph, factor=2, noise=0.5, generator=torch.Generator().manual_seed(0))) == len(graph.spaces)
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+    assert len(effective(model.b).flatten(1).T.unique(dim=0)) == 12, "copies with equal shares would stay alike"
 
 
 def test_what_is_zero_does_not_become_not_a_number() -> None:
@@ -515,6 +527,50 @@ def test_a_gate_a_layer_and_a_block_beside_computed_weights() -> None:
     assert_close(outputs(model, (X,)), expected, 1e-12)
     step(model, optimizer)
     assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_a_gate_that_cannot_be_is_refused_before_any_is_put() -> None:
+    layers = [
+        nn.Conv2d(3, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 1),
+        own(Symmetric)(nn.Conv2d(8, 8, 1)),
+        nn.Conv2d(8, 4, 1),
+    ]
+    model = nn.Sequential(*layers).double()
+    graph, before = ChannelGraph.trace(model, X), copy.deepcopy(model.state_dict())
+    with pytest.raises(MorphError, match=r"^'2': its weight is computed by Symmetric, which"):
+        graph.gate({"1": Gate(torch.arange(4)), "2": Gate(torch.arange(4))})
+    assert_same(model.state_dict(), before)
+
+
+def test_fading_out_leaves_the_state_of_spectral_norm_as_it_is() -> None:
+    """Or a run that is resumed while channels fade would not go on with the same bits."""
+    model = made(spectral_norm).train()
+    graph, before = ChannelGraph.trace(model, X), copy.deepcopy(dict(model.named_buffers()))
+    Fading(graph, {space: torch.arange(space.size) == 0 for space in graph.spaces}, 1.0)
+    assert_same(dict(model.named_buffers()), before)
+
+
+def test_channels_fade_where_a_weight_that_makes_them_cannot() -> None:
+    """The weights that use them can, so that the cut changes nothing."""
+    model = nn.Sequential(own(OneWay)(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+    graph, before = ChannelGraph.trace(model, X), effective(model[0])
+    fading = Fading(graph, {graph.spaces[0]: torch.tensor([True, False, False, True])}, 1.0)
+    fading.fade(0.5)
+    assert torch.equal(effective(model[0]), before)
+    fading.fade(0.0)
+    expected = outputs(model, (X,))
+    fading.cut(SGD(model.parameters(), lr=0.1))
+    assert model[0].out_channels == 2
+    assert_close(outputs(model, (X,)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_lengths_decay_however_many_a_weight_has(dim: int | None) -> None:
+    layer = weight_norm(nn.Conv2d(3, 4, 1), dim=dim)
+    decaying, plain, directions = (group["params"] for group in decay_groups(layer, 0.1))
+    g, v = parameters_of(layer)
+    assert [id(p) for p in (*decaying, *plain, *directions)] == [id(p) for p in (g, layer.bias, v)]
 
 
 def test_a_dead_block_goes_with_all_that_its_weights_are_computed_from() -> None:

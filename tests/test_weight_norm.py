@@ -199,6 +199,25 @@ def test_a_channel_that_does_not_vary_keeps_its_length() -> None:
     assert constant.abs().max() < 1e-2, "the bias still takes the mean off"
 
 
+def test_weights_that_start_from_zero_stay_zero_and_learn() -> None:
+    """As those of a classifier, or of the last layer of a branch, often do."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    nn.init.zeros_(model[3].weight)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    images, plain = torch.randn(8, 3, 3, 3), copy.deepcopy(model)
+    to_weight_norm(model)
+    torch.testing.assert_close(model(images), plain(images))
+    initialise(model, images)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), torch.arange(8) % 2).backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert bool((effective(model[3]) != 0).all())
+
+
 def test_what_the_pass_does_not_reach_is_named_and_left() -> None:
     class Beside(nn.Module):
         def __init__(self) -> None:
@@ -569,6 +588,15 @@ def test_it_starts_on_images_of_the_size_that_the_first_epoch_shows() -> None:
     images, _ = next(run.data.train_batches(run.batch_size, run.generator(0)))
     small = F.interpolate(images, size=(8, 8), mode="bilinear", antialias=True)
     for values in pass_of(run.model.eval(), small, MIXING).values():
+        assert_standard(values)
+
+
+def test_new_random_weights_start_on_images_of_the_size_that_the_next_epoch_shows() -> None:
+    run = trained(run_of("data.image_size=16", "data.progressive=0.5", "data.progressive_until=0.5"), 3)
+    assert run.small_size(3) is not None and run.small_size(4) is None
+    run.reset_weights()
+    images, _ = next(run.data.train_batches(run.batch_size, run.generator(3)))
+    for values in pass_of(run.model.eval(), images, MIXING).values():
         assert_standard(values)
 
 

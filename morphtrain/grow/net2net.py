@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from morphtrain.grow.size import check_memory
 from morphtrain.morph import ChannelGraph, MorphError, Slot, Space
-from morphtrain.morph.effective import assign, effective
+from morphtrain.morph.effective import assign, effective, scale
 
 
 def widen(
@@ -84,7 +84,8 @@ def _copies(size: int, width: int, generator: torch.Generator | None) -> torch.T
 def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: torch.Generator | None) -> None:
     """Add relative noise, which sums to zero over a channel's copies, to the weights that use them."""
     module, (name, dim) = slot.axis.module, slot.axis.tensors[0]
-    weight = effective(module, name).clone()
+    before = effective(module, name)
+    weight = before.clone()
     span = slot.segment.span
     entries = slice(slot.start, slot.start + len(index) * span)
     part = weight.movedim(dim, 0)[entries]  # (width * span, ...), a view
@@ -95,4 +96,7 @@ def _share_unevenly(slot: Slot, index: torch.Tensor, noise: float, generator: to
     sums = torch.zeros_like(part[: int(source.max()) + 1]).index_add_(0, source, drawn)
     counts = torch.bincount(source).to(part.dtype).view(-1, *[1] * (part.dim() - 1))
     part += drawn - (sums / counts)[source]
-    assign(module, name, weight)
+    try:
+        assign(module, name, weight)
+    except MorphError:  # it has no inverse, but may scale with what it starts from
+        scale(module, name, torch.where(before != 0, weight / before, 1.0))

@@ -15,7 +15,7 @@ from morphtrain.morph.layers import ZeroBranch
 from morphtrain.morph.modes import stored_activations, unwrapped
 from morphtrain.morph.paths import is_within
 from morphtrain.morph.spaces import Axis, ChannelGather, Space, new_names
-from morphtrain.morph.surgery.gates import Gate, check_gates, insert_gate
+from morphtrain.morph.surgery.gates import Gate, insert_gate, planned_gates
 from morphtrain.morph.surgery.indexing import Index, check_emptied, checked_index, emptied_axes, reindex_tensors
 from morphtrain.morph.surgery.insert import Start, insert_block, insert_layers
 from morphtrain.morph.surgery.rebind import Rebinder
@@ -230,13 +230,13 @@ class ChannelGraph:
             gates: by the path of the convolution.
 
         Raises:
-            MorphError: before anything is changed, if a path is not that of an ungrouped convolution, or if a
-                convolution with a bias is to write fewer channels.
+            MorphError: before anything is changed, if a path is not that of an ungrouped convolution, if a
+                convolution with a bias is to write fewer channels, or if its weight is computed and cannot change so.
         """
-        check_gates(dict(self.model.named_modules()), gates)
+        planned = planned_gates(dict(self.model.named_modules()), gates)
         rebinder = Rebinder(self.shared, optimizer)
         for path, gate in gates.items():
-            insert_gate(self.model, path, gate, rebinder)
+            insert_gate(self.model, path, gate, planned[path], rebinder)
         self._retrace()
 
     def insert_layer(

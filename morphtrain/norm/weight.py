@@ -33,12 +33,19 @@ log = logging.getLogger(__name__)
 
 
 class WeightNorm(_WeightNorm):
-    """torch's weight norm in the memory format of v, which a convolution goes by; torch's own is always contiguous."""
+    """torch's weight norm in the memory format of v, which a convolution goes by; torch's own is always contiguous.
+
+    A channel whose weights are zero has length 0 and some direction; torch's own would compute 0 / 0.
+    """
 
     def forward(self, weight_g: torch.Tensor, weight_v: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = super().forward(weight_g, weight_v)  # type: ignore[no-untyped-call]
         memory_format = format_of(weight_v)
         return weight if memory_format is torch.contiguous_format else weight.clone(memory_format=memory_format)
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length = torch.norm_except_dim(weight, 2, self.dim)
+        return length, weight.masked_fill(length == 0, 1.0)
 
 
 def to_weight_norm(model: nn.Module, mean_only: bool = False) -> int:

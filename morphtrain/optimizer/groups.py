@@ -19,9 +19,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     lists = [m for m in model.modules() if isinstance(m, ParametrizationList) and is_weight_norm(m)]
     directions = {id(originals(computed)[1]) for computed in lists}
+    lengths = {id(g) for g, v in map(originals, lists) if v.dim() > 1}  # a single one, of a whole weight, has no dims
+    weights = [p for p in trained if id(p) in lengths or (p.dim() > 1 and id(p) not in directions)]
+    chosen = directions | set(map(id, weights))
     groups = [
-        {"params": [p for p in trained if p.dim() > 1 and id(p) not in directions], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in chosen], "weight_decay": 0.0},
     ]
     if directions:
         groups.append({"params": [p for p in trained if id(p) in directions], "weight_decay": 0.0})

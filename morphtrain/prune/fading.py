@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from morphtrain.morph import MIXING, NORMS, Axis, ChannelGraph, Space, ZeroBranch
-from morphtrain.morph.effective import parameters_of
+from morphtrain.morph import MIXING, NORMS, Axis, ChannelGraph, MorphError, Space, ZeroBranch
+from morphtrain.morph.effective import effective, parameters_of
 from morphtrain.prune.reconfigure import Reconfiguration
 from morphtrain.prune.weights import Weight, multiply, weight_of
 
@@ -43,7 +44,7 @@ class Fading:
                 continue
             for name, dim in axis.tensors:
                 if parameters_of(axis.module, name):
-                    weight, tensor = weight_of(axis.module, name), getattr(axis.module, name)
+                    weight, tensor = weight_of(axis.module, name), effective(axis.module, name)
                     mask = entries.to(tensor.device).view([-1 if d == dim else 1 for d in range(tensor.dim())])
                     masks[weight] = mask | masks[weight] if weight in masks else mask
         self.masks = masks  # each spreads over its weight
@@ -54,7 +55,8 @@ class Fading:
         left = left if left > NOTHING else 0.0
         factor = min(left / self.left, 1.0) if self.left else 0.0
         for weight, mask in self.masks.items():
-            multiply(weight, torch.where(mask, factor, 1.0))
+            with suppress(MorphError):  # computed, and cannot be this: it stays until what else the channel is has gone
+                multiply(weight, torch.where(mask, factor, 1.0))
         self.left = left
 
     def cut(self, optimizer: Optimizer) -> Reconfiguration:
