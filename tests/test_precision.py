@@ -357,7 +357,7 @@ def test_a_wrong_key_is_named(key: str) -> None:
 def test_an_eps_that_is_zero_in_the_format_is_refused(fused: str) -> None:
     """What AdamW divides by would be zero wherever the square of a gradient is."""
     adamw = ("optimizer=adamw", f"optimizer.fused={fused}")
-    wanted = r"^optimizer.eps=1e-08: zero in float16, in which precision=o3 divides by it; optimizer.eps=1e-5, or "
+    wanted = r"^optimizer.eps=1e-08: is zero in float16, in which precision=o3 divides by it; optimizer.eps=1e-5, or "
     for name in ("o3 float16", "o3 norms"):
         with pytest.raises(UserError, match=wanted):
             build_run(config_of(*FORMATS[name], *adamw))

@@ -31,7 +31,7 @@ class Short(Casting):
 
 
 def _check_eps(eps: Any, dtype: torch.dtype) -> None:
-    """Raise a `UserError` for what an optimizer adds to a divisor, if that is zero in 16 bits; None: it adds nothing."""
+    """Raise a `UserError` if what an optimizer adds to a divisor is zero in 16 bits; None: it adds nothing."""
     if isinstance(eps, float) and not torch.tensor(eps, dtype=dtype):
         name = str(dtype).removeprefix("torch.")
         raise UserError(
