@@ -23,6 +23,7 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.morph import format_of_model
+from morphtrain.precision import Precision
 from morphtrain.precision import auto as precisions
 from morphtrain.state import Run
 from morphtrain.tracking.none import NoTracker
@@ -217,6 +218,15 @@ def test_a_choice_of_what_is_not_auto_is_refused(keys: tuple[str, ...], message:
 def test_a_choice_that_the_device_does_not_have_is_named(measured: list) -> None:
     run = build_run(config_of("precision=auto", "chosen={precision: o9}"))
     with pytest.raises(UserError, match="precision=o9: must be one of o0, bf16"):
+        start(run)
+
+
+def test_float16_is_no_choice_where_a_method_takes_steps(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that another run has made, as in an experiment."""
+    scaled = Precision(torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(precisions, "candidates", lambda device: {"o0": Precision(device), "o1": scaled})
+    run = build_run(config_of("precision=auto", "chosen={precision: o1}", "optimizer=isgd"))
+    with pytest.raises(UserError, match=r"^precision=o1: must be one of o0$"):
         start(run)
 
 

@@ -441,6 +441,15 @@ def test_what_does_not_go_together_is_refused_in_a_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_float16_that_auto_stands_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("morphtrain.precision.o1.chosen_type", lambda name, device: torch.float16)
+    with pytest.raises(
+        UserError, match=r"^optimizer=isgd with precision=o1: it computes in float16 on cpu, and the extra"
+    ):
+        run_of(*CYCLE, "optimizer=isgd", "precision=o1")
+
+
 def test_checkpoints_from_before_the_key_go_on_shuffled(tmp_path: Path) -> None:
     stop_after(1, morphtrain.compose(*SMALL), tmp_path)
     path = tmp_path / "last.pt"

@@ -25,6 +25,7 @@ from morphtrain.precision import autocast
 from morphtrain.precision.bf16_pure import Stochastic, stochastically_rounded
 from morphtrain.precision.casting import Casting
 from morphtrain.state import Run
+from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch
 from morphtrain.trainer.loop import backward, train_epoch, training_steps
 from morphtrain.trainer.underflow import underflow_share
@@ -339,7 +340,8 @@ def test_small_steps_are_kept_on_average() -> None:
 
 WRONG = {
     "precision.dtype=float8": (("precision=o2", "precision.dtype=float8"), "must be one of auto, float16, bfloat16"),
-    "precision.init_scale=0.0": (("precision=o2", "precision.init_scale=0"), "must be above 0"),
+    "precision.init_scale=0.0": (("precision=o2", "precision.init_scale=0"), r"must be 1e-37 to 1e\+37: it and"),
+    r"precision.init_scale=1e\+39": (("precision=o1", "precision.init_scale=1e39"), r"must be 1e-37 to 1e\+37: it and"),
     "precision.rounding=up": (("precision=bf16_pure", "precision.rounding=up"), "one of masters, stochastic"),
 }
 
@@ -349,3 +351,43 @@ def test_a_wrong_key_is_named(key: str) -> None:
     options, wanted = WRONG[key]
     with pytest.raises(UserError, match=f"^{key}: .*{wanted}"):
         config_of(*options)
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_an_eps_that_is_zero_in_the_format_is_refused(fused: str) -> None:
+    """What AdamW divides by would be zero wherever the square of a gradient is."""
+    adamw = ("optimizer=adamw", f"optimizer.fused={fused}")
+    wanted = r"^optimizer.eps=1e-08: is zero in float16, in which precision=o3 divides by it; optimizer.eps=1e-5, or "
+    for name in ("o3 float16", "o3 norms"):
+        with pytest.raises(UserError, match=wanted):
+            build_run(config_of(*FORMATS[name], *adamw))
+        own = ("optimizer=custom", "optimizer._target_=torch.optim.RMSprop", "+optimizer.lr=0.01")
+        with pytest.raises(UserError, match=wanted):
+            build_run(config_of(*FORMATS[name], *own))
+        build_run(config_of(*FORMATS[name], *adamw, "optimizer.eps=1e-5"))
+    build_run(config_of(*FORMATS["o3"], *adamw))
+    build_run(config_of(*FORMATS["o2 float16"], *adamw))
+
+
+class Broken(nn.Module):
+    """A network whose loss is finite, and whose gradients are not."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head(x.mean((2, 3)))
+        return x + (0 * x).abs().sqrt()
+
+
+def test_gradients_that_no_scale_makes_finite_end_the_run() -> None:
+    """It would go on to its end, and skip every step."""
+    run = begun(
+        *FORMATS["o1 float16"], "model=custom", "model._target_=test_precision.Broken", "batch_policy.batch_size=1"
+    )
+    with pytest.raises(UserError, match=r"^precision: gradients are infinite or not a number whatever"):
+        for _ in range(4):
+            train_epoch(run)
+            finish_epoch(run)
+            begin_epoch(run)

@@ -23,6 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 from morphtrain import schema, world
+from morphtrain.errors import UserError
 from morphtrain.method import Closure, Method
 from morphtrain.morph import kept_buffers
 from morphtrain.optimizer.sgd import build
@@ -133,6 +134,14 @@ class ISGD(Method):
         self.accelerated = self.passes = 0  # in this epoch: batches that got extra steps, and passes for these
 
     def before_training(self, run: Run) -> None:
+        if (
+            run.precision.dtype is torch.float16
+        ):  # that was typed, `CONFLICTS` has refused; this is what auto stands for
+            name = run.config.precision.name
+            raise UserError(
+                f"optimizer=isgd with precision={name}: it computes in float16 on {run.device.type}, and the extra "
+                "steps have no loss scale of their own; precision=bf16 works"
+            )
         if self.losses is not None:  # from a checkpoint
             self.losses.losses = self.losses.losses.to(run.device)
         if run.config.data.order != "cycle":

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from morphtrain.cost.stopwatch import timed
 from morphtrain.errors import UserError
+from morphtrain.schema.precision import SMALLEST_SCALE
 
 SLOW = 1.2  # times as long as in float32: from there on a user should know
 ROUNDS = 4  # of which the fastest counts
@@ -52,7 +53,15 @@ class Precision:
         """What to record of the epoch that has just ended: the present loss scale, and how many steps it skipped.
 
         Nothing for a format that never scales the loss. Steps count from one call to the next.
+
+        Raises:
+            UserError: if the scale has been halved until its inverse is infinite, so that no step can follow.
         """
+        if self.scaler.is_enabled() and self.scale < SMALLEST_SCALE:
+            raise UserError(
+                "precision: gradients are infinite or not a number whatever the loss scale, so that every step is "
+                "skipped; precision=o0 shows whether those of the network itself are"
+            )
         skipped, self.skipped = self.skipped, 0
         return {"loss_scale": self.scale, "skipped_steps": skipped} if self.scales else {}
 

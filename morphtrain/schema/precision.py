@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.option import Option
 
 TYPES = ("auto", "float16", "bfloat16")
+SMALLEST_SCALE = 1e-37
 
 
 @dataclass
@@ -27,7 +27,9 @@ class Mixed(Precision, option=("o1", "o2")):
 
     def __post_init__(self) -> None:
         check_one_of("precision.dtype", self.dtype, TYPES)
-        check(0 < self.init_scale < math.inf, "precision.init_scale", self.init_scale, "above 0, and finite")
+        wanted = "1e-37 to 1e+37: it and its inverse are numbers of 32 bits"
+        within = SMALLEST_SCALE <= self.init_scale <= 1 / SMALLEST_SCALE
+        check(within, "precision.init_scale", self.init_scale, wanted)
 
 
 @dataclass

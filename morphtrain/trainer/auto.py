@@ -23,6 +23,7 @@ from morphtrain.cost.step import blank_batch, casts_of, training_step
 from morphtrain.cost.stopwatch import timed
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
+from morphtrain.precision import Precision
 from morphtrain.precision import auto as precisions
 from morphtrain.state import Run, passes
 from morphtrain.trainer.build import FORMATS, in_format
@@ -73,7 +74,7 @@ def adopt(run: Run, chosen: Mapping[str, str]) -> None:
     Raises:
         UserError: for what cannot be chosen, or if it is not there for every such key.
     """
-    known = {"memory_format": tuple(FORMATS), "precision": tuple(precisions.candidates(run.device))}
+    known = {"memory_format": tuple(FORMATS), "precision": tuple(_allowed(run, precisions.candidates(run.device)))}
     for key, values in known.items():
         if _is_auto(run, key):
             schema.check_one_of(key, chosen.get(key), values)
@@ -139,14 +140,19 @@ def _typed(chosen: Mapping[str, str]) -> str:
 def _steps(run: Run) -> dict[Choice, Step]:
     """A training step of a copy of the network with each choice: precision after precision, in each format."""
     formats = tuple(FORMATS) if _is_auto(run, "memory_format") else (run.config.memory_format,)
-    kinds = precisions.worth_trying(run.device) if _is_auto(run, "precision") else {"": run.precision}
+    kinds = _allowed(run, precisions.worth_trying(run.device)) if _is_auto(run, "precision") else {"": run.precision}
     twins = {name: twin(run, name) for name in formats}
     return {
         Choice(memory_format, name): partial(training_step, *twins[memory_format], casts_of(precision))
         for name, precision in kinds.items()
-        if precision.dtype is not torch.float16 or not run.hooks("step")  # its loss scale allows none
         for memory_format in formats
     }
+
+
+def _allowed(run: Run, kinds: Mapping[str, Precision]) -> dict[str, Precision]:
+    """Without float16 where a method takes steps by itself, which its loss scale does not allow."""
+    own_steps = bool(run.hooks("step"))
+    return {name: kind for name, kind in kinds.items() if kind.dtype is not torch.float16 or not own_steps}
 
 
 def twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tensor, torch.Tensor]:
