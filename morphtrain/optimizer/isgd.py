@@ -23,6 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 from morphtrain import schema, world
+from morphtrain.errors import UserError
 from morphtrain.method import Closure, Method
 from morphtrain.morph import kept_buffers
 from morphtrain.optimizer.sgd import build
@@ -135,6 +136,11 @@ class ISGD(Method):
     def before_training(self, run: Run) -> None:
         if self.losses is not None:  # from a checkpoint
             self.losses.losses = self.losses.losses.to(run.device)
+        if run.precision.dtype is torch.float16:  # which a device may have chosen with `auto`
+            raise UserError(
+                f"optimizer=isgd: precision={run.config.precision.name} on {run.device.type} computes in float16, and "
+                "the extra steps have no loss scale of their own; precision=bf16 works"
+            )
         if run.config.data.order != "cycle":
             log.warning(
                 "optimizer=isgd: data.order=%s draws other batches in every epoch, whose losses compare less; "
