@@ -69,9 +69,9 @@ def test_a_run_takes_what_its_ratio_says(options: tuple[str, ...], monkeypatch: 
     """Of what its groups measure at the start, by steps of lr / (1 - momentum) = 1."""
     amounts, shrink = [], prunetrain.shrink
 
-    def watched(lassos: Any, amount: float) -> None:
+    def watched(lassos: Any, amount: float, pace: float) -> None:
         amounts.append(amount)
-        shrink(lassos, amount)
+        shrink(lassos, amount, pace)
 
     monkeypatch.setattr(prunetrain, "shrink", watched)
     monkeypatch.setattr(strength, "LARGEST_LOSS_SHARE", 1 - 1e-9)
