@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 from collections.abc import Callable
@@ -441,13 +442,16 @@ def test_what_does_not_go_together_is_refused_in_a_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_float16_that_auto_stands_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    monkeypatch.setattr("morphtrain.precision.o1.chosen_type", lambda name, device: torch.float16)
-    with pytest.raises(
-        UserError, match=r"^optimizer=isgd with precision=o1: it computes in float16 on cpu, and the extra"
-    ):
-        run_of(*CYCLE, "optimizer=isgd", "precision=o1")
+@pytest.mark.parametrize("precision", ["o1", "o2", "o3"])
+def test_float16_that_a_device_chooses_is_refused_as_well(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"morphtrain.precision.{precision}")
+    monkeypatch.setattr(module, "chosen_type", lambda name, device: torch.float16)  # as on CUDA
+    with pytest.raises(UserError) as refused:
+        run_of(*CYCLE, "optimizer=isgd", f"precision={precision}")
+    assert str(refused.value) == (
+        f"optimizer=isgd: precision={precision} on cpu computes in float16, and the extra steps have no loss scale of "
+        "their own; precision=bf16 works"
+    )
 
 
 def test_checkpoints_from_before_the_key_go_on_shuffled(tmp_path: Path) -> None:
