@@ -441,6 +441,14 @@ def test_what_does_not_go_together_is_refused_in_a_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("precision", ["o1", "o2", "o3"])
+def test_float16_that_the_device_chooses_is_refused_as_well(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"morphtrain.precision.{precision}.chosen_type", lambda name, device: torch.float16)  # a GPU
+    monkeypatch.setattr("morphtrain.precision.autocast.slowdown", lambda device, dtype: 1.0)
+    with pytest.raises(UserError, match=rf"^optimizer=isgd with precision={precision} in float16: its extra steps"):
+        run_of(*CYCLE, "optimizer=isgd", f"precision={precision}")
+
+
 def test_checkpoints_from_before_the_key_go_on_shuffled(tmp_path: Path) -> None:
     stop_after(1, morphtrain.compose(*SMALL), tmp_path)
     path = tmp_path / "last.pt"

@@ -23,6 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 from morphtrain import schema, world
+from morphtrain.errors import UserError
 from morphtrain.method import Closure, Method
 from morphtrain.morph import kept_buffers
 from morphtrain.optimizer.sgd import build
@@ -133,6 +134,11 @@ class ISGD(Method):
         self.accelerated = self.passes = 0  # in this epoch: batches that got extra steps, and passes for these
 
     def before_training(self, run: Run) -> None:
+        if run.precision.dtype is torch.float16:  # where a device decides that: precision.dtype=auto, precision=auto
+            raise UserError(
+                f"optimizer=isgd with precision={run.config.precision.name} in float16: its extra steps have no loss scale "
+                "of their own; precision=bf16 works"
+            )
         if self.losses is not None:  # from a checkpoint
             self.losses.losses = self.losses.losses.to(run.device)
         if run.config.data.order != "cycle":

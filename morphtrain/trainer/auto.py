@@ -144,7 +144,7 @@ def _steps(run: Run) -> dict[Choice, Step]:
     return {
         Choice(memory_format, name): partial(training_step, *twins[memory_format], casts_of(precision))
         for name, precision in kinds.items()
-        if precision.dtype is not torch.float16 or not run.hooks("step")  # its loss scale allows none
+        if precision.dtype is not torch.float16 or not run.hooks("step")  # it may not know a loss scale
         for memory_format in formats
     }
 
