@@ -136,8 +136,8 @@ class ISGD(Method):
     def before_training(self, run: Run) -> None:
         if run.precision.dtype is torch.float16:  # where a device decides that: precision.dtype=auto, precision=auto
             raise UserError(
-                f"optimizer=isgd with precision={run.config.precision.name} in float16: its extra steps have no loss scale "
-                "of their own; precision=bf16 works"
+                f"optimizer=isgd with precision={run.config.precision.name} in float16: its extra steps have no loss "
+                "scale of their own; precision=bf16 works"
             )
         if self.losses is not None:  # from a checkpoint
             self.losses.losses = self.losses.losses.to(run.device)
