@@ -63,10 +63,7 @@ def _module(group: str, config: Option) -> Any:
 
 def norm_start(config: Option | Custom) -> NormStart | None:
     """What an option of the group `norm` does with images before the first step of a run; None if it does nothing."""
-    if isinstance(config, Custom):
-        return None
-    module = importlib.import_module(f"morphtrain.norm.{option_of(vars(config))}")
-    start: NormStart | None = getattr(module, "start", None)
+    start: NormStart | None = None if isinstance(config, Custom) else getattr(_module("norm", config), "start", None)
     return start
 
 

@@ -180,14 +180,18 @@ class Run:
 
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
         """The images of the first batches of this epoch, of the size that the next epoch trains on."""
-        size = self.small_size(self.epoch + 1)
         found = itertools.islice(self.all_batches(), batches)
-        return [images if size is None else resized(images, size) for images, _ in found]
+        return [self._sized(images, self.epoch + 1) for images, _ in found]
 
-    def first_batch(self) -> Batch:
-        """The first batch of this epoch at its full size, as often as it is asked for."""
+    def first_batch(self, batch_size: int | None = None) -> Batch:
+        """The first batch of this epoch, its images as large as the data has them, as often as it is asked for."""
         with self._looking_ahead():
-            return next(self.all_batches())
+            return next(self.all_batches(batch_size))
+
+    def _sized(self, images: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Images as large as those that `epoch` trains on."""
+        size = self.small_size(epoch)
+        return images if size is None else resized(images, size)
 
     def settle(self) -> None:
         """Measure batch norm's running statistics for the present weights, on the first batches of this epoch.
@@ -232,12 +236,9 @@ class Run:
             return
         batch_size = self.batch_size or self.config.first_batch_size
         most = self.micro_batch or getattr(self.config.batch_policy, "max_micro_batch", None)
-        with self._looking_ahead():
-            images, _ = next(self.all_batches(batch_size))
-            small = self.small_size(self.epoch + 1)
-            images = images if small is None else resized(images, small)
-            with self.precision.autocast():
-                self.norm_start(self.model, images.tensor_split(passes(len(images), most))[0])
+        images = self._sized(self.first_batch(batch_size)[0], self.epoch + 1)
+        with self._looking_ahead(), self.precision.autocast():
+            self.norm_start(self.model, images.tensor_split(passes(len(images), most))[0])
 
     def reset_weights(self) -> None:
         """Give the network new random weights in its present structure, and clear the optimizer's state."""

@@ -535,7 +535,7 @@ def test_a_run_records_zeros_and_savings_of_each_epoch() -> None:
 
 # -- in a config ------------------------------------------------------------------------------------------------------
 
-SHARES = "must be above 0 and at most 1, of the batches"
+SHARES = "must be above 0 and at most 1, as a share of the batches"
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,10 @@ SHARES = "must be above 0 and at most 1, of the batches"
         (["gradient=approximate", "gradient.share=0"], f"gradient.share=0.0: {SHARES}"),
         (["gradient=approximate", "gradient.share=1.1"], f"gradient.share=1.1: {SHARES}"),
         (["gradient=approximate", "gradient.every=0"], "gradient.every=0: must be 1 or more; 1 is every convolution"),
-        (["gradient=sparse_activation", "gradient.p=1"], "gradient.p=1.0: must be between 0 and 1, both excluded"),
+        (
+            ["gradient=sparse_activation", "gradient.p=1"],
+            "gradient.p=1.0: must be above 0 and below 1, as a share of the gradients",
+        ),
         (
             ["gradient=sparse_activation", "compile=default"],
             "gradient=sparse_activation with compile=default: it is not tested in compiled passes; compile=none works",

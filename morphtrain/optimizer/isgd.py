@@ -134,13 +134,13 @@ class ISGD(Method):
         self.accelerated = self.passes = 0  # in this epoch: batches that got extra steps, and passes for these
 
     def before_training(self, run: Run) -> None:
+        if run.precision.dtype is torch.float16:  # where a device decides that: precision.dtype=auto, precision=auto
+            raise UserError(
+                f"optimizer=isgd with precision={run.config.precision.name} in float16: its extra steps have no loss "
+                "scale of their own; precision=bf16 works"
+            )
         if self.losses is not None:  # from a checkpoint
             self.losses.losses = self.losses.losses.to(run.device)
-        if run.precision.dtype is torch.float16:  # which a device may have chosen with `auto`
-            raise UserError(
-                f"optimizer=isgd: precision={run.config.precision.name} on {run.device.type} computes in float16, and "
-                "the extra steps have no loss scale of their own; precision=bf16 works"
-            )
         if run.config.data.order != "cycle":
             log.warning(
                 "optimizer=isgd: data.order=%s draws other batches in every epoch, whose losses compare less; "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from morphtrain import schema
 from morphtrain.precision.autocast import Precision
 from morphtrain.precision.fixed_point import QuantisedLayers
-from morphtrain.schema.precision_dfp16 import FixedPoint
 
 
 class DynamicFixedPoint(Precision):
@@ -32,5 +32,5 @@ class DynamicFixedPoint(Precision):
         return self.context(self.device.type)
 
 
-def build(config: FixedPoint, device: torch.device) -> DynamicFixedPoint:
+def build(config: schema.precision.FixedPoint, device: torch.device) -> DynamicFixedPoint:
     return DynamicFixedPoint(device, config.bits, config.rounding)

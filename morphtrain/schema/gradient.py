@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from morphtrain.schema.checks import check, check_one_of
+from morphtrain.schema.checks import check, check_one_of, check_share
 from morphtrain.schema.option import Option
 
 
@@ -25,7 +25,7 @@ class Approximate(Gradient, option="approximate"):
 
     def __post_init__(self) -> None:
         check_one_of("gradient.kind", self.kind, ("zero", "top1", "random"))
-        check(0 < self.share <= 1, "gradient.share", self.share, "above 0 and at most 1, of the batches")
+        check_share("gradient.share", self.share, "the batches", one=True)
         check(self.every >= 1, "gradient.every", self.every, "1 or more; 1 is every convolution")
 
 
@@ -38,4 +38,4 @@ class SparseActivation(Gradient, option="sparse_activation"):
     p: float
 
     def __post_init__(self) -> None:
-        check(0 < self.p < 1, "gradient.p", self.p, "between 0 and 1, both excluded")
+        check_share("gradient.p", self.p, "the gradients")

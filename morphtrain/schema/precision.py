@@ -53,3 +53,15 @@ class PureBfloat16(Precision, option="bf16_pure"):
 
     def __post_init__(self) -> None:
         check_one_of("precision.rounding", self.rounding, ("masters", "stochastic"))
+
+
+@dataclass
+class FixedPoint(Precision, option="dfp16"):
+    """Dynamic fixed point, emulated."""
+
+    bits: int
+    rounding: str
+
+    def __post_init__(self) -> None:
+        check(2 <= self.bits <= 16, "precision.bits", self.bits, "2 to 16")
+        check_one_of("precision.rounding", self.rounding, ("nearest", "stochastic"))
