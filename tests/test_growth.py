@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from morphtrain.cost import WidthCost
 from morphtrain.grow.expand import expand_to
+from morphtrain.grow.net2deeper import insert_block_like
 from morphtrain.grow.net2net import _copies, widen
 from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
@@ -431,3 +432,15 @@ def test_where_a_block_is_gone_nothing_is_inserted(shape: str) -> None:
     assert [end.path for end in graph.stage_ends] == [end.path for end in trace(graph.model).stage_ends]
     for path in [*graph.layer_places]:
         graph.insert_layer(path, [INPUT])
+
+
+def test_every_stage_of_a_network_without_sums_gets_a_block() -> None:
+    """The first block makes a sum, and with it other stages: what was their end before is none any more."""
+    torch.manual_seed(0)
+    model = VGG(depth=8, width=4).double().eval()
+    graph = ChannelGraph.trace(model, INPUT)
+    images, before = torch.randn(2, *INPUT.shape[1:]).double(), len(graph.stage_ends)
+    wanted = model(images)
+    inserted = [insert_block_like(graph, end.path, [images], "zero_gamma") for end in list(graph.stage_ends)]
+    assert len(inserted) == before > 1
+    torch.testing.assert_close(model(images), wanted, rtol=0, atol=1e-12)

@@ -45,7 +45,7 @@ def insert_block_like(
     graph: ChannelGraph, path: str, calibration: Sequence[Any], start: Start, optimizer: Optimizer | None = None
 ) -> str:
     """Insert after `path`, the end of a stage, a block like the stage's last one; returns the new block's path."""
-    (end,) = (point for point in graph.stage_ends if point.path == path)
+    end = graph.block_places[path]  # `stage_ends` may be others once a network has its first block
     kernels, inner = block_like(graph, end)
     width = None if start == "half_half" else inner  # an identity branch is as wide as its input
     return graph.insert_block(path, calibration, kernels=kernels, inner=width, start=start, optimizer=optimizer)
