@@ -1,17 +1,35 @@
 """The processes that train one network together: how many there are, which one this is, and what they agree on.
 
-Usually there is one; several must have called `torch.distributed.init_process_group` first. Measurements and random
-numbers differ between processes, but their networks must not: a decision based on either goes through `agree`.
+Usually there is one, and everything here costs nothing. Several must have called `torch.distributed.init_process_group`
+first. Measurements and random numbers differ between processes, but their networks must not: a decision based on
+either goes through `agree` or `decide`. Every process has to call these functions, in the same order.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What this process has sent and waited for since it was last set to zero: tensors that were summed, one way."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+traffic = Traffic()
 
 
 def size() -> int:
@@ -29,22 +47,86 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def sum_(tensors: Sequence[torch.Tensor]) -> None:
+    """Sum each of these tensors over all processes, in place: one message for all of a type and device.
+
+    The sums have the same bits in every process. Shapes, types and order have to be the same in all.
+    """
+    if size() == 1:
+        return
+    with _counted():
+        ordered = sorted(tensors, key=_kind)  # stable, so that every process has the same order
+        for _, group in groupby(ordered, key=_kind):
+            alike = list(group)
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+            distributed.all_reduce(flat)
+            traffic.bytes += flat.numel() * flat.element_size()
+            for tensor, summed in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.detach().copy_(summed.view(tensor.shape))
+
+
 def mean(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes; the same shape. Every process has to call it."""
+    """The mean of a tensor over all processes; the same shape."""
     if size() == 1:
         return value
-    total = value.clone()
-    distributed.all_reduce(total)
+    total = value.detach().clone()
+    sum_([total])
     return total / size()
 
 
+def largest(value: float) -> float:
+    """The largest of the values that the processes have."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.item()
+
+
 def agree(value: T) -> T:
-    """The main process's value, in every process. Every process has to call it; with one process it costs nothing."""
+    """The main process's value, in every process."""
     if size() == 1:
         return value
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def decide(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, which alone calls it, in every process; or the error that it raises."""
+    if size() == 1:
+        return make()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (make(), None)
+        except Exception as error:
+            agree((None, _sendable(error)))
+            raise
+    value, failure = agree(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[no-any-return]  # what the main process has sent
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or if it cannot be pickled one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever its class does when it is made again
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _kind(tensor: torch.Tensor) -> tuple[str, str]:
+    return str(tensor.device), str(tensor.dtype)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    traffic.seconds += time.perf_counter() - start
 
 
 def _is_distributed() -> bool:

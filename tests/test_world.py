@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
-
-from morphtrain import world
-
-PROCESS = """
-import sys
-import torch
+from ranks import in_ranks
 from torch import distributed
-from morphtrain import world
 
-rank, file = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-value = torch.tensor([1.0, 4.0]) * (rank + 1)
-mean, agreed = world.mean(value), world.agree({"fastest": rank, "widths": [rank, 8]})
-print(world.rank(), world.size(), world.is_main(), mean.tolist(), value.tolist(), agreed)
-"""
+from morphtrain import world
+from morphtrain.errors import UserError
+
+
+def decisions() -> tuple[object, ...]:
+    """Everything that processes can agree on, and what is left of the tensors."""
+    rank = world.rank()
+    value = torch.tensor([1.0, 4.0]) * (rank + 1)
+    image = torch.arange(16.0).view(1, 4, 2, 2).to(memory_format=torch.channels_last) * (rank + 1)
+    count, empty = torch.tensor(rank + 1), torch.zeros(0)
+    mean, before = world.mean(value), value.tolist()
+    world.traffic.bytes = 0
+    world.sum_([image, count, value, empty])
+    summed = torch.equal(image, 3 * torch.arange(16.0).view(1, 4, 2, 2)), count.item(), value.tolist()
+    with pytest.raises(UserError, match="epochs=0: 1 or more works"):
+        world.decide(_refuse)
+    return (
+        *(world.rank(), world.size(), world.is_main(), mean.tolist(), before, summed, world.traffic.bytes),
+        *(world.agree({"fastest": rank, "widths": [rank, 8]}), world.decide(lambda: rank), world.largest(float(-rank))),
+    )
 
 
 def test_one_process_agrees_with_itself() -> None:
@@ -29,17 +34,34 @@ def test_one_process_agrees_with_itself() -> None:
     assert (world.rank(), world.size(), world.is_main()) == (0, 1, True)
     assert world.mean(value) is value
     assert world.agree(decision) is decision
+    assert world.decide(lambda: decision) is decision
+    assert world.largest(2.0) == 2.0
+    before = world.traffic.bytes
+    world.sum_([value])
+    assert value.tolist() == [1.0, 2.0]
+    assert world.traffic.bytes == before
+    with pytest.raises(UserError, match="epochs=0"):
+        world.decide(lambda: _refuse())
 
 
-def test_two_processes_take_the_first_ones_decision_and_average(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROCESS]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+def _refuse() -> None:
+    raise UserError("epochs=0: 1 or more works")
+
+
+def test_two_processes_take_the_first_ones_decision_and_sum() -> None:
+    shared = ((True, 3, [3.0, 12.0]), 4 * (16 + 2) + 8, {"fastest": 0, "widths": [0, 8]}, 0, 0.0)
+    assert in_ranks(2, decisions) == [
+        (0, 2, True, [1.5, 6.0], [1.0, 4.0], *shared),
+        (1, 2, False, [1.5, 6.0], [2.0, 8.0], *shared),
     ]
-    said = [process.communicate(timeout=120)[0].strip() for process in processes]
-    agreed = "{'fastest': 0, 'widths': [0, 8]}"
-    assert said == [
-        f"0 2 True [1.5, 6.0] [1.0, 4.0] {agreed}",
-        f"1 2 False [1.5, 6.0] [2.0, 8.0] {agreed}",
-    ]
+
+
+def fails_in_one() -> None:
+    if world.rank() == 1:
+        raise ValueError("only here")
+    distributed.barrier()
+
+
+def test_a_failure_in_one_process_is_told_with_its_traceback() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1: (.*\n)+.*only here"):
+        in_ranks(2, fails_in_one, timeout=20)

@@ -1,0 +1,89 @@
+"""Functions called in several processes at once that form a group, as those do that train one network together.
+
+in_ranks(2, function, argument)    # -> [what it returned in process 0, in process 1]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+# A server that has imported torch forks the processes, which spares each some four seconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed", "morphtrain.trainer", "ranks"])
+
+
+def in_ranks(size: int, function: Callable[..., T], *arguments: Any, timeout: float = 60) -> list[T]:
+    """What `function(*arguments)` returns in each of `size` processes of a gloo group, by rank.
+
+    The function is one of a module's top level; arguments and results are pickled. Each process has one thread.
+
+    Raises:
+        AssertionError: with the traceback of each process in which it raises, dies, or runs longer than `timeout`
+            seconds; the others are killed two seconds later.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(size)]
+        processes = [
+            CONTEXT.Process(target=_rank, args=(Path(directory, "meet"), rank, size, sender, function, arguments))
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        try:
+            answers = _answers([receiver for receiver, _ in pipes], timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    failures = [
+        f"rank {rank}: {answers.get(rank, ('', 'no answer'))[1]}" for rank in range(size) if not _done(answers, rank)
+    ]
+    assert not failures, "\n".join(failures)
+    return [answers[rank][1] for rank in range(size)]
+
+
+def _done(answers: dict[int, tuple[str, Any]], rank: int) -> bool:
+    return answers.get(rank, ("",))[0] == "done"
+
+
+def _answers(receivers: list[Connection], timeout: float) -> dict[int, tuple[str, Any]]:
+    """What the processes send: ("done", result) or ("failed", traceback), by rank."""
+    answers: dict[int, tuple[str, Any]] = {}
+    end = time.monotonic() + timeout
+    while len(answers) < len(receivers) and (left := end - time.monotonic()) > 0:
+        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in answers]
+        for receiver in wait(waiting, left):
+            assert isinstance(receiver, Connection)
+            rank = receivers.index(receiver)
+            try:
+                answers[rank] = receiver.recv()
+            except EOFError:
+                answers[rank] = ("failed", "it died")
+            if answers[rank][0] == "failed":
+                end = min(end, time.monotonic() + 2)
+    return answers
+
+
+def _rank(meet: Path, rank: int, size: int, sender: Connection, function: Callable[..., T], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+        result = function(*arguments)
+        distributed.barrier()
+        distributed.destroy_process_group()
+        sender.send(("done", result))
+    except BaseException:  # noqa: BLE001 - the test is to know of any
+        sender.send(("failed", traceback.format_exc()))
