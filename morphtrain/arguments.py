@@ -25,9 +25,9 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     """The arguments for a Hydra command, which becomes a multirun if a preset for one was typed.
 
     Raises:
-        UserError: for a flag that Hydra does not have; for a multirun in several processes; for a password, before Hydra writes the overrides to files; for
-            a key that some options of a grid lack, of which with `++` only their own jobs would complain; for a size
-            of no experiment, which would do nothing.
+        UserError: for a flag that Hydra does not have; for a multirun in one of several processes; for a password,
+            before Hydra writes the overrides to files; for a key that some options of a grid lack, of which with `++`
+            only their own jobs would complain; for a size of no experiment, which would do nothing.
     """
     flags = check_flags(arguments)
     _check_shown(flags)
