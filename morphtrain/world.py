@@ -32,6 +32,17 @@ class Traffic:
 traffic = Traffic()
 
 
+@dataclass(frozen=True)
+class Local:
+    """Which of a run's processes on this host this one is, and how many there are here."""
+
+    rank: int = 0
+    size: int = 1
+
+
+local = Local()  # set by what forms the group (`morphtrain.processes.join`)
+
+
 def size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if _is_distributed() else 1
@@ -81,6 +92,15 @@ def largest(value: float) -> float:
     found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.item()
+
+
+def each(value: T) -> list[T]:
+    """What each process has as `value`, by rank."""
+    if size() == 1:
+        return [value]
+    values: list[T] = [value] * size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def agree(value: T) -> T:
