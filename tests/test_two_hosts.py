@@ -40,11 +40,11 @@ pytestmark = [
 ]
 
 # Each epoch is cut, from a size at which what is sent beside gradients does not count.
-PRUNED = (
-    "data=synthetic data.train_samples=512 data.val_samples=64 data.image_size=8 batch_policy.batch_size=32 epochs=8 "
-    "model.width=24 model.blocks=2 prune=prunetrain prune.lasso_ratio=0.95 prune.lasso_ratio_of=loss prune.interval=1 "
-    "prune.start_epoch=2 timing.cores=1 timing.reference=0 tracking=none"
-).split()
+PRUNED = """
+    data=synthetic data.train_samples=512 data.val_samples=64 data.image_size=8 batch_policy.batch_size=32 epochs=8
+    model.width=24 model.blocks=2 prune=prunetrain prune.lasso_ratio=0.95 prune.lasso_ratio_of=loss prune.interval=1
+    prune.start_epoch=2 timing.cores=1 timing.reference=0 tracking=none
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def hosts() -> Iterator[tuple]:
 
 
 def test_bytes_fall_as_parameters_when_a_network_is_pruned(hosts: tuple, tmp_path: Path) -> None:
-    sent = two_hosts.sent_by_epoch(hosts, tmp_path, *PRUNED)
+    sent = two_hosts.sent_by_epoch(hosts, tmp_path, *PRUNED.split())
     records = read_records(tmp_path)
     assert len(sent) == len(records) == 8
     params = [record["params"] for record in records]  # with which the next epoch is trained
