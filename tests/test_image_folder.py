@@ -430,6 +430,7 @@ def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command,
 
 
 def several_workers() -> list[int]:
+    world.local = world.Local(world.rank(), 2)
     host.allowed = lambda: frozenset(range(8))  # type: ignore[assignment]
     return [image_folder.worker_count(wanted, divided=True) for wanted in ("auto", 0, 1, 7)]
 
