@@ -32,6 +32,24 @@ class Traffic:
 traffic = Traffic()
 
 
+@dataclass
+class Progress:
+    """How far this process has come, for those who watch whether one keeps the others waiting.
+
+    Args:
+        begun: calls of functions that every process has to call.
+        inside: whether it is in one of them.
+        explain: called with an error in one of them; raises its cause in another process, if it has one there.
+    """
+
+    begun: int = 0
+    inside: bool = False
+    explain: Callable[[RuntimeError], None] | None = None
+
+
+progress = Progress()
+
+
 def size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if _is_distributed() else 1
@@ -54,7 +72,7 @@ def sum_(tensors: Sequence[torch.Tensor]) -> None:
     """
     if size() == 1:
         return
-    with _counted():
+    with together(), _counted():
         ordered = sorted(tensors, key=_kind)  # stable, so that every process has the same order
         for _, group in groupby(ordered, key=_kind):
             alike = list(group)
@@ -79,7 +97,8 @@ def largest(value: float) -> float:
     if size() == 1:
         return value
     found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    with together():
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.item()
 
 
@@ -88,7 +107,8 @@ def agree(value: T) -> T:
     if size() == 1:
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=0)
+    with together():
+        distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -107,6 +127,21 @@ def decide(make: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]  # what the main process has sent
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what all processes have to call and wait in: others see how far this one has come, and errors get a cause."""
+    progress.begun += 1
+    progress.inside = True
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises when another process is gone
+        if progress.explain is not None:
+            progress.explain(error)
+        raise
+    finally:
+        progress.inside = False
 
 
 def _sendable(error: Exception) -> Exception:
