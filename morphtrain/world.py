@@ -50,6 +50,17 @@ class Progress:
 progress = Progress()
 
 
+@dataclass(frozen=True)
+class Local:
+    """Which of a run's processes on this host this one is, and how many there are here."""
+
+    rank: int = 0
+    size: int = 1
+
+
+local = Local()  # set by what forms the group (`morphtrain.processes.join`)
+
+
 def size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if _is_distributed() else 1
@@ -100,6 +111,15 @@ def largest(value: float) -> float:
     with together():
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.item()
+
+
+def each(value: T) -> list[T]:
+    """What each process has as `value`, by rank."""
+    if size() == 1:
+        return [value]
+    values: list[T] = [value] * size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def agree(value: T) -> T:

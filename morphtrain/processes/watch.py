@@ -30,6 +30,7 @@ from morphtrain.errors import UserError
 from morphtrain.processes import verdict
 from morphtrain.processes.line import Line, disown, own
 from morphtrain.processes.place import Place
+from morphtrain.processes.place import place as started_from_outside
 from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
         seconds: that a process may keep the others waiting.
 
     Raises:
-        RankFailed: in rank 0, for a fault of another process. Its own errors stay what they are.
+        RankFailed: for any fault. Rank 0 is to report it, and its own errors stay what they are; if it is gone, the
+            first of each host has reported it.
         Interrupted: in all, after a signal to any.
-        SystemExit: in the others, for any other fault; rank 0 reports it or, if it is gone, the first of each host.
     """
     from morphtrain import world  # imports torch
 
@@ -101,6 +102,7 @@ class Watch:
 
     def __init__(self, place: Place, seconds: float, progress: Any) -> None:
         self.place, self.rank, self.size = place, place.rank, place.size
+        self.is_launched = started_from_outside() is not None
         self.seconds = seconds
         self.silent_seconds = min(SILENT_SECONDS, seconds)
         self.progress = progress
@@ -185,11 +187,12 @@ class Watch:
         self._outlast_first()
         if (found or report).kind == verdict.INTERRUPTED:
             return _interruption(error, found or report)
+        failure = self._failure(found or report)
         if found is not None and self.peers:
             self._say(found)
         elif self.peers or isinstance(error, UserError):  # rank 0 has left in order, or cannot be reached
-            os.write(2, f"{self._failure(report)}\n".encode())
-        return SystemExit(1)  # where rank 0 has ended before they met, it has said why
+            os.write(2, f"{failure}\n".encode())  # where rank 0 has ended before they met, it has said why
+        return failure
 
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
         if found.kind == verdict.INTERRUPTED:
@@ -438,8 +441,7 @@ class Watch:
         if report.kind == verdict.INTERRUPTED:
             interrupts.tell(report.number)
         else:
-            ended_from_outside = not self.place.by.startswith("processes=")
-            interrupts.fail(None if is_own else self._failure(report), ended_from_outside)
+            interrupts.fail(None if is_own else self._failure(report), self.is_launched)
         hangs = report.kind == verdict.HUNG and report.rank == self.rank
         self._leave_by = time.monotonic() + (GRACE_SECONDS if hangs else LEAVE_SECONDS)
         if report.kind == verdict.SILENT:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema
+from morphtrain import schema, world
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.schema.config import TO_ACCURACY
@@ -227,6 +227,7 @@ def _record(run: Run) -> Record:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
+        **({"processes": world.size()} if world.size() > 1 else {}),
         **_curriculum(run),
     }
 
