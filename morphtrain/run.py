@@ -153,15 +153,15 @@ def discard_if_only(directory: Path, names: set[str]) -> None:
 
 
 class Mistake(BaseException):
-    """A user's mistake, its cause, on its way past Hydra."""
+    """What its cause says, on its way past Hydra."""
 
 
 @contextmanager
 def past_hydra(mode: RunMode | None) -> Iterator[None]:
-    """Let a mistake in a single run pass Hydra, which would announce it with a line of its own."""
+    """Let what a message is about pass Hydra in a single run: it would announce it with a line of its own."""
     try:
         yield
-    except (UserError, OSError, OmegaConfBaseException) as error:
+    except (UserError, RankFailed, OSError, OmegaConfBaseException) as error:
         if mode == RunMode.RUN:
             raise Mistake from error
         raise

@@ -197,7 +197,7 @@ class Watch:
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
         if found.kind == verdict.INTERRUPTED:
             return _interruption(error, found)
-        is_own = found.rank == 0 or isinstance(error, UserError)
+        is_own = found.rank == 0 or (found.kind == verdict.MISTAKE and isinstance(error, UserError))  # everywhere the same
         return error if is_own and not isinstance(error, SystemExit) else self._failure(found)
 
     def close(self) -> None:
