@@ -161,7 +161,7 @@ def past_hydra(mode: RunMode | None) -> Iterator[None]:
     """Let what a message is about pass Hydra in a single run: it would announce it with a line of its own."""
     try:
         yield
-    except (UserError, RankFailed, OSError, OmegaConfBaseException) as error:
+    except (UserError, OSError, OmegaConfBaseException) as error:
         if mode == RunMode.RUN:
             raise Mistake from error
         raise

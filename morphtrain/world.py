@@ -83,7 +83,7 @@ def sum_(tensors: Sequence[torch.Tensor]) -> None:
     """
     if size() == 1:
         return
-    with together(), _counted():
+    with meeting(), _counted():
         ordered = sorted(tensors, key=_kind)  # stable, so that every process has the same order
         for _, group in groupby(ordered, key=_kind):
             alike = list(group)
@@ -108,7 +108,7 @@ def largest(value: float) -> float:
     if size() == 1:
         return value
     found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
-    with together():
+    with meeting():
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.item()
 
@@ -118,7 +118,7 @@ def agree(value: T) -> T:
     if size() == 1:
         return value
     values = [value]
-    with together():
+    with meeting():
         distributed.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -128,7 +128,8 @@ def gathered(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    distributed.all_gather_object(values, value)
+    with meeting():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -169,8 +170,8 @@ def decide(make: Callable[[], T]) -> T:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Around what all processes have to call and wait in: others see how far this one has come, and errors get a cause."""
+def meeting() -> Iterator[None]:
+    """Around what every process has to call: it counts how far this one has come, and errors get their cause."""
     progress.begun += 1
     progress.inside = True
     try:

@@ -29,7 +29,7 @@ class Line:
         return self._socket.fileno()
 
     def send(self, **message: Any) -> None:
-        """Send a message; one that does not arrive is no error here, for the other end is gone and `receive` says so."""
+        """Send a message; that it does not arrive is no error here: the other end is gone, and `receive` says so."""
         with self._sending, suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from morphtrain import schema
 from morphtrain.processes import join
-from morphtrain.processes.verdict import RankFailed
 from morphtrain.processes.place import LOCALHOST, Place
+from morphtrain.processes.verdict import RankFailed
 from morphtrain.timing.cores import allowed_cores
 
 GRACE_SECONDS = 10.0  # that the others have to end by themselves after the run

@@ -103,5 +103,5 @@ def of_error(rank: int, error: BaseException) -> Report:
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return Report(MISTAKE, rank, f"{place}{error.strerror or str(error) or type(error).__name__}")
-    kind = PERHAPS if isinstance(error, RuntimeError) else RAISED  # torch has no type of its own for a broken connection
+    kind = PERHAPS if isinstance(error, RuntimeError) else RAISED  # torch raises it for broken connections, too
     return Report(kind, rank, "".join(traceback.format_exception(error)).rstrip()[-MOST_LETTERS:])

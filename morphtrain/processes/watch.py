@@ -2,8 +2,8 @@
 
 A thread in each process holds a line to that of rank 0, and over it each says once a second that it lives and how far
 it has come. The system ends the line of a process that dies; one that is stopped falls silent; one that hangs falls
-behind. An error, an early end or a signal is told. Rank 0's thread judges: what is certain counts at once, what may be a
-consequence of something else only if nothing else is told within a second. Its verdict goes to all, whose training
+behind. An error, an early end or a signal is told. Rank 0's thread judges: what is certain counts at once, what may be
+a consequence of something else only if nothing else is told within a second. Its verdict goes to all, whose training
 threads raise it where they would stop for a signal, or in place of torch's error about a broken connection. Those that
 do not leave within some seconds are ended by their watching threads. If it is rank 0 that is gone, the others judge.
 """
@@ -197,7 +197,7 @@ class Watch:
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
         if found.kind == verdict.INTERRUPTED:
             return _interruption(error, found)
-        is_own = found.rank == 0 or (found.kind == verdict.MISTAKE and isinstance(error, UserError))  # everywhere the same
+        is_own = found.rank == 0 or (found.kind == verdict.MISTAKE and isinstance(error, UserError))  # the same
         return error if is_own and not isinstance(error, SystemExit) else self._failure(found)
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class Watch:
         """The verdict, after what this process reports; None if there is nobody left who gives one."""
         self._hear(report)
         end = time.monotonic() + 3 * GRACE_SECONDS
-        while self.verdict is None and time.monotonic() < end and self._is_judged():  # no Event: handlers wait here, too
+        while self.verdict is None and time.monotonic() < end and self._is_judged():  # no Event: handlers wait, too
             time.sleep(POLL_SECONDS / 10)
         return self.verdict
 
