@@ -32,6 +32,24 @@ class Traffic:
 traffic = Traffic()
 
 
+@dataclass
+class Progress:
+    """How far this process has come, for those who watch whether one keeps the others waiting.
+
+    Args:
+        begun: calls of functions that every process has to call.
+        inside: whether it is in one of them.
+        explain: called with an error in one of them; raises its cause in another process, if it has one there.
+    """
+
+    begun: int = 0
+    inside: bool = False
+    explain: Callable[[RuntimeError], None] | None = None
+
+
+progress = Progress()
+
+
 @dataclass(frozen=True)
 class Local:
     """Which of a run's processes on this host this one is, and how many there are here."""
@@ -65,7 +83,7 @@ def sum_(tensors: Sequence[torch.Tensor]) -> None:
     """
     if size() == 1:
         return
-    with _counted():
+    with meeting(), _counted():
         ordered = sorted(tensors, key=_kind)  # stable, so that every process has the same order
         for _, group in groupby(ordered, key=_kind):
             alike = list(group)
@@ -90,7 +108,8 @@ def largest(value: float) -> float:
     if size() == 1:
         return value
     found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    with meeting():
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.item()
 
 
@@ -99,7 +118,8 @@ def agree(value: T) -> T:
     if size() == 1:
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=0)
+    with meeting():
+        distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -108,7 +128,8 @@ def gathered(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    distributed.all_gather_object(values, value)
+    with meeting():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -146,6 +167,21 @@ def decide(make: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]  # what the main process has sent
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Around what every process has to call: it counts how far this one has come, and errors get their cause."""
+    progress.begun += 1
+    progress.inside = True
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises when another process is gone
+        if progress.explain is not None:
+            progress.explain(error)
+        raise
+    finally:
+        progress.inside = False
 
 
 def _sendable(error: Exception) -> Exception:

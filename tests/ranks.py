@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,11 +63,18 @@ def in_ranks(size: int, function: Callable[..., T], *arguments: Any, timeout: fl
 
 
 def command_in_ranks(
-    size: int, arguments: Sequence[str], directory: Path, timeout: float = 60
+    size: int,
+    arguments: Sequence[str],
+    directory: Path,
+    timeout: float = 60,
+    commands: Mapping[int, Sequence[str]] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """What each of `size` processes of `python -m morphtrain.run *arguments` leaves that one launcher starts together.
 
     As torchrun on one host, but that it is not torchrun that keeps the store.
+
+    Args:
+        commands: by rank, what some run instead of `-m morphtrain.run`.
     """
     port = free_port()
     packages = [path for path in sys.path if path]
@@ -76,9 +83,10 @@ def command_in_ranks(
         processes = []
         for rank, output in enumerate(files):
             env = {**os.environ, **Place(rank, size, rank, size, LOCALHOST, port).environment()}
-            order = {"arguments": ["-m", "morphtrain.run", *arguments], "cwd": str(directory), "output": output}
+            command = (commands or {}).get(rank, ("-m", "morphtrain.run"))
+            order = {"arguments": [*command, *arguments], "cwd": str(directory), "output": output}
             order |= {"env": env, "timeout": timeout}
-            processes.append(CONTEXT.Process(target=_command, args=(order, packages)))
+            processes.append(CONTEXT.Process(target=_command, args=(order, packages), name="MainProcess"))  # no sweep's
             processes[-1].start()
         for process in processes:
             process.join(timeout + 10)
