@@ -26,6 +26,7 @@ from morphtrain.evidence.__main__ import main as evidence_main
 from morphtrain.evidence.records import read_records
 from morphtrain.processes import join, lead, local
 from morphtrain.processes.place import LOCALHOST, Place, place
+from morphtrain.processes.verdict import RankFailed
 from morphtrain.trainer import build_run, devices
 
 QUICK = (*SMALL, "timing.cores=1", "timing.reference=0")
@@ -262,7 +263,7 @@ def test_siblings_end_with_the_block_whatever_happens() -> None:
     started.check()
     os.kill(pids[1], signal.SIGKILL)
     started.processes[1].wait()
-    with pytest.raises(local.RankFailed, match="rank 2 of 3 has ended with code -9"):
+    with pytest.raises(RankFailed, match="rank 2 of 3 has ended with code -9"):
         started.check()
     started.end()
     assert not any(map(is_alive, pids))
