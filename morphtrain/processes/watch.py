@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from morphtrain import interrupts
 from morphtrain.errors import UserError
 from morphtrain.processes import verdict
+from morphtrain.processes.connections import of_group
 from morphtrain.processes.line import Line, disown, own
 from morphtrain.processes.place import Place
 from morphtrain.processes.place import place as started_from_outside
@@ -181,7 +182,7 @@ class Watch:
         """What to raise instead of an error that ends this process, or the error itself."""
         report = verdict.of_error(self.rank, error)
         found = self._settled(report)
-        _destroy_group()  # so that no other process waits for this one
+        _destroy_group()
         if self.rank == 0:
             return self._cause_in_first(error, found or report)
         self._outlast_first()
@@ -443,6 +444,7 @@ class Watch:
         else:
             interrupts.fail(None if is_own else self._failure(report), self.is_launched)
         hangs = report.kind == verdict.HUNG and report.rank == self.rank
+        of_group.cut()  # whoever waits for another process gets an error, and `explain` its cause
         self._leave_by = time.monotonic() + (GRACE_SECONDS if hangs else LEAVE_SECONDS)
         if report.kind == verdict.SILENT:
             self._kill(self.everyone[report.rank])
@@ -482,8 +484,9 @@ def _interruption(error: BaseException, found: Report) -> BaseException:
 
 
 def _destroy_group() -> None:
-    """Close this process's connections of torch."""
+    """Close this process's connections of torch, so that no other waits for it."""
     from torch import distributed
 
+    of_group.close()
     if distributed.is_initialized():
         distributed.destroy_process_group()
