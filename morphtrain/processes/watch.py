@@ -70,8 +70,8 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
         seconds: that a process may keep the others waiting.
 
     Raises:
-        RankFailed: for any fault. Rank 0 is to report it, and its own errors stay what they are; if it is gone, the
-            first of each host has reported it.
+        RankFailed: for any fault, with the message. Rank 0 is to report it, and its own mistakes stay what they are; if
+            rank 0 is gone, the first process of each host has reported it.
         Interrupted: in all, after a signal to any.
     """
     from morphtrain import world  # imports torch
@@ -198,8 +198,8 @@ class Watch:
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
         if found.kind == verdict.INTERRUPTED:
             return _interruption(error, found)
-        is_own = found.rank == 0 or (found.kind == verdict.MISTAKE and isinstance(error, UserError))  # the same
-        return error if is_own and not isinstance(error, SystemExit) else self._failure(found)
+        is_mistake = found.kind == verdict.MISTAKE and isinstance(error, (UserError, OSError))  # the same as elsewhere
+        return error if is_mistake else self._failure(found)
 
     def close(self) -> None:
         """End the thread and the lines, after what has been sent over them has arrived."""
