@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain import interrupts
+from morphtrain import interrupts, world
 from morphtrain.cost.stopwatch import wait_for
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
@@ -140,13 +140,11 @@ class Compilation:
         """
         self._measure()
         self.measured = self.active and self._code is not None
-        if changed or (self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)):
-            self._drop("the network or its batches have changed; on again when that pays")
+        moved, why = agree(self._verdict(changed, usual))
+        if moved:
             self.since = epoch
-        elif self.active and self._code is None:
-            self._drop(f"no step on a whole batch had a pass of {self._usual} images")
-        elif self.active and self.ratio is not None and self.ratio >= 1:
-            self._drop(f"steps take {self.ratio:.2f} of their time without it")
+        if why:
+            self._drop(why)
         elif not self.active and self.ratio is not None and self.seconds is not None:
             saved = (1 - self.ratio) * agree(seconds)
             left, lasted = epochs - epoch, epoch - self.since
@@ -157,6 +155,16 @@ class Compilation:
                     *(self.mode, self.seconds, saved, left),
                 )
 
+    def _verdict(self, changed: bool, usual: int) -> tuple[bool, str]:
+        """Whether the network or its batches have changed, and why the code is of no use; "" if it is."""
+        if changed or (self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)):
+            return True, "the network or its batches have changed; on again when that pays"
+        if self.active and self._code is None:
+            return False, f"no step on a whole batch had a pass of {self._usual} images"
+        if self.active and self.ratio is not None and self.ratio >= 1:
+            return False, f"steps take {self.ratio:.2f} of their time without it"
+        return False, ""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide alike: plain data."""
         return {key: getattr(self, key) for key in STATE}
@@ -165,17 +173,22 @@ class Compilation:
         """Restore what `state_dict` returned."""
         for key in STATE:
             setattr(self, key, state[key])
+        if world.size() > 1:  # the others' shares of a batch may be of another size than the main process's
+            self.shape = None
 
     def _measure(self) -> None:
         """What compiling took in this epoch and, if the code is new, what it saves."""
         eager, (first, *later) = self._times[False], self._times[True] or [0.0]
         usual = statistics.median(later) if later else 0.0
         self.spent_seconds = max(first - usual, 0.0)
-        if self.measured or not self._times[True]:
+        found: tuple[float, float | None] | None = None
+        if not self.measured and self._times[True]:
+            ratio = usual / statistics.median(eager[1:] or eager) if later and eager else None
+            found = self.spent_seconds, ratio
+        found = agree(found)
+        if found is None:
             return
-        known = later and eager
-        ratio = usual / statistics.median(eager[1:] or eager) if known else None
-        self.seconds, self.ratio = agree((self.spent_seconds, ratio))
+        self.seconds, self.ratio = found
         gain = f"; steps take {self.ratio:.2f} of their time" if self.ratio is not None else ""
         log.info("compile=%s: took %.3g s%s", self.mode, self.seconds, gain)
 

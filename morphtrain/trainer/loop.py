@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from morphtrain import interrupts
+from morphtrain import interrupts, slices, world
 from morphtrain.contracts import Batch, SelectableData
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of, exact
@@ -211,15 +211,20 @@ def set_mode(run: Run, training: bool) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) on a part of the held-out images."""
+    """Mean loss and accuracy (0..1) on a part of the held-out images, of which each process takes its share."""
     set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     for images, labels in getattr(run.data, f"{part}_batches")():
         interrupts.check()
+        own = slices.own(slice(0, len(labels)))
+        images, labels = images[own], labels[own]
+        if len(labels) == 0:
+            continue
         with run.precision.autocast(), interruptible():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()
+    world.sum_([loss, correct])
     samples = len(getattr(run.data, part))
     return loss.item() / samples, correct.item() / samples
