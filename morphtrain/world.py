@@ -45,6 +45,17 @@ def alone() -> Iterator[None]:
         _by_itself -= 1
 
 
+@dataclass(frozen=True)
+class Local:
+    """Which of a run's processes on this host this one is, and how many there are here."""
+
+    rank: int = 0
+    size: int = 1
+
+
+local = Local()  # set by what forms the group (`morphtrain.processes.join`)
+
+
 def size() -> int:
     """Number of processes; 1 while this one is `alone`."""
     return 1 if _by_itself else members()
@@ -120,6 +131,15 @@ def largest_of(values: Mapping[str, float]) -> dict[str, float]:
 def wait() -> None:
     """Wait until all processes have come here."""
     largest(0.0)
+
+
+def each(value: T) -> list[T]:
+    """What each process has as `value`, by rank."""
+    if size() == 1:
+        return [value]
+    values: list[T] = [value] * size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def agree(value: T) -> T:

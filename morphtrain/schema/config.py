@@ -69,6 +69,7 @@ class TopLevel:
     device: str
     memory_format: str
     chosen: dict[str, str] | None
+    processes: int | None
     compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
     architecture: str | None
@@ -81,6 +82,7 @@ class TopLevel:
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
+        check(self.processes is None or self.processes >= 1, "processes", self.processes, "1 or more, or null")
         wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
         check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")

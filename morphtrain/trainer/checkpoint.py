@@ -40,6 +40,7 @@ WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 FREE_KEYS = (
     "resume",
     "device",
+    "processes",
     "chosen",
     "objective",
     "trial",

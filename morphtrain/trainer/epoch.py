@@ -261,6 +261,7 @@ def _record(run: Run) -> Record:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
+        **({"processes": world.size()} if world.size() > 1 else {}),
         **_curriculum(run),
     }
 
