@@ -83,6 +83,15 @@ def largest(value: float) -> float:
     return found.item()
 
 
+def total(count: int) -> int:
+    """The sum of the counts that the processes have."""
+    if size() == 1:
+        return count
+    found = torch.tensor(count)  # on the CPU, as in `largest`
+    distributed.all_reduce(found)
+    return int(found)
+
+
 def agree(value: T) -> T:
     """The main process's value, in every process."""
     if size() == 1:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema
+from morphtrain import schema, slices, world
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.schema.config import TO_ACCURACY
@@ -62,12 +62,12 @@ def start(run: Run, hint: bool = False) -> None:
 
 
 def _warn_of_one_chunk(run: Run) -> None:
-    norm = run.config.norm
-    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= run.batch_size > 0:
+    norm, images = run.config.norm, slices.shares(run.batch_size)[0]
+    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= images > 0:
         log.warning(
-            "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
+            "norm.ghost_batch_size=%d: a batch of %d images%s is one chunk, so that it is plain batch norm; "
             "a larger batch_policy.batch_size makes a difference",
-            *(norm.ghost_batch_size, run.batch_size),
+            *(norm.ghost_batch_size, images, " in each process" if world.size() > 1 else ""),
         )
 
 
