@@ -83,15 +83,6 @@ def largest(value: float) -> float:
     return found.item()
 
 
-def total(count: int) -> int:
-    """The sum of the counts that the processes have."""
-    if size() == 1:
-        return count
-    found = torch.tensor(count)  # on the CPU, as in `largest`
-    distributed.all_reduce(found)
-    return int(found)
-
-
 def agree(value: T) -> T:
     """The main process's value, in every process."""
     if size() == 1:
@@ -99,6 +90,34 @@ def agree(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values that all processes have, by rank, in every process."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns in this process; if it fails in any of them, the first failure is raised in all.
+
+    Every process calls it, and within it waits for no other.
+    """
+    if size() == 1:
+        return make()
+    value, failure = None, None
+    try:
+        value = make()
+    except Exception as error:  # noqa: BLE001 - it is raised below
+        failure = error
+    failures = gathered(None if failure is None else _sendable(failure))
+    first = next((error for error in failures if error is not None), None)
+    if first is not None:
+        raise failure or first
+    return value  # type: ignore[return-value]  # it has been made
 
 
 def decide(make: Callable[[], T]) -> T:

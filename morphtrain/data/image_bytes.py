@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from morphtrain import slices
+from morphtrain import host, slices
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, preprocessing, random_boxes, resized_crops
 from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
@@ -28,7 +28,7 @@ def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
 
 
 def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
-    pixels = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
+    pixels = host.empty((len(rows), 3, side, side), torch.uint8)
     labels = torch.empty(len(rows), dtype=torch.long)
     done = 0
     for images, numbers in loader.batches(rows, [None] * len(rows), slices.batches(len(rows), EVALUATION_BATCH)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +41,15 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.train) + len(self.val) + len(self.test)
+
+    def digest(self) -> str:
+        """The same for the same files below `root`, wherever that is."""
+        root, found = str(Path(self.root).expanduser()), hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            for path, label in part:
+                found.update(f"{path.removeprefix(root)}\0{label}\0".encode(errors="surrogateescape"))
+            found.update(b"\0")
+        return found.hexdigest()
 
 
 class Pictures(Dataset[Sample]):

@@ -97,7 +97,8 @@ def prepared(run: Run, share: Share) -> Share:
     _check_rows(run, share, labels)
     if not hooks:
         return replace(share, images=images)
-    return Share(images, labels, world.total(len(labels)), int(world.largest(len(labels))), share.rows)
+    counts = world.gathered(len(labels))
+    return Share(images, labels, sum(counts), max(counts), share.rows)
 
 
 def _check_rows(run: Run, share: Share, labels: torch.Tensor) -> None:
