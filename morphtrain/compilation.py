@@ -30,7 +30,7 @@ from morphtrain import interrupts, world
 from morphtrain.cost.stopwatch import wait_for
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
-from morphtrain.world import agree
+from morphtrain.world import agree, largest
 
 # Modes of torch.compile, by the values of config key `compile`. With CUDA graphs ("max-autotune") a step would write
 # into the outputs of the one before, and networks that change leave their memory behind.
@@ -87,6 +87,8 @@ class Compilation:
     def begin_epoch(self, whole_batches: int, usual: int) -> None:
         """Prepare for an epoch of so many whole batches, most of whose passes have `usual` images."""
         self._usual = usual
+        if self.shape is not None and self._code is None:  # of a checkpoint, whose shares may have been others
+            self.shape = [usual, *self.shape[1:]] if usual else None
         self._times = {False: [], True: []}
         begins = self.active and not self.measured and self._code is None
         self._eager_left = min(EAGER_STEPS, whole_batches // 3) if begins else 0
@@ -139,12 +141,16 @@ class Compilation:
             usual: images in most passes of the next one's whole batches.
         """
         self._measure()
-        self.measured = self.active and self._code is not None
-        moved, why = agree(self._verdict(changed, usual))
-        if moved:
+        compiled = agree(self._code is not None)
+        self.measured = self.active and compiled
+        others = self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)
+        if changed or largest(others):  # in any process
+            self._drop("the network or its batches have changed; on again when that pays")
             self.since = epoch
-        if why:
-            self._drop(why)
+        elif self.active and not compiled:
+            self._drop(f"no step on a whole batch had a pass of {self._usual} images")
+        elif self.active and self.ratio is not None and self.ratio >= 1:
+            self._drop(f"steps take {self.ratio:.2f} of their time without it")
         elif not self.active and self.ratio is not None and self.seconds is not None:
             saved = (1 - self.ratio) * agree(seconds)
             left, lasted = epochs - epoch, epoch - self.since
@@ -154,16 +160,6 @@ class Compilation:
                     "compile=%s: compiled again: %.3g s once, and %.3g s less in each of %d epochs",
                     *(self.mode, self.seconds, saved, left),
                 )
-
-    def _verdict(self, changed: bool, usual: int) -> tuple[bool, str]:
-        """Whether the network or its batches have changed, and why the code is of no use; "" if it is."""
-        if changed or (self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)):
-            return True, "the network or its batches have changed; on again when that pays"
-        if self.active and self._code is None:
-            return False, f"no step on a whole batch had a pass of {self._usual} images"
-        if self.active and self.ratio is not None and self.ratio >= 1:
-            return False, f"steps take {self.ratio:.2f} of their time without it"
-        return False, ""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide alike: plain data."""
@@ -177,18 +173,16 @@ class Compilation:
             self.shape = None
 
     def _measure(self) -> None:
-        """What compiling took in this epoch and, if the code is new, what it saves."""
+        """What compiling took in this epoch and, if the code is new, what it saves: as the main process found it."""
         eager, (first, *later) = self._times[False], self._times[True] or [0.0]
         usual = statistics.median(later) if later else 0.0
         self.spent_seconds = max(first - usual, 0.0)
-        found: tuple[float, float | None] | None = None
-        if not self.measured and self._times[True]:
-            ratio = usual / statistics.median(eager[1:] or eager) if later and eager else None
-            found = self.spent_seconds, ratio
-        found = agree(found)
-        if found is None:
+        known = later and eager
+        ratio = usual / statistics.median(eager[1:] or eager) if known else None
+        new, seconds, ratio = agree((bool(self._times[True]) and not self.measured, self.spent_seconds, ratio))
+        if not new:
             return
-        self.seconds, self.ratio = found
+        self.seconds, self.ratio = seconds, ratio
         gain = f"; steps take {self.ratio:.2f} of their time" if self.ratio is not None else ""
         log.info("compile=%s: took %.3g s%s", self.mode, self.seconds, gain)
 

@@ -26,6 +26,11 @@ def trained_norms(model: nn.Module) -> list[_BatchNorm]:
     return [norm for norm in norms if norm.training and norm.running_mean is not None]
 
 
+def synchronises(model: nn.Module) -> bool:
+    """Whether the norms of a model in training wait for one another, of all processes: all have to call them."""
+    return any(isinstance(m, nn.SyncBatchNorm) or getattr(m, "synchronises", False) is True for m in model.modules())
+
+
 @torch.no_grad()
 def settle(
     model: nn.Module,

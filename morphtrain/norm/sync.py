@@ -36,6 +36,7 @@ class Synchronised(_BatchNorm):
     """
 
     per_channel = True  # see `morphtrain.morph.trace.recording.Tracer`
+    synchronises = True  # see `morphtrain.settling`
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or world.size() == 1:

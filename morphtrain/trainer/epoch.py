@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema, world
+from morphtrain import schema, slices, world
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.processes.digest import check_replicas
@@ -65,12 +65,12 @@ def start(run: Run, hint: bool = False) -> None:
 
 
 def _warn_of_one_chunk(run: Run) -> None:
-    norm = run.config.norm
-    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= run.batch_size > 0:
+    norm, images = run.config.norm, slices.shares(run.batch_size)[0]
+    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= images > 0:
         log.warning(
-            "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
+            "norm.ghost_batch_size=%d: a batch of %d images%s is one chunk, so that it is plain batch norm; "
             "a larger batch_policy.batch_size makes a difference",
-            *(norm.ghost_batch_size, run.batch_size),
+            *(norm.ghost_batch_size, images, " in each process" if world.size() > 1 else ""),
         )
 
 
@@ -170,7 +170,8 @@ def _communication() -> Record:
     """What this process has sent while it trained, one way, and the longest that any has waited; nothing of one."""
     if world.size() == 1:
         return {}
-    return largest_of({"comm_seconds": traffic.seconds, "comm_bytes": traffic.bytes})
+    found = largest_of({"comm_seconds": traffic.seconds, "comm_bytes": traffic.bytes})
+    return found | {"comm_bytes": int(found["comm_bytes"])}
 
 
 def _peak_memory(run: Run) -> int | None:
