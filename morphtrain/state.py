@@ -26,6 +26,7 @@ from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.own_numbers import OwnNumbers
+from morphtrain.part_checks import is_divided
 from morphtrain.progressive import resized, small_size
 from morphtrain.ramp import Ramp
 from morphtrain.settling import agree_buffers, settle, synchronises, trained_norms

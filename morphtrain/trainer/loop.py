@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from morphtrain import interrupts, slices, world
+from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
@@ -244,12 +245,8 @@ def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, flo
     set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    for images, labels in getattr(run.data, f"{part}_batches")():
+    for images, labels in _held_out(run, part):
         interrupts.check()
-        own = slices.own(slice(0, len(labels)))
-        images, labels = images[own], labels[own]
-        if len(labels) == 0:
-            continue
         with run.precision.autocast(), interruptible():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
@@ -257,3 +254,14 @@ def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, flo
     world.sum_([loss, correct])
     samples = len(getattr(run.data, part))
     return loss.item() / samples, correct.item() / samples
+
+
+def _held_out(run: Run, part: Literal["val", "test"]) -> Iterator[Batch]:
+    """This process's images of the batches of a part of the held-out images, where it has any."""
+    if world.size() > 1 and hasattr(run.data, "own_batches"):
+        yield from run.data.own_batches(part)
+        return
+    for images, labels in getattr(run.data, f"{part}_batches")():
+        own = slices.own(slice(0, len(labels)))
+        if own.start < own.stop:
+            yield images[own], labels[own]
