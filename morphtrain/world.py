@@ -45,6 +45,24 @@ def alone() -> Iterator[None]:
         _by_itself -= 1
 
 
+@dataclass
+class Progress:
+    """How far this process has come, for those who watch whether one keeps the others waiting.
+
+    Args:
+        begun: calls of functions that every process has to call.
+        inside: whether it is in one of them.
+        explain: called with an error in one of them; raises its cause in another process, if it has one there.
+    """
+
+    begun: int = 0
+    inside: bool = False
+    explain: Callable[[RuntimeError], None] | None = None
+
+
+progress = Progress()
+
+
 @dataclass(frozen=True)
 class Local:
     """Which of a run's processes on this host this one is, and how many there are here."""
@@ -83,7 +101,7 @@ def sum_(tensors: Sequence[torch.Tensor]) -> None:
     """
     if size() == 1:
         return
-    with _counted():
+    with meeting(), _counted():
         ordered = sorted(tensors, key=_kind)  # stable, so that every process has the same order
         for _, group in groupby(ordered, key=_kind):
             alike = list(group)
@@ -107,7 +125,7 @@ def stacked(tensor: torch.Tensor) -> torch.Tensor:
     """What all processes have of a tensor of one shape, type and device, by rank: (size, *shape)."""
     if size() == 1:
         return tensor.detach()[None]
-    with _counted():
+    with meeting(), _counted():
         found = [torch.empty_like(tensor) for _ in range(size())]
         distributed.all_gather(found, tensor.detach())
         traffic.bytes += tensor.numel() * tensor.element_size()
@@ -124,7 +142,8 @@ def largest_of(values: Mapping[str, float]) -> dict[str, float]:
     if size() == 1:
         return dict(values)
     found = torch.tensor(list(values.values()), dtype=torch.float64)  # on the CPU, where every group can compute
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    with meeting():
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return dict(zip(values, found.tolist(), strict=True))
 
 
@@ -133,21 +152,13 @@ def wait() -> None:
     largest(0.0)
 
 
-def each(value: T) -> list[T]:
-    """What each process has as `value`, by rank."""
-    if size() == 1:
-        return [value]
-    values: list[T] = [value] * size()
-    distributed.all_gather_object(values, value)
-    return values
-
-
 def agree(value: T) -> T:
     """The main process's value, in every process."""
     if size() == 1:
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=0)
+    with meeting():
+        distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -156,7 +167,8 @@ def gathered(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    distributed.all_gather_object(values, value)
+    with meeting():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -198,6 +210,21 @@ def decide(make: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]  # what the main process has sent
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Around what every process has to call: it counts how far this one has come, and errors get their cause."""
+    progress.begun += 1
+    progress.inside = True
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises when another process is gone
+        if progress.explain is not None:
+            progress.explain(error)
+        raise
+    finally:
+        progress.inside = False
 
 
 def _sendable(error: Exception) -> Exception:

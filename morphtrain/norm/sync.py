@@ -161,7 +161,8 @@ def _normalise_on_gpu(
     """The same by torch's own kernels, those of `nn.SyncBatchNorm`."""
     given = exact(x) if len(x) == 0 else x  # torch would send zeros of 16 bits where others send statistics of 32
     group, statistics = distributed.group.WORLD, running or (None, None)
-    output = NormaliseOnGpu.apply(given, weight, bias, *statistics, eps, momentum, group, world.size())
+    with world.meeting():
+        output = NormaliseOnGpu.apply(given, weight, bias, *statistics, eps, momentum, group, world.size())
     normalised: torch.Tensor = output.to(x.dtype)
     return normalised
 

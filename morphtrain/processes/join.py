@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from morphtrain.errors import UserError
+from morphtrain.processes import network
 from morphtrain.processes.place import LOCALHOST, Place
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 TIMEOUT = timedelta(minutes=10)  # that one process waits for another
-INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 Listener = socket.socket
@@ -64,41 +64,47 @@ def meet(place: Place, listener: Listener | None = None) -> Store:
 
 
 @contextmanager
-def joined(place: Place, store: Store) -> Iterator[None]:
+def joined(place: Place, store: Store, seconds: float) -> Iterator[None]:
     """Within the block, the processes are the group that `morphtrain.world` speaks of; all of them have to come.
 
     Objects and tensors in memory are sent by gloo, tensors on CUDA devices by NCCL. On a single host, gloo listens to
-    nothing else.
+    nothing else. The watch around the block (`watch.over`) destroys the group, once nobody needs it.
+
+    Args:
+        seconds: that a process may keep the others waiting, before the watch ends them; torch waits twice as long.
+
+    Raises:
+        UserError: in all processes, if those of several hosts do not reach each other.
     """
     from torch import cuda, distributed  # slow to import
 
     from morphtrain import world
 
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
-    with _loopback() if place.one_host else nullcontext():
+    network_store = distributed.PrefixStore("network", store)
+    with _loopback() if place.one_host else network.checked(place.rank, place.size, network_store):
         distributed.init_process_group(
             backend,
             store=distributed.PrefixStore("group", store),
             rank=place.rank,
             world_size=place.size,
-            timeout=TIMEOUT,
+            timeout=timedelta(seconds=2 * seconds),
         )
     before, world.local = world.local, world.Local(place.local_rank, place.local_size)
     try:
         yield
     finally:
         world.local = before
-        distributed.destroy_process_group()
 
 
 @contextmanager
 def _loopback() -> Iterator[None]:
     """Let gloo use the interface of this host to itself, unless another one is named."""
-    if INTERFACE in os.environ:
+    if network.INTERFACE in os.environ:
         yield
         return
-    os.environ[INTERFACE] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ[network.INTERFACE] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     try:
         yield
     finally:
-        del os.environ[INTERFACE]
+        del os.environ[network.INTERFACE]

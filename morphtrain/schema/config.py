@@ -72,6 +72,7 @@ class TopLevel:
     memory_format: str
     chosen: dict[str, str] | None
     processes: int | None
+    process_timeout: float
     compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
     architecture: str | None
@@ -85,6 +86,8 @@ class TopLevel:
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
         check(self.processes is None or self.processes >= 1, "processes", self.processes, "1 or more, or null")
+        wanted_seconds = "above 0, and at most 604800 (a week)"
+        check(0 < self.process_timeout <= 604800, "process_timeout", self.process_timeout, wanted_seconds)
         wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
         check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
