@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,13 +23,26 @@ T = TypeVar("T")
 
 @dataclass
 class Traffic:
-    """What this process has sent and waited for since it was last set to zero: tensors that were summed, one way."""
+    """What this process has sent, one way, and waited for since it was last set to zero: tensors summed or stacked."""
 
     bytes: int = 0
     seconds: float = 0.0
 
 
 traffic = Traffic()
+
+_by_itself = 0  # how many blocks of `alone` this process is in
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process goes by itself: it waits for no other, and nothing that it computes is of others."""
+    global _by_itself
+    _by_itself += 1
+    try:
+        yield
+    finally:
+        _by_itself -= 1
 
 
 @dataclass
@@ -62,7 +75,12 @@ local = Local()  # set by what forms the group (`morphtrain.processes.join`)
 
 
 def size() -> int:
-    """Number of processes."""
+    """Number of processes; 1 while this one is `alone`."""
+    return 1 if _by_itself else members()
+
+
+def members() -> int:
+    """Number of processes, whether this one is `alone` or not: among so many the images of a batch are divided."""
     return distributed.get_world_size() if _is_distributed() else 1
 
 
@@ -103,14 +121,35 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     return total / size()
 
 
+def stacked(tensor: torch.Tensor) -> torch.Tensor:
+    """What all processes have of a tensor of one shape, type and device, by rank: (size, *shape)."""
+    if size() == 1:
+        return tensor.detach()[None]
+    with meeting(), _counted():
+        found = [torch.empty_like(tensor) for _ in range(size())]
+        distributed.all_gather(found, tensor.detach())
+        traffic.bytes += tensor.numel() * tensor.element_size()
+    return torch.stack(found)
+
+
 def largest(value: float) -> float:
     """The largest of the values that the processes have."""
+    return largest_of({"": value})[""]
+
+
+def largest_of(values: Mapping[str, float]) -> dict[str, float]:
+    """The largest of each of these values, of which all processes have the same ones."""
     if size() == 1:
-        return value
-    found = torch.tensor(value, dtype=torch.float64)  # on the CPU, where every group of processes can compute
+        return dict(values)
+    found = torch.tensor(list(values.values()), dtype=torch.float64)  # on the CPU, where every group can compute
     with meeting():
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return found.item()
+    return dict(zip(values, found.tolist(), strict=True))
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    largest(0.0)
 
 
 def agree(value: T) -> T:
@@ -153,13 +192,17 @@ def together(make: Callable[[], T]) -> T:
 
 
 def decide(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, which alone calls it, in every process; or the error that it raises."""
+    """What `make` returns in the main process, which alone calls it, in every process; or the error that it raises.
+
+    Meanwhile the main process is `alone`.
+    """
     if size() == 1:
         return make()
     outcome: tuple[Any, Exception | None] = (None, None)
     if is_main():
         try:
-            outcome = (make(), None)
+            with alone():
+                outcome = (make(), None)
         except Exception as error:
             agree((None, _sendable(error)))
             raise

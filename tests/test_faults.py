@@ -27,7 +27,7 @@ import morphtrain
 from morphtrain import interrupts, world
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
-from morphtrain.processes import verdict, watch
+from morphtrain.processes import lead, verdict, watch
 from morphtrain.processes.connections import Connections
 from morphtrain.processes.place import LOCALHOST, Place
 from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
@@ -399,3 +399,14 @@ def test_who_waits_for_a_process_that_fails_raises_its_error(rank: int) -> None:
     for found in in_ranks(2, watched, free_port(), rank):
         assert re.search(rf"^rank {rank} on \S+ \(process \d+\) has failed with this error", found, re.MULTILINE)
         assert "ZeroDivisionError: no widgets" in found
+
+
+@pytest.mark.parametrize(
+    ("restarts", "resume", "warned"), [("3", "never", True), ("3", "auto", False), ("0", "never", False)]
+)
+def test_restarts_that_lose_all_are_warned_of(
+    restarts: str, resume: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    lead.warn_of_restarts(morphtrain.compose(*SMALL, f"resume={resume}"))
+    assert ("resume=auto and a hydra.run.dir" in caplog.text) == warned

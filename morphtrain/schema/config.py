@@ -31,6 +31,7 @@ TO_ACCURACY = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy
 # Absent with timing.reference=0.
 CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds", "calibrated_time_to_accuracy")
 TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end
+COMMUNICATED = ("comm_seconds", "comm_bytes")  # absent in one process
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -53,6 +54,7 @@ METRICS = (
     "median_epoch_seconds",
     "time_to_accuracy",
     *CALIBRATED,
+    *COMMUNICATED,
 )
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
