@@ -52,7 +52,7 @@ FAULTS = {
     "exit": (ERROR, "has ended before the others could, with sys.exit(3)"),
 }
 MOMENTS = ("build:1", "step:20", "morph:3", "epoch:2")
-FEW = [(1, "build:1", "exit"), (1, "step:20", "STOP"), (1, "morph:3", "raise")]
+FEW = [(1, "build:1", "exit"), (1, "step:20", "STOP")]
 MANY = [
     *((rank, moment, fault) for rank in (0, 1) for moment in MOMENTS for fault in FAULTS),
     *((0, "write:2", fault) for fault in FAULTS),
@@ -110,9 +110,11 @@ def test_a_restart_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for directory in (whole, killed):
         directory.mkdir()
-    assert [process.returncode for process in faulty(whole, {})] == [0, 0]
-    assert all(process.returncode for process in faulty(killed, {1: "step:40"}))
-    assert [process.returncode for process in faulty(killed, {}, "resume=auto")] == [0, 0]
+    short = ("epochs=2", "data.train_samples=128")
+    assert [process.returncode for process in faulty(whole, {}, *short)] == [0, 0]
+    assert all(process.returncode for process in faulty(killed, {1: "step:12"}, *short))
+    assert [record["epoch"] for record in read_records(killed / "run")] == [1]
+    assert [process.returncode for process in faulty(killed, {}, *short, "resume=auto")] == [0, 0]
     assert_same(ends(whole / "run"), ends(killed / "run"))
 
 
@@ -294,8 +296,8 @@ def test_the_cause_counts_and_not_what_follows_from_it(reports: list[Report], co
 
 @pytest.mark.usefixtures("quick_hearts")
 def test_a_process_may_be_busy_for_longer_than_others_may_wait() -> None:
-    with pair(seconds=0.5) as both:
-        assert both.verdicts(seconds=1.5) == (None, None), "nobody waits"
+    with pair(seconds=0.3) as both:
+        assert both.verdicts(seconds=0.8) == (None, None), "nobody waits"
         both.first.progress.begun, both.first.progress.inside = 1, True
         late, _ = both.verdicts(seconds=5)
     assert late is not None
@@ -305,7 +307,7 @@ def test_a_process_may_be_busy_for_longer_than_others_may_wait() -> None:
 
 @pytest.mark.usefixtures("quick_hearts")
 def test_processes_that_wait_for_each_other_are_told_of_the_network() -> None:
-    with pair(seconds=0.5) as both:
+    with pair(seconds=0.3) as both:
         for one in (both.first, both.second):
             one.progress.begun, one.progress.inside = 3, True
         found, _ = both.verdicts()
