@@ -256,7 +256,7 @@ class Pair:
 
 @contextmanager
 def pair(seconds: float = 60) -> Iterator[Pair]:
-    with interrupts.in_group(lambda number: None):
+    with interrupts.shared(lambda number: None):
         both = Pair(seconds)
         yield both
         both.second.close()

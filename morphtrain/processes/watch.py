@@ -78,7 +78,7 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
 
     watch = Watch(place, seconds, world.progress)
     try:
-        with interrupts.in_group(watch.settle), watch.hearing_signals():
+        with interrupts.shared(watch.settle), watch.hearing_signals():
             try:
                 watch.meet(store)
                 yield
