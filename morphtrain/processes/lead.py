@@ -66,7 +66,7 @@ def warn_of_restarts(config: Config) -> None:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and config.resume == "never":
         log.warning(
-            "--max-restarts=%s: each restart begins again at epoch 1; with resume=auto and a hydra.run.dir it goes on",
+            "--max-restarts=%s: each restart begins again; with resume=auto and a hydra.run.dir it goes on",
             restarts,
         )
 
