@@ -30,7 +30,6 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.records import is_immaterial
 from morphtrain.experiment.plugin import ExperimentSweeper
 from morphtrain.processes import lead
-from morphtrain.processes.failure import RankFailed
 from morphtrain.processes.place import is_follower
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
@@ -154,12 +153,12 @@ def discard_if_only(directory: Path, names: set[str]) -> None:
 
 
 class Mistake(BaseException):
-    """A user's mistake, its cause, on its way past Hydra."""
+    """What its cause says, on its way past Hydra."""
 
 
 @contextmanager
 def past_hydra(mode: RunMode | None) -> Iterator[None]:
-    """Let a mistake in a single run pass Hydra, which would announce it with a line of its own."""
+    """Let what a message is about pass Hydra in a single run: it would announce it with a line of its own."""
     try:
         yield
     except (UserError, OSError, OmegaConfBaseException) as error:
@@ -222,7 +221,7 @@ def with_messages(command: Callable[[], Any]) -> None:
 
 def message(error: Exception) -> str | None:
     """The error as a line, without a traceback; None for a bug."""
-    if isinstance(error, (UserError, RankFailed)):
+    if isinstance(error, UserError):
         return str(error)
     if text := launcher_errors.not_installed(error) or config_errors.one_line(error):
         return text

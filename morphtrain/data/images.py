@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from morphtrain import host, schema, world
+from morphtrain import host, schema, slices, world
 from morphtrain.contracts import Batch
 from morphtrain.preprocessing import Preprocessing
 
@@ -88,16 +88,21 @@ class ImageData:
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """These images (N,) in this order, augmented; see `SelectableData`."""
+        return self.train_slices_of(rows, slices.batches(len(rows), batch_size), generator)
+
+    def train_slices_of(
+        self, rows: torch.Tensor, parts: Sequence[slice], generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Parts of them; see `DividedData`."""
         offsets = torch.randint(2 * self.shift + 1, (2, len(rows)), generator=generator)
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
         device = self.train.pixels.device
         rows, offsets, mirrored = rows.to(device), offsets.to(device), mirrored.to(device)
-        for i in range(0, len(rows), batch_size):
-            batch = slice(i, i + batch_size)
-            images = self._shifted(rows[batch], offsets[:, batch])
+        for part in parts:
+            images = self._shifted(rows[part], offsets[:, part])
             if self.flip:
-                images = torch.where(mirrored[batch, None, None, None], images.flip(3), images)
-            yield images, self.train.labels[rows[batch]]
+                images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
+            yield images, self.train.labels[rows[part]]
 
     def val_batches(self) -> Iterator[Batch]:
         """The validation set once, in order, without augmentation."""

@@ -13,23 +13,23 @@ import torch
 
 from morphtrain.interrupts import Interrupted
 from morphtrain.processes import join
-from morphtrain.processes.failure import told
 from morphtrain.processes.order import take
 from morphtrain.processes.place import place
+from morphtrain.processes.watch import over
 from morphtrain.trainer.train import train
 
 
 def follow() -> int:
     """Train what rank 0 says; returns the exit code: 0, or another if this process or rank 0 has failed.
 
-    Rank 0 says what went wrong.
+    Rank 0 says what went wrong; if it is gone, the watch does.
     """
     with silent():
         try:
             return _follow()
         except Interrupted as interrupt:
             return interrupt.exit_code
-        except Exception:  # noqa: BLE001 - rank 0 has been told of it
+        except Exception:  # noqa: BLE001 - the watch has seen to it that somebody says it
             return 1
 
 
@@ -42,7 +42,7 @@ def _follow() -> int:
         return order
     if order.threads is not None:
         torch.set_num_threads(order.threads)
-    with join.joined(here, store), told(here, store):
+    with over(here, store, order.config.process_timeout), join.joined(here, store, order.config.process_timeout):
         train(order.config, order.run_dir, order.tags)
     return 0
 

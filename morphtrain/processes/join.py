@@ -64,11 +64,14 @@ def meet(place: Place, listener: Listener | None = None) -> Store:
 
 
 @contextmanager
-def joined(place: Place, store: Store) -> Iterator[None]:
+def joined(place: Place, store: Store, seconds: float) -> Iterator[None]:
     """Within the block, the processes are the group that `morphtrain.world` speaks of; all of them have to come.
 
     Objects and tensors in memory are sent by gloo, tensors on CUDA devices by NCCL. On a single host, gloo listens to
-    nothing else.
+    nothing else. The watch around the block (`watch.over`) destroys the group, once nobody needs it.
+
+    Args:
+        seconds: that a process may keep the others waiting, before the watch ends them; torch waits twice as long.
 
     Raises:
         UserError: in all processes, if those of several hosts do not reach each other.
@@ -85,14 +88,13 @@ def joined(place: Place, store: Store) -> Iterator[None]:
             store=distributed.PrefixStore("group", store),
             rank=place.rank,
             world_size=place.size,
-            timeout=TIMEOUT,
+            timeout=timedelta(seconds=2 * seconds),
         )
     before, world.local = world.local, world.Local(place.local_rank, place.local_size)
     try:
         yield
     finally:
         world.local = before
-        distributed.destroy_process_group()
 
 
 @contextmanager

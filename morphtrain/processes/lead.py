@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from morphtrain import interrupts
 from morphtrain.errors import UserError
 from morphtrain.processes import join
-from morphtrain.processes.failure import told
 from morphtrain.processes.local import shared_threads, siblings
 from morphtrain.processes.order import Order, give
 from morphtrain.processes.place import Place, place
+from morphtrain.processes.watch import over
 from morphtrain.schema import Config
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str], on_epoch: OnEp
 
     Raises:
         UserError: as `trainer.train`; if another number of processes has been started than `config.processes` says.
-        RankFailed: for an error in any of several processes that is no user's mistake.
+        RankFailed: for any fault of another process (`processes.watch`).
     """
     here = place()
     if here is not None:
@@ -63,7 +63,7 @@ def _together(
 
     _Others.know = True
     give(store, order, here.size - 1, check)
-    with join.joined(here, store), told(here, store):
+    with over(here, store, order.config.process_timeout), join.joined(here, store, order.config.process_timeout):
         return with_others(order.config, order.run_dir, order.tags, on_epoch)
 
 

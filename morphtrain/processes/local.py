@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from morphtrain import schema
 from morphtrain.processes import join
-from morphtrain.processes.failure import RankFailed
 from morphtrain.processes.place import LOCALHOST, Place
+from morphtrain.processes.verdict import RankFailed
 from morphtrain.timing.cores import allowed_cores
 
 GRACE_SECONDS = 10.0  # that the others have to end by themselves after the run
@@ -111,10 +111,14 @@ def _start(place: Place) -> subprocess.Popen[bytes]:
 
 
 def end_with_parent() -> None:
-    """In a process that `siblings` has started: end at once if the process that started it does, however it ends."""
+    """In a process that `siblings` has started: end after the process that started it, however that ends.
+
+    The watch ends it sooner, with a message; this is for what comes before and after that.
+    """
 
     def wait() -> None:
         sys.stdin.buffer.read()
+        time.sleep(GRACE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

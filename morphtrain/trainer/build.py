@@ -123,6 +123,8 @@ def _check_own_parts(run: Run) -> None:
             part_checks.check_selectable(f"data.order={config.data.order}", config.data.name, run.data, instead)
     if isinstance(config.loss, Custom):
         part_checks.check_loss(f"loss={config.loss.name}", run.criterion, run.data.num_classes, run.device)
+    if isinstance(config.precision, Custom):
+        part_checks.check_precision(f"precision={config.precision.name}", run.precision)
     if isinstance(config.schedule, Custom):
         part_checks.check_schedule(f"schedule={config.schedule.name}", run.schedule, config.epochs)
     if isinstance(config.optimizer, Custom):

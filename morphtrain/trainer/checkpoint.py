@@ -41,6 +41,7 @@ FREE_KEYS = (
     "resume",
     "device",
     "processes",
+    "process_timeout",
     "chosen",
     "objective",
     "trial",

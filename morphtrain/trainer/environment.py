@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, str]:
     if facts["git_commit"] and changed is not None:
         facts["git_clean"] = str(not changed).lower()
     if world.size() > 1:
-        hosts = dict.fromkeys(world.each(platform.node()))
+        hosts = dict.fromkeys(world.gathered(platform.node()))
         backend = "nccl" if device.type == "cuda" else "gloo"
         facts |= {"processes": str(world.size()), "backend": backend, "hosts": " ".join(hosts)}
     return {name: value for name, value in facts.items() if value}

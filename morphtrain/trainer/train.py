@@ -29,7 +29,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.world import agree, is_main
+from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
 
@@ -141,18 +141,8 @@ def _train_on(
 
 
 def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tuple[Run, checkpoint.Checkpoint | None]:
-    if config.resume == "never":
-        if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-            raise UserError(
-                f"{as_typed(run_dir)}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
-            )
-        return new_run(config, device), None
-    auto = config.resume == "auto"
-    if not auto and not Path(config.resume).is_file():
-        raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
-    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
+    stored = decide(lambda: _stored(config, run_dir))  # other hosts may not have the file
     if stored is None:
-        log.info("no checkpoint in %s: starting from epoch 1", run_dir)
         return new_run(config, device), None
     run = stored.restore(config, device)
     if is_main():
@@ -161,15 +151,33 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     return run, stored
 
 
+def _stored(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from; None if it starts from epoch 1."""
+    if config.resume == "never":
+        if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+            raise UserError(
+                f"{as_typed(run_dir)}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
+            )
+        return None
+    if config.resume == "auto":
+        if (found := checkpoint.find(run_dir)) is None:
+            log.info("no checkpoint in %s: starting from epoch 1", run_dir)
+        return found
+    if not Path(config.resume).is_file():
+        raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
+    return checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
+
+
 def new_run(config: Config, device: torch.device) -> Run:
     """A run before its first epoch, with the structure of `config.architecture` if that is set.
 
     Raises:
         UserError: as `build_run`; if there is no such checkpoint, or it is of another model.
     """
-    if config.architecture is None:
+    path = config.architecture
+    if path is None:
         return build_run(config, device=device)
-    stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
+    stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
     return build_run(config, morph=stored.architecture(config), device=device)
 
 
