@@ -100,7 +100,9 @@ class SelectableData(Data, Protocol):
 class DividedData(SelectableData, Protocol):
     """Data of which each of several processes makes only its own images of every batch.
 
-    It need not be: of other data, every process makes whole batches, and trains on its own images of them.
+    It need not be: of other data, every process makes whole batches, and trains on its own images of them. Data may
+    also have `own_batches(part)`, which gives this process's images of the batches of `val_batches` (part "val") or
+    `test_batches` ("test"), where it has any; otherwise each process makes all of those, too.
     """
 
     def train_slices_of(

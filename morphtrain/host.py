@@ -37,11 +37,6 @@ def name() -> tuple[str, ...]:
         return (socket.gethostname(),)
 
 
-def size() -> int:
-    """Number of this run's processes on this host."""
-    return world.gathered(name()).count(name())
-
-
 def cores() -> Fraction:
     """How many cores this process may use. One that others of the run may use, too, is divided among them."""
     mine = allowed()
@@ -168,8 +163,8 @@ def _path(descriptor: int) -> str:
 
 def _written(make: Callable[[], T], letter: int) -> T:
     """Make the value, write it to `letter`, and unlock that; left empty if it cannot be made."""
+    packed = io.BytesIO()
     try:
-        packed = io.BytesIO()
         _Packer(packed).dump(make())
         with open(letter, "wb", closefd=False) as file:
             file.write(packed.getbuffer())

@@ -19,8 +19,8 @@ def batches(images: int, batch_size: int) -> list[slice]:
 
 def shares(images: int) -> list[int]:
     """How many of the images of a batch each process has, by rank."""
-    least, more = divmod(images, world.size())
-    return [least + (rank < more) for rank in range(world.size())]
+    least, more = divmod(images, world.members())
+    return [least + (rank < more) for rank in range(world.members())]
 
 
 def own(batch: slice) -> slice:

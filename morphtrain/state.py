@@ -26,9 +26,10 @@ from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.own_numbers import OwnNumbers
+from morphtrain.part_checks import is_divided
 from morphtrain.progressive import resized, small_size
 from morphtrain.ramp import Ramp
-from morphtrain.settling import settle, trained_norms
+from morphtrain.settling import agree_buffers, settle, synchronises, trained_norms
 from morphtrain.timing.clock import Clock
 
 # After 56 epochs of four kinds of training on digits, 8 batches of 32 images gave the accuracy that statistics over all
@@ -212,20 +213,37 @@ class Run:
             if not self.model.training:  # otherwise its modes are those of training, which a method may have set
                 self.model.train()
             norms = trained_norms(self.model)
-            if not norms:
-                return
-            with self._looking_ahead():
-                settle(self.model, norms, self._settling_passes(), self.precision.autocast)
-        for norm in norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                if statistic is not None:  # mean-only norms have no variance
-                    statistic.copy_(world.mean(statistic))
+            if norms:
+                with self._looking_ahead():
+                    settle(self.model, norms, self._settling_passes(), self.precision.autocast)
+        self.agree_buffers()
+
+    def agree_buffers(self) -> None:
+        """Give the model the same buffers in all processes, see `settling.agree_buffers`."""
+        agree_buffers(self.model, slices.shares(self.batch_size)[world.rank()])
 
     def _settling_passes(self) -> Iterator[torch.Tensor]:
-        """Images as they go through the network in training; whole batches only, as all count the same."""
+        """Images as they go through the network in training; whole batches only, as all count the same.
+
+        Of each batch they are this process's, in as many passes as any has: norms may wait for those of the others.
+        """
         number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
-        for images, _ in itertools.islice(self.all_batches(), number):
-            yield from images.tensor_split(passes(len(images), self.micro_batch))
+        parts = passes(max(slices.shares(self.batch_size)), self.micro_batch)
+        for images in self._own_images(number):
+            if len(images) or synchronises(self.model):
+                yield from images.tensor_split(parts)
+
+    def _own_images(self, number: int) -> Iterator[torch.Tensor]:
+        """This process's images of the first whole batches of this epoch."""
+        if world.size() == 1 or not is_divided(self.data):
+            for images, _ in itertools.islice(self.all_batches(), number):
+                yield images[slices.own(slice(0, len(images)))]
+            return
+        generator = self.generator(self.epoch)
+        rows = self.order(generator)
+        parts = [slices.own(batch) for batch in slices.batches(len(rows), self.batch_size)[:number]]
+        for images, _ in self.data.train_slices_of(rows, parts, generator):
+            yield images
 
     @contextmanager
     def _looking_ahead(self) -> Iterator[None]:
@@ -307,13 +325,14 @@ class Run:
         """What the network, or that of another `graph`, costs by its widths.
 
         Args:
-            terms: what "latency" has measured so far, at the batch size that the run starts with; it is added to. A
-                method keeps it in its state, so that a resumed run goes on with the same prices.
+            terms: what "latency" has measured so far, for a process's share of the batch size that the run starts with;
+                it is added to. A method keeps it in its state, so that a resumed run goes on with the same prices.
         """
         graph = graph or self.graph
         if kind != "latency":
             return WidthCost(graph, kind)
-        return measured_cost(graph, self.config.first_batch_size, self.precision.autocast, known=terms)
+        images = max(slices.shares(self.config.first_batch_size))
+        return measured_cost(graph, images, self.precision.autocast, known=terms)
 
     def generator(self, epoch: int) -> torch.Generator:
         """The random numbers of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 import torch
 from conftest import Command, Kill
 from PIL import Image
+from ranks import in_ranks
 from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from morphtrain import memory_limit, schema
+from morphtrain import host, memory_limit, schema, world
 from morphtrain.data import Data, image_files, image_folder
 from morphtrain.data.crops import DRAWS, MEAN, STD, mirrored, random_boxes, resized_crops
 from morphtrain.data.image_bytes import ByteData
@@ -425,6 +427,86 @@ def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command,
     once, twice = (history(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert once == twice
     assert once[-1]["val_accuracy"] == 1.0
+
+
+def several_workers() -> list[int]:
+    world.local = world.Local(world.rank(), 2)
+    host.allowed = lambda: frozenset(range(8))  # type: ignore[assignment]
+    return [image_folder.worker_count(wanted, divided=True) for wanted in ("auto", 0, 1, 7)]
+
+
+def test_workers_are_divided_among_the_processes_of_a_host() -> None:
+    assert in_ranks(2, several_workers) == [[3, 0, 1, 4]] * 2
+
+
+def images_of_several(root: Path) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """How many files this process has read for a set in memory, its pixels, and what it evaluates on."""
+    read: list[str] = []
+    original = image_files.rgb
+
+    def counted(path: str) -> Image.Image:
+        read.append(path)
+        return original(path)
+
+    image_files.rgb = counted
+    data = image_folder.build(config(root, in_memory=True))
+    return len(read), data.train.pixels.clone(), data.val.pixels.clone()
+
+
+def test_a_set_in_memory_is_decoded_by_one_process_of_a_host(tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(40 + i, 50) for i in range(60)]))
+    alone = image_folder.build(config(root, in_memory=True))
+    assert alone.train.pixels.nbytes >= host.SMALL
+    numbers = []
+    for number, train, val in in_ranks(2, images_of_several, root):
+        numbers.append(number)
+        assert torch.equal(train, alone.train.pixels)
+        assert torch.equal(val, alone.val.pixels)
+    if sys.platform == "linux":
+        assert numbers == [120, 0]
+
+
+def failures_of_several(roots: list[Path]) -> list[str]:
+    """What a process is told whose files are below one of these, and that of others below others."""
+    messages = []
+    for in_memory in (False, True):
+        with pytest.raises(UserError) as caught:
+            image_folder.build(config(roots[world.rank()], in_memory=in_memory))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_hosts_with_other_images_are_named_in_all_processes(tmp_path: Path) -> None:
+    roots = [write(tmp_path / name, noise([(20, 20)] * 4)) for name in ("first", "second")]
+    (roots[1] / "train" / "class_1" / "003.png").rename(roots[1] / "train" / "class_1" / "004.png")
+    found = in_ranks(2, failures_of_several, roots)
+    for messages, root in zip(found, roots, strict=True):
+        for message in messages:
+            assert message.startswith(f"data.root={root}: ")
+            assert "has other images there (8) than" in message
+            assert "\n" not in message
+
+
+def test_a_mistake_on_one_host_is_told_in_all_processes(tmp_path: Path) -> None:
+    roots = [write(tmp_path / name, noise([(20, 20)] * 4)) for name in ("first", "second")]
+    remove(*(roots[1] / "val").iterdir(), roots[1] / "val")
+    first, second = in_ranks(2, failures_of_several, roots)
+    assert first == second
+    assert f"data.root={roots[1]}: there is no directory" in first[0]
+
+
+def limits_of_several(root: Path) -> bool:
+    memory_limit.CONTAINER_LIMIT = root / f"memory{world.rank()}"
+    return isinstance(image_folder.build(config(root, in_memory="auto")), ByteData)
+
+
+def test_the_host_with_the_least_memory_decides_for_all(tmp_path: Path) -> None:
+    root = write(tmp_path, noise([(20, 20)] * 4))
+    needed = 4 * 8 * 3 * 20**2  # a quarter of it may be used
+    for limit, kept in ((needed, True), (needed - 4, False)):
+        (root / "memory0").write_text(f"{2 * needed}\n")
+        (root / "memory1").write_text(f"{limit}\n")
+        assert in_ranks(2, limits_of_several, root) == [kept, kept]
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.95", "prune.lasso_ratio_of=lo
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("images", [0, 1, 2, 7, 16, 17])
 def test_a_batch_is_cut_as_torch_does(size: int, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "size", lambda: size)
+    monkeypatch.setattr(world, "members", lambda: size)
     expected = [part.tolist() for part in torch.arange(5, 5 + images).tensor_split(size)]
     found = []
     for rank in range(size):
@@ -75,7 +75,7 @@ def test_an_epoch_is_cut_into_batches_the_last_of_which_may_be_smaller() -> None
 @given(size=st.integers(1, 4), batch=st.integers(1, 12), images=st.integers(1, 30), most=st.none() | st.integers(1, 6))
 def test_a_pass_with_a_single_image_is_foreseen(size: int, batch: int, images: int, most: int | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "size", lambda: size)
+        patch.setattr(world, "members", lambda: size)
         run = object.__new__(Run)
         run.batch_size, run.micro_batch = batch, most
         of_shares = [torch.arange(n).tensor_split(size) for n in (batch, images % batch)]

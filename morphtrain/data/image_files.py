@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,15 +235,22 @@ class FileData:
 
     def val_batches(self) -> Iterator[Batch]:
         """The centres of the validation images, in order."""
-        return self._centres(len(self.train), len(self.val))
+        return self._centres("val")
 
     def test_batches(self) -> Iterator[Batch]:
         """Those of the test images."""
-        return self._centres(len(self.train) + len(self.val), len(self.test))
+        return self._centres("test")
 
-    def _centres(self, first: int, number: int) -> Iterator[Batch]:
-        parts = slices.batches(number, EVALUATION_BATCH)
-        return self._batches(range(first, first + number), [None] * number, parts)
+    def own_batches(self, part: str) -> Iterator[Batch]:
+        """This process's images of the batches of `val_batches` ("val") or `test_batches`, where it has any."""
+        return self._centres(part, slices.own)
+
+    def _centres(self, part: str, cut: Callable[[slice], slice] = lambda batch: batch) -> Iterator[Batch]:
+        held_out = self.val if part == "val" else self.test
+        first = len(self.train) + (len(self.val) if part == "test" else 0)
+        rows = range(first, first + len(held_out))
+        parts = [cut(batch) for batch in slices.batches(len(rows), EVALUATION_BATCH)]
+        return self._batches(rows, [None] * len(rows), [own for own in parts if own.start < own.stop])
 
     def _batches(self, rows: Sequence[int], seeds: Sequence[int | None], parts: Sequence[slice]) -> Iterator[Batch]:
         for pixels, labels in self._loader.batches(rows, seeds, parts):

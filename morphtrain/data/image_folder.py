@@ -160,7 +160,7 @@ def worker_count(wanted: str | int, divided: bool = False) -> int:
     if wanted == "auto":
         cores = host.cores() if divided else len(host.allowed())
         return max(0, min(MOST_WORKERS, int(cores) - 1))
-    return -(-int(wanted) // (host.size() if divided else 1))  # rounded up: one that decodes alone holds up all
+    return -(-int(wanted) // (world.local.size if divided else 1))  # rounded up: one that decodes alone holds up all
 
 
 def memory_share() -> float:

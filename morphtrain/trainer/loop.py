@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from morphtrain import interrupts, world
+from morphtrain import interrupts, slices, world
+from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
+from morphtrain.settling import synchronises
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
 from morphtrain.trainer.share import Share, training_shares
@@ -165,17 +167,12 @@ def _pass(
     A process without images, which it may be in batches of few, has a loss of zero. They go through the network only if
     others wait for it there.
     """
-    if not len(labels) and not _synchronised(run.model):
+    if not len(labels) and not synchronises(run.model):
         return torch.zeros((), device=run.device, requires_grad=True), 0
     with forward_context(run):
         logits = run.forward(images)
         loss = _loss(run, exact(logits), labels, rows) if len(labels) else exact(logits).sum()
     return loss, (logits.detach().argmax(1) == labels).sum()
-
-
-def _synchronised(model: nn.Module) -> bool:
-    """Whether processes wait for one another within a pass."""
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 @contextmanager
@@ -244,15 +241,27 @@ def set_mode(run: Run, training: bool) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) on a part of the held-out images."""
+    """Mean loss and accuracy (0..1) on a part of the held-out images, of which each process takes its share."""
     set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    for images, labels in getattr(run.data, f"{part}_batches")():
+    for images, labels in _held_out(run, part):
         interrupts.check()
         with run.precision.autocast(), interruptible():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()
+    world.sum_([loss, correct])
     samples = len(getattr(run.data, part))
     return loss.item() / samples, correct.item() / samples
+
+
+def _held_out(run: Run, part: Literal["val", "test"]) -> Iterator[Batch]:
+    """This process's images of the batches of a part of the held-out images, where it has any."""
+    if world.size() > 1 and hasattr(run.data, "own_batches"):
+        yield from run.data.own_batches(part)
+        return
+    for images, labels in getattr(run.data, f"{part}_batches")():
+        own = slices.own(slice(0, len(labels)))
+        if own.start < own.stop:
+            yield images[own], labels[own]
