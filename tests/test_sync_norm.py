@@ -170,9 +170,9 @@ def test_to_sync_keeps_everything_else() -> None:
     """As ghost norm: parameters, buffers, modes and hooks; checkpoints of either go to the other."""
     model = nn.ModuleList([ResNet(blocks=1, width=4), nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.BatchNorm2d(3)])
     model[3].eval().weight.requires_grad_(False)
-    calls: list[int] = []
+    plain, calls = copy.deepcopy(model), []
     model[3].register_forward_hook(lambda *_: calls.append(1))
-    plain, before = copy.deepcopy(model), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert to_sync(model) == to_sync(model) == len(norms(model)) == 10
     assert all(isinstance(norm, Synchronised) for norm in norms(model))
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
