@@ -80,7 +80,7 @@ def size() -> int:
 
 
 def members() -> int:
-    """Number of processes, whether this one is `alone` or not: among so many the images of a batch are divided."""
+    """Number of processes, whether this one is `alone` or not."""
     return distributed.get_world_size() if _is_distributed() else 1
 
 
