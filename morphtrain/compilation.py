@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from morphtrain import interrupts, world
+from morphtrain import interrupts
 from morphtrain.cost.stopwatch import wait_for
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
@@ -169,8 +169,6 @@ class Compilation:
         """Restore what `state_dict` returned."""
         for key in STATE:
             setattr(self, key, state[key])
-        if world.size() > 1:  # the others' shares of a batch may be of another size than the main process's
-            self.shape = None
 
     def _measure(self) -> None:
         """What compiling took in this epoch and, if the code is new, what it saves: as the main process found it."""

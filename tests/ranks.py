@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,7 @@ def _answers(receivers: list[Connection], timeout: float) -> dict[int, tuple[str
             assert isinstance(receiver, Connection)
             rank = receivers.index(receiver)
             try:
-                answers[rank] = receiver.recv()
+                answers[rank] = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 answers[rank] = ("failed", "it died")
             if answers[rank][0] == "failed":
@@ -129,6 +130,11 @@ def _rank(meet: Path, rank: int, size: int, sender: Connection, function: Callab
         result = function(*arguments)
         distributed.barrier()
         distributed.destroy_process_group()
-        sender.send(("done", result))
+        _send(sender, ("done", result))
     except BaseException:  # noqa: BLE001 - the test is to know of any
-        sender.send(("failed", traceback.format_exc()))
+        _send(sender, ("failed", traceback.format_exc()))
+
+
+def _send(sender: Connection, answer: tuple[str, Any]) -> None:
+    """Pickled with the values of tensors, which this process would have to stay for if they were shared."""
+    sender.send_bytes(pickle.dumps(answer))

@@ -120,7 +120,9 @@ def _started(layer: Any, out: torch.Tensor) -> torch.Tensor:
     rows = out.transpose(0, dim).flatten(1)  # (O, values)
     rows = rows.double() if rows.device.type != "mps" else rows.float()
     values = rows.shape[1]
-    weight = values * world.size() / sum(world.gathered(values))  # 1, unless another process has other numbers of images
+    weight = (
+        values * world.size() / sum(world.gathered(values))
+    )  # 1, unless another process has other numbers of images
     mean = world.mean(weight * rows.mean(1))
     deviation = world.mean(weight * (rows - mean[:, None]).square().mean(1)).sqrt()
     varies = deviation > LEAST * mean.abs().clamp(min=1)

@@ -40,6 +40,8 @@ def _follow() -> int:
     order = take(store)
     if isinstance(order, int):
         return order
+    if here.one_host:
+        os.chdir(order.cwd)  # with hydra.job.chdir, that of the run
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     with over(here, store, order.config.process_timeout), join.joined(here, store, order.config.process_timeout):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from morphtrain.errors import UserError
 from morphtrain.processes import network
+from morphtrain.processes.connections import of_group
 from morphtrain.processes.place import LOCALHOST, Place
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def joined(place: Place, store: Store, seconds: float) -> Iterator[None]:
 
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
     network_store = distributed.PrefixStore("network", store)
-    with _loopback() if place.one_host else network.checked(place.rank, place.size, network_store):
+    reached = _loopback() if place.one_host else network.checked(place.rank, place.size, network_store)
+    with reached, of_group.noticed():
         distributed.init_process_group(
             backend,
             store=distributed.PrefixStore("group", store),

@@ -6,6 +6,8 @@ Light to import, as long as nothing is trained.
 from __future__ import annotations
 
 import functools
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 OnEpoch = Callable[[Mapping[str, float]], bool]
 
+log = logging.getLogger(__name__)
+
 
 def train(config: Config, run_dir: Path, tags: Mapping[str, str], on_epoch: OnEpoch | None = None) -> list[float]:
     """`trainer.train`, in as many processes as have been started together, or as `config.processes` says.
@@ -37,6 +41,7 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str], on_epoch: OnEp
     here = place()
     if here is not None:
         check_number(config, here)
+        warn_of_restarts(config)
         order = Order(replace(config, processes=here.size), run_dir, tags)
         return _together(here, _met(here), order, on_epoch, interrupts.check)
     count = config.processes or 1
@@ -53,6 +58,16 @@ def check_number(config: Config, here: Place) -> None:
     if config.processes not in (None, here.size):
         raise UserError(
             f"processes={config.processes}: {here.by} has started {here.size} processes; {here.size} or null works"
+        )
+
+
+def warn_of_restarts(config: Config) -> None:
+    """Warn if torchrun would start again what cannot go on."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and config.resume == "never":
+        log.warning(
+            "--max-restarts=%s: each restart begins again with epoch 1; with resume=auto and a hydra.run.dir it goes on",
+            restarts,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,14 @@ class Order:
 
     Args:
         threads: of torch in every process; None: as many as each has.
+        cwd: the directory that relative paths start from, on this host.
     """
 
     config: Config
     run_dir: Path
     tags: Mapping[str, str]
     threads: int | None = None
+    cwd: Path = field(default_factory=Path.cwd)
 
 
 def give(store: Store, order: Order | int, others: int, check: Callable[[], None]) -> None:

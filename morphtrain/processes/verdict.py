@@ -29,8 +29,8 @@ MESSAGES = {
     STALLED: "{who} and the others have waited for each other for {seconds:.0f} seconds, and nothing arrives: see to "
     "the network between their hosts (GLOO_SOCKET_IFNAME names its interface); then {resume}",
     MISTAKE: "{who}: {text}",
-    RAISED: "{text}\n{who} has failed with this error, and the others with it",
-    PERHAPS: "{text}\n{who} has failed with this error, and the others with it",
+    RAISED: "{text}\n{who} has failed with this error, which ends all processes",
+    PERHAPS: "{text}\n{who} has failed with this error, which ends all processes",
     EXITED: "{who} has ended before the others could, with {text}; {resume}",
     MISSING: "{who} has not come within {seconds:.0f} seconds; all processes have to be started",
     LOST: "{who} has lost its connection to the others ({text}); if the network between their hosts is well again, "

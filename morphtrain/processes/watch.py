@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from morphtrain import interrupts
 from morphtrain.errors import UserError
 from morphtrain.processes import verdict
+from morphtrain.processes.connections import of_group
 from morphtrain.processes.line import Line, disown, own
 from morphtrain.processes.place import Place
 from morphtrain.processes.place import place as started_from_outside
@@ -69,8 +70,8 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
         seconds: that a process may keep the others waiting.
 
     Raises:
-        RankFailed: for any fault. Rank 0 is to report it, and its own errors stay what they are; if it is gone, the
-            first of each host has reported it.
+        RankFailed: for any fault, with the message. Rank 0 is to report it, and its own mistakes stay what they are; if
+            rank 0 is gone, the first process of each host has reported it.
         Interrupted: in all, after a signal to any.
     """
     from morphtrain import world  # imports torch
@@ -181,7 +182,7 @@ class Watch:
         """What to raise instead of an error that ends this process, or the error itself."""
         report = verdict.of_error(self.rank, error)
         found = self._settled(report)
-        _destroy_group()  # so that no other process waits for this one
+        _destroy_group()
         if self.rank == 0:
             return self._cause_in_first(error, found or report)
         self._outlast_first()
@@ -197,8 +198,8 @@ class Watch:
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
         if found.kind == verdict.INTERRUPTED:
             return _interruption(error, found)
-        is_own = found.rank == 0 or (found.kind == verdict.MISTAKE and isinstance(error, UserError))  # the same
-        return error if is_own and not isinstance(error, SystemExit) else self._failure(found)
+        is_mistake = found.kind == verdict.MISTAKE and isinstance(error, (UserError, OSError))  # the same as elsewhere
+        return error if is_mistake else self._failure(found)
 
     def close(self) -> None:
         """End the thread and the lines, after what has been sent over them has arrived."""
@@ -443,6 +444,7 @@ class Watch:
         else:
             interrupts.fail(None if is_own else self._failure(report), self.is_launched)
         hangs = report.kind == verdict.HUNG and report.rank == self.rank
+        of_group.cut()  # whoever waits for another process gets an error, and `explain` its cause
         self._leave_by = time.monotonic() + (GRACE_SECONDS if hangs else LEAVE_SECONDS)
         if report.kind == verdict.SILENT:
             self._kill(self.everyone[report.rank])
@@ -482,8 +484,9 @@ def _interruption(error: BaseException, found: Report) -> BaseException:
 
 
 def _destroy_group() -> None:
-    """Close this process's connections of torch."""
+    """Close this process's connections of torch, so that no other waits for it."""
     from torch import distributed
 
+    of_group.close()
     if distributed.is_initialized():
         distributed.destroy_process_group()
