@@ -72,9 +72,10 @@ def shared(make: Callable[[], T]) -> T:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without values on the CPU; within the `make` of `shared`, in the memory that is shared."""
-    if not _files.descriptors:
+    wanted = torch.empty(*shape, dtype=dtype, device="meta")
+    if not _files.descriptors or wanted.nbytes < SMALL:
         return torch.empty(*shape, dtype=dtype)
-    return _files.tensor(torch.empty(*shape, dtype=dtype, device="meta"))
+    return _files.tensor(wanted)
 
 
 def allowed() -> frozenset[int]:

@@ -76,10 +76,11 @@ def test_the_loopback_as_interface_is_named() -> None:
     assert answers(*chosen) == [named + ADVICE] * 2
 
 
-def test_an_interface_that_is_not_there_is_named() -> None:
+def test_an_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_listening", lambda address: socket.create_server(("127.0.0.1", 0)))
     chosen = replace(SECOND, address="", wanted="eth7")
     named = "GLOO_SOCKET_IFNAME=eth7: there is no such interface with an address on rank 1's host, beta; "
-    assert answers(FIRST, chosen) == [named + ADVICE] * 2
+    assert answers(replace(FIRST, address="10.0.0.1"), chosen) == [named + ADVICE] * 2
 
 
 def test_an_address_that_does_not_answer_ends_it_in_time(
