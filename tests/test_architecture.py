@@ -44,7 +44,7 @@ def test_a_group_imports_neither_the_trainer_nor_another_group(group: str, graph
 
 
 def test_the_state_of_a_run_stands_below_what_changes_it(graph: grimp.ImportGraph) -> None:
-    for room in ("state", "method", "contracts", "tracker", "world"):
+    for room in ("state", "method", "contracts", "tracker", "world", "host"):
         assert not rooms(graph, room) & (COMMANDS | set(GROUPS) | {"evidence"}), room
 
 

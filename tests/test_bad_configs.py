@@ -52,6 +52,7 @@ ACCEPTED = {
     "empty": {"tracking.parent_run_id", "tracking.uri"},
     "null": {
         *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
+        "processes",
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
         *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),

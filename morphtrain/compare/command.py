@@ -15,7 +15,7 @@ from morphtrain.errors import UserError
 from morphtrain.schema import Config
 
 # What a run does with these, a comparison does not.
-UNUSED = ("tracking", "resume", "trial", "objective", "hydra", "timing.reference")
+UNUSED = ("tracking", "resume", "trial", "objective", "hydra", "timing.reference", "processes", "process_timeout")
 SHARED = ("device", "timing.cores", "timing.when_busy")  # of the process, so of both sides
 FORMS = "A.. -- B.., COMMON.. -- A.. -- B.., or A.. --vs FILE.py"
 

@@ -22,6 +22,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from morphtrain import world
 from morphtrain.cost.copies import Optimizing, copied
 from morphtrain.cost.onednn import copied_bytes
 from morphtrain.cost.step import Casts, backpropagate, blank_batch, update
@@ -144,7 +145,7 @@ class SimulatedStep:
         """
         self._live.moments = []
         try:
-            with self._fake, self._live:
+            with world.alone(), self._fake, self._live:
                 images, labels = blank_batch(self._model, self.input_shape, batch_size)
                 backpropagate(self._model, images, labels, self.autocast_dtype)
                 self._update()

@@ -14,7 +14,7 @@ from morphtrain.experiment.declaration import is_of, key_of, merged
 from morphtrain.experiment.runs import Run
 
 # Groups and keys that say which network takes its steps, on what, and what is chosen for it.
-STEP = ("model", "norm", "batch_policy", "data.image_size", "precision", "memory_format", "device")
+STEP = ("model", "norm", "batch_policy", "data.image_size", "precision", "memory_format", "device", "processes")
 AUTO = ("precision=auto", "memory_format=auto")
 
 

@@ -140,7 +140,8 @@ class OwnWeightGradient(torch.autograd.Function):
 class Approximate(Method):
     """The method as hooks of the training loop; `ApproximateGradients` is its functional form.
 
-    Whether a batch is one of its `share` is drawn once for each step, whatever passes the step takes.
+    Whether a batch is one of its `share` is drawn once for each step, whatever passes the step takes in whatever
+    process; positions in its own images each process draws by itself.
     """
 
     def __init__(self, config: schema.gradient.Approximate) -> None:
@@ -148,26 +149,27 @@ class Approximate(Method):
         self._batches = random.Random()
         self._positions: torch.Generator | None = None
         self._pass: ApproximateGradients | None = None  # of this step; None: its gradients are exact
+        self._passed = False  # whether this process had images for it
         self._steps = self._approximated = 0  # of this epoch
 
     def before_epoch(self, run: Run) -> None:
-        seed = derived_seed(run.config.seed, run.epoch, GRADIENTS)
-        self._batches = random.Random(seed)
-        self._positions = torch.Generator(run.device).manual_seed(seed)
+        self._batches = random.Random(derived_seed(run.config.seed, run.epoch, GRADIENTS))
+        self._positions = torch.Generator(run.device).manual_seed(run.own_seed(GRADIENTS))
         self._steps = self._approximated = 0
 
     def before_forward(self, run: Run, batch: Batch) -> None:
-        self._pass = None
+        self._pass, self._passed = None, False
         if self._batches.random() < self.config.share:
             self._pass = ApproximateGradients(self.config.kind, self.config.every, self._positions)
         self._steps += 1
         self._approximated += self._pass is not None
 
     def around_forward(self, run: Run) -> AbstractContextManager[Any]:
+        self._passed = True
         return self._pass or nullcontext()
 
     def after_backward(self, run: Run) -> None:
-        if run.epoch == 1 and self._pass is not None and not self._pass.chosen:
+        if run.epoch == 1 and self._passed and self._pass is not None and not self._pass.chosen:
             raise UserError(
                 f"gradient.every={self.config.every}: the network calls fewer convolutions with a kernel above 1, so "
                 "that none is chosen; a smaller value, or gradient=none, works"

@@ -31,6 +31,7 @@ TO_ACCURACY = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy
 # Absent with timing.reference=0.
 CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds", "calibrated_time_to_accuracy")
 TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end
+COMMUNICATED = ("comm_seconds", "comm_bytes")  # absent in one process
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -53,6 +54,7 @@ METRICS = (
     "median_epoch_seconds",
     "time_to_accuracy",
     *CALIBRATED,
+    *COMMUNICATED,
 )
 
 MEMORY_FORMATS = ("contiguous", "channels_last")
@@ -69,6 +71,8 @@ class TopLevel:
     device: str
     memory_format: str
     chosen: dict[str, str] | None
+    processes: int | None
+    process_timeout: float
     compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
     architecture: str | None
@@ -81,6 +85,9 @@ class TopLevel:
         check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
         check_device(self.device)
         check_one_of("memory_format", self.memory_format, (*MEMORY_FORMATS, "auto"))
+        check(self.processes is None or self.processes >= 1, "processes", self.processes, "1 or more, or null")
+        wanted_seconds = "above 0, and at most 604800 (a week)"
+        check(0 < self.process_timeout <= 604800, "process_timeout", self.process_timeout, wanted_seconds)
         wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
         check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")

@@ -40,6 +40,8 @@ WITHOUT_DIGEST = "morphtrain checkpoint 5"  # otherwise the same
 FREE_KEYS = (
     "resume",
     "device",
+    "processes",
+    "process_timeout",
     "chosen",
     "objective",
     "trial",

@@ -20,6 +20,7 @@ from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
+from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import best, checkpoint, environment, records
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
@@ -28,7 +29,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.world import agree
+from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def train(
         OSError: if `run_dir` cannot be written.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, which wait for the end of the step, and only in the main thread.
     """
-    with occupied(run_dir), prepared(config) as slot, named_if_out_of_memory(sizes(config)):
+    alone = occupied(run_dir) if is_main() else nullcontext()
+    with alone, prepared(config) as slot, named_if_out_of_memory(sizes(config)):
         return _train(config, run_dir, tags, on_epoch, slot)
 
 
@@ -84,17 +86,27 @@ def _train(
     alone = tags.get("study", "none") == "none"
     start(run, hint=alone)  # nobody reads the logs of a hundred runs, and their times are compared
     machine = environment.describe(run.device) | run.chosen
-    environment.write(run_dir, machine)
-    records.begin(run_dir, run.history)
-    run_id = stored.facts["tracking_id"] if stored else None
-    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
+    if is_main():
+        environment.write(run_dir, machine)
+        records.begin(run_dir, run.history)
+    tracker = _tracker(config, stored)
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
+    if is_main():
+        show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
     return [run.history[-1][metric] for metric in config.objective]
+
+
+def _tracker(config: Config, stored: checkpoint.Checkpoint | None) -> Tracker:
+    """The tracker of the config; in all processes but the first, one that keeps nothing."""
+    if not is_main():
+        return NoTracker()
+    run_id = stored.facts["tracking_id"] if stored else None
+    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
+    return tracker
 
 
 def _train_on(
@@ -115,7 +127,8 @@ def _train_on(
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
-        _leave_artifacts(run, run_dir, tracker)
+        if is_main():
+            _leave_artifacts(run, run_dir, tracker)
         interrupts.check()
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
@@ -128,23 +141,31 @@ def _train_on(
 
 
 def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tuple[Run, checkpoint.Checkpoint | None]:
+    stored = decide(lambda: _stored(config, run_dir))  # other hosts may not have the file
+    if stored is None:
+        return new_run(config, device), None
+    run = stored.restore(config, device)
+    if is_main():
+        best.carry_on(run, stored.path, run_dir)
+    log.info("going on after epoch %d of %s", run.epoch, stored.path)
+    return run, stored
+
+
+def _stored(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from; None if it starts from epoch 1."""
     if config.resume == "never":
         if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
             raise UserError(
                 f"{as_typed(run_dir)}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
-        return new_run(config, device), None
-    auto = config.resume == "auto"
-    if not auto and not Path(config.resume).is_file():
+        return None
+    if config.resume == "auto":
+        if (found := checkpoint.find(run_dir)) is None:
+            log.info("no checkpoint in %s: starting from epoch 1", run_dir)
+        return found
+    if not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
-    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
-    if stored is None:
-        log.info("no checkpoint in %s: starting from epoch 1", run_dir)
-        return new_run(config, device), None
-    run = stored.restore(config, device)
-    best.carry_on(run, stored.path, run_dir)
-    log.info("going on after epoch %d of %s", run.epoch, stored.path)
-    return run, stored
+    return checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
 
 
 def new_run(config: Config, device: torch.device) -> Run:
@@ -153,9 +174,10 @@ def new_run(config: Config, device: torch.device) -> Run:
     Raises:
         UserError: as `build_run`; if there is no such checkpoint, or it is of another model.
     """
-    if config.architecture is None:
+    path = config.architecture
+    if path is None:
         return build_run(config, device=device)
-    stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
+    stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
     return build_run(config, morph=stored.architecture(config), device=device)
 
 
@@ -166,11 +188,8 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     with progress_bar(run) as tick:
         train_epoch(run, tick)
     record = finish_epoch(run, guard.judged)
-    if run.change:
-        _write_architecture(run, run_dir)
-    checkpoint.save(run, run_dir, tracker.run_id)
-    best.keep(run, run_dir)
-    records.append(run_dir, record)
+    if is_main():
+        _keep(run, run_dir, tracker.run_id)
     _check_objective(run)
     log.info(epoch_line(record, run.config.epochs, run.change))
     if warning := data_warning(run.history, run.config.timing.warmup_epochs, run.data.advice):
@@ -178,6 +197,15 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     tracker.update(run.history)
     if run.change:
         tracker.artifact(_architecture_path(run, run_dir), "architecture")
+
+
+def _keep(run: Run, run_dir: Path, tracking_id: str | None) -> None:
+    """Write what the last epoch leaves in the run directory."""
+    if run.change:
+        _write_architecture(run, run_dir)
+    checkpoint.save(run, run_dir, tracking_id)
+    best.keep(run, run_dir)
+    records.append(run_dir, run.history[-1])
 
 
 def _check_objective(run: Run) -> None:
