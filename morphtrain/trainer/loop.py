@@ -30,12 +30,14 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
         for images in training_steps(run):
             if tick is not None:
                 tick(images)
+    assert run.epoch_means is not None
+    run.train_loss, run.train_accuracy = run.epoch_means()  # waits for the device: whether to, is for the clock to say
 
 
 def training_steps(run: Run) -> Iterator[int]:
     """Train over the data once, a step whenever it is asked for the next; yields the number of images of each.
 
-    At the end it sets `run.train_loss` and `run.train_accuracy`.
+    At the end it sets `run.epoch_means`.
     """
     before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
     batches, small = training_batches(run), run.small_size(run.epoch)
@@ -67,7 +69,7 @@ def training_steps(run: Run) -> Iterator[int]:
         run.clock.step_done()
         yield len(labels)
     _check_given(run, tally)
-    run.train_loss, run.train_accuracy = tally.means() if run.infobatch is None else run.infobatch.estimates()
+    run.epoch_means = tally.means if run.infobatch is None else run.infobatch.estimates
 
 
 def _check_given(run: Run, tally: Tally) -> None:
