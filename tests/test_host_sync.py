@@ -70,14 +70,13 @@ OPTIONS = [
     [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
     [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
     ["prune=morphnet", "prune.start_epoch=1", "optimizer=adamw", "optimizer.fused=true", "precision=bf16_pure"],
-    ["prune=early", "prune.importance=taylor", "prune.round_to=1", "data.infobatch=0.5", "data.progressive=0.5"],
 ]
 
 
 def run_of(options: list[str], device: str) -> Run:
     keys = {option.split("=")[0] for option in options}
     own = [o for o in SMALL if o.split("=")[0] not in keys]
-    if "prune=morphnet" in options or "prune=early" in options:
+    if "prune=morphnet" in options:
         own = [o for o in own if not o.startswith("prune.")]
     if "data=digits" in options:
         own = [o for o in own if not o.startswith("data.")]
