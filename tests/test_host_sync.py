@@ -19,6 +19,7 @@ from morphtrain.trainer.loop import train_epoch, training_steps
 
 # What needs a tensor's values on the host: numbers of it, or how many results there are.
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive")
+MAKES = ("lift_fresh",)  # a tensor of Python numbers, which waits for the device that it is copied to
 ALWAYS = "prune.start_epoch=1"  # from the first epoch on the penalty acts
 
 
@@ -35,7 +36,7 @@ class Reads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         masks = [part for index in args[1:2] if isinstance(index, (list, tuple)) for part in index]
         by_mask = name == "index" and any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks)
-        if name in READS or by_mask:
+        if name in (*READS, *MAKES) or by_mask:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
