@@ -67,6 +67,7 @@ class Run:
     micro_batch: int | None = None  # most images that go through the network at once, in each process; None: all
     lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size, set by its policy
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
+    epoch_means: Callable[[], tuple[float, float]] | None = None  # reads what follows off the device, at its end
     train_loss: float = 0.0  # mean over the last epoch
     train_accuracy: float = 0.0  # 0..1, in the same forward passes
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics per epoch

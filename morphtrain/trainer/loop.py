@@ -36,13 +36,15 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
         for images in training_steps(run):
             if tick is not None:
                 tick(images)
+    assert run.epoch_means is not None
+    run.train_loss, run.train_accuracy = run.epoch_means()  # waits for the device: whether to, is for the clock to say
 
 
 def training_steps(run: Run) -> Iterator[int]:
     """Train over the data once, a step whenever it is asked for the next; yields the number of images of each.
 
     Every process trains on its share of each batch. Counts, losses, gradients, and so all that follows from them, are
-    those of whole batches. At the end it sets `run.train_loss` and `run.train_accuracy`.
+    those of whole batches. At the end it sets `run.epoch_means`.
     """
     after_step, shares = run.hooks("after_step"), training_shares(run)
     tally = Tally(run.epoch_images, run.device)
@@ -70,7 +72,7 @@ def training_steps(run: Run) -> Iterator[int]:
     _check_given(run, tally)
     if run.infobatch is not None:
         run.infobatch.exchange()
-    run.train_loss, run.train_accuracy = tally.means() if run.infobatch is None else run.infobatch.estimates()
+    run.epoch_means = tally.means if run.infobatch is None else run.infobatch.estimates
 
 
 def _check_given(run: Run, tally: Tally) -> None:
