@@ -55,7 +55,7 @@ class Option:
 def keywords(option: Option) -> dict[str, Any]:
     """The keys that an option does not share with its group: keywords for what it describes, if the names agree."""
     base = next(kind for kind in type(option).__mro__ if "group" in vars(kind))
-    shared = {field.name for field in fields(base)}  # type: ignore[arg-type]  # a dataclass
+    shared = {field.name for field in fields(base)}
     return {field.name: getattr(option, field.name) for field in fields(option) if field.name not in shared}
 
 
