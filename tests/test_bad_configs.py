@@ -41,7 +41,15 @@ CHOICES = [
 ]
 
 # What is accepted, each looked at by hand. Any text may be a path or a name, and so may a number, written out.
-TEXTS = {"architecture", "data.root", "resume", "tracking.experiment", "tracking.parent_run_id", "tracking.uri"}
+TEXTS = {
+    "architecture",
+    "data.root",
+    "model.weights",
+    "resume",
+    "tracking.experiment",
+    "tracking.parent_run_id",
+    "tracking.uri",
+}
 ACCEPTED = {
     **dict.fromkeys(("text", "negative", "infinite", "not a number", "huge"), TEXTS),
     "true": TEXTS
@@ -51,7 +59,8 @@ ACCEPTED = {
     "node": {"model.options"},
     "empty": {"tracking.parent_run_id", "tracking.uri"},
     "null": {
-        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
+        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "model.weights"),
+        *("resume_schedule", "stop_at", "timing.cores", "trial"),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
         *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from morphtrain import options
 from morphtrain.cost import count_params
 from morphtrain.errors import UserError
 from morphtrain.export.__main__ import main as export
+from morphtrain.morph import describe
 from morphtrain.preprocessing import Preprocessing
 from morphtrain.state import Run
 from morphtrain.trainer import new_run, start, train
@@ -298,6 +300,27 @@ def test_pruned_on_and_loaded_again(runs: Callable[[str], Path], tmp_path: Path)
     assert outputs(last, torch.randn(2, 3, 8, 8)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("of", ["initial_norm", "loss"])
+def test_how_strong_the_penalty_is(of: str, runs: Callable[[str], Path]) -> None:
+    """A planned penalty is limited by the loss of guessing, where weights fit already and their own is next to nothing;
+    a share of the loss is one of the loss there is."""
+    from morphtrain.prune.strength import first_penalty_weight
+
+    ratio = 1000.0 if of == "initial_norm" else 0.5
+    limit = 0.8 if of == "initial_norm" else 0.5
+    for weights, loss in ((None, 0.01), (f"{runs('pruned')}/last.pt", math.log(10) if of == "initial_norm" else 0.01)):
+        own = [o for o in small_of("pruned") if not o.startswith("prune.lasso_ratio")]
+        run = new_run(
+            morphtrain.compose(
+                *own, f"prune.lasso_ratio={ratio}", f"prune.lasso_ratio_of={of}", f"model.weights={weights or 'null'}"
+            )
+        )
+        run.loss = torch.tensor(0.01)
+        run.set_batch(16)
+        found = first_penalty_weight(run.config.prune, run, penalty=3.0, norms=2.0, weights=1.0)
+        assert found * 3.0 / (loss + found * 3.0) == pytest.approx(limit, rel=1e-5)
+
+
 def test_an_export_brings_its_structure_along(runs: Callable[[str], Path], tmp_path: Path) -> None:
     file = tmp_path / "small.state_dict.pt"
     assert export([str(runs("pruned") / "last.pt"), "--format", "state_dict", "--output", str(file)]) == 0
@@ -311,6 +334,37 @@ def test_an_export_brings_its_structure_along(runs: Callable[[str], Path], tmp_p
     (tmp_path / "small.architecture.json").unlink()
     with pytest.raises(UserError, match=r"small\.architecture|\.architecture\.json"):
         new_run(morphtrain.compose(*plain, f"model.weights={file}"))
+
+
+@pytest.mark.parametrize("damage", ["list", "nothing", "dimensions", "huge", "path", "images"])
+@pytest.mark.parametrize("classes", [10, 3])
+def test_what_lies_beside_an_export_may_be_anything(
+    damage: str, classes: int, runs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trained = morphtrain.load(runs("pruned") / "last.pt")
+    torch.save(trained.state_dict(), tmp_path / "small.state_dict.pt")
+    structure: Any = describe(trained)
+    shapes = structure["shapes"]
+    images: Any = {"num_classes": 10}
+    if damage in ("list", "nothing"):
+        structure = [] if damage == "list" else {}
+    elif damage == "dimensions":
+        shapes["classifier.weight"] = [10]
+    elif damage == "huge":
+        shapes["classifier.weight"] = [10, 10**12]
+    elif damage == "path":
+        shapes["nowhere.weight"] = [3]
+    else:
+        images = {"mean": "bright"}
+    (tmp_path / "small.architecture.json").write_text(json.dumps(structure))
+    (tmp_path / "small.preprocessing.json").write_text(json.dumps(images))
+    config = morphtrain.compose(
+        *plain_of("pruned"), f"model.weights={tmp_path}/small.state_dict.pt", f"data.num_classes={classes}"
+    )
+    with pytest.raises(UserError) as error:
+        new_run(config, torch.device("cpu"))
+    assert str(error.value).startswith(f"model.weights={tmp_path}/small.state_dict.pt: ")
+    assert "\n" not in str(error.value)
 
 
 def test_a_structure_may_come_from_elsewhere(runs: Callable[[str], Path], tmp_path: Path) -> None:
@@ -328,6 +382,8 @@ def test_another_network_is_refused(runs: Callable[[str], Path]) -> None:
     weights = f"model.weights={runs('pruned')}/last.pt"
     with pytest.raises(UserError, match=r"model\.width=16: model\.weights=.* was written with model\.width=8"):
         new_run(morphtrain.compose(*plain_of("pruned"), weights, "model.width=16"))
+    with pytest.raises(UserError, match=r"images with 3 channels, the data has 1; data with as many works"):
+        new_run(morphtrain.compose(*plain_of("pruned"), weights, "data.in_channels=1"))
     with pytest.raises(UserError, match="norm=weight works"):
         new_run(morphtrain.compose(*plain_of("pruned"), f"model.weights={runs('weight norm')}/last.pt"))
     with pytest.raises(UserError, match="norm=batch works"):

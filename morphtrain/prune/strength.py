@@ -13,6 +13,7 @@ Lambda is a factor in the loss in both cases: a learning rate or an optimizer th
 from __future__ import annotations
 
 import logging
+import math
 
 from morphtrain.errors import UserError
 from morphtrain.prune.lasso import penalty_weight_for_ratio, penalty_weight_for_share
@@ -22,7 +23,9 @@ from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 
-LARGEST_LOSS_SHARE = 0.8  # of the first batch's loss, that a planned penalty may be: beyond it nothing else is learnt
+# Of the first batch's loss, with trained weights of that of guessing, that a planned penalty may be: beyond it nothing else
+# is learnt.
+LARGEST_LOSS_SHARE = 0.8
 
 
 def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float, weights: float) -> float:
@@ -40,7 +43,7 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     if length <= 0:
         raise UserError(f"schedule={run.config.schedule.name}: the learning rate is 0 until epoch {last}")
     planned = penalty_weight_for_share(option.lasso_ratio, norms, weights, length)
-    most = penalty_weight_for_ratio(LARGEST_LOSS_SHARE, run.loss.item(), penalty)
+    most = penalty_weight_for_ratio(LARGEST_LOSS_SHARE, max(run.loss.item(), _loss_of_guessing(run)), penalty)
     if planned <= most:
         return planned
     log.warning(
@@ -48,6 +51,12 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
         *(option.lasso_ratio, option.lasso_ratio * most / planned, 100 * LARGEST_LOSS_SHARE),
     )
     return most
+
+
+def _loss_of_guessing(run: Run) -> float:
+    """The cross-entropy of knowing nothing, where trained weights may fit already, so that their loss says little."""
+    guessed = run.config.model.weights is not None and run.config.loss.name == "cross_entropy"
+    return math.log(run.data.num_classes) if guessed else 0.0
 
 
 def enough_for(option: Option, share: float) -> str:

@@ -20,6 +20,7 @@ from morphtrain.contracts import Data
 from morphtrain.errors import UserError
 from morphtrain.initialise import fresh_weights
 from morphtrain.memory_limit import AllocationLimit
+from morphtrain.plain_data import mismatch
 from morphtrain.preprocessing import of_data
 from morphtrain.state import derived_seed
 from morphtrain.trainer.build import build_model
@@ -27,6 +28,7 @@ from morphtrain.trainer.checkpoint import OWN_SHARE, SPARE_BYTES
 from morphtrain.trainer.trained_file import Trained, digest, read
 from morphtrain.trainer.trained_fit import Head, check_computed, load
 from morphtrain.trainer.trained_images import differences
+from morphtrain.wording import counted
 
 Config = schema.Config | schema.MaxBatch
 
@@ -72,6 +74,10 @@ def into(
     """
     if any(map(is_lazy, model.parameters())):
         return model  # is refused when it is tried
+    theirs = trained.preprocessing.input_shape
+    if theirs is not None and theirs[0] != in_channels:
+        here = f"the data has {in_channels}; data with as many works"
+        raise UserError(f"{trained.name}: is of a network for images with {counted(theirs[0], 'channel')}, {here}")
     check_computed(trained.name, model.state_dict(), trained.sets)
     if structure and trained.architecture is not None:
         model = _restructured(trained, model, config, num_classes, in_channels, seed)
@@ -97,15 +103,17 @@ def _restructured(
 
     architecture, head = trained.architecture, {}
     assert architecture is not None
+    if wrong := mismatch(architecture, morph.DESCRIPTION, "architecture"):
+        raise UserError(f"{trained.name}: {wrong}")
     classes = trained.preprocessing.num_classes or num_classes
-    if classes != num_classes:
-        given = {"num_classes": classes, "in_channels": in_channels}
-        before = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, seed)
-        architecture = with_classes_of(model, before, architecture)
-        head = _difference(morph.describe(model)["shapes"], morph.describe(before)["shapes"])
-    new = {key: tensor.clone() for key, tensor in model.state_dict().items() if key in head}
     held = trained.bytes + sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     try:
+        if classes != num_classes:
+            given = {"num_classes": classes, "in_channels": in_channels}
+            before = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, seed)
+            architecture = with_classes_of(model, before, architecture)
+            head = _difference(morph.describe(model)["shapes"], morph.describe(before)["shapes"])
+        new = {key: tensor.clone() for key, tensor in model.state_dict().items() if key in head}
         with AllocationLimit(OWN_SHARE * held + SPARE_BYTES, refuse):
             model = morph.rebuild(model, architecture)
     except morph.MorphError as error:
@@ -116,11 +124,17 @@ def _restructured(
 
 
 def with_classes_of(model: nn.Module, before: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture of networks like `before`, for as many classes as `model`, which otherwise is the same."""
+    """An architecture of networks like `before`, for as many classes as `model`, which otherwise is the same.
+
+    Raises:
+        MorphError: for an architecture of other networks.
+    """
     now, then = morph.describe(model), morph.describe(before)
     changed = copy.deepcopy(dict(architecture))
     for key, shape in _difference(now["shapes"], then["shapes"]).items():
         if key in changed["shapes"]:
+            if len(changed["shapes"][key]) != len(shape):
+                raise morph.MorphError(f"{key} has {len(shape)} dimensions, not {len(changed['shapes'][key])}")
             sizes = zip(changed["shapes"][key], shape, then["shapes"][key], strict=True)
             changed["shapes"][key] = [own if new == old else new for own, new, old in sizes]
     for path, widths in _difference(now["widths"], then["widths"]).items():

@@ -150,7 +150,10 @@ def _beside(name: str, path: Path) -> dict[str, Any]:
         return {}
     found = {what: _json(name, file) for what, file in files.items() if file.is_file()}
     if "preprocessing" in found:
-        found["preprocessing"] = of_json(found["preprocessing"])
+        try:
+            found["preprocessing"] = of_json(found["preprocessing"])
+        except UserError as error:
+            raise UserError(f"{name}: {files['preprocessing'].name} beside it: {error}") from error
     return found
 
 
