@@ -23,9 +23,7 @@ from morphtrain.state import Run
 
 log = logging.getLogger(__name__)
 
-# Of the first batch's loss, with trained weights of that of guessing, that a planned penalty may be: beyond it nothing else
-# is learnt.
-LARGEST_LOSS_SHARE = 0.8
+LARGEST_LOSS_SHARE = 0.8  # of the first batch's loss, that a planned penalty may be: beyond it nothing else is learnt
 
 
 def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float, weights: float) -> float:
