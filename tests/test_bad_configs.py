@@ -54,7 +54,8 @@ ACCEPTED = {
     **dict.fromkeys(("text", "negative", "infinite", "not a number", "huge"), TEXTS),
     "true": TEXTS
     | {f"data.{key}" for key in ("download", "flip", "in_memory")}
-    | {"grow.inherit", "model.batch_norm", "model.downsample", "optimizer.nesterov"},
+    | {"grow.inherit", "model.batch_norm", "model.downsample", "norm.mean_only", "optimizer.fused"}
+    | {"optimizer.nesterov", "precision.keep_batchnorm_fp32"},
     "list": {"grow.at_epochs", "grow.where", "prune.ignore"},
     "node": {"model.options"},
     "empty": {"tracking.parent_run_id", "tracking.uri"},
