@@ -34,10 +34,10 @@ def steps_of(*overrides: str, lowest: float = 1e-4, highest: float = 100.0, step
     [
         (),
         ("optimizer=adamw", "precision=o1"),
-        ("optimizer=lars", "norm=ghost"),
+        pytest.param(("optimizer=lars", "norm=ghost"), marks=pytest.mark.slow),
         ("precision=o1", "precision.dtype=float16"),
-        ("norm=weight", "clip_norm=1"),
-        ("optimizer=isgd", "schedule=milestones"),
+        pytest.param(("norm=weight", "clip_norm=1"), marks=pytest.mark.slow),
+        pytest.param(("optimizer=isgd", "schedule=milestones"), marks=pytest.mark.slow),
         ("prune=prunetrain", "batch_policy=adabatch", "batch_policy.every=1"),
         ("data.infobatch=0.5",),
     ],

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Command, Kill
+from conftest import SMALL, Answer, Command, Kill
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks import in_ranks
 from test_resume import assert_same, ends
 from torch import nn
 
 import morphtrain
-from morphtrain import options
+from morphtrain import options, world
 from morphtrain.cost import count_params
 from morphtrain.errors import UserError
 from morphtrain.export.__main__ import main as export
@@ -240,6 +241,9 @@ CHANGED = {
 }
 
 
+SLOW = ("wider", "weight norm")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a run whose network was changed, by kind; each is trained once."""
@@ -266,7 +270,7 @@ def plain_of(kind: str) -> list[str]:
     return [o for o in small_of(kind) if not o.startswith(("prune", "grow", "epochs"))]
 
 
-@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in CHANGED])
 def test_a_changed_network_goes_on(kind: str, runs: Callable[[str], Path]) -> None:
     directory = runs(kind)
     trained = morphtrain.load(directory / "last.pt")
@@ -336,8 +340,10 @@ def test_an_export_brings_its_structure_along(runs: Callable[[str], Path], tmp_p
         new_run(morphtrain.compose(*plain, f"model.weights={file}"))
 
 
-@pytest.mark.parametrize("damage", ["list", "nothing", "dimensions", "huge", "path", "images"])
-@pytest.mark.parametrize("classes", [10, 3])
+@pytest.mark.parametrize(
+    ("damage", "classes"),
+    [("list", 10), ("nothing", 3), ("dimensions", 3), ("huge", 10), ("huge", 3), ("path", 10), ("images", 3)],
+)
 def test_what_lies_beside_an_export_may_be_anything(
     damage: str, classes: int, runs: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -406,9 +412,11 @@ def test_killed_and_resumed_without_the_file(
     assert_same(ends(tmp_path / "once"), ends(tmp_path / "twice"))
     assert json.loads((tmp_path / "twice" / "environment.json").read_text()) == facts
     assert facts["weights"] == "start.pt" and len(facts["weights_sha256"]) == 64
-    missing = command(*options, "hydra.run.dir=new")
-    assert missing.returncode == 1
-    assert "model.weights=start.pt: there is no such file" in missing.stderr
+
+
+def test_a_missing_file_leaves_nothing(answer: Answer, tmp_path: Path) -> None:
+    said = answer("model.weights=start.pt", "hydra.run.dir=new", "tracking=none")
+    assert said.startswith("model.weights=start.pt: there is no such file; the path of a state_dict")
     assert not (tmp_path / "new").exists()
 
 
@@ -518,6 +526,23 @@ def test_images_that_differ() -> None:
         "here by mean 0.500 0.500 0.500, deviation 0.300 0.300 0.300"
     )
     assert "as nobody has said" in differences(said, Preprocessing())
+
+
+def values_in_rank(file: str) -> tuple[float, dict[str, str]]:
+    """What a process starts from; only the first one has the file."""
+    torch.set_num_threads(1)
+    config = morphtrain.compose(*DATA, *NETS["resnet"], f"model.weights={file if world.is_main() else 'none.pt'}")
+    run = new_run(config, torch.device("cpu"))
+    return sum(tensor.double().sum().item() for tensor in run.model.state_dict().values()), run.started_from
+
+
+def test_one_of_several_processes_reads_the_file(here: Path) -> None:
+    first = stirred(dense(*DATA, *NETS["resnet"]))
+    torch.save(first.state_dict(), here / "net.pt")
+    wanted = sum(tensor.double().sum().item() for tensor in first.state_dict().values())
+    found = in_ranks(2, values_in_rank, str(here / "net.pt"))
+    assert [value for value, _ in found] == [wanted, wanted]
+    assert found[0][1]["weights_sha256"] == found[1][1]["weights_sha256"]
 
 
 # -- beside runs ----------------------------------------------------------------------------------------------------

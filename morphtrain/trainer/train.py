@@ -29,7 +29,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.world import agree
+from morphtrain.world import agree, decide
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def new_run(config: Config, device: torch.device | None = None) -> Run:
         morph = stored.architecture(config)
     if config.model.weights is None:
         return build_run(config, morph=morph, device=device)
-    found = trained.find(config)
+    found = decide(lambda: trained.find(config))  # other hosts may not have the file
     run = build_run(config, morph=morph, device=device, start=trained.starter(config, found))
     run.started_from = trained.facts(config, found)
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +52,7 @@ def find(config: Config) -> Trained:
     found = read(name, Path(weights).expanduser())
     if found.checkpoint is not None:
         found.checkpoint.check_network(config.model, "model.weights=null")
-    return found
+    return replace(found, checkpoint=None)  # which has the state of an optimizer, too
 
 
 def facts(config: Config, trained: Trained) -> dict[str, str]:
