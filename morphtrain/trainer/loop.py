@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Literal, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from morphtrain import interrupts
 from morphtrain.contracts import Batch, SelectableData
 from morphtrain.errors import UserError
+from morphtrain.layer_calls import seen_again
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
 from morphtrain.state import Run, passes
@@ -91,7 +92,9 @@ def training_batches(run: Run) -> Iterator[Batch]:
 
 
 def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> None:
-    """Raise a `UserError` if a method has changed the number of images whose scores are kept."""
+    """Raise a `UserError` if methods have left none of a batch's images, or other ones than those with kept scores."""
+    if not len(labels):
+        raise UserError("methods: before_forward leaves none of a batch's images; one or more are needed")
     if rows is not None and len(rows) != len(labels):
         raise UserError(
             f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of "
@@ -136,23 +139,24 @@ def backward(
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
     for number, (x, y, of) in enumerate(pieces, 1):
-        with forward_context(run):
+        with forward_context(run) as contexts:
             logits = run.forward(x)
             loss = _loss(run, exact(logits), y, of) * (len(y) / len(labels))
-        run.precision.backward(loss, run.optimizer, more=number < parts)
+        with seen_again(*contexts):
+            run.precision.backward(loss, run.optimizer, more=number < parts)
         total += loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
     return total if rows is None else total / run.step_weight, correct
 
 
 @contextmanager
-def forward_context(run: Run) -> Iterator[None]:
+def forward_context(run: Run) -> Iterator[list[AbstractContextManager[Any]]]:
     """What methods and the precision put around a forward pass of a training step; the precision's is the inner one."""
+    contexts = [*(hook(run) for hook in run.hooks("around_forward")), run.precision.autocast()]
     with ExitStack() as stack:
-        for hook in run.hooks("around_forward"):
-            stack.enter_context(hook(run))
-        stack.enter_context(run.precision.autocast())
-        yield
+        for context in contexts:
+            stack.enter_context(context)
+        yield contexts
 
 
 def _loss(run: Run, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
