@@ -115,13 +115,14 @@ def contended(history: Sequence[Record]) -> bool:
     return any(record["contended"] for record in history) and not is_calibrated(history)
 
 
-def why_not_calibrated(history: Sequence[Record]) -> str:
-    """Why the times of a run do not allow for what disturbed it, and what would change that."""
-    if "reference_seconds" not in history[-1]:
-        return "timing.reference=0 calibrates no times"
-    return (
-        "the machine was measured too seldom to calibrate its times; more epochs or a larger timing.reference would do"
+def what_would_calibrate(history: Sequence[Record]) -> str:
+    """What would make the times of a run allow for what disturbed it."""
+    what = (
+        "a timing.reference above 0"
+        if "reference_seconds" not in history[-1]
+        else "more epochs, or a larger timing.reference,"
     )
+    return f"{what} would calibrate its times"
 
 
 def epochs_in_the_same_seconds(history: Sequence[Record]) -> int:

@@ -26,7 +26,7 @@ from morphtrain.experiment.answer import show_answer
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
 from morphtrain.experiment.formats import Choices
-from morphtrain.experiment.runs import Run, contended, planned, ready, why_not_calibrated
+from morphtrain.experiment.runs import Run, contended, planned, ready, what_would_calibrate
 from morphtrain.files import named_lock, write_atomically
 from morphtrain.tracking import begin_sweep, end_sweep, mark_disturbed, prepare
 
@@ -215,7 +215,7 @@ class ArmsSweeper:
             return None
         run.spoil()
         mark_disturbed(self.tracking, run.directory)
-        return f"others disturbed it, and {why_not_calibrated(history)}"
+        return f"others disturbed it; {what_would_calibrate(history)}"
 
     def _spoil_unjudged(self, found: Sequence[Run]) -> None:
         """Spoil disturbed runs of a command that was killed before it looked at what they had left."""
