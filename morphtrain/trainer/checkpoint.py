@@ -361,13 +361,16 @@ class Checkpoint:
         changed, they keep those of this one.
 
         Raises:
-            UserError: if `config` has another model.
+            UserError: if `config` has another model, or another norm with layers that do not fit.
         """
         self.check_network(config.model, "architecture=null")
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            try:
+                model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            except UserError as error:
+                raise self._of_another_norm(config) or error from error
             for name, parameter in model.named_parameters():
                 if name in new and new[name].shape == parameter.shape:
                     parameter.data.copy_(new[name])
@@ -382,6 +385,13 @@ class Checkpoint:
         here, there = differences({"model": now}, {"model": then})
         if here or there:
             raise UserError(f"{here}: {self.name} was written with {there}; take the same model, or {instead}")
+
+    def _of_another_norm(self, config: schema.Config) -> UserError | None:
+        """What is wrong if the norms of `config` are others than those of this run, and so the structure is."""
+        here, there = differences({"norm": asdict(config)["norm"]}, {"norm": self.facts["config"]["norm"]})
+        if not here:
+            return None
+        return UserError(f"{here}: {self.name} was written with {there}; take the same norm, or architecture=null")
 
     def _builder(
         self, config: Any, norm: Any, make: nn.Module | Callable[..., nn.Module] | None, given: dict[str, Any]

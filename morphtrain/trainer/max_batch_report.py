@@ -89,7 +89,7 @@ def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, h
     optimizer = options.build("optimizer", config.optimizer, model=model)
     if hasattr(precision, "prepare"):
         precision.prepare(model, optimizer)
-    return {"optimizer": optimizer, "autocast_dtype": casts_of(precision)}
+    return {"optimizer": optimizer, "precision": casts_of(precision)}
 
 
 def pick_possible_device(wanted: str) -> tuple[torch.device, bool]:

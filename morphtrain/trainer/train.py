@@ -121,7 +121,7 @@ def _train_on(
     status = "FAILED"
     try:
         unwanted = False
-        if not run.ended:  # one with more epochs than the last time has not come to its end yet
+        if is_main() and not run.ended:  # one with more epochs than the last time has not come to its end yet
             (run_dir / LEFT_AT_THE_END).unlink(missing_ok=True)
         while not run.ended and not unwanted:
             interrupts.check()
