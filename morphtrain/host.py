@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import math
 import mmap
 import os
 import pickle
@@ -72,10 +73,9 @@ def shared(make: Callable[[], T]) -> T:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without values on the CPU; within the `make` of `shared`, in the memory that is shared."""
-    wanted = torch.empty(*shape, dtype=dtype, device="meta")
-    if not _files.descriptors or wanted.nbytes < SMALL:
+    if not _files.descriptors or math.prod(shape) * dtype.itemsize < SMALL:
         return torch.empty(*shape, dtype=dtype)
-    return _files.tensor(wanted)
+    return _files.tensor(shape, dtype)
 
 
 def allowed() -> frozenset[int]:
@@ -90,14 +90,15 @@ class _Place(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None  # None: contiguous
     dtype: torch.dtype
 
     def tensor(self) -> torch.Tensor:
         """The tensor, as this process sees it."""
         with open(self.path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), 0)
-        return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.shape, self.stride)
+        values = torch.frombuffer(memory, dtype=self.dtype)
+        return values.view(self.shape) if self.stride is None else values.as_strided(self.shape, self.stride)
 
 
 class _Files:
@@ -122,22 +123,22 @@ class _Files:
         self.descriptors.append(os.memfd_create("morphtrain"))
         return self.descriptors[-1]
 
-    def tensor(self, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of this shape, type and memory format, in a new file."""
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, stride: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A tensor without values, in a new file."""
         descriptor = self.new()
-        os.ftruncate(descriptor, like.nbytes)
-        stride = torch.empty_like(like, device="meta").stride()
-        place = _Place(_path(descriptor), tuple(like.shape), stride, like.dtype)
+        os.ftruncate(descriptor, math.prod(shape) * dtype.itemsize)
+        place = _Place(_path(descriptor), tuple(shape), stride, dtype)
         made = place.tensor()
         self.places[made.data_ptr()] = made, place
         return made
 
     def place(self, tensor: torch.Tensor) -> _Place:
         """Where these values lie; in a new file if they do not yet lie in one."""
-        _, known = self.places.get(tensor.data_ptr(), (None, None))
-        if known is not None and (known.shape, known.stride) == (tuple(tensor.shape), tensor.stride()):
+        made, known = self.places.get(tensor.data_ptr(), (None, None))
+        if known is not None and made is not None and _is_same(made, tensor):
             return known
-        _, place = self.places[self.tensor(tensor).copy_(tensor).data_ptr()]
+        stride = tensor.stride() if _is_channels_last(tensor) else None
+        _, place = self.places[self.tensor(tensor.shape, tensor.dtype, stride).copy_(tensor).data_ptr()]
         return place
 
 
@@ -156,6 +157,15 @@ class _Unpacker(pickle.Unpickler):
 
 
 _files = _Files()
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors at one address are the same."""
+    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _path(descriptor: int) -> str:

@@ -179,7 +179,8 @@ def together(make: Callable[[], T]) -> T:
     """
     if size() == 1:
         return make()
-    value, failure = None, None
+    value: Any = None
+    failure: Exception | None = None
     try:
         value = make()
     except Exception as error:  # noqa: BLE001 - it is raised below
@@ -188,7 +189,7 @@ def together(make: Callable[[], T]) -> T:
     first = next((error for error in failures if error is not None), None)
     if first is not None:
         raise failure or first
-    return value
+    return value  # type: ignore[no-any-return]  # what `make` returns
 
 
 def decide(make: Callable[[], T]) -> T:

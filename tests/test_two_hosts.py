@@ -64,13 +64,12 @@ def test_bytes_fall_as_parameters_when_a_network_is_pruned(hosts: tuple, tmp_pat
     for one, other in itertools.pairwise(per_parameter):
         assert one == pytest.approx(other, rel=two_hosts.TOLERANCE)
     assert per_parameter[0] == pytest.approx(4, rel=0.1), "each host sends every gradient once, in four bytes"
-    if "comm_bytes" in records[0]:
-        for count, record in zip(sent[1:], records[1:], strict=True):
-            assert record["comm_bytes"] == pytest.approx(count, rel=0.1)
+    for count, record in zip(sent[1:], records[1:], strict=True):
+        assert record["comm_bytes"] == pytest.approx(count, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("interface", "said"), [("lo", "=lo is 127.0.0.1"), ("eth7", "=eth7: there is no"), (None, "")]
+    ("interface", "said"), [("lo", "=lo is 127.0.0.1"), ("eth7", "=eth7: there is no"), (None, " is not set")]
 )
 def test_a_wrong_interface_is_named_in_one_line_in_time(
     interface: str | None, said: str, hosts: tuple, tmp_path: Path
@@ -81,12 +80,13 @@ def test_a_wrong_interface_is_named_in_one_line_in_time(
     (code, _, message), (other_code, _, silence) = two_hosts.outcome(processes)
     assert time.monotonic() - start < 30
     assert code != 0 != other_code
-    assert message.startswith(f"GLOO_SOCKET_IFNAME{said}")
+    lines = [line for line in message.splitlines() if not line.startswith("[W")]  # torch: addresses have no names there
+    assert len(lines) == 1
+    assert lines[0].startswith(f"GLOO_SOCKET_IFNAME{said}")
     for host in hosts:
         assert f"{namespaces.INTERFACE} ({host.address})" in message
     assert "NCCL_SOCKET_IFNAME" in message
-    assert message.count("\n") == 1
-    assert not silence
+    assert "GLOO" not in silence
     assert not (tmp_path / "run").exists()
 
 

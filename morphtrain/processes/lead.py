@@ -24,7 +24,7 @@ from morphtrain.processes.watch import over
 from morphtrain.schema import Config
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 OnEpoch = Callable[[Mapping[str, float]], bool]
 
