@@ -99,7 +99,7 @@ def all_kinds(steps: int) -> list[dict[str, float]]:
     return [*found, largest_errors(steps, "channels_last", {})]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_of_processes_are_those_of_one_with_the_whole_batch(size: int) -> None:
     """Sixty in double precision: outputs, gradients of inputs and weights, running statistics, the trained network."""
     steps = 60 if size == 2 else 20
