@@ -12,20 +12,22 @@ from hydra._internal.utils import get_args_parser
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.flags import end, no_such_flag
+from morphtrain.processes.place import place
 from morphtrain.schema.names import keys_of_file
 
 # What says how a multirun searches and where its jobs run; in a single run it would do nothing.
 OF_A_MULTIRUN = ("sweep", "experiment", "launcher", "hydra/sweeper", "hydra/launcher")
 MULTIRUN = "hydra.mode=MULTIRUN"
+ONLY_SHOW = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
     """The arguments for a Hydra command, which becomes a multirun if a preset for one was typed.
 
     Raises:
-        UserError: for a flag that Hydra does not have; for a password, before Hydra writes the overrides to files; for
-            a key that some options of a grid lack, of which with `++` only their own jobs would complain; for a size
-            of no experiment, which would do nothing.
+        UserError: for a flag that Hydra does not have; for a multirun in one of several processes; for a password,
+            before Hydra writes the overrides to files; for a key that some options of a grid lack, of which with `++`
+            only their own jobs would complain; for a size of no experiment, which would do nothing.
     """
     flags = check_flags(arguments)
     _check_shown(flags)
@@ -40,7 +42,21 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     arguments = _seeds_outermost(_in_a_grid(arguments))
     keys = {key for key, _, _ in typed}
     becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys
+    if (becomes_one or flags.multirun or MULTIRUN in arguments) and not only_show(arguments):
+        _check_alone("-m" if flags.multirun else min(keys & {*OF_A_MULTIRUN, "hydra.mode"}))
     return [*arguments, MULTIRUN] if becomes_one else list(arguments)
+
+
+def only_show(arguments: Sequence[str]) -> bool:
+    """Whether nothing is to run: a flag asks for help, or for what would run."""
+    return any(argument.partition("=")[0] in ONLY_SHOW for argument in arguments)
+
+
+def _check_alone(typed: str) -> None:
+    """Raise a `UserError` if this process, which is to start runs because of what was typed, is one of several."""
+    if (here := place()) is not None:
+        started = f"a multirun is one process, and {here.by} has started {here.size}"
+        raise UserError(f"{typed}: {started}; without {here.by}, processes={here.size} gives each run as many")
 
 
 def _in_a_grid(arguments: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from morphtrain import interrupts
 from morphtrain.cost.stopwatch import wait_for
 from morphtrain.errors import UserError, said
 from morphtrain.memory_limit import is_out_of_memory
-from morphtrain.world import agree
+from morphtrain.world import agree, largest
 
 # Modes of torch.compile, by the values of config key `compile`. With CUDA graphs ("max-autotune") a step would write
 # into the outputs of the one before, and networks that change leave their memory behind.
@@ -87,6 +87,8 @@ class Compilation:
     def begin_epoch(self, whole_batches: int, usual: int) -> None:
         """Prepare for an epoch of so many whole batches, most of whose passes have `usual` images."""
         self._usual = usual
+        if self.shape is not None and self._code is None:  # of a checkpoint, whose shares may have been others
+            self.shape = [usual, *self.shape[1:]] if usual else None
         self._times = {False: [], True: []}
         begins = self.active and not self.measured and self._code is None
         self._eager_left = min(EAGER_STEPS, whole_batches // 3) if begins else 0
@@ -139,11 +141,13 @@ class Compilation:
             usual: images in most passes of the next one's whole batches.
         """
         self._measure()
-        self.measured = self.active and self._code is not None
-        if changed or (self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)):
+        compiled = agree(self._code is not None)
+        self.measured = self.active and compiled
+        others = self.shape is not None and (usual != self.shape[0] or self._latest != self.shape)
+        if changed or largest(others):  # in any process
             self._drop("the network or its batches have changed; on again when that pays")
             self.since = epoch
-        elif self.active and self._code is None:
+        elif self.active and not compiled:
             self._drop(f"no step on a whole batch had a pass of {self._usual} images")
         elif self.active and self.ratio is not None and self.ratio >= 1:
             self._drop(f"steps take {self.ratio:.2f} of their time without it")
@@ -167,15 +171,16 @@ class Compilation:
             setattr(self, key, state[key])
 
     def _measure(self) -> None:
-        """What compiling took in this epoch and, if the code is new, what it saves."""
+        """What compiling took in this epoch and, if the code is new, what it saves: as the main process found it."""
         eager, (first, *later) = self._times[False], self._times[True] or [0.0]
         usual = statistics.median(later) if later else 0.0
         self.spent_seconds = max(first - usual, 0.0)
-        if self.measured or not self._times[True]:
-            return
         known = later and eager
         ratio = usual / statistics.median(eager[1:] or eager) if known else None
-        self.seconds, self.ratio = agree((self.spent_seconds, ratio))
+        new, seconds, ratio = agree((bool(self._times[True]) and not self.measured, self.spent_seconds, ratio))
+        if not new:
+            return
+        self.seconds, self.ratio = seconds, ratio
         gain = f"; steps take {self.ratio:.2f} of their time" if self.ratio is not None else ""
         log.info("compile=%s: took %.3g s%s", self.mode, self.seconds, gain)
 

@@ -20,7 +20,7 @@ is saved in the checkpoints and restored from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -97,6 +97,26 @@ class SelectableData(Data, Protocol):
 
 
 @runtime_checkable
+class DividedData(SelectableData, Protocol):
+    """Data of which each of several processes makes only its own images of every batch.
+
+    It need not be: of other data, every process makes whole batches, and trains on its own images of them. Data may
+    also have `own_batches(part)`, which gives this process's images of the batches of `val_batches` (part "val") or
+    `test_batches` ("test"), where it has any; otherwise each process makes all of those, too.
+    """
+
+    def train_slices_of(
+        self, rows: torch.Tensor, parts: Sequence[slice], generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Of the images that `train_batches_of` gives for `rows`, those of each of these parts, as a batch each.
+
+        They are in the same order and augmented in the same way, whatever the other parts are: draw for all of `rows`.
+        A part may be empty, and has a batch without images then. `train_batches` has to give what this does for the
+        rows `torch.randperm(len(train), generator=generator)`.
+        """
+
+
+@runtime_checkable
 class Precision(Protocol):
     """How a training step computes: the type that operations are cast to, and the loss scale that goes with it.
 
@@ -105,6 +125,9 @@ class Precision(Protocol):
         prepare(model, optimizer)   called once they are made, before a checkpoint's values are loaded
         end_step(optimizer)         called after each step, when methods have seen the weights after it
         metrics()                   what to record of the epoch that has just ended; called once
+        unscale(optimizer)          what `backward` does for the last loss of a step after it has added the gradients.
+                                    Several processes need it: they sum the gradients of all their losses first, which
+                                    they add with `more`
         context(device_type), update(optimizer)
                                     what copies of the network do whose steps are timed, or whose memory is estimated
                                     (`morphtrain.cost.step.Format`); without both, they cast to `dtype` and step plainly

@@ -96,14 +96,14 @@ def take_lock(path: Path) -> int:
 
 
 @contextmanager
-def named_lock(path: Path, holder: str) -> Iterator[None]:
+def named_lock(path: Path, holder: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock on a file that says who holds it, and remove the file at the end.
 
     Raises:
-        BlockingIOError: if another process holds it; nobody waits.
+        BlockingIOError: if another process holds it, unless it is to `wait`.
         OSError: as `take_lock`.
     """
-    descriptor = _taken(path)
+    descriptor = _taken(path, wait)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
@@ -113,9 +113,10 @@ def named_lock(path: Path, holder: str) -> Iterator[None]:
         give_back_lock(descriptor)
 
 
-def _taken(path: Path) -> int:
+def _taken(path: Path, wait: bool = False) -> int:
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
-        descriptor = _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), operation)
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             return descriptor
         give_back_lock(descriptor)  # of a file that its last holder has removed meanwhile

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from morphtrain.processes.place import is_follower
 from morphtrain.wording import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse's, but a mistake is answered in one line, without the usage."""
+    """Argparse's, but a mistake is answered in one line, without the usage.
+
+    Of several processes, which torchrun or Slurm has started, the first one runs the command, and the others end here.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        if is_follower():
+            sys.exit(0)
+        super().__init__(*arguments, **keywords)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

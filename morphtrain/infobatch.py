@@ -50,6 +50,7 @@ class InfoBatch:
         self.scores = torch.full((samples,), math.inf, device=device)  # not known; none is below a mean
         self.right = torch.zeros(samples, dtype=torch.bool, device=device)
         self.weights = torch.ones(samples, device=device)
+        self._trained: list[torch.Tensor] = []  # rows of the images that this process has trained on in this epoch
         self.take_all()
 
     def take_all(self) -> None:
@@ -66,6 +67,7 @@ class InfoBatch:
         """
         order = torch.randperm(len(self.scores), generator=generator)
         self.weights.fill_(1.0)
+        self._trained = []
         if epoch <= self.last_epoch:
             order = order[self._kept(generator, leaves_single)[order]]
         self.rows = order.to(self.scores.device)
@@ -89,9 +91,21 @@ class InfoBatch:
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The mean of the weighted losses of images `rows` (B,), a scalar; their losses become their scores."""
         losses = self.losses(logits, labels)
+        self._trained.append(rows)
         self.scores[rows] = losses.detach().to(self.scores.dtype)
         self.right[rows] = logits.detach().argmax(1) == labels
         return (losses * self.weights[rows]).mean()
+
+    def exchange(self) -> None:
+        """Give every process the scores of all images of this epoch: each has those that it has trained on."""
+        if world.size() == 1:
+            return
+        known = torch.stack([self.scores, self.right.to(self.scores.dtype)])  # (2, N)
+        found = torch.zeros_like(known)
+        for rows in self._trained:
+            found[:, rows] = known[:, rows]
+        world.sum_([found])
+        self.scores[self.rows], self.right[self.rows] = found[0, self.rows], found[1, self.rows] > 0
 
     def estimates(self) -> tuple[float, float]:
         """Loss and accuracy (0..1) in this epoch's forward passes, as unbiased estimates of those over all images."""
@@ -158,8 +172,6 @@ def build(
     if curriculum.infobatch == 0:
         return None
     key, without = f"data.infobatch={curriculum.infobatch:g}", "data.infobatch=0 trains on all images"
-    if world.size() > 1:
-        raise UserError(f"{key}: {world.size()} processes would leave out different images; {without}")
     check_selectable(key, data_name, data, without)
     losses = unreduced(loss)
     if losses is None or not _averages_to(losses, loss, data.num_classes, device, f"{key}: loss={loss_name}"):

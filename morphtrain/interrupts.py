@@ -7,6 +7,7 @@ callback of a library that swallows it. So whoever can stop asks: between steps,
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,9 @@ class _State:
     depth = 0  # blocks of `deferred` around
     owned = False  # the process is ours: a command, which may end it
     parent: int | None = None  # of a worker: the process of its sweep
+    settle: Callable[[int], None] | None = None  # of one that trains with others: agrees with them on why they end
+    failure: Exception | None = None  # of another of them
+    deaf = False  # they have failed, and their launcher ends what is left of them
 
 
 _state = _State()
@@ -118,14 +122,60 @@ def become_worker() -> None:
             signal.signal(number, _note)
 
 
+@contextmanager
+def shared(settle: Callable[[int], None]) -> Iterator[None]:
+    """A block in which this process trains together with others, which may be interrupted or fail.
+
+    Args:
+        settle: called with a signal before it is raised or ends the process: it tells the others, waits for what they
+            know, and may call `fail`.
+    """
+    _state.settle = settle
+    try:
+        yield
+    finally:
+        _state.settle = _state.failure = None
+        if not _state.depth:
+            _state.number = None  # set by `tell`, and nobody has asked
+
+
+def tell(number: int) -> None:
+    """Set the flag for a signal that another of several processes has had."""
+    if _state.number is None:
+        _state.number, _state.since = number, math.inf  # the same one may come here too, and is no second one
+
+
+def fail(error: Exception | None, ended_from_outside: bool) -> None:
+    """Let `check` raise the failure of another of several processes.
+
+    Args:
+        error: None: the failure is this process's own, which has raised it already.
+        ended_from_outside: whether a launcher now ends what is left of them: its signal is not the user's.
+    """
+    _state.failure = error
+    if ended_from_outside:
+        _state.deaf, _state.number = True, None
+
+
+def is_ours(number: int) -> bool:
+    """Whether a signal sets the flag, or ends the process, by this module."""
+    return signal.getsignal(number) in (_note, _end)
+
+
 def check() -> None:
     """Raise the flag.
 
     Raises:
         Interrupted: after a signal, or in a worker whose sweep has ended.
+        Exception: the failure of another of several processes, which comes first.
     """
-    if _state.number is not None:
-        raise Interrupted(_state.number)
+    number = _state.number
+    if number is not None and _state.failure is None and _state.settle is not None:
+        _state.settle(number)
+    if _state.failure is not None:
+        raise _state.failure
+    if number is not None:
+        raise Interrupted(number)
     if _state.parent is not None and os.getppid() != _state.parent:
         raise Interrupted(signal.SIGTERM)
 
@@ -185,6 +235,8 @@ def _ours() -> list[signal.Signals]:
 
 def _note(number: int, frame: FrameType | None) -> None:
     """The handler that sets the flag."""
+    if _state.deaf:
+        return
     if _state.number is None:
         _state.number, _state.since = number, time.monotonic()
         if _state.owned:
@@ -202,7 +254,19 @@ def _pass_on() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """The handler that ends a process of ours; otherwise it does what Python would have done."""
+    if _state.settle is not None:
+        _state.settle(number)
+    if _state.deaf:
+        return
     if _state.owned:
         os._exit(128 + number)
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.raise_signal(number)
+
+
+def _forget_others() -> None:
+    """A forked child, such as a loader's worker, trains with no others."""
+    _state.settle = _state.failure = None
+
+
+os.register_at_fork(after_in_child=_forget_others)

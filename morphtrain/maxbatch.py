@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from morphtrain import interrupts, schema
+from morphtrain.processes.place import is_follower
 from morphtrain.run import past_hydra, through_hydra, with_messages
 
 
@@ -29,8 +30,9 @@ def job(composed: DictConfig) -> int:
 
 
 def main() -> None:
-    """Run the command."""
-    with_messages(lambda: through_hydra(job))
+    """Run the command; of several processes the first one does."""
+    if not is_follower():
+        with_messages(lambda: through_hydra(job))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain.contracts import Batch, Data, Loss, Schedule, SelectableData
+from morphtrain import world
+from morphtrain.contracts import Batch, Data, DividedData, Loss, Precision, Schedule, SelectableData
 from morphtrain.errors import UserError, said
 from morphtrain.preprocessing import of_data
 from morphtrain.wording import counted
@@ -56,6 +57,8 @@ def check_data(name: str, data: Data, chosen: bool = False) -> None:
             raise UserError(f"{name}: {method} gives labels {low} to {high}; num_classes={data.num_classes} needs less")
     if chosen and isinstance(data, SelectableData):
         _check_order(f"{name}: train_batches_of", data, rows)
+    if world.size() > 1 and is_divided(data):
+        _check_slices(f"{name}: train_slices_of", data)
 
 
 def _of_rows(data: SelectableData, rows: torch.Tensor) -> Iterator[Batch]:
@@ -69,26 +72,53 @@ def _check_order(what: str, data: SelectableData, rows: torch.Tensor) -> None:
         raise UserError(f"{what} gives images in an order of its own; that of the rows it is asked for is needed")
 
 
+def is_divided(data: Data) -> TypeGuard[DividedData]:
+    """Whether a process can ask for its own images of every batch, and they come as whole batches do."""
+    return isinstance(data, DividedData) and _goes_with(data, "train_slices_of", "train_batches", "train_batches_of")
+
+
+def _check_slices(what: str, data: DividedData) -> None:
+    """Ask for the first batch as several processes do."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(data.train), generator=generator)
+    _, labels = _tried(what, _first, lambda: data.train_batches(2, torch.Generator().manual_seed(0)))
+    _, own = _tried(what, _first, lambda: data.train_slices_of(rows, [slice(0, 2)], generator))
+    if not torch.equal(labels, own):
+        raise UserError(
+            f"{what} gives other images than train_batches, whose order has to be torch.randperm of the generator "
+            "(morphtrain.contracts.DividedData); without it every process makes whole batches"
+        )
+
+
 def check_selectable(key: str, name: str, data: Data, instead: str) -> None:
     """Raise a `UserError` unless one can ask for images, which the choice `key` needs; `instead` is what does not.
 
     Args:
         name: of the data.
     """
-    if not isinstance(data, SelectableData) or not _is_consistent(data):
+    if not isinstance(data, SelectableData) or not _goes_with(data, "train_batches_of", "train_batches"):
         raise UserError(
             f"{key}: data={name} has no train_batches_of(rows, batch_size, generator) beside its train_batches, "
             f"to give batches of chosen images (morphtrain.contracts.SelectableData); {instead}"
         )
 
 
-def _is_consistent(data: SelectableData) -> bool:
-    """Whether chosen images come as all do, and not from a base class that knows nothing of this `train_batches`."""
-    all_of, chosen = (
-        next((kind for kind in type(data).__mro__ if name in vars(kind)), object)
-        for name in ("train_batches", "train_batches_of")
+def _goes_with(part: Any, method: str, *others: str) -> bool:
+    """Whether a method of a part is not that of a base class which knows nothing of these other methods of the part."""
+    own, *rest = (
+        next((kind for kind in type(part).__mro__ if name in vars(kind)), object) for name in (method, *others)
     )
-    return issubclass(chosen, all_of) or chosen is object
+    return own is object or all(issubclass(own, other) for other in rest)
+
+
+def check_precision(name: str, precision: Precision) -> None:
+    """Raise a `UserError` unless several processes, if there are, can sum gradients before they are unscaled."""
+    processes = world.size()
+    if processes > 1 and not (hasattr(precision, "unscale") and _goes_with(precision, "unscale", "backward")):
+        raise UserError(
+            f"{name}: has no unscale(optimizer) beside its backward, and {processes} processes sum gradients before "
+            "these are unscaled (morphtrain.contracts.Precision); one process needs none"
+        )
 
 
 def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) -> None:

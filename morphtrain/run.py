@@ -29,6 +29,8 @@ from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import is_immaterial
 from morphtrain.experiment.plugin import ExperimentSweeper
+from morphtrain.processes import lead
+from morphtrain.processes.place import is_follower
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
 
@@ -48,6 +50,9 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBI
 @hydra.main(config_path=str(schema.CONF), config_name="config")
 def job(composed: DictConfig) -> float | list[float]:
     """Train one run, alone or as a job of a multirun, and return its objective."""
+    if is_follower():  # a task of Slurm, which gives the job to all tasks
+        follow()
+        return []
     settings = HydraConfig.get()
     if is_worker():
         interrupts.become_worker()
@@ -65,7 +70,7 @@ def job(composed: DictConfig) -> float | list[float]:
 def trained(composed: DictConfig, settings: Any) -> float | list[float]:
     """Train one run."""
     run_dir = Path(settings.runtime.output_dir)
-    with past_hydra(settings.mode), nothing_left_by_mistakes(settings, run_dir):
+    with past_hydra(settings.mode), nothing_left_by_mistakes(settings, run_dir), lead.leading():
         config = schema.parse(composed)
         check_shadowed(settings)
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
@@ -73,10 +78,15 @@ def trained(composed: DictConfig, settings: Any) -> float | list[float]:
         tags["name"] = run_name(settings, config)
         if config.trial is not None:
             tags["trial"] = str(config.trial)
-        from morphtrain.trainer import train  # torch is slow to import; --help and --cfg do without it
-
-        values = train(config, run_dir, tags, reporter(settings, config))
+        values = lead.train(config, run_dir, tags, reporter(settings, config))
     return values[0] if len(values) == 1 else values
+
+
+def follow() -> int:
+    """Train what the first of several processes does; returns the exit code."""
+    from morphtrain.processes import follow  # torch is slow to import; --help and --cfg do without it
+
+    return follow.follow()
 
 
 def is_worker() -> bool:
@@ -143,12 +153,12 @@ def discard_if_only(directory: Path, names: set[str]) -> None:
 
 
 class Mistake(BaseException):
-    """A user's mistake, its cause, on its way past Hydra."""
+    """What its cause says, on its way past Hydra."""
 
 
 @contextmanager
 def past_hydra(mode: RunMode | None) -> Iterator[None]:
-    """Let a mistake in a single run pass Hydra, which would announce it with a line of its own."""
+    """Let what a message is about pass Hydra in a single run: it would announce it with a line of its own."""
     try:
         yield
     except (UserError, OSError, OmegaConfBaseException) as error:
@@ -169,7 +179,19 @@ def behind_hydra() -> Iterator[None]:
 
 def main() -> None:
     """Run the command."""
-    with_messages(lambda: through_hydra(job))
+    with_messages(run)
+
+
+def run() -> None:
+    """Compose a run and train it, or follow the process that does."""
+    if arguments.only_show(sys.argv[1:]):
+        if not is_follower():
+            through_hydra(job)
+    elif is_follower():
+        sys.exit(follow())
+    else:
+        with lead.leading():
+            through_hydra(job)
 
 
 def through_hydra(job: Callable[[], Any]) -> None:

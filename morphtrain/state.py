@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import schema, world
+from morphtrain import schema, slices, world
 from morphtrain.compilation import Compilation, usual_pass
 from morphtrain.contracts import Batch, Data, Loss, NormStart, Precision, Schedule, SelectableData
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
@@ -25,16 +25,19 @@ from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
+from morphtrain.own_numbers import OwnNumbers
+from morphtrain.part_checks import is_divided
 from morphtrain.progressive import resized, small_size
 from morphtrain.ramp import Ramp
-from morphtrain.settling import settle, trained_norms
+from morphtrain.settling import agree_buffers, settle, synchronises, trained_norms
 from morphtrain.timing.clock import Clock
 
 # After 56 epochs of four kinds of training on digits, 8 batches of 32 images gave the accuracy that statistics over all
 # training images give to 0.5 points (4 batches: 0.8, 16: 0.3, the moving average: 30), in 6 % of an epoch of 44 steps.
 SETTLING_BATCHES = 8
 
-GRADIENTS = 1  # the stream of random numbers that gradient methods draw, see `derived_seed`
+# Streams of random numbers, see `derived_seed`: those that gradient methods draw, and those of `Run.own_numbers`.
+GRADIENTS, OWN = 1, 2
 
 
 @dataclass
@@ -56,12 +59,13 @@ class Run:
     norm_start: NormStart | None = None  # what its norm does with images before the first step; None: nothing
     compilation: Compilation | None = None  # with config key `compile`: which passes go through compiled code
     chosen: dict[str, str] = field(default_factory=dict)  # what `auto` stands for, by config key
+    started_from: dict[str, str] = field(default_factory=dict)  # of `model.weights`: the file, and its digest
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
     initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the first network
     epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
     progress: float = 0.0  # passes over the training data, without skipped steps; what the schedule sees
     batch_size: int = 0
-    micro_batch: int | None = None  # most images that go through the network at once; None: the whole batch
+    micro_batch: int | None = None  # most images that go through the network at once, in each process; None: all
     lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size, set by its policy
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
     epoch_means: Callable[[], tuple[float, float]] | None = None  # reads what follows off the device, at its end
@@ -76,8 +80,20 @@ class Run:
     growths: list[Ramp] = field(default_factory=list)  # factors on the rate of what each has added, see `growing`
     redrawn: int = 0  # the last epoch after which all weights were drawn again
     stopped: bool = False  # a method ends the run after this epoch
+    cycles: list[int] = field(default_factory=list)  # epochs after which the schedule begins again (`resume_schedule`)
     params: int = 0
     macs: int = 0
+    _own: OwnNumbers = field(default_factory=OwnNumbers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is to follow: all are done, a method has stopped the run, or it is as accurate as asked."""
+        done = self.stopped or self.epoch >= self.config.epochs
+        return done or bool(self.history and self.is_enough(self.history[-1]["val_accuracy"]))
+
+    def is_enough(self, val_accuracy: float) -> bool:
+        """Whether the run is to end with this accuracy (`stop_at`)."""
+        return self.config.stop_at is not None and val_accuracy >= self.config.stop_at
 
     def hooks(self, name: str) -> list[Callable[..., Any]]:
         """This hook of every method that implements it, in the declared order."""
@@ -111,8 +127,9 @@ class Run:
 
     @property
     def usual_pass(self) -> int:
-        """Images in most of the passes of a whole batch."""
-        return usual_pass(self.batch_size, passes(self.batch_size, self.micro_batch))
+        """Images in most of the passes of a whole batch in this process."""
+        shares = slices.shares(self.batch_size)
+        return usual_pass(shares[world.rank()], passes(max(shares), self.micro_batch))
 
     def rewarm(self, epochs: float) -> None:
         """Let the learning rate rise again from zero to what it would be, over `epochs`."""
@@ -174,10 +191,15 @@ class Run:
         batch_size, generator = batch_size or self.batch_size, self.generator(self.epoch)
         if self.config.data.order == "shuffled":
             return self.data.train_batches(batch_size, generator)
+        return cast(SelectableData, self.data).train_batches_of(self.order(generator), batch_size, generator)
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """All training images (N,) in the order of this epoch; `generator`, which augments them, draws for it."""
         samples = len(self.data.train)
-        torch.randperm(samples, generator=generator)  # what orders the first epoch does not augment it, too
-        order = torch.randperm(samples, generator=self.generator(1))
-        return cast(SelectableData, self.data).train_batches_of(order, batch_size, generator)
+        order = torch.randperm(samples, generator=generator)
+        if self.config.data.order == "shuffled":
+            return order
+        return torch.randperm(samples, generator=self.generator(1))  # what orders the first epoch does not augment it
 
     def training_inputs(self, batches: int) -> list[torch.Tensor]:
         """The images of the first batches of this epoch, of the size that the next epoch trains on."""
@@ -204,20 +226,37 @@ class Run:
             if not self.model.training:  # otherwise its modes are those of training, which a method may have set
                 self.model.train()
             norms = trained_norms(self.model)
-            if not norms:
-                return
-            with self._looking_ahead():
-                settle(self.model, norms, self._settling_passes(), self.precision.autocast)
-        for norm in norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                if statistic is not None:  # mean-only norms have no variance
-                    statistic.copy_(world.mean(statistic))
+            if norms:
+                with self._looking_ahead():
+                    settle(self.model, norms, self._settling_passes(), self.precision.autocast)
+        self.agree_buffers()
+
+    def agree_buffers(self) -> None:
+        """Give the model the same buffers in all processes, see `settling.agree_buffers`."""
+        agree_buffers(self.model, slices.shares(self.batch_size)[world.rank()])
 
     def _settling_passes(self) -> Iterator[torch.Tensor]:
-        """Images as they go through the network in training; whole batches only, as all count the same."""
+        """Images as they go through the network in training; whole batches only, as all count the same.
+
+        Of each batch they are this process's, in as many passes as any has: norms may wait for those of the others.
+        """
         number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
-        for images, _ in itertools.islice(self.all_batches(), number):
-            yield from images.tensor_split(passes(len(images), self.micro_batch))
+        parts = passes(max(slices.shares(self.batch_size)), self.micro_batch)
+        for images in self._own_images(number):
+            if len(images) or synchronises(self.model):
+                yield from images.tensor_split(parts)
+
+    def _own_images(self, number: int) -> Iterator[torch.Tensor]:
+        """This process's images of the first whole batches of this epoch."""
+        if world.size() == 1 or not is_divided(self.data):
+            for images, _ in itertools.islice(self.all_batches(), number):
+                yield images[slices.own(slice(0, len(images)))]
+            return
+        generator = self.generator(self.epoch)
+        rows = self.order(generator)
+        parts = [slices.own(batch) for batch in slices.batches(len(rows), self.batch_size)[:number]]
+        for images, _ in self.data.train_slices_of(rows, parts, generator):
+            yield images
 
     @contextmanager
     def _looking_ahead(self) -> Iterator[None]:
@@ -231,13 +270,17 @@ class Run:
     def start_norm(self) -> None:
         """Let a norm that needs to see images before the first step start the network from a pass of them.
 
-        They are of the first batch of the present epoch, of the size that the next epoch trains on.
+        They are of the first batch of the present epoch, of the size that the next epoch trains on. Each process has
+        its share of the batch, or all of it if there are not enough images.
         """
         if self.norm_start is None:
             return
         batch_size = self.batch_size or self.config.first_batch_size
         most = self.micro_batch or getattr(self.config.batch_policy, "max_micro_batch", None)
-        images = self._sized(self.first_batch(batch_size)[0], self.epoch + 1)
+        images, _ = self.first_batch(batch_size)
+        if len(images) >= world.size():
+            images = images[slices.own(slice(0, len(images)))]
+        images = self._sized(images, self.epoch + 1)
         with self._looking_ahead(), self.precision.autocast():
             self.norm_start(self.model, images.tensor_split(passes(len(images), most))[0])
 
@@ -265,9 +308,9 @@ class Run:
             self._check_single(samples)
 
     def leaves_single(self, images: int) -> bool:
-        """Whether a single image goes through the network in some pass of an epoch of so many."""
-        sizes = (self.batch_size, images % self.batch_size)
-        return 1 in (size // passes(size, self.micro_batch) for size in sizes)
+        """Whether a single image goes through the network in some pass of an epoch of so many, in some process."""
+        batches = slices.shares(self.batch_size), slices.shares(images % self.batch_size)
+        return any(0 < share < 2 * passes(max(shares), self.micro_batch) for shares in batches for share in shares)
 
     def _check_single(self, samples: int) -> None:
         channels, *full = self.data.input_shape
@@ -275,10 +318,11 @@ class Run:
             for size in (full, self.small_size(1) or full):
                 check_outputs("the model", self.model, (channels, *size), self.data.num_classes, samples=1)
         except UserError as error:
+            among = "" if world.size() == 1 else f" among {world.size()} processes"
             micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"
             raise UserError(
-                f"batch_policy.batch_size={self.batch_size}: of {samples} images{micro_batch}, a single one is left "
-                f"for a pass, but {error}"
+                f"batch_policy.batch_size={self.batch_size}: of {samples} images{among}{micro_batch}, a single one is "
+                f"left for a pass, but {error}"
             ) from error
 
     def scale_learning_rate(self, factor: float, warmup_epochs: float) -> None:
@@ -294,21 +338,37 @@ class Run:
         """What the network, or that of another `graph`, costs by its widths.
 
         Args:
-            terms: what "latency" has measured so far, at the batch size that the run starts with; it is added to. A
-                method keeps it in its state, so that a resumed run goes on with the same prices.
+            terms: what "latency" has measured so far, for a process's share of the batch size that the run starts with;
+                it is added to. A method keeps it in its state, so that a resumed run goes on with the same prices.
         """
         graph = graph or self.graph
         if kind != "latency":
             return WidthCost(graph, kind)
-        return measured_cost(graph, self.config.first_batch_size, self.precision.autocast, known=terms)
+        images = max(slices.shares(self.config.first_batch_size))
+        return measured_cost(graph, images, self.precision.autocast, known=terms)
 
     def generator(self, epoch: int) -> torch.Generator:
         """The random numbers of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, epoch))
 
+    def own_seed(self, stream: int) -> int:
+        """A seed, of this epoch, for what each process draws for its own images; rank 0 has that of one process."""
+        rank = world.rank()
+        return derived_seed(self.config.seed, self.epoch, stream, *([rank] if rank else []))
+
+    def own_numbers(self) -> AbstractContextManager[None]:
+        """A block in which torch's random numbers are this process's own: what it draws is for its images alone.
+
+        Outside of such blocks all processes draw the same. One process draws all of its numbers from one stream.
+        """
+        return nullcontext() if world.size() == 1 else self._own.drawn(self.own_seed(OWN), self.device)
+
 
 def passes(images: int, micro_batch: int | None) -> int:
-    """Number of passes, equal in size to within one image, in which a batch goes through the network."""
+    """Number of passes, equal in size to within one image, in which a batch goes through the network.
+
+    Of several processes, all take as many as the one with the most images: `images` are its.
+    """
     return 1 if micro_batch is None else max(1, -(-images // micro_batch))
 
 

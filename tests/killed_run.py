@@ -1,6 +1,7 @@
-"""`python killed_run.py EVENT:N[:SIGNAL] ...overrides`: the command, which signals itself at the N-th EVENT.
+"""`python killed_run.py EVENT:N[:FAULT] ...overrides`: the command, to which something happens at the N-th EVENT.
 
-The signal is SIGKILL, or the one named, such as INT. If SIGNALLED_AT is set, a file of that name then says when it was.
+That is SIGKILL, the signal named, such as INT, or one of FAULTS. If SIGNALLED_AT is set, a file of that name then says
+when it was.
 If UNDISTURBED is set, no run counts as disturbed by others, however busy the machine is.
 
 write    halfway through writing the file of a checkpoint
@@ -10,31 +11,49 @@ morph    inside a reconfiguration or a widening, some tensors replaced, some not
 adopt    inside an insertion, some blocks inserted, some not
 report   after MLflow has an epoch, before the run knows
 step     after an optimizer step
+build    before the network is made
+epoch    after an epoch, before its checkpoint
 never    at no time
 sql      inside a callback of SQLAlchemy, after a statement of MLflow or Optuna
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from sqlalchemy import Engine
-from sqlalchemy.event import listens_for
 from torch.optim import SGD
 
 from morphtrain import run
+from morphtrain.errors import UserError
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.timing.contention import Guard
-from morphtrain.tracking.mlflow import MLflowTracker
+from morphtrain.trainer import train  # noqa: F401 - makes the module of this name, which it hides
 
+
+def raise_(error: BaseException) -> NoReturn:
+    raise error
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "raise": lambda: raise_(ZeroDivisionError("no widgets")),
+    "mistake": lambda: raise_(UserError("widgets=3: two work")),
+    "exit": lambda: sys.exit(3),
+    "leave": lambda: os._exit(7),
+    "crash": lambda: ctypes.string_at(0),
+    "hang": lambda: time.sleep(1000),
+    "grip": lambda: ctypes.PyDLL(None).sleep(1000),  # hangs in native code that never gives Python's lock back
+}
+
+TRAIN = sys.modules["morphtrain.trainer.train"]
 event, number, *name = sys.argv.pop(1).split(":")
-kind = signal.Signals[f"SIG{name[0]}"] if name else signal.SIGKILL
+kind = (name or ["KILL"])[0]
 count = 0
 
 
@@ -47,7 +66,10 @@ def now() -> bool:
 def die() -> None:
     if place := os.environ.get("SIGNALLED_AT"):
         Path(place).write_text(str(time.monotonic()))
-    os.kill(os.getpid(), kind)
+    if kind in FAULTS:
+        FAULTS[kind]()
+    else:
+        os.kill(os.getpid(), signal.Signals[f"SIG{kind}"])
 
 
 def around(
@@ -72,7 +94,7 @@ def around(
 
 
 def truncate_and_die(descriptor: int) -> None:
-    if kind == signal.SIGKILL:
+    if kind == "KILL":
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
     die()
 
@@ -96,10 +118,19 @@ elif event == "morph":
 elif event == "adopt":
     around(Rebinder, "adopt", after=die)
 elif event == "report":
+    from morphtrain.tracking.mlflow import MLflowTracker  # slow to import
+
     around(MLflowTracker, "_send", after=die)
 elif event == "step":
     around(SGD, "step", after=die)
+elif event == "build":
+    around(TRAIN, "build_run", before=lambda *_: die())
+elif event == "epoch":
+    around(TRAIN, "finish_epoch", after=die)
 elif event == "sql":
+    from sqlalchemy import Engine
+    from sqlalchemy.event import listens_for
+
     listens_for(Engine, "after_cursor_execute")(lambda *_: die() if now() else None)
 elif event != "never":
     sys.exit(f"no event '{event}'")

@@ -6,22 +6,30 @@ in_ranks(2, function, argument)    # -> [what it returned in process 0, in proce
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from fork_server import leave, obey
+from postgres_server import free_port
 from torch import distributed
+
+from morphtrain.processes.place import LOCALHOST, Place
 
 T = TypeVar("T")
 
 # A server that has imported torch forks the processes, which spares each some four seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "morphtrain.trainer", "ranks"])
+CONTEXT.set_forkserver_preload(["torch.distributed", "morphtrain.trainer", "hydra.main", "ranks"])
 
 
 def in_ranks(size: int, function: Callable[..., T], *arguments: Any, timeout: float = 60) -> list[T]:
@@ -55,6 +63,44 @@ def in_ranks(size: int, function: Callable[..., T], *arguments: Any, timeout: fl
     return [answers[rank][1] for rank in range(size)]
 
 
+def command_in_ranks(
+    size: int,
+    arguments: Sequence[str],
+    directory: Path,
+    timeout: float = 60,
+    commands: Mapping[int, Sequence[str]] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """What each of `size` processes of `python -m morphtrain.run *arguments` leaves that one launcher starts together.
+
+    As torchrun on one host, but that it is not torchrun that keeps the store.
+
+    Args:
+        commands: by rank, what some run instead of `-m morphtrain.run`.
+    """
+    port = free_port()
+    packages = [path for path in sys.path if path]
+    with tempfile.TemporaryDirectory() as place:
+        files = [[str(Path(place, f"{rank}.{name}")) for name in ("out", "err")] for rank in range(size)]
+        processes = []
+        for rank, output in enumerate(files):
+            env = {**os.environ, **Place(rank, size, rank, size, LOCALHOST, port).environment()}
+            command = (commands or {}).get(rank, ("-m", "morphtrain.run"))
+            order = {"arguments": [*command, *arguments], "cwd": str(directory), "output": output}
+            order |= {"env": env, "timeout": timeout}
+            processes.append(CONTEXT.Process(target=_command, args=(order, packages), name="MainProcess"))  # no sweep's
+            processes[-1].start()
+        for process in processes:
+            process.join(timeout + 10)
+        found = [[Path(file).read_text() for file in output] for output in files]
+    codes = [process.exitcode for process in processes]
+    assert None not in codes
+    return [subprocess.CompletedProcess(arguments, code or 0, *said) for code, said in zip(codes, found, strict=True)]
+
+
+def _command(order: dict[str, Any], packages: list[str]) -> None:
+    leave(obey(order, packages))
+
+
 def _done(answers: dict[int, tuple[str, Any]], rank: int) -> bool:
     return answers.get(rank, ("",))[0] == "done"
 
@@ -69,7 +115,7 @@ def _answers(receivers: list[Connection], timeout: float) -> dict[int, tuple[str
             assert isinstance(receiver, Connection)
             rank = receivers.index(receiver)
             try:
-                answers[rank] = receiver.recv()
+                answers[rank] = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 answers[rank] = ("failed", "it died")
             if answers[rank][0] == "failed":
@@ -82,8 +128,14 @@ def _rank(meet: Path, rank: int, size: int, sender: Connection, function: Callab
     try:
         distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
         result = function(*arguments)
-        distributed.barrier()
-        distributed.destroy_process_group()
-        sender.send(("done", result))
+        if distributed.is_initialized():
+            distributed.barrier()
+            distributed.destroy_process_group()
+        _send(sender, ("done", result))
     except BaseException:  # noqa: BLE001 - the test is to know of any
-        sender.send(("failed", traceback.format_exc()))
+        _send(sender, ("failed", traceback.format_exc()))
+
+
+def _send(sender: Connection, answer: tuple[str, Any]) -> None:
+    """Pickled with the values of tensors, which this process would have to stay for if they were shared."""
+    sender.send_bytes(pickle.dumps(answer))

@@ -44,13 +44,13 @@ def test_a_group_imports_neither_the_trainer_nor_another_group(group: str, graph
 
 
 def test_the_state_of_a_run_stands_below_what_changes_it(graph: grimp.ImportGraph) -> None:
-    for room in ("state", "method", "contracts", "tracker", "world"):
+    for room in ("state", "method", "contracts", "tracker", "world", "host"):
         assert not rooms(graph, room) & (COMMANDS | set(GROUPS) | {"evidence"}), room
 
 
 def test_morph_and_cost_know_no_training_loop(graph: grimp.ImportGraph) -> None:
     assert rooms(graph, "morph") == {"errors", "plain_data"}
-    assert rooms(graph, "cost") <= {"errors", "files", "morph", "plain_data", "timing", "world"}
+    assert rooms(graph, "cost") <= {"errors", "files", "layer_calls", "morph", "plain_data", "timing", "world"}
 
 
 def test_evidence_reads_records_and_never_the_trainer(graph: grimp.ImportGraph) -> None:

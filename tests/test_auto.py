@@ -32,7 +32,7 @@ from morphtrain.trainer.auto import Choice
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.checkpoint import Checkpoint
 from morphtrain.trainer.epoch import begin_epoch, start
-from morphtrain.trainer.loop import training_batches
+from morphtrain.trainer.share import training_shares
 
 CPU = torch.device("cpu")
 BOTH = ("memory_format=auto", "precision=auto")
@@ -93,7 +93,7 @@ def test_infobatch_chooses_from_the_data_in_the_format_that_was_chosen(measured:
     run = build_run(config_of("memory_format=auto", "data.infobatch=0.5", "epochs=4"))
     start(run)
     begin_epoch(run)
-    images, _ = next(training_batches(run))
+    images = next(training_shares(run)).images
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -154,7 +154,7 @@ def test_what_a_cpu_emulates_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_processes_take_the_first_ones_choice(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "agree", lambda found: (LAST, 0.8))
+    monkeypatch.setattr(auto, "decide", lambda make: {PLAIN: 1.0, LAST: 0.8})  # which calls nothing in another process
     run = build_run(config_of(*BOTH))
     start(run)
     assert run.chosen == {"memory_format": "channels_last", "precision": "o0"}

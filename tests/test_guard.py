@@ -96,6 +96,20 @@ def test_the_work_of_live_and_ended_workers_counts_as_own() -> None:
     assert foreign.own_seconds() - before == pytest.approx(worked_to_its_end + time.process_time() - mine, abs=0.05)
 
 
+@linux
+def test_what_a_process_beside_and_its_children_do_counts_as_own() -> None:
+    """Two processes of one run on one core are no strangers to each other, nor are the workers of either."""
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {spin!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    living = foreign.family_seconds(frozenset({process.pid}))
+    assert 0.3 <= living < 2
+    process.communicate("\n")
+    assert foreign.family_seconds(frozenset({process.pid})) == foreign.family_seconds(frozenset()) == 0
+
+
 def ended_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -16,6 +16,7 @@ from morphtrain.trainer import loop
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, start
 from morphtrain.trainer.loop import train_epoch, training_steps
+from morphtrain.trainer.share import Share
 
 # What needs a tensor's values on the host: numbers of it, or how many results there are.
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive")
@@ -90,8 +91,8 @@ def test_a_step_reads_nothing(options: list[str]) -> None:
 
 
 def test_what_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> bool:
-        return bool(run.loss > 0) and bool(labels[labels > 0].sum().item() >= 0)
+    def step(run: Run, share: Share) -> bool:
+        return bool(run.loss > 0) and bool(share.labels[share.labels > 0].sum().item() >= 0)
 
     monkeypatch.setattr(loop, "take_step", step)
     assert {"_local_scalar_dense", "index"} <= set(reads_of_steps(built()))

@@ -7,20 +7,22 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import Command, Kill
 from PIL import Image
+from ranks import in_ranks
 from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from morphtrain import memory_limit, schema
+from morphtrain import host, memory_limit, schema, world
 from morphtrain.data import Data, image_files, image_folder
 from morphtrain.data.crops import DRAWS, MEAN, STD, mirrored, random_boxes, resized_crops
 from morphtrain.data.image_bytes import ByteData
@@ -425,6 +427,90 @@ def test_the_command_trains_on_folders_and_resumes_to_the_same(command: Command,
     once, twice = (history(tmp_path / name / "last.pt") for name in ("once", "twice"))
     assert once == twice
     assert once[-1]["val_accuracy"] == 1.0
+
+
+class Folders(NamedTuple):
+    """What one of two processes has made of folders."""
+
+    workers: list[int]
+    read: int  # files, for a set in memory
+    train: np.ndarray
+    val: np.ndarray
+    kept: list[bool]  # in memory
+    other: list[str]  # what it is told if the hosts have other images
+    broken: list[str]  # or if one of them has a mistake
+
+
+def folders_of_several(roots: list[Path]) -> Folders:
+    """Folders that are the same for both, ones where they differ, and ones where one has a mistake."""
+    same, other, broken = roots[0], roots[world.rank()], roots[2 * world.rank()]
+    read: list[str] = []
+    original = image_files.rgb
+
+    def counted(path: str) -> Image.Image:
+        read.append(path)
+        return original(path)
+
+    world.local = world.Local(world.rank(), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "allowed", lambda: frozenset(range(8)))
+        workers = [image_folder.worker_count(wanted, divided=True) for wanted in ("auto", 0, 1, 7)]
+        patch.setattr(image_files, "rgb", counted)
+        data = image_folder.build(config(same, in_memory=True))
+        number, kept, needed = len(read), [], 4 * 120 * 3 * 20**2  # a quarter of the memory may be used
+        for limits in ((2 * needed, needed), (2 * needed, needed - 4)):
+            patch.setattr(memory_limit, "CONTAINER_LIMIT", limit := roots[3] / f"limit{world.rank()}")
+            limit.write_text(f"{limits[world.rank()]}\n")
+            kept.append(isinstance(image_folder.build(config(same, in_memory="auto")), ByteData))
+    messages = []
+    for root in (other, broken):
+        for in_memory in (False, True):
+            with pytest.raises(UserError) as caught:
+                image_folder.build(config(root, in_memory=in_memory))
+            messages.append(str(caught.value))
+    train, val = data.train.pixels.numpy(), data.val.pixels.numpy()
+    return Folders(workers, number, train, val, kept, messages[:2], messages[2:])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[Folders]]:
+    images = noise([(40 + i, 50) for i in range(60)])
+    roots = [write(tmp_path_factory.mktemp(name), images) for name in ("same", "other", "broken")]
+    (roots[1] / "train" / "class_1" / "003.png").rename(roots[1] / "train" / "class_1" / "004.png")
+    remove(*(roots[2] / "val").iterdir(), roots[2] / "val")
+    return roots, in_ranks(2, folders_of_several, [*roots, tmp_path_factory.mktemp("limits")])
+
+
+def test_workers_are_divided_among_the_processes_of_a_host(several: tuple[list[Path], list[Folders]]) -> None:
+    assert [found.workers for found in several[1]] == [[3, 0, 1, 4]] * 2
+
+
+def test_a_set_in_memory_is_decoded_by_one_process_of_a_host(several: tuple[list[Path], list[Folders]]) -> None:
+    alone = image_folder.build(config(several[0][0], in_memory=True))
+    assert alone.train.pixels.nbytes >= host.SMALL
+    for found in several[1]:
+        assert np.array_equal(found.train, alone.train.pixels)
+        assert np.array_equal(found.val, alone.val.pixels)
+    if sys.platform == "linux":
+        assert [found.read for found in several[1]] == [120, 0]
+
+
+def test_the_host_with_the_least_memory_decides_for_all(several: tuple[list[Path], list[Folders]]) -> None:
+    assert [found.kept for found in several[1]] == [[True, False]] * 2
+
+
+def test_hosts_with_other_images_are_named_in_all_processes(several: tuple[list[Path], list[Folders]]) -> None:
+    for root, found in zip(several[0], several[1], strict=False):
+        for message in found.other:
+            assert message.startswith(f"data.root={root}: ")
+            assert "has other images there (120) than" in message
+            assert "\n" not in message
+
+
+def test_a_mistake_on_one_host_is_told_in_all_processes(several: tuple[list[Path], list[Folders]]) -> None:
+    first, second = several[1]
+    assert first.broken == second.broken
+    assert f"data.root={several[0][2]}: there is no directory" in first.broken[0]
 
 
 @pytest.mark.gpu

@@ -29,7 +29,8 @@ from morphtrain.prune import morphnet, prunetrain
 from morphtrain.schema.data import Curriculum
 from morphtrain.state import Run
 from morphtrain.trainer import begin_epoch, build_run, checkpoint, start, train_epoch
-from morphtrain.trainer.loop import backward, training_batches
+from morphtrain.trainer.loop import backward
+from morphtrain.trainer.share import training_shares
 
 CPU = torch.device("cpu")
 SIGMAS = 4.5  # standard errors that a mean of random numbers may be off
@@ -241,13 +242,13 @@ def test_the_gradient_is_that_of_the_weighted_losses_in_any_number_of_passes() -
     run = run_of(*own, "model=custom", "model._target_=test_infobatch.Smooth")
     epoch(run)
     begin_epoch(run)
-    images, labels = next(training_batches(run))
-    assert run.infobatch is not None
-    rows, found = run.infobatch.rows[: len(labels)], []
+    share, found = next(training_shares(run)), []
+    images, labels, rows = share.images, share.labels, share.rows
+    assert run.infobatch is not None and torch.equal(rows, run.infobatch.rows[: len(labels)])
     for most in (None, 5):
         run.micro_batch = most
         run.optimizer.zero_grad()
-        loss, right = backward(run, images, labels, rows)
+        loss, right = backward(run, share)
         found.append([loss, right, *(parameter.grad.clone() for parameter in run.model.parameters())])
     torch.testing.assert_close(*found)
     run.optimizer.zero_grad()
@@ -383,12 +384,6 @@ def test_a_loss_with_torchs_reduction_says_the_loss_of_each_image(loss: Loss) ->
 def test_a_loss_that_is_no_mean_over_images_or_says_nothing_else_is_refused(loss: Loss) -> None:
     with pytest.raises(UserError, match=r"data\.infobatch=0\.5: loss=own cannot say the losses of single images"):
         built(loss)
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("morphtrain.world.size", lambda: 2)
-    with pytest.raises(UserError, match=r"data\.infobatch=0\.5: 2 processes would leave out different images"):
-        built(F.cross_entropy)
 
 
 class Staying(ImageData):

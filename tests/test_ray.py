@@ -14,6 +14,8 @@ from conftest import SMALL, Command
 from test_launchers import check_a_sweep_two_by_two
 from test_resume import assert_same, contents
 
+from morphtrain.evidence.records import read_records
+
 pytestmark = pytest.mark.slow
 pytest.importorskip("hydra_plugins.hydra_ray_launcher.ray_launcher")
 
@@ -77,3 +79,15 @@ def test_a_mistake_in_a_job_is_a_line(command: Command) -> None:
     said = result.stderr.splitlines()  # Ray's own last words come after it
     assert "model.width=0: must be 1 or more channels" in said
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_task_starts_the_processes_of_its_run(command: Command, tmp_path: Path) -> None:
+    """They train what two processes train that the basic launcher starts, and Ray counts both cores."""
+    jobs = ("-m", *SMALL, "seed=1,2", "processes=2", "timing.cores=1", "tracking=none")
+    for directory, launcher in (("alone", ()), ("tasks", RAY)):
+        result = command(*jobs, *launcher, f"hydra.sweep.dir={directory}", env={"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stdout + result.stderr
+    for job in ("0", "1"):
+        assert_same(contents(tmp_path / "tasks" / job / "last.pt"), contents(tmp_path / "alone" / job / "last.pt"))
+    times = [[record["timestamp"] for record in read_records(tmp_path / "tasks" / job)] for job in ("0", "1")]
+    assert max(times[0]) < min(times[1]) or max(times[1]) < min(times[0]), "one after the other: each has both cores"

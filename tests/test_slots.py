@@ -21,8 +21,9 @@ import torch
 from conftest import SMALL, Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import in_ranks
 
-from morphtrain import schema
+from morphtrain import schema, world
 from morphtrain.errors import UserError
 from morphtrain.timing import claims as claims_module
 from morphtrain.timing import cores, slot
@@ -388,3 +389,58 @@ def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: p
     (tmp_path / f"morphtrain-{mine + 1}").mkdir()  # ours, while somebody else asks
     with pytest.raises(UserError, match=f"TMPDIR={tmp_path}"):
         shared_claims()
+
+
+def slots(directory: str, allowed: int, keys: dict[str, object]) -> tuple[Any, ...]:
+    """What a process of several takes of so many cores, or why it does not; and what is left in use afterwards."""
+    names = {f"core {i}": frozenset({i}) for i in range(allowed)}
+    claims, patch = Claims(Path(directory)), pytest.MonkeyPatch()
+    patch.setattr(slot, "allowed_cores", lambda: names)
+    patch.setattr(slot, "pinned", lambda cpus: contextlib.nullcontext())
+    patch.setattr(slot, "POLL_SECONDS", 0.01)
+    patch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        with take_slot(CPU, timing(**keys), claims) as taken:
+            found: tuple[Any, ...] = (
+                sorted(taken.cpus),
+                torch.get_num_threads(),
+                taken.claim.others(),
+                len(taken.beside),
+            )
+            world.wait()
+    except UserError as error:
+        found = (str(error),)
+    finally:
+        patch.undo()
+    world.wait()
+    mine = world.gathered(os.getpid())
+    return found, [use.resources for use in claims.uses() if use.pid in mine]
+
+
+def test_processes_of_a_run_divide_the_cores_and_are_no_strangers(tmp_path: Path) -> None:
+    """Disjoint shares of the same size, with as many threads; more processes than cores share them without harm."""
+    (first, _), (second, _) = in_ranks(2, slots, str(tmp_path), 5, {"when_busy": "refuse"})
+    assert (len(first[0]), len(second[0])) == (2, 2) and not {*first[0]} & {*second[0]}
+    assert first[1:] == second[1:] == (2, [], 0)
+    shared = [found for found, _ in in_ranks(3, slots, str(tmp_path), 2, {"when_busy": "refuse"})]
+    assert [found[1:3] for found in shared] == [(1, [])] * 3
+    assert sorted(found[3] for found in shared) == [0, 1, 1]
+    own = [found for found, _ in in_ranks(2, slots, str(tmp_path), 4, {"cores": 1})]
+    assert sorted(cpu for found in own for cpu in found[0]) == [0, 1]
+    for found, left in in_ranks(2, slots, str(tmp_path), 4, {"cores": 3}):
+        assert found == ("timing.cores=3: 2 processes may use only 4 together; 2 or null works",) and left == []
+
+
+def test_no_process_holds_cores_while_another_waits_for_some(tmp_path: Path) -> None:
+    """There is room for one of two, so that neither begins; with `wait` both do as soon as there is."""
+    process = holder(tmp_path, "core 1")
+    for found, left in in_ranks(2, slots, str(tmp_path), 2, {"when_busy": "refuse"}):
+        assert found[0].startswith(f"timing.when_busy=refuse: core 1: in use by process {process.pid}; ") and left == []
+    timer = threading.Timer(1.0, process.kill)
+    timer.start()
+    begun = time.monotonic()
+    both = [found for found, _ in in_ranks(2, slots, str(tmp_path), 2, {"when_busy": "wait"})]
+    assert time.monotonic() - begun > 0.9
+    assert sorted(cpu for found in both for cpu in found[0]) == [0, 1]
+    assert all(found[2] == [] for found in both)
+    process.wait()

@@ -102,3 +102,24 @@ def test_a_mistake_in_a_job_is_a_line(slurm: dict[str, str], command: Command) -
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "model.width=0: must be 1 or more channels"
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_two_tasks_are_two_processes_of_one_run(slurm: dict[str, str], command: Command, tmp_path: Path) -> None:
+    """Both train what `processes=2` trains; a mistake is a line, and nobody waits for anybody then."""
+    alone, tasks = tmp_path / "alone", tmp_path / "tasks"
+    for directory in (alone, tasks):
+        directory.mkdir()
+    jobs = ("-m", *SMALL, "seed=1", "timing.cores=1", "hydra.sweep.dir=jobs")
+    slurmed = (*jobs, "+launcher=slurm", "hydra.launcher.tasks_per_node=2")
+    assert command(*jobs, "processes=2", cwd=alone, env={"OMP_NUM_THREADS": "1"}).returncode == 0
+    result = command(*slurmed, cwd=tasks, env=slurm)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same(contents(tasks / "jobs" / "0" / "last.pt"), contents(alone / "jobs" / "0" / "last.pt"))
+    assert (tasks / "jobs" / "0" / "run.log").read_text().count("epoch    1/6") == 1
+    client = MlflowClient(f"sqlite:///{tasks}/mlflow.db")
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [(run.info.status, run.data.tags["processes"]) for run in found] == [("FINISHED", "2")]
+    result = command(*slurmed, "model.width=0", cwd=tasks, env=slurm)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "model.width=0: must be 1 or more channels"
+    assert "Traceback" not in result.stdout + result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from morphtrain.state import Run, passes
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import backward, train_epoch
+from morphtrain.trainer.share import Share
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -53,6 +55,7 @@ def step_of(model: nn.Module, micro_batch: int | None, precision: Precision) -> 
         "optimizer": optimizer,
         "criterion": F.cross_entropy,
         "precision": precision,
+        "own_numbers": nullcontext,
     }
     return SimpleNamespace(**parts, micro_batch=micro_batch, device=CPU)
 
@@ -71,7 +74,7 @@ def test_in_passes_the_gradient_is_that_of_the_whole_batch(images: int, micro_ba
     expected = torch.autograd.grad(loss, list(model.parameters()))
     seen: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    found, correct = backward(step_of(model, micro_batch, Precision(CPU)), x, y)  # type: ignore[arg-type]
+    found, correct = backward(step_of(model, micro_batch, Precision(CPU)), Share(x, y, images, images))  # type: ignore[arg-type]
     assert correct == (logits.argmax(1) == y).sum()
     torch.testing.assert_close(found, loss.detach(), check_dtype=False)
     for p, grad in zip(model.parameters(), expected, strict=True):
@@ -88,7 +91,7 @@ def test_scaled_losses_are_unscaled_once() -> None:
     expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     precision = Precision(CPU, torch.float16, init_scale=1024.0)
     step = step_of(model, 4, precision)
-    backward(step, x, y)  # type: ignore[arg-type]
+    backward(step, Share(x, y, whole=10, most=10))  # type: ignore[arg-type]
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0.02, atol=0.002)
     assert precision.step(step.optimizer)

@@ -2,6 +2,7 @@
 
 Lym et al. 2019 (arXiv 1901.09290), section 4.3: the memory that a pruned network no longer needs goes into a larger
 batch, and batch size and learning rate grow by the same ratio.
+The budget is that of each process, which has its share of a batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 
 import torch
 
-from morphtrain import schema
+from morphtrain import schema, slices, world
 from morphtrain.batch_policy.learning_rate import grow
 from morphtrain.batch_policy.sizes import tenth, without_single
 from morphtrain.byte_sizes import byte_count, left_of, readable
@@ -19,7 +20,6 @@ from morphtrain.cost.step import casts_of
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.state import Run
-from morphtrain.world import agree
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ class FillMemory(Method):
 
     def __init__(self, config: schema.batch_policy.FillMemory) -> None:
         self.config = config
-        self.budget = 0.0  # bytes, for tensors
+        self.budget = 0.0  # bytes, for tensors, of each process
 
     def before_training(self, run: Run) -> None:
-        self.budget = agree(usable_bytes(self.config, run.device))
+        self.budget = -world.largest(-usable_bytes(self.config, run.device))  # the least that any process has
         if run.epoch == 0:
             batch_size = self.config.batch_size
             run.set_batch(batch_size, self._micro_batch(memory_of(run), batch_size))
@@ -41,7 +41,7 @@ class FillMemory(Method):
         if not run.change or run.epoch == run.config.epochs:
             return
         config, samples, memory = self.config, len(run.data.train), memory_of(run)
-        fits = memory.largest_batch(self.budget)
+        fits = self._fitting(memory) * world.size()
         limits = {
             "the budget": fits,
             f"batch_policy.max_factor={config.max_factor:g}": int(run.batch_size * config.max_factor),
@@ -51,23 +51,27 @@ class FillMemory(Method):
         batch_size = without_single(min(limits.values()), samples, config.multiple_of)
         if batch_size > run.batch_size:
             least = min(limits, key=lambda name: limits[name])
-            needs = readable(memory.peak(batch_size))
+            needs = readable(memory.peak(max(slices.shares(batch_size))))
             reason = f"{self._account(memory)}: {fits} fit, {least} allows {limits[least]}, needs {needs}"
             grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
 
     def _micro_batch(self, memory: MemoryModel, batch_size: int) -> int | None:
-        """How many of `batch_size` images go through the network at once; None if all do."""
-        fits = memory.largest_batch(self.budget)
+        """How many of a process's share of `batch_size` images go through the network at once; None if all do."""
+        fits = self._fitting(memory)
         if fits < 1:
             raise UserError(
                 f"batch_policy.budget={self.config.budget}: not even one image fits: it takes "
                 f"{readable(memory.peak(1))}; choose a larger budget or a smaller model"
             )
-        if fits >= batch_size:
+        if fits >= max(slices.shares(batch_size)):
             return None
         account = self._account(memory)
         log.warning("batch size %d: in passes of at most %d images, which is what fits (%s)", batch_size, fits, account)
         return fits
+
+    def _fitting(self, memory: MemoryModel) -> int:
+        """How many images fit in each process; what they take may depend on the kind of CPU."""
+        return int(-world.largest(-memory.largest_batch(self.budget)))
 
     def _account(self, memory: MemoryModel) -> str:
         return f"{readable(memory.fixed)} and {readable(memory.per_sample)} an image, of {readable(self.budget)}"
@@ -75,9 +79,7 @@ class FillMemory(Method):
 
 def memory_of(run: Run) -> MemoryModel:
     """The memory model of the run's training step."""
-    return memory_model(
-        run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=casts_of(run.precision)
-    )
+    return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, precision=casts_of(run.precision))
 
 
 def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:

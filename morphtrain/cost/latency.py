@@ -30,7 +30,7 @@ from morphtrain.errors import UserError
 from morphtrain.morph import ChannelGraph
 from morphtrain.timing.foreign import ForeignCpu, measurable
 from morphtrain.timing.processor import processor
-from morphtrain.world import agree, is_main
+from morphtrain.world import decide
 
 LIMIT = 5.0  # seconds that a table may take; the round it is in is finished
 ROUNDS, MOST_ROUNDS = 3, 12  # of steps of each layer
@@ -78,7 +78,7 @@ def measured_cost(
         layers.setdefault(steps.kind(layer), []).append(layer)
     unknown = {kind: alike for kind, alike in layers.items() if kind not in terms}
     if unknown:
-        terms.update(agree(_terms(steps, unknown, limit) if is_main() else {}))
+        terms.update(decide(lambda: _terms(steps, unknown, limit)))
     return WidthCost(graph, "latency", term_of=lambda layer: Term(*terms[steps.kind(layer)]))
 
 

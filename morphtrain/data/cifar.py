@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from morphtrain import schema
+from morphtrain import host, schema
 from morphtrain.data.download import load
 from morphtrain.data.images import ImageData, Images, published
 
@@ -15,6 +15,10 @@ def build_cifar(dataset: str, config: schema.data.Downloaded) -> ImageData:
     Raises:
         UserError: if it is not in `config.root` and cannot be downloaded.
     """
+    return host.shared(lambda: _loaded(dataset, config))
+
+
+def _loaded(dataset: str, config: schema.data.Downloaded) -> ImageData:
     sets = []
     for train in (True, False):
         stored = load(dataset, config, train)

@@ -10,10 +10,15 @@ from typing import Any
 
 from morphtrain import schema
 from morphtrain.errors import UserError
+from morphtrain.files import named_lock
+
+LOCK = ".download.lock"
 
 
 def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = "") -> Any:
     """torchvision's data set `dataset` in `config.root`, downloaded if it is missing and `config.download` is true.
+
+    Whoever else wants to download something to this place meanwhile waits, and finds what is there then.
 
     Args:
         dataset: name of the class in `torchvision.datasets`.
@@ -33,10 +38,18 @@ def load(dataset: str, config: schema.data.Downloaded, train: bool, hint: str = 
         if not config.download:
             raise UserError(_message(dataset, config, "data.download=false", hint)) from missing
     try:
-        with _no_empty_directories(Path(config.root)):
+        with _no_empty_directories(Path(config.root)), _alone(Path(config.root)):
             return kind(config.root, train=train, download=True)
     except (OSError, RuntimeError) as error:  # no network: URLError; broken archive: RuntimeError
         raise UserError(_message(dataset, config, f"the download failed ({error})", hint)) from error
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep other processes, of this run and of others, from downloading to `root` during the block."""
+    root.mkdir(parents=True, exist_ok=True)
+    with named_lock(root / LOCK, f"process {os.getpid()}", wait=True):
+        yield
 
 
 @contextmanager

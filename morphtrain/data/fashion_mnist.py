@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from morphtrain import schema
+from morphtrain import host, schema
 from morphtrain.data.download import load
 from morphtrain.data.images import ImageData, Images, published
 
@@ -21,6 +21,10 @@ def build(config: schema.data.Downloaded) -> ImageData:
     Raises:
         UserError: if there is no copy on this machine and it cannot be downloaded.
     """
+    return host.shared(lambda: _loaded(config))
+
+
+def _loaded(config: schema.data.Downloaded) -> ImageData:
     sets = []
     for train in (True, False):
         if DEBIAN.is_dir() and not (Path(config.root) / "FashionMNIST").is_dir():

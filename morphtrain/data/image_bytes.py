@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from morphtrain import host, slices
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import DRAWS, Crops, Normalise, mirrored, preprocessing, random_boxes, resized_crops
 from morphtrain.data.image_files import EVALUATION_BATCH, ImageFiles, PictureLoader, Pictures
@@ -27,10 +28,10 @@ def decode(files: ImageFiles, crops: Crops, num_workers: int) -> ByteData:
 
 
 def _read(loader: PictureLoader, rows: Sequence[int], side: int) -> Images:
-    pixels = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
+    pixels = host.empty((len(rows), 3, side, side), torch.uint8)
     labels = torch.empty(len(rows), dtype=torch.long)
     done = 0
-    for images, numbers in loader.batches(rows, [None] * len(rows), EVALUATION_BATCH):
+    for images, numbers in loader.batches(rows, [None] * len(rows), slices.batches(len(rows), EVALUATION_BATCH)):
         pixels[done : done + len(numbers)], labels[done : done + len(numbers)] = images, numbers
         done += len(numbers)
     return Images(pixels, labels)
@@ -83,15 +84,20 @@ class ByteData:
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Random crops of these images in this order; see `SelectableData`."""
+        return self.train_slices_of(rows, slices.batches(len(rows), batch_size), generator)
+
+    def train_slices_of(
+        self, rows: torch.Tensor, parts: Sequence[slice], generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Those of parts of them; see `DividedData`."""
         draws = torch.rand(len(rows), DRAWS, generator=generator, dtype=torch.float64)
         boxes = random_boxes(draws, self.crops.resize, self.crops.resize, self.crops.min_scale)
         flip = mirrored(draws) & self.crops.flip
-        parts = (values.split(batch_size) for values in (rows, boxes, flip))
         device = self._normalise.device
-        for some, box, turned in zip(*parts, strict=True):
-            pixels = self._gathered(self.train.pixels, some).float()
-            pixels = resized_crops(pixels, box.to(device), turned.to(device), self.crops.image_size)
-            yield self._normalise(pixels), self._gathered(self.train.labels, some)
+        for part in parts:
+            pixels = self._gathered(self.train.pixels, rows[part]).float()
+            pixels = resized_crops(pixels, boxes[part].to(device), flip[part].to(device), self.crops.image_size)
+            yield self._normalise(pixels), self._gathered(self.train.labels, rows[part])
 
     def val_batches(self) -> Iterator[Batch]:
         """The centres of the validation images, in order."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from morphtrain import interrupts
+from morphtrain import interrupts, slices
 from morphtrain.contracts import Batch
 from morphtrain.data.crops import Crops, Normalise, preprocessing
 from morphtrain.errors import UserError, first_line
@@ -39,6 +41,15 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.train) + len(self.val) + len(self.test)
+
+    def digest(self) -> str:
+        """The same for the same files below `root`, wherever that is."""
+        root, found = str(Path(self.root).expanduser()), hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            for path, label in part:
+                found.update(f"{path.removeprefix(root)}\0{label}\0".encode(errors="surrogateescape"))
+            found.update(b"\0")
+        return found.hexdigest()
 
 
 class Pictures(Dataset[Sample]):
@@ -88,15 +99,14 @@ class BatchPlan(Sampler[list[Item]]):
     def __init__(self) -> None:
         self.rows: Sequence[int] = ()
         self.seeds: Sequence[int | None] = ()
-        self.batch_size = 1
+        self.parts: Sequence[slice] = ()
 
     def __iter__(self) -> Iterator[list[Item]]:
-        rows, seeds, size = self.rows, self.seeds, self.batch_size
-        for i in range(0, len(rows), size):
-            yield list(zip(rows[i : i + size], seeds[i : i + size], strict=True))
+        for part in self.parts:
+            yield list(zip(self.rows[part], self.seeds[part], strict=True))
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self.parts)
 
 
 class PictureLoader:
@@ -119,13 +129,16 @@ class PictureLoader:
             generator=torch.Generator(),  # the loader draws from it in every pass, not from the run's random state
         )
 
-    def batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
-        """8-bit images (B, 3, S, S) and labels (B,) in the order of `rows`; `seeds` are those of the random crops.
+    def batches(self, rows: Sequence[int], seeds: Sequence[int | None], parts: Sequence[slice]) -> Iterator[Batch]:
+        """8-bit images (B, 3, S, S) and labels (B,): those of each of these parts of `rows`, none of which is empty.
+
+        Args:
+            seeds: of the random crops.
 
         Raises:
             UserError: if a file cannot be read, or a worker dies.
         """
-        self.plan.rows, self.plan.seeds, self.plan.batch_size = rows, seeds, batch_size
+        self.plan.rows, self.plan.seeds, self.plan.parts = rows, seeds, parts
         failure = ""
         try:
             for batch in self.loader:
@@ -208,20 +221,41 @@ class FileData:
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Random crops of these images in this order; see `SelectableData`."""
+        return self.train_slices_of(rows, slices.batches(len(rows), batch_size), generator)
+
+    def train_slices_of(
+        self, rows: torch.Tensor, parts: Sequence[slice], generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Those of parts of them; see `DividedData`."""
         seeds = torch.randint(2**63 - 1, (len(rows),), generator=generator)
-        yield from self._batches(rows.tolist(), seeds.tolist(), batch_size)
+        full = [part for part in parts if part.start < part.stop]
+        batches = self._batches(rows.tolist(), seeds.tolist(), full)
+        for part in parts:
+            yield next(batches) if part.start < part.stop else self._no_images()
 
     def val_batches(self) -> Iterator[Batch]:
         """The centres of the validation images, in order."""
-        return self._centres(len(self.train), len(self.val))
+        return self._centres("val")
 
     def test_batches(self) -> Iterator[Batch]:
         """Those of the test images."""
-        return self._centres(len(self.train) + len(self.val), len(self.test))
+        return self._centres("test")
 
-    def _centres(self, first: int, number: int) -> Iterator[Batch]:
-        return self._batches(range(first, first + number), [None] * number, EVALUATION_BATCH)
+    def own_batches(self, part: str) -> Iterator[Batch]:
+        """This process's images of the batches of `val_batches` ("val") or `test_batches`, where it has any."""
+        return self._centres(part, slices.own)
 
-    def _batches(self, rows: Sequence[int], seeds: Sequence[int | None], batch_size: int) -> Iterator[Batch]:
-        for pixels, labels in self._loader.batches(rows, seeds, batch_size):
+    def _centres(self, part: str, cut: Callable[[slice], slice] = lambda batch: batch) -> Iterator[Batch]:
+        held_out = self.val if part == "val" else self.test
+        first = len(self.train) + (len(self.val) if part == "test" else 0)
+        rows = range(first, first + len(held_out))
+        parts = [cut(batch) for batch in slices.batches(len(rows), EVALUATION_BATCH)]
+        return self._batches(rows, [None] * len(rows), [own for own in parts if own.start < own.stop])
+
+    def _batches(self, rows: Sequence[int], seeds: Sequence[int | None], parts: Sequence[slice]) -> Iterator[Batch]:
+        for pixels, labels in self._loader.batches(rows, seeds, parts):
             yield self._normalise(pixels), labels.to(self._normalise.device, non_blocking=True)
+
+    def _no_images(self) -> Batch:
+        labels = torch.zeros(0, dtype=torch.long, device=self._normalise.device)
+        return torch.zeros(0, *self.input_shape, device=self._normalise.device), labels

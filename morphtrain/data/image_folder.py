@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from morphtrain import schema
+from morphtrain import host, schema, world
 from morphtrain.data.crops import Crops
 from morphtrain.data.image_bytes import ByteData, decode
 from morphtrain.data.image_files import FileData, ImageFiles
@@ -26,20 +27,46 @@ LAYOUT = "data.root must hold train/<class>/ and val/<class>/ with images in eac
 def build(config: schema.data.ImageFolder) -> ByteData | FileData:
     """The images in `data.root`, in memory or read by workers.
 
+    The processes of a run on one host divide its cores, and have the images in memory once.
+
     Raises:
-        UserError: if the folders do not have ImageNet's layout or, in memory, if an image cannot be read.
+        UserError: if the folders do not have ImageNet's layout, if hosts have different images or, in memory, if an
+            image cannot be read.
     """
-    files = find_images(config.root)
+    files = world.together(lambda: find_images(config.root))
+    _check_same(files)
     resize = round(config.image_size * 8 / 7) if config.resize == "auto" else config.resize
     crops = Crops(config.image_size, resize, config.min_scale, config.flip)
-    workers = worker_count(config.num_workers)
     size = len(files) * 3 * resize**2
     limit = memory_share() if config.limit_bytes is None else config.limit_bytes
-    in_memory = size <= limit if config.in_memory == "auto" else config.in_memory
-    readers = f"{workers} worker{'s' if workers > 1 else ''}" if workers else "the process that trains"
-    where = "in memory" if in_memory else f"read by {readers}"
-    log.info("%d images, %.2g GiB decoded: %s", len(files), size / GIB, where)
-    return decode(files, crops, workers) if in_memory else FileData(files, crops, workers)
+    least = -world.largest(-limit)  # of all hosts: in memory, crops are other ones
+    in_memory = size <= least if config.in_memory == "auto" else config.in_memory
+    workers = worker_count(config.num_workers, divided=not in_memory)
+    log.info("%d images, %.2g GiB decoded: %s", len(files), size / GIB, "in memory" if in_memory else _readers(workers))
+    if in_memory:
+        return host.shared(lambda: decode(files, crops, workers))
+    return FileData(files, crops, workers)
+
+
+def _readers(workers: int) -> str:
+    """Who decodes the images, for the log."""
+    if not workers:
+        return "read by the process that trains"
+    each = f" in each of {world.size()} processes" if world.size() > 1 else ""
+    return f"read by {workers} worker{'s' if workers > 1 else ''}{each}"
+
+
+def _check_same(files: ImageFiles) -> None:
+    """Raise a `UserError` unless all processes have found the same images, of which each reads a part."""
+    if world.size() == 1:
+        return
+    found = world.gathered((socket.gethostname(), len(files), files.digest()))
+    for name, number, digest in found:
+        if digest != found[0][2]:
+            raise UserError(
+                f"data.root={files.root}: {name} has other images there ({number}) than {found[0][0]} ({found[0][1]}); "
+                "every host needs the same files below the same names"
+            )
 
 
 def find_images(root: str) -> ImageFiles:
@@ -125,12 +152,15 @@ def _check_classes(root: str, classes: dict[str, list[str]]) -> None:
         raise UserError(f"data.root={root}: only one class, {train[0]}; two or more are needed; {LAYOUT}")
 
 
-def worker_count(wanted: str | int) -> int:
-    """The number of workers; "auto": one for each core this process may use except its own, at most `MOST_WORKERS`."""
-    if wanted != "auto":
-        return int(wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores - 1)
+def worker_count(wanted: str | int, divided: bool = False) -> int:
+    """The workers of this process; "auto": one for each core it may use except its own, at most `MOST_WORKERS`.
+
+    With `divided`, cores and workers are those of a host, and the processes of a run divide them.
+    """
+    if wanted == "auto":
+        cores = host.cores() if divided else len(host.allowed())
+        return max(0, min(MOST_WORKERS, int(cores) - 1))
+    return -(-int(wanted) // (world.local.size if divided else 1))  # rounded up: one that decodes alone holds up all
 
 
 def memory_share() -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from morphtrain import schema
+from morphtrain import host, schema, slices, world
 from morphtrain.contracts import Batch
 from morphtrain.preprocessing import Preprocessing
 
@@ -73,7 +73,10 @@ class ImageData:
         """The same data on `device`, where augmentation then runs too; batches have the set's memory format."""
         train, val = self.train.to(device, memory_format), self.val.to(device, memory_format)
         test = self.test.to(device, memory_format) if self.test is not None else None
-        return ImageData(train, val, self.num_classes, self.shift, self.flip, test, self.preprocessing)
+        moved = ImageData(train, val, self.num_classes, self.shift, self.flip, test, self.preprocessing)
+        if self.shift and device.type == "cpu" and world.size() > 1:
+            moved._padded = host.shared(moved._pad)
+        return moved
 
     def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch in random order, augmented: images (B, C, H, W) and labels (B,); the last batch may be smaller.
@@ -85,16 +88,21 @@ class ImageData:
 
     def train_batches_of(self, rows: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """These images (N,) in this order, augmented; see `SelectableData`."""
+        return self.train_slices_of(rows, slices.batches(len(rows), batch_size), generator)
+
+    def train_slices_of(
+        self, rows: torch.Tensor, parts: Sequence[slice], generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Parts of them; see `DividedData`."""
         offsets = torch.randint(2 * self.shift + 1, (2, len(rows)), generator=generator)
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
         device = self.train.pixels.device
         rows, offsets, mirrored = rows.to(device), offsets.to(device), mirrored.to(device)
-        for i in range(0, len(rows), batch_size):
-            batch = slice(i, i + batch_size)
-            images = self._shifted(rows[batch], offsets[:, batch])
+        for part in parts:
+            images = self._shifted(rows[part], offsets[:, part])
             if self.flip:
-                images = torch.where(mirrored[batch, None, None, None], images.flip(3), images)
-            yield images, self.train.labels[rows[batch]]
+                images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
+            yield images, self.train.labels[rows[part]]
 
     def val_batches(self) -> Iterator[Batch]:
         """The validation set once, in order, without augmentation."""
@@ -110,10 +118,14 @@ class ImageData:
         if self.shift == 0:
             return self.train.pixels[rows]
         if self._padded is None:
-            self._padded = F.pad(self.train.pixels, [self.shift] * 4)
+            self._padded = self._pad()
         _, h, w = self.input_shape
         windows = self._padded.unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 2*shift+1, 2*shift+1, H, W)
         return windows[rows, :, offsets[0], offsets[1]]
+
+    def _pad(self) -> torch.Tensor:
+        """The training images with zeros around them: (N, C, H + 2*shift, W + 2*shift)."""
+        return F.pad(self.train.pixels, [self.shift] * 4)
 
 
 def normalised(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,8 @@ def _test(given: argparse.Namespace) -> None:
     _say_disturbed(table, given.metric)
     for group in formats.mixed(table, given.by) if given.by in table else ():
         print(f"note: auto chose differently in the runs of one group, {group}")
+    for group in formats.mixed_processes(table, given.by) if given.by in table else ():
+        print(f"note: the runs of one group had different numbers of processes, {group}")
     groups: Any = samples.by_group(table, given.by, given.metric)
     compare: tuple[Any, Any] = comparisons.compare_groups, variance.compare_many
     if given.paired is not None:

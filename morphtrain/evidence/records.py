@@ -28,7 +28,8 @@ LARGEST = 2**63  # larger whole numbers are no metric, and no float holds the la
 
 # Keys that do not change what is computed.
 IMMATERIAL = (
-    *("tracking", "resume", "trial", "objective", "timing", "data.root", "data.download", "data.num_workers"),
+    *("tracking", "resume", "trial", "objective", "timing", "process_timeout"),
+    *("data.root", "data.download", "data.num_workers"),
     *("experiment", "size"),  # presets, whose keys are there by themselves
 )
 

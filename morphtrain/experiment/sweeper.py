@@ -226,6 +226,7 @@ class ArmsSweeper:
 
     def _job(self, experiment: Experiment, run: Run, own: Sequence[str], given: Typed, parent: str | None) -> list[str]:
         """The overrides of a run."""
+        overrides = [*experiment.overrides, *experiment.arms[run.arm].overrides]
         more = [*own, f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir={_quoted(self.directory)}"]
         more += [f"hydra.sweep.subdir={run.seed}/{run.arm}"]
         if parent is not None:
@@ -233,7 +234,8 @@ class ArmsSweeper:
         if run.after is not None:
             epochs = run_states.epochs_in_the_same_seconds(run.after.history())
             more += [f"architecture={_quoted(run.after.directory / 'last.pt')}", f"epochs={epochs}"]
-        return merged(given.aside, experiment.overrides, experiment.arms[run.arm].overrides, more)
+            more += ["model.weights=null"] * any(key.lstrip("+").startswith("model.weights=") for key in overrides)
+        return merged(given.aside, overrides, more)
 
 
 def check_failures(failures: Mapping[Run, str], total: int) -> None:

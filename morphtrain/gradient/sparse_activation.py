@@ -5,6 +5,8 @@
     loss.backward()
     zeros, macs_saved = sparse.tally.shares()
 
+Around the backward pass of a network that computes layers again in it belongs `morphtrain.layer_calls.seen_again`.
+
 Most of these gradients are small. Those below a threshold become zero or the threshold, by a chance that keeps their
 mean. Sparse hardware could leave the zeros out; dense kernels do not.
 """
@@ -18,11 +20,11 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema
+from morphtrain import schema, world
 from morphtrain.errors import UserError
 from morphtrain.layer_calls import CONVOLUTIONS, TRANSPOSED, Layer, LayerCalls
 from morphtrain.method import Method
-from morphtrain.state import GRADIENTS, Run, derived_seed
+from morphtrain.state import GRADIENTS, Run
 
 
 @torch.no_grad()
@@ -67,8 +69,14 @@ class Tally:
         self._saved = self._saved + macs * zeros
 
     def shares(self) -> tuple[float, float]:
-        """The share of zeros in the gradients, and that of all MACs of the backward passes that meet one of them."""
-        return int(self._zeros) / max(1, self.entries), int(self._saved) / max(1, self.macs)
+        """The share of zeros in the gradients, and that of all MACs of the backward passes that meet one of them.
+
+        Both are of all processes.
+        """
+        counts = torch.tensor([self.entries, self.macs, int(self._zeros), int(self._saved)])
+        world.sum_([counts])
+        entries, macs, zeros, saved = counts.tolist()
+        return zeros / max(1, entries), saved / max(1, macs)
 
 
 class SparseGradients(LayerCalls):
@@ -102,15 +110,17 @@ class SparseGradients(LayerCalls):
             return out
         products = x.requires_grad + weight.requires_grad  # of the backward pass: for the input, and for the weight
         macs = products * math.prod(weight.shape[1:])  # of an entry of the output, or of a transposed layer's input
-        self.tally.macs += macs * (x if layer in TRANSPOSED else out).numel()
-        if layer in CONVOLUTIONS:
+        of_layer = macs * (x if layer in TRANSPOSED else out).numel()
 
-            def hook(gradient: torch.Tensor) -> torch.Tensor:
-                sparse = sparsified(gradient, self.p, self.generator)
-                self.tally.count(sparse, macs)
-                return sparse
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            self.tally.macs += of_layer  # here, as not every pass that makes a graph is followed by one through it
+            if layer not in CONVOLUTIONS:
+                return None
+            sparse = sparsified(gradient, self.p, self.generator)
+            self.tally.count(sparse, macs)
+            return sparse
 
-            out.register_hook(hook)
+        out.register_hook(hook)
         return out
 
 
@@ -120,19 +130,22 @@ class SparseActivation(Method):
     def __init__(self, config: schema.gradient.SparseActivation) -> None:
         self.config = config
         self._generator: torch.Generator | None = None
-        self._tally = Tally()  # of this epoch
+        self._tally, self._passes = Tally(), 0  # of this epoch
 
     def before_epoch(self, run: Run) -> None:
-        seed = derived_seed(run.config.seed, run.epoch, GRADIENTS)
-        self._generator = torch.Generator(run.device).manual_seed(seed)
-        self._tally = Tally()
+        self._generator = torch.Generator(run.device).manual_seed(run.own_seed(GRADIENTS))
+        self._tally, self._passes = Tally(), 0
 
     def around_forward(self, run: Run) -> AbstractContextManager[Any]:
+        self._passes += 1
         return SparseGradients(self.config.p, self._generator, self._tally)
 
     def after_backward(self, run: Run) -> None:
-        if run.epoch == 1 and not self._tally.entries:
-            raise UserError("gradient=sparse_activation: the network has no convolutions; gradient=none works")
+        if run.epoch == 1 and self._passes and not self._tally.entries:
+            raise UserError(
+                "gradient=sparse_activation: the network has no convolution whose output gets a gradient; "
+                "gradient=none works"
+            )
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         zeros, saved = self._tally.shares()

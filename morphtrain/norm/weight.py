@@ -87,7 +87,7 @@ def initialise(model: nn.Module, images: torch.Tensor) -> list[str]:
     mean-only batch norms subtract the batch's mean. Modes stay.
 
     Args:
-        images: (B, C, H, W), as training sees them; of several processes, each has its own.
+        images: (B, C, H, W), as training sees them; each of several processes has its own, one or more.
 
     Returns:
         the paths of the layers that the pass did not reach, which stay as they are.
@@ -119,8 +119,12 @@ def _started(layer: Any, out: torch.Tensor) -> torch.Tensor:
     dim = out.dim() + 1 - layer.weight.dim()  # of the channels
     rows = out.transpose(0, dim).flatten(1)  # (O, values)
     rows = rows.double() if rows.device.type != "mps" else rows.float()
-    mean = world.mean(rows.mean(1))
-    deviation = world.mean((rows - mean[:, None]).square().mean(1)).sqrt()
+    values = rows.shape[1]
+    weight = (
+        values * world.size() / sum(world.gathered(values))
+    )  # 1, unless another process has other numbers of images
+    mean = world.mean(weight * rows.mean(1))
+    deviation = world.mean(weight * (rows - mean[:, None]).square().mean(1)).sqrt()
     varies = deviation > LEAST * mean.abs().clamp(min=1)
     scale = torch.where(varies, 1 / deviation, 1.0)
     g, _ = originals(layer.parametrizations["weight"])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from morphtrain import schema, world
+from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.method import Closure, Method
 from morphtrain.morph import kept_buffers
@@ -152,14 +152,14 @@ class ISGD(Method):
         self.accelerated = self.passes = 0
 
     def step(self, run: Run, closure: Closure) -> bool | None:
-        limit = self._queue(run).exceeded_by(world.mean(run.loss))
+        limit = self._queue(run).exceeded_by(run.loss)
         if limit is None:
             return None
         subproblem = Subproblem(run.optimizer, self.config.eps, self.config.zeta)
         if not run.precision.step(run.optimizer):
             return False
         with kept_buffers(run.model):
-            self.passes += subproblem.solve(lambda: world.mean(closure(alone=True)), limit, self.config.stop)
+            self.passes += subproblem.solve(lambda: closure(alone=True), limit, self.config.stop)
         self.accelerated += 1
         return True
 

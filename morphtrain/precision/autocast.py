@@ -84,13 +84,21 @@ class Precision:
         """Add the gradients of `loss`, and unscale them, so that regularisers and clipping may use them as they are.
 
         Args:
-            more: other losses of the same step follow; gradients stay scaled until the last one.
+            more: gradients stay scaled: other losses of the same step follow, or `unscale` does.
         """
         if self._unscaled:  # a method wants other gradients than these, which it has not taken a step with
             self.scaler.update()
             self._unscaled = False
         self.scaler.scale(loss).backward()
-        if self.scaler.is_enabled() and not more:
+        if not more:
+            self.unscale(optimizer)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Unscale the gradients of all losses of a step, once those of all processes are summed.
+
+        So an overflow in one process is one in all of them, which then skip the step together.
+        """
+        if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
             self._unscaled = True
 

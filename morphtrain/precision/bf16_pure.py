@@ -34,10 +34,9 @@ class Stochastic(Casting):
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         in_type(model, self.dtype, besides=(_BatchNorm,))
 
-    def backward(self, loss: torch.Tensor, optimizer: Optimizer, more: bool = False) -> None:
-        super().backward(loss, optimizer, more)
-        if not more:
-            self._widen(optimizer)
+    def unscale(self, optimizer: Optimizer) -> None:
+        super().unscale(optimizer)
+        self._widen(optimizer)
 
     def end_step(self, optimizer: Optimizer) -> None:
         self._round()

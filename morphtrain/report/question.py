@@ -150,7 +150,9 @@ class Question:
         code = {machine.get("morphtrain_commit", "") for run in self.progress for machine in run.machines}
         mixed = f"Mixed machines: the runs come from {len(machines)}, so their times are not comparable."
         changed = f"Mixed code: the runs come from {len(code)} commits."
-        return " ".join([mixed] * (len(machines) > 1) + [changed] * (len(code) > 1))
+        processes = formats.mixed_processes(ends(self.finished))
+        several = f"Mixed numbers of processes: {'; '.join(processes)}; their times are not comparable."
+        return " ".join([mixed] * (len(machines) > 1) + [changed] * (len(code) > 1) + [several] * bool(processes))
 
     def _formats(self) -> str:
         first, last = next(iter(self.experiment.arms)), ends(self.finished)

@@ -94,7 +94,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "prune=prunetrain or prune=morphnet",
     ),
     Conflict(
-        "norm=ghost",
+        "norm=ghost|sync",
         "model.batch_norm=false",
         "the model has no batch norm to replace",
         "model.batch_norm=true or norm=batch",

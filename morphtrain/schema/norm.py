@@ -9,7 +9,7 @@ from morphtrain.schema.option import Option
 
 
 @dataclass
-class Norm(Option, group="norm", plain=("batch",)):
+class Norm(Option, group="norm", plain=("batch", "sync")):
     """Base of the norms."""
 
 

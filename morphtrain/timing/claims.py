@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,27 @@ class Use:
 
 
 class Claim:
-    """What a run has claimed, until `release` or the end of its process."""
+    """What a process of a run has claimed, until `release` or the end of the process.
 
-    def __init__(self, claims: Claims, path: Path, lock: int, resources: tuple[str, ...]) -> None:
-        self.claims, self.path, self.resources = claims, path, resources
+    Args:
+        mates: ids of the other processes of the run.
+    """
+
+    def __init__(
+        self, claims: Claims, path: Path, lock: int, resources: tuple[str, ...], mates: Set[int] = frozenset()
+    ) -> None:
+        self.claims, self.path, self.resources, self.mates = claims, path, resources, mates
         self.lock = lock
 
     def others(self) -> list[int]:
-        """The ids of other processes that have claimed any of the same resources."""
+        """The ids of processes of other runs that have claimed any of the same resources."""
+        return [pid for pid in self._users() if pid not in self.mates]
+
+    def beside(self) -> frozenset[int]:
+        """The ids of those processes of the same run that have."""
+        return frozenset(self._users()) & self.mates
+
+    def _users(self) -> list[int]:
         if not self.path.exists():
             self.claims.renew(self)
         mine = set(self.resources)
@@ -57,14 +70,14 @@ class Claims:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def claim(self, choose: Callable[[Sequence[Use]], tuple[str, ...]]) -> Claim:
+    def claim(self, choose: Callable[[Sequence[Use]], tuple[str, ...]], mates: Set[int] = frozenset()) -> Claim:
         """Claim the resources that `choose` returns, given what is in use; no one else can claim anything meanwhile.
 
-        Resources already in use are claimed too. If `choose` raises, nothing is claimed.
+        Resources already in use are claimed too. If `choose` raises, nothing is claimed. `mates`: see `Claim`.
         """
         with self.alone():
             resources = choose(self._living(None))
-            return Claim(self, *self._written(resources), resources)
+            return Claim(self, *self._written(resources), resources, mates)
 
     def renew(self, claim: Claim) -> None:
         """Write a claim again whose file is gone: what cleans up temporary files knows no locks."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from morphtrain import world
 from morphtrain.cost.stopwatch import wait_for
 
 
@@ -15,6 +16,7 @@ class Clock:
     """Times blocks of work on `device`; `seconds` holds the latest time of each block, by name.
 
     `cpu_seconds` holds what the threads of this process have computed meanwhile: others on its cores do not count.
+    Several processes begin a block together, and each has its own time of it until they `agree`.
 
     Args:
         device: to wait for.
@@ -33,11 +35,16 @@ class Clock:
         """Store the time of the block in `seconds[name]`."""
         if self.sync != "none":
             self.wait()
+        world.wait()
         start, computed = time.perf_counter(), time.process_time()
         yield
         if self.sync != "none":
             self.wait()
         self.seconds[name], self.cpu_seconds[name] = time.perf_counter() - start, time.process_time() - computed
+
+    def agree(self) -> None:
+        """Let all times be those of the slowest process, in all processes: nobody is done before it is."""
+        self.seconds = world.largest_of(self.seconds)
 
     def step_done(self) -> None:
         """Wait for the device if `sync` is "each"; call this after every training step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from morphtrain import schema
+from morphtrain import schema, world
 from morphtrain.errors import UserError
 from morphtrain.timing.foreign import ForeignCpu, measurable
 from morphtrain.timing.reference import Calibration, Reference
@@ -24,6 +24,7 @@ class Guard:
 
     An epoch is `contended` if another run has claimed the same device or cores, if other processes used more than a
     tenth of its cores, or, where the system cannot tell (as on GPUs), if the reference workload is slower than before.
+    Of several processes each looks at its own device and cores, and if it is for one, it is for all.
     Nothing is subtracted from the raw times.
 
     Args:
@@ -44,7 +45,7 @@ class Guard:
             )
         self.slot = slot
         self.share = timing.reference
-        self.foreign = ForeignCpu(slot.cpus) if slot.cpus and measurable() else None
+        self.foreign = ForeignCpu(slot.cpus, slot.beside) if slot.cpus and measurable() else None
         if self.foreign is not None:
             self.foreign.begin()  # start early: a first epoch of a few kernel ticks is too short to measure
         self.calibration: Calibration | None = None
@@ -65,7 +66,10 @@ class Guard:
             metrics["foreign_cpu"] = self.foreign.share()
         if self.calibration is not None:
             metrics |= self._calibrated(self.calibration, record, history)
-        reasons = self._reasons(metrics)
+        everyone = world.gathered((metrics.get("foreign_cpu"), self._reasons(metrics)))
+        if shares := [share for share, _ in everyone if share is not None]:
+            metrics["foreign_cpu"] = max(shares)
+        reasons = list(dict.fromkeys(reason for _, found in everyone for reason in found))
         metrics["contended"] = float(bool(reasons))
         if reasons and not any(earlier["contended"] for earlier in history):
             _warn(record["epoch"], reasons)

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
 IDLE_COLUMNS = (3, 4)  # idle, iowait
 COUNTED_TWICE = 8  # columns from here on: guest time, which is already part of user and nice
+PID, PARENT = 0, 2  # columns of a process
 WINDOW = 1.0  # seconds; one kernel tick (10 ms) is 1 % of it
 
 
@@ -25,10 +27,14 @@ class Reading:
 
 
 class ForeignCpu:
-    """The share of `cpus` that others used, which includes time that a hypervisor gave to other virtual machines."""
+    """The share of `cpus` that others used, which includes time that a hypervisor gave to other virtual machines.
 
-    def __init__(self, cpus: frozenset[int]) -> None:
-        self.cpus = cpus
+    Args:
+        beside: ids of processes that, with their children, are no others either.
+    """
+
+    def __init__(self, cpus: frozenset[int], beside: frozenset[int] = frozenset()) -> None:
+        self.cpus, self.beside = cpus, beside
         self.readings: deque[Reading] = deque()
 
     def begin(self) -> None:
@@ -44,7 +50,7 @@ class ForeignCpu:
         return foreign_share(self.readings[0], now, len(self.cpus))
 
     def _read(self) -> Reading:
-        return Reading(time.perf_counter(), busy_seconds(self.cpus), own_seconds())
+        return Reading(time.perf_counter(), busy_seconds(self.cpus), own_seconds() + family_seconds(self.beside))
 
 
 def foreign_share(start: Reading, end: Reading, cpus: int) -> float:
@@ -74,11 +80,29 @@ def own_seconds() -> float:
     return sum(map(_process_seconds, processes))
 
 
+def family_seconds(parents: frozenset[int]) -> float:
+    """CPU seconds of these processes, and of all children of theirs."""
+    if not parents:
+        return 0.0
+    found = (_columns(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdecimal())
+    family = [columns for columns in found if columns and parents & {int(columns[PID]), int(columns[PARENT])}]
+    return sum(map(_seconds, family))
+
+
 def _process_seconds(pid: int) -> float:
     """CPU seconds of a process's threads and of children it waited for; 0 if it has ended, as its parent counts it."""
+    columns = _columns(pid)
+    return _seconds(columns) if columns else 0.0
+
+
+def _columns(pid: int) -> list[str]:
+    """What the kernel says of a process, the name left out, which may contain anything; nothing if it has ended."""
     try:
         line = (PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    columns = line.rpartition(")")[2].split()  # column 3 and up: the name may contain anything
-    return sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
+        return []
+    return [line.partition(" ")[0], *line.rpartition(")")[2].split()]
+
+
+def _seconds(columns: Sequence[str]) -> float:
+    return sum(map(int, columns[12:16])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from morphtrain import world
 from morphtrain.cost.step import training_step
 from morphtrain.cost.stopwatch import wait_for
 
@@ -76,6 +77,8 @@ def _network() -> nn.Sequential:
 class Calibration:
     """Alternates training with bursts of the reference, and converts seconds into those of the nominal machine.
 
+    Of several processes all run it at the same time, and the slowest one counts, as it does in training.
+
     Args:
         reference: the workload.
         share: of the training time that bursts may take. If epochs are too short for a burst each, several share one.
@@ -123,8 +126,11 @@ class Calibration:
         self.owed = 0.0
 
     def _burst(self, seconds: float) -> None:
+        world.wait()  # several processes load the machine together, as they do when they train
         start = time.perf_counter()
-        self.rates.append(self.reference.burst(seconds))
+        rate = self.reference.burst(seconds)
+        slowest = world.largest_of({"rate": -rate, "seconds": time.perf_counter() - start})
+        self.rates.append(-slowest["rate"])
         self.fastest = max(self.fastest, self.rates[-1])
         # A burst that took too long delays the next ones; unused time is not saved up.
-        self.owed = min(0.0, self.owed - (time.perf_counter() - start))
+        self.owed = min(0.0, self.owed - slowest["seconds"])

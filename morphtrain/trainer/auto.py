@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import schema
+from morphtrain import schema, slices, world
 from morphtrain.cost.copies import copied
 from morphtrain.cost.step import blank_batch, casts_of, training_step
 from morphtrain.cost.stopwatch import timed
@@ -27,7 +27,7 @@ from morphtrain.precision import Precision
 from morphtrain.precision import auto as precisions
 from morphtrain.state import Run, passes
 from morphtrain.trainer.build import FORMATS, in_format
-from morphtrain.world import agree
+from morphtrain.world import decide
 
 CLEARLY = 0.9  # of the time of what is plainer: less is noise, or not worth other numbers
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # of a step of each, whose median counts
@@ -55,8 +55,8 @@ def choose(run: Run) -> None:
     if not keys:
         return
     start = time.perf_counter()
-    seconds = step_seconds(run)
-    fastest, ratio = agree(clearly_fastest(seconds))
+    seconds = decide(lambda: step_seconds(run))
+    fastest, ratio = clearly_fastest(seconds)
     found, plain = {key: getattr(fastest, key) for key in keys}, next(iter(seconds))
     adopt(run, run.config.chosen or found)
     log.info(
@@ -158,8 +158,9 @@ def _allowed(run: Run, kinds: Mapping[str, Precision]) -> dict[str, Precision]:
 def twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tensor, torch.Tensor]:
     """A copy of the network in this format, its optimizer, and a batch for them."""
     model, optimizer = copied(run.model, run.optimizer, torch.clone)
-    batch_size = min(run.config.first_batch_size, len(run.data.train))
-    at_once = -(-batch_size // passes(batch_size, getattr(run.config.batch_policy, "max_micro_batch", None)))
+    whole = min(run.config.first_batch_size, len(run.data.train))
+    own = max(slices.shares(whole, world.members()))  # it is timed by a process alone, and trained by all
+    at_once = -(-own // passes(own, getattr(run.config.batch_policy, "max_micro_batch", None)))
     images, labels = blank_batch(in_format(model, memory_format), run.data.input_shape, at_once)
     images.normal_(generator=torch.Generator(run.device).manual_seed(0))
     return model, optimizer, images, labels

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from morphtrain import infobatch, options, part_checks, schema
+from morphtrain import infobatch, options, part_checks, schema, world
 from morphtrain.compilation import Compilation
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
@@ -35,15 +35,25 @@ def build_run(
     config: schema.Config,
     morph: Callable[[nn.Module], nn.Module] | None = None,
     device: torch.device | None = None,
+    start: Callable[[nn.Module, Data], nn.Module] | None = None,
 ) -> Run:
-    """Build what a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+    """Build what a run needs before its first epoch.
 
-    `device` is the one that the run has taken of those `config.device` allows; None: the first of them.
+    Args:
+        morph: gives the model the structure of a checkpoint, and perhaps its values.
+        device: the one that the run has taken of those `config.device` allows; None: the first of them.
+        start: gives the model trained weights for the data (`train.new_run`).
 
     Raises:
-        UserError: for a missing device or data set, or a model that cannot be made, does not fit the data, or has
-            channels that a method needs and that cannot be followed.
+        UserError: for a missing device, process or data set, or a model that cannot be made, does not fit the data, or
+            has channels that a method needs and that cannot be followed.
     """
+    present = world.size()
+    wanted = f"{present} or null here; python -m morphtrain.run starts others"
+    schema.check(config.processes in (None, present), "processes", config.processes, wanted)
+    if config.model.weights is not None and start is None and morph is None:
+        instead = "morphtrain.trainer.new_run starts from trained ones"
+        raise UserError(f"model.weights={config.model.weights}: build_run makes new weights; {instead}")
     device = device or pick_device(config.device)
     memory_format = UNSETTLED if config.memory_format == "auto" else config.memory_format
     with named_if_out_of_memory(schema.size_keys("data", config.data)):
@@ -52,6 +62,8 @@ def build_run(
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
         model = morph(model)
+    if start is not None:
+        model = start(model, data)
     sizes = f"{schema.size_keys('model', config.model)} {schema.size_keys('data', config.data)}"
     with named_if_out_of_memory(sizes):
         model = in_format(model.to(device), memory_format)
@@ -120,6 +132,8 @@ def _check_own_parts(run: Run) -> None:
             part_checks.check_selectable(f"data.order={config.data.order}", config.data.name, run.data, instead)
     if isinstance(config.loss, Custom):
         part_checks.check_loss(f"loss={config.loss.name}", run.criterion, run.data.num_classes, run.device)
+    if isinstance(config.precision, Custom):
+        part_checks.check_precision(f"precision={config.precision.name}", run.precision)
     if isinstance(config.schedule, Custom):
         part_checks.check_schedule(f"schedule={config.schedule.name}", run.schedule, config.epochs)
     if isinstance(config.optimizer, Custom):

@@ -28,7 +28,7 @@ Record = dict[str, float]
 @contextmanager
 def progress_bar(run: Run) -> Iterator[Callable[[int], None] | None]:
     """A bar for the present epoch on a terminal; None where there is no terminal."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not world.is_main():
         yield None
         return
     columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from morphtrain import world
 from morphtrain.errors import UserError
 
 # See proc(5): writing 5 resets the peak of the resident set size, VmHWM.
@@ -20,16 +21,34 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def possible_devices(wanted: str) -> list[torch.device]:
-    """The devices that config key `device` allows; raises `UserError` if this machine has none of them."""
+    """The devices that config key `device` allows this process; raises `UserError` if there are none on this machine.
+
+    Of several processes on a host each has a GPU of its own.
+    """
     found = torch.accelerator.current_accelerator(check_available=True)
     kind = "cpu" if found is None else found.type
     each = [] if found is None else [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
     if wanted in ("auto", kind):
-        return each or [torch.device("cpu")]
+        return _of_this_process(each, wanted) or [torch.device("cpu")]
     available = ["cpu", *([kind] if each else []), *map(str, each)]
     if wanted not in available:
         raise UserError(f"device={wanted}: not on this machine; there are auto, {', '.join(available)}")
-    return [torch.device(wanted)]
+    return _of_this_process([torch.device(wanted)], wanted)
+
+
+def _of_this_process(devices: list[torch.device], wanted: str) -> list[torch.device]:
+    """Those that the other processes of this run on this host do not have.
+
+    A single GPU is the process's own: it is all that its launcher lets it see.
+    """
+    local = world.local
+    if local.size == 1 or not devices or devices[0].type == "cpu":
+        return devices
+    if devices[0].type != "cuda":
+        raise UserError(f"device={wanted}: several processes train on CPUs or CUDA devices; device=cpu works")
+    if len(devices) > 1 and local.size > len(devices):
+        raise UserError(f"device={wanted}: {local.size} processes on a host with {len(devices)} GPUs; one each works")
+    return [devices[local.rank % len(devices)]]
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import morphtrain
+from morphtrain import world
 from morphtrain.files import write_atomically
 from morphtrain.schema.files import PACKAGE
 from morphtrain.timing.processor import processor
@@ -27,6 +28,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
     `git_commit` is that of the directory the run was started from, `git_clean` whether its tracked files were as
     committed; `morphtrain_commit` that of MorphTrain itself, if it runs from a checkout. What is not known is left out.
+    Several processes all call this; it adds how many there are, what sums their gradients, and their hosts.
     """
     facts = {
         "host": platform.node(),
@@ -42,6 +44,10 @@ def describe(device: torch.device) -> dict[str, str]:
     changed = _git(Path.cwd(), "status", "--porcelain", "--untracked-files=no")
     if facts["git_commit"] and changed is not None:
         facts["git_clean"] = str(not changed).lower()
+    if world.size() > 1:
+        hosts = dict.fromkeys(world.gathered(platform.node()))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        facts |= {"processes": str(world.size()), "backend": backend, "hosts": " ".join(hosts)}
     return {name: value for name, value in facts.items() if value}
 
 

@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema
+from morphtrain import schema, slices, world
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
-from morphtrain.schema.config import TO_ACCURACY
+from morphtrain.processes.digest import check_replicas
+from morphtrain.schema.config import COMMUNICATED, TO_ACCURACY
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.summaries import median_epoch_seconds, time_to_accuracy
 from morphtrain.trainer import auto, format_hint
 from morphtrain.trainer.devices import peak_memory, reset_peak_memory
 from morphtrain.trainer.loop import evaluate
 from morphtrain.trainer.underflow import underflow_share
-from morphtrain.world import agree
+from morphtrain.world import agree, decide, gathered, largest, largest_of, traffic
 
 log = logging.getLogger(__name__)
 
@@ -47,28 +48,43 @@ def start(run: Run, hint: bool = False) -> None:
     Args:
         hint: whether to say what 16 bits would give (`format_hint`).
     """
+    _check_objective(run)
     with run.clock.timed("setup_seconds"):
         if run.epoch == 0:
             auto.choose(run)
-            run.start_norm()
+            if run.config.model.weights is None:  # they would no longer be the trained ones
+                run.start_norm()
             if hint:
                 format_hint.say(run)
         for hook in run.hooks("before_training"):
             hook(run)
     _warn_of_one_chunk(run)
+    _warn_of_one_process(run)
     _warn_of_long_steps(run)
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
 
 def _warn_of_one_chunk(run: Run) -> None:
-    norm = run.config.norm
-    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= run.batch_size > 0:
+    norm, images = run.config.norm, slices.shares(run.batch_size)[0]
+    if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= images > 0:
         log.warning(
-            "norm.ghost_batch_size=%d: a batch of %d images is one chunk, so that it is plain batch norm; "
+            "norm.ghost_batch_size=%d: a batch of %d images%s is one chunk, so that it is plain batch norm; "
             "a larger batch_policy.batch_size makes a difference",
-            *(norm.ghost_batch_size, run.batch_size),
+            *(norm.ghost_batch_size, images, " in each process" if world.size() > 1 else ""),
         )
+
+
+def _warn_of_one_process(run: Run) -> None:
+    if run.config.norm.name == "sync" and world.size() == 1:
+        log.warning("norm=sync: in one process it is plain batch norm; processes=2, or torchrun, makes a difference")
+
+
+def _check_objective(run: Run) -> None:
+    """Raise a `UserError` for an objective that only several processes record."""
+    wanted = [metric for metric in run.config.objective if metric in COMMUNICATED]
+    if wanted and world.size() == 1:
+        raise UserError(f"objective={wanted[0]}: one process sends nothing; processes=2, or another metric, works")
 
 
 def _warn_of_long_steps(run: Run) -> None:
@@ -100,6 +116,7 @@ def begin_epoch(run: Run) -> None:
     reset_peak_memory(run.device)
     for hook in run.hooks("before_epoch"):
         hook(run)
+    traffic.bytes, traffic.seconds = 0, 0.0
 
 
 def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
@@ -117,10 +134,13 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     if not agree(math.isfinite(run.train_loss)):
         lr = run.base_lrs[0]
         raise UserError(f"optimizer.lr={lr}: training diverged in epoch {run.epoch}; a smaller value may work")
-    peak = peak_memory(run.device)  # of training: evaluation has a batch size of its own
+    communication = _communication()  # of training
+    peak = _peak_memory(run)  # likewise: evaluation has a batch size of its own
     batch_size = run.batch_size  # of this epoch: a policy may change it for the next
     with run.clock.timed("morph_seconds"):
+        run.agree_buffers()  # before methods go by them
         added = _of_methods(run, "after_epoch")
+    check_replicas(run)
     if run.change:
         _after_change(run)
     elif count_params(run.model) != run.params:
@@ -130,23 +150,41 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     with run.clock.timed("eval_seconds"):
         val_loss, val_accuracy = evaluate(run)
         of_precision = _of_precision(run)
+    run.clock.agree()
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
-    record |= {} if peak is None else {"peak_memory_bytes": peak}
+    record |= communication | ({} if peak is None else {"peak_memory_bytes": peak})
+    if run.config.stop_at is not None:
+        record["stopped_early"] = float(run.is_enough(val_accuracy) and run.epoch < run.config.epochs)
     record |= auto.metrics(run) | _of_compiling(run)
     for metrics in (of_precision, added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
-    if _is_last(run) and getattr(run.data, "test", None):
+    if _is_last(run, val_accuracy) and getattr(run.data, "test", None):
         record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
-    run.history.append(judged(record, run.history) if judged is not None else record)
+    record = judged(record, run.history) if judged is not None else record
+    run.history.append(agree(record))  # the same for all who decide by it
     run.history[-1].update(_summaries(run))
     run.clock.seconds["setup_seconds"] = 0.0  # is counted now
     return run.history[-1]
 
 
-def _is_last(run: Run) -> bool:
-    return run.stopped or run.epoch == run.config.epochs
+def _communication() -> Record:
+    """What this process has sent while it trained, one way, and the longest that any has waited; nothing of one."""
+    if world.size() == 1:
+        return {}
+    found = largest_of({"comm_seconds": traffic.seconds, "comm_bytes": traffic.bytes})
+    return found | {"comm_bytes": int(found["comm_bytes"])}
+
+
+def _peak_memory(run: Run) -> int | None:
+    """That of the process that takes the most; None where a system does not say."""
+    peaks = [peak for peak in gathered(peak_memory(run.device)) if peak is not None]
+    return max(peaks, default=None)
+
+
+def _is_last(run: Run, val_accuracy: float) -> bool:
+    return run.stopped or run.epoch == run.config.epochs or run.is_enough(val_accuracy)
 
 
 def _summaries(run: Run) -> Record:
@@ -173,7 +211,7 @@ def _of_precision(run: Run) -> Record:
     precision, config = run.precision, run.config.precision
     found = _checked(f"precision={config.name}", precision.metrics()) if hasattr(precision, "metrics") else {}
     if isinstance(config, schema.Option) and UNDERFLOW in config.metrics:
-        found[UNDERFLOW] = underflow_share(run)
+        found[UNDERFLOW] = decide(lambda: underflow_share(run))
     return found
 
 
@@ -204,7 +242,7 @@ def _of_compiling(run: Run) -> Record:
         return {}
     seconds = run.clock.seconds["epoch_seconds"] - run.clock.seconds["data_seconds"]
     run.compilation.end_epoch(run.epoch, run.config.epochs, seconds, bool(run.change), run.usual_pass)
-    return {"compile_seconds": run.compilation.spent_seconds}
+    return {"compile_seconds": largest(run.compilation.spent_seconds)}
 
 
 def _record(run: Run) -> Record:
@@ -227,6 +265,7 @@ def _record(run: Run) -> Record:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "changed": float(bool(run.change)),
         "warmup": float(run.epoch <= run.config.timing.warmup_epochs),
+        **({"processes": world.size()} if world.size() > 1 else {}),
         **_curriculum(run),
     }
 

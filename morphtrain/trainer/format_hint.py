@@ -23,7 +23,7 @@ from morphtrain.schema import Custom
 from morphtrain.state import Run
 from morphtrain.trainer.auto import Choice, Step, clearly_fastest, twin
 from morphtrain.trainer.process import return_freed_memory
-from morphtrain.world import is_main
+from morphtrain.world import decide
 
 ROUNDS = 3  # of a step of each, whose median counts
 SHARE = 0.005  # of the run's steps, that these may be at the most
@@ -39,8 +39,11 @@ def say(run: Run) -> None:
     Not done for a run of fewer than 2400 steps, one that is compiled or fills its memory, and other formats than o0, o1
     and bf16.
     """
-    if not is_main() or not _is_worth_it(run):
-        return
+    if _is_worth_it(run):
+        decide(lambda: _say(run))
+
+
+def _say(run: Run) -> None:
     start = time.perf_counter()
     try:
         seconds = step_seconds(run)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Literal, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from morphtrain import interrupts
-from morphtrain.contracts import Batch, SelectableData
+from morphtrain import interrupts, slices, world
+from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
+from morphtrain.layer_calls import seen_again
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
+from morphtrain.settling import synchronises
 from morphtrain.state import Run, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
+from morphtrain.trainer.share import Share, training_shares
+from morphtrain.trainer.sums import sum_gradients
 from morphtrain.trainer.tally import Tally
+
+T = TypeVar("T")
 
 
 def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
@@ -37,27 +44,22 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
 def training_steps(run: Run) -> Iterator[int]:
     """Train over the data once, a step whenever it is asked for the next; yields the number of images of each.
 
-    At the end it sets `run.epoch_means`.
+    Every process trains on its share of each batch. Counts, losses, gradients, and so all that follows from them, are
+    those of whole batches. At the end it sets `run.epoch_means`.
     """
-    before_forward, after_step = run.hooks("before_forward"), run.hooks("after_step")
-    batches, small = training_batches(run), run.small_size(run.epoch)
+    after_step, shares = run.hooks("after_step"), training_shares(run)
     tally = Tally(run.epoch_images, run.device)
     set_mode(run, training=True)
     if run.compilation is not None:
         run.compilation.begin_epoch(tally.samples // run.batch_size, run.usual_pass)
     steps = Steps(run.compilation)
-    for images, labels in waited_for(batches, run):
-        rows = None if run.infobatch is None else run.infobatch.rows[tally.given :][: len(labels)]
-        passed = tally.give(len(labels))
+    for given in waited_for(shares, run):
+        passed = tally.give(given.whole)
         run.set_learning_rates(run.progress + passed / 2)
-        if small is not None:
-            images = resized(images, small)
-        for hook in before_forward:
-            images, labels = hook(run, (images, labels)) or (images, labels)
-        _check_rows(run, rows, labels)
-        with steps.next(whole=len(labels) == run.batch_size):
-            loss, right = gradients(run, images, labels, rows)
-            taken = take_step(run, images, labels, rows)
+        share = prepared(run, given)
+        with steps.next(whole=share.whole == run.batch_size):
+            loss, right = gradients(run, share)
+            taken = take_step(run, share)
         if taken:
             run.progress += passed
             for hook in after_step:
@@ -65,10 +67,12 @@ def training_steps(run: Run) -> Iterator[int]:
         run.optimizer.zero_grad()
         if hasattr(run.precision, "end_step"):
             run.precision.end_step(run.optimizer)
-        tally.add(len(labels), loss, right)
+        tally.add(share.whole, loss, right)
         run.clock.step_done()
-        yield len(labels)
+        yield share.whole
     _check_given(run, tally)
+    if run.infobatch is not None:
+        run.infobatch.exchange()
     run.epoch_means = tally.means if run.infobatch is None else run.infobatch.estimates
 
 
@@ -83,17 +87,30 @@ def _check_given(run: Run, tally: Tally) -> None:
     )
 
 
-def training_batches(run: Run) -> Iterator[Batch]:
-    """The batches of this epoch, of all training images or of those that InfoBatch chooses."""
-    if run.infobatch is None:
-        return run.all_batches()
-    generator = run.generator(run.epoch)
-    rows = run.infobatch.choose(run.epoch, generator, run.leaves_single)
-    return cast(SelectableData, run.data).train_batches_of(rows, run.batch_size, generator)
+def prepared(run: Run, share: Share) -> Share:
+    """The share as it goes through the network: resized in the first epochs, and as the methods have made it.
+
+    They may have changed the number of its images, and with it that of the whole batch.
+    """
+    images, labels = share.images, share.labels
+    hooks, small = run.hooks("before_forward"), run.small_size(run.epoch)
+    if small is not None:
+        images = resized(images, small)
+    with run.own_numbers():
+        for hook in hooks:
+            images, labels = hook(run, (images, labels)) or (images, labels)
+    if not hooks:
+        return replace(share, images=images)
+    counts = world.gathered(len(labels))
+    if not sum(counts):
+        raise UserError("methods: before_forward leaves none of a batch's images; one or more are needed")
+    _check_rows(run, share, labels)
+    return Share(images, labels, sum(counts), max(counts), share.rows)
 
 
-def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> None:
+def _check_rows(run: Run, share: Share, labels: torch.Tensor) -> None:
     """Raise a `UserError` if a method has changed the number of images whose scores are kept."""
+    rows = share.rows
     if rows is not None and len(rows) != len(labels):
         raise UserError(
             f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of "
@@ -101,60 +118,77 @@ def _check_rows(run: Run, rows: torch.Tensor | None, labels: torch.Tensor) -> No
         )
 
 
-def gradients(
-    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients for a step on a batch: those of its loss, clipped, plus what methods add.
 
-    Returns the loss, and how many images were classified correctly. `rows` are those of the images in the training set,
-    whose scores InfoBatch keeps; None without it.
+    Returns the batch's loss, and how many of its images were classified correctly.
     """
-    run.loss, right = clipped_gradients(run, images, labels, rows)
+    run.loss, right = clipped_gradients(run, share)
     for hook in run.hooks("after_backward"):
         hook(run)
     return run.loss, right
 
 
-def clipped_gradients(
-    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clipped_gradients(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradients of the loss alone, clipped; see `gradients`."""
-    loss, right = backward(run, images, labels, rows)
+    loss, right = backward(run, share)
     if run.config.clip_norm is not None:
         clip_grad_norm_(run.model.parameters(), run.config.clip_norm)
     return loss, right
 
 
-def backward(
-    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of the batch's mean loss, in several passes if `run.micro_batch` says so.
+def backward(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradients of a batch's mean loss, in several passes if `run.micro_batch` says so.
 
-    Returns the loss, and how many images were classified correctly. With `rows`, see `gradients`, the gradients are of
-    the images' weighted losses, which stand for all training images: `run.step_weight` times as large on average.
+    Every process computes those of its share, in as many passes as any of them needs. Returns the loss, and how many
+    images were classified correctly. With rows, the gradients are of the images' weighted losses, which stand for all
+    training images: `run.step_weight` times as large on average.
     """
-    parts = passes(len(labels), run.micro_batch)
+    several = world.size() > 1
+    images, labels = share.images, share.labels
+    parts = passes(share.most, run.micro_batch)
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(rows, parts), strict=True)
-    for number, (x, y, of) in enumerate(pieces, 1):
-        with forward_context(run):
-            logits = run.forward(x)
-            loss = _loss(run, exact(logits), y, of) * (len(y) / len(labels))
-        run.precision.backward(loss, run.optimizer, more=number < parts)
-        total += loss.detach()
-        correct += (logits.detach().argmax(1) == y).sum()
-    return total if rows is None else total / run.step_weight, correct
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(share.rows, parts), strict=True)
+    with run.own_numbers():
+        for number, (x, y, rows) in enumerate(pieces, 1):
+            loss, right, contexts = _pass(run, x, y, rows)
+            loss = loss * (len(y) / share.whole)
+            with seen_again(*contexts):
+                run.precision.backward(loss, run.optimizer, more=several or number < parts)
+            total = total + loss.detach()
+            correct += right
+    if several:
+        total, correct = sum_gradients(run.model, total, correct)
+        assert hasattr(run.precision, "unscale"), "checked when the run was built"
+        run.precision.unscale(run.optimizer)
+    return total if share.rows is None else total / run.step_weight, correct
+
+
+def _pass(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | int, Sequence[AbstractContextManager[Any]]]:
+    """The mean loss of images that go through the network at once, how many were classified right, and the contexts.
+
+    A process without images, which it may be in batches of few, has a loss of zero. They go through the network only if
+    others wait for it there.
+    """
+    if not len(labels) and not synchronises(run.model):
+        return torch.zeros((), device=run.device, requires_grad=True), 0, ()
+    with forward_context(run) as contexts:
+        logits = run.forward(images)
+        loss = _loss(run, exact(logits), labels, rows) if len(labels) else exact(logits).sum()
+    return loss, (logits.detach().argmax(1) == labels).sum(), contexts
 
 
 @contextmanager
-def forward_context(run: Run) -> Iterator[None]:
+def forward_context(run: Run) -> Iterator[list[AbstractContextManager[Any]]]:
     """What methods and the precision put around a forward pass of a training step; the precision's is the inner one."""
+    contexts = [*(hook(run) for hook in run.hooks("around_forward")), run.precision.autocast()]
     with ExitStack() as stack:
-        for hook in run.hooks("around_forward"):
-            stack.enter_context(hook(run))
-        stack.enter_context(run.precision.autocast())
-        yield
+        for context in contexts:
+            stack.enter_context(context)
+        yield contexts
 
 
 def _loss(run: Run, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -169,12 +203,12 @@ def _split(rows: torch.Tensor | None, parts: int) -> Sequence[torch.Tensor | Non
     return [None] * parts if rows is None else rows.tensor_split(parts)
 
 
-def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
+def take_step(run: Run, share: Share) -> bool:
     """The step of the first method that takes it, or else the optimizer's; False if there was none."""
 
     def closure(alone: bool = False) -> torch.Tensor:
         run.optimizer.zero_grad()
-        return (clipped_gradients if alone else gradients)(run, images, labels, rows)[0]
+        return (clipped_gradients if alone else gradients)(run, share)[0]
 
     with additions_of(run.optimizer).paced():
         for hook in run.hooks("step"):
@@ -188,7 +222,7 @@ def take_step(run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.
     return taken
 
 
-def waited_for(batches: Iterator[Batch], run: Run) -> Iterator[Batch]:
+def waited_for(batches: Iterator[T], run: Run) -> Iterator[T]:
     """The same batches; the time spent waiting for them becomes `data_seconds`, a part of `epoch_seconds`.
 
     On an asynchronous device this is the host's time only: the device may still be busy meanwhile.
@@ -213,15 +247,27 @@ def set_mode(run: Run, training: bool) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, part: Literal["val", "test"] = "val") -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) on a part of the held-out images."""
+    """Mean loss and accuracy (0..1) on a part of the held-out images, of which each process takes its share."""
     set_mode(run, training=False)
     loss = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
-    for images, labels in getattr(run.data, f"{part}_batches")():
+    for images, labels in _held_out(run, part):
         interrupts.check()
         with run.precision.autocast(), interruptible():
             logits = run.model(images)
         loss += run.criterion(logits.float(), labels) * len(labels)
         correct += (logits.argmax(1) == labels).sum()
+    world.sum_([loss, correct])
     samples = len(getattr(run.data, part))
     return loss.item() / samples, correct.item() / samples
+
+
+def _held_out(run: Run, part: Literal["val", "test"]) -> Iterator[Batch]:
+    """This process's images of the batches of a part of the held-out images, where it has any."""
+    if world.size() > 1 and hasattr(run.data, "own_batches"):
+        yield from run.data.own_batches(part)
+        return
+    for images, labels in getattr(run.data, f"{part}_batches")():
+        own = slices.own(slice(0, len(labels)))
+        if own.start < own.stop:
+            yield images[own], labels[own]

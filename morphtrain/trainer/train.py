@@ -14,13 +14,15 @@ import torch
 from morphtrain import interrupts, morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
+from morphtrain.evidence.records import LEFT_AT_THE_END
 from morphtrain.memory_limit import named_if_out_of_memory, within_machine
 from morphtrain.schema import Config
 from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
-from morphtrain.trainer import best, checkpoint, environment, records
+from morphtrain.tracking.none import NoTracker
+from morphtrain.trainer import best, checkpoint, environment, records, trained
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
@@ -28,7 +30,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
-from morphtrain.world import agree
+from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ def train(
         OSError: if `run_dir` cannot be written.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, which wait for the end of the step, and only in the main thread.
     """
-    with occupied(run_dir), prepared(config) as slot, named_if_out_of_memory(sizes(config)):
+    alone = occupied(run_dir) if is_main() else nullcontext()
+    with alone, prepared(config) as slot, named_if_out_of_memory(sizes(config)):
         return _train(config, run_dir, tags, on_epoch, slot)
 
 
@@ -83,18 +86,28 @@ def _train(
     guard = Guard(slot, config.timing, run.history)
     alone = tags.get("study", "none") == "none"
     start(run, hint=alone)  # nobody reads the logs of a hundred runs, and their times are compared
-    machine = environment.describe(run.device) | run.chosen
-    environment.write(run_dir, machine)
-    records.begin(run_dir, run.history)
-    run_id = stored.facts["tracking_id"] if stored else None
-    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
+    machine = environment.describe(run.device) | run.chosen | run.started_from
+    if is_main():
+        environment.write(run_dir, machine)
+        records.begin(run_dir, run.history)
+    tracker = _tracker(config, stored)
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)
     _check_objective(run)
-    show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
+    if is_main():
+        show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
     return [run.history[-1][metric] for metric in config.objective]
+
+
+def _tracker(config: Config, stored: checkpoint.Checkpoint | None) -> Tracker:
+    """The tracker of the config; in all processes but the first, one that keeps nothing."""
+    if not is_main():
+        return NoTracker()
+    run_id = stored.facts["tracking_id"] if stored else None
+    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
+    return tracker
 
 
 def _train_on(
@@ -108,14 +121,19 @@ def _train_on(
     status = "FAILED"
     try:
         unwanted = False
-        while run.epoch < run.config.epochs and not run.stopped and not unwanted:
+        if is_main() and not run.ended:  # one with more epochs than the last time has not come to its end yet
+            (run_dir / LEFT_AT_THE_END).unlink(missing_ok=True)
+        while not run.ended and not unwanted:
             interrupts.check()
             _advance(run, run_dir, tracker, guard)
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
+        if run.history[-1].get("stopped_early"):
+            log.info("stop_at=%g: reached after epoch %d of %d", run.config.stop_at, run.epoch, run.config.epochs)
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
-        _leave_artifacts(run, run_dir, tracker)
+        if is_main():
+            _leave_artifacts(run, run_dir, tracker)
         interrupts.check()
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
@@ -128,35 +146,51 @@ def _train_on(
 
 
 def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tuple[Run, checkpoint.Checkpoint | None]:
+    stored = decide(lambda: _stored(config, run_dir))  # other hosts may not have the file
+    if stored is None:
+        return new_run(config, device), None
+    run = stored.restore(config, device)
+    if is_main():
+        best.carry_on(run, stored.path, run_dir)
+    log.info("going on after epoch %d of %s", run.epoch, stored.path)
+    return run, stored
+
+
+def _stored(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run goes on from; None if it starts from epoch 1."""
     if config.resume == "never":
         if any((run_dir / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
             raise UserError(
                 f"{as_typed(run_dir)}: holds a checkpoint; resume=auto goes on from it, or choose another directory"
             )
-        return new_run(config, device), None
-    auto = config.resume == "auto"
-    if not auto and not Path(config.resume).is_file():
+        return None
+    if config.resume == "auto":
+        if (found := checkpoint.find(run_dir)) is None:
+            log.info("no checkpoint in %s: starting from epoch 1", run_dir)
+        return found
+    if not Path(config.resume).is_file():
         raise UserError(f"resume={config.resume}: no such checkpoint; never, auto, or the path of one works")
-    stored = checkpoint.find(run_dir) if auto else checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
-    if stored is None:
-        log.info("no checkpoint in %s: starting from epoch 1", run_dir)
-        return new_run(config, device), None
-    run = stored.restore(config, device)
-    best.carry_on(run, stored.path, run_dir)
-    log.info("going on after epoch %d of %s", run.epoch, stored.path)
-    return run, stored
+    return checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
 
 
-def new_run(config: Config, device: torch.device) -> Run:
-    """A run before its first epoch, with the structure of `config.architecture` if that is set.
+def new_run(config: Config, device: torch.device | None = None) -> Run:
+    """A run before its first epoch, with the structure of `config.architecture` and the weights of `model.weights`.
+
+    `device` is as in `build_run`.
 
     Raises:
-        UserError: as `build_run`; if there is no such checkpoint, or it is of another model.
+        UserError: as `build_run`; if there is no such file, or it is of another model.
     """
-    if config.architecture is None:
-        return build_run(config, device=device)
-    stored = checkpoint.Checkpoint(Path(config.architecture), f"architecture={config.architecture}")
-    return build_run(config, morph=stored.architecture(config), device=device)
+    morph = None
+    if (path := config.architecture) is not None:
+        stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
+        morph = stored.architecture(config)
+    if config.model.weights is None:
+        return build_run(config, morph=morph, device=device)
+    found = decide(lambda: trained.find(config))  # other hosts may not have the file
+    run = build_run(config, morph=morph, device=device, start=trained.starter(config, found))
+    run.started_from = trained.facts(config, found)
+    return run
 
 
 def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
@@ -166,11 +200,8 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     with progress_bar(run) as tick:
         train_epoch(run, tick)
     record = finish_epoch(run, guard.judged)
-    if run.change:
-        _write_architecture(run, run_dir)
-    checkpoint.save(run, run_dir, tracker.run_id)
-    best.keep(run, run_dir)
-    records.append(run_dir, record)
+    if is_main():
+        _keep(run, run_dir, tracker.run_id)
     _check_objective(run)
     log.info(epoch_line(record, run.config.epochs, run.change))
     if warning := data_warning(run.history, run.config.timing.warmup_epochs, run.data.advice):
@@ -178,6 +209,15 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     tracker.update(run.history)
     if run.change:
         tracker.artifact(_architecture_path(run, run_dir), "architecture")
+
+
+def _keep(run: Run, run_dir: Path, tracking_id: str | None) -> None:
+    """Write what the last epoch leaves in the run directory."""
+    if run.change:
+        _write_architecture(run, run_dir)
+    checkpoint.save(run, run_dir, tracking_id)
+    best.keep(run, run_dir)
+    records.append(run_dir, run.history[-1])
 
 
 def _check_objective(run: Run) -> None:
@@ -203,7 +243,7 @@ def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
         plot_widths(run.changes, run.epoch, picture)
         tracker.artifact(picture, "plots")
         interrupts.check()
-    picture = run_dir / "run.png"  # the last one: it says to a multirun that the run has ended
+    picture = run_dir / LEFT_AT_THE_END  # the last one: it says to a multirun that the run has ended
     plot_run(run.history, run.initial, picture)
     tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)

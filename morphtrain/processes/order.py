@@ -1,0 +1,65 @@
+"""What the first process tells the others: what to train, or to end."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from morphtrain import interrupts
+from morphtrain.errors import UserError
+from morphtrain.processes.join import TIMEOUT
+from morphtrain.schema import Config
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+ORDER, TAKEN = "order", "taken"  # keys of the store
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Order:
+    """The arguments of `trainer.train`, which all processes of a run have in common.
+
+    Args:
+        threads: of torch in every process; None: as many as each has.
+        cwd: the directory that relative paths start from, on this host.
+    """
+
+    config: Config
+    run_dir: Path
+    tags: Mapping[str, str]
+    threads: int | None = None
+    cwd: Path = field(default_factory=Path.cwd)
+
+
+def give(store: Store, order: Order | int, others: int, check: Callable[[], None]) -> None:
+    """Tell the others what to train or, where there is nothing to, with which code to exit; waits until all know.
+
+    Args:
+        others: how many there are.
+        check: called while this waits; it raises if they cannot come.
+    """
+    store.set(ORDER, pickle.dumps(order))
+    _wait(lambda: store.add(TAKEN, 0) == others, check)
+
+
+def take(store: Store) -> Order | int:
+    """What the first process says, once it does."""
+    _wait(lambda: store.check([ORDER]))
+    order: Order | int = pickle.loads(store.get(ORDER))
+    store.add(TAKEN, 1)
+    return order
+
+
+def _wait(condition: Callable[[], bool], check: Callable[[], None] = lambda: None) -> None:
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while not condition():
+        check()
+        if time.monotonic() > end:
+            raise UserError(f"the processes have not met within {TIMEOUT}; see whether all of them have been started")
+        interrupts.wait(POLL_SECONDS)
