@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -302,27 +301,6 @@ def test_pruned_on_and_loaded_again(runs: Callable[[str], Path], tmp_path: Path)
     count = [sum(p.numel() for p in network.parameters()) for network in (first, last)]
     assert count[1] < count[0]
     assert outputs(last, torch.randn(2, 3, 8, 8)).shape == (2, 4)
-
-
-@pytest.mark.parametrize("of", ["initial_norm", "loss"])
-def test_how_strong_the_penalty_is(of: str, runs: Callable[[str], Path]) -> None:
-    """A planned penalty is limited by the loss of guessing, where weights fit already and their own is next to nothing;
-    a share of the loss is one of the loss there is."""
-    from morphtrain.prune.strength import first_penalty_weight
-
-    ratio = 1000.0 if of == "initial_norm" else 0.5
-    limit = 0.8 if of == "initial_norm" else 0.5
-    for weights, loss in ((None, 0.01), (f"{runs('pruned')}/last.pt", math.log(10) if of == "initial_norm" else 0.01)):
-        own = [o for o in small_of("pruned") if not o.startswith("prune.lasso_ratio")]
-        run = new_run(
-            morphtrain.compose(
-                *own, f"prune.lasso_ratio={ratio}", f"prune.lasso_ratio_of={of}", f"model.weights={weights or 'null'}"
-            )
-        )
-        run.loss = torch.tensor(0.01)
-        run.set_batch(16)
-        found = first_penalty_weight(run.config.prune, run, penalty=3.0, norms=2.0, weights=1.0)
-        assert found * 3.0 / (loss + found * 3.0) == pytest.approx(limit, rel=1e-5)
 
 
 def test_an_export_brings_its_structure_along(runs: Callable[[str], Path], tmp_path: Path) -> None:

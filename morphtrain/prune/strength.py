@@ -13,7 +13,6 @@ Lambda is a factor in the loss in both cases: a learning rate or an optimizer th
 from __future__ import annotations
 
 import logging
-import math
 
 from morphtrain.errors import UserError
 from morphtrain.prune.lasso import penalty_weight_for_ratio, penalty_weight_for_share
@@ -41,7 +40,7 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     if length <= 0:
         raise UserError(f"schedule={run.config.schedule.name}: the learning rate is 0 until epoch {last}")
     planned = penalty_weight_for_share(option.lasso_ratio, norms, weights, length)
-    most = penalty_weight_for_ratio(LARGEST_LOSS_SHARE, max(run.loss.item(), _loss_of_guessing(run)), penalty)
+    most = penalty_weight_for_ratio(LARGEST_LOSS_SHARE, run.loss.item(), penalty)
     if planned <= most:
         return planned
     log.warning(
@@ -49,12 +48,6 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
         *(option.lasso_ratio, option.lasso_ratio * most / planned, 100 * LARGEST_LOSS_SHARE),
     )
     return most
-
-
-def _loss_of_guessing(run: Run) -> float:
-    """The cross-entropy of knowing nothing, where trained weights may fit already, so that their loss says little."""
-    guessed = run.config.model.weights is not None and run.config.loss.name == "cross_entropy"
-    return math.log(run.data.num_classes) if guessed else 0.0
 
 
 def enough_for(option: Option, share: float) -> str:
