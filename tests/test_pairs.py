@@ -174,6 +174,8 @@ def config_of(items: Mapping[str, Any]) -> schema.Config:
     """A config with these levels; put together without Hydra, which takes longer than the epochs."""
     parts = {name: one.value for name, one in items.items() if not name.startswith("data.")}
     data = {name.removeprefix("data."): one.value for name, one in items.items() if name.startswith("data.")}
+    if isinstance(parts.get("model"), schema.model.AlexNet):  # at three times that some runs of it diverge
+        parts["optimizer"] = replace(parts.get("optimizer", BASE.optimizer), lr=0.01)
     if parts.get("grow", BASE.grow).name == "morphnet" and hasattr(parts.get("prune"), "stop_epoch"):
         parts["prune"] = replace(parts["prune"], stop_epoch=1)  # or what has grown would be shrunk again
     return replace(BASE, **parts, data=replace(BASE.data, **data))
