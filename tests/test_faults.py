@@ -306,6 +306,18 @@ def test_a_process_may_be_busy_for_longer_than_others_may_wait() -> None:
 
 
 @pytest.mark.usefixtures("quick_hearts")
+def test_a_pause_of_all_processes_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a machine that is suspended, or of Ctrl-Z."""
+    monkeypatch.setattr(watch.Watch, "_kill", lambda *_: None)  # both are this process
+    with pair(seconds=0.5) as both:
+        with both.first._lock, both.second._lock:
+            time.sleep(1.2)
+        assert both.verdicts(seconds=0.3) == (None, None)
+        with both.second._lock:  # and of one it is
+            assert both.judged() == Report("silent", 1, seconds=0.5)
+
+
+@pytest.mark.usefixtures("quick_hearts")
 def test_processes_that_wait_for_each_other_are_told_of_the_network() -> None:
     with pair(seconds=0.3) as both:
         for one in (both.first, both.second):
