@@ -53,9 +53,9 @@ class _State:
     depth = 0  # blocks of `deferred` around
     owned = False  # the process is ours: a command, which may end it
     parent: int | None = None  # of a worker: the process of its sweep
-    settle: Callable[[int], None] | None = None  # of a process of a group: agrees with the others on why they end
-    failure: Exception | None = None  # in another process of the group
-    deaf = False  # the group has failed, and its launcher ends what is left of it
+    settle: Callable[[int], None] | None = None  # of one that trains with others: agrees with them on why they end
+    failure: Exception | None = None  # of another of them
+    deaf = False  # they have failed, and their launcher ends what is left of them
 
 
 _state = _State()
@@ -123,8 +123,8 @@ def become_worker() -> None:
 
 
 @contextmanager
-def in_group(settle: Callable[[int], None]) -> Iterator[None]:
-    """A block in which this process is one of several, of which the others may be interrupted or fail.
+def shared(settle: Callable[[int], None]) -> Iterator[None]:
+    """A block in which this process trains together with others, which may be interrupted or fail.
 
     Args:
         settle: called with a signal before it is raised or ends the process: it tells the others, waits for what they
@@ -140,17 +140,17 @@ def in_group(settle: Callable[[int], None]) -> Iterator[None]:
 
 
 def tell(number: int) -> None:
-    """Set the flag for a signal that another process of the group has had."""
+    """Set the flag for a signal that another of several processes has had."""
     if _state.number is None:
         _state.number, _state.since = number, math.inf  # the same one may come here too, and is no second one
 
 
 def fail(error: Exception | None, ended_from_outside: bool) -> None:
-    """Let `check` raise the failure of another process of the group.
+    """Let `check` raise the failure of another of several processes.
 
     Args:
         error: None: the failure is this process's own, which has raised it already.
-        ended_from_outside: whether a launcher now ends what is left of the group: its signal is not the user's.
+        ended_from_outside: whether a launcher now ends what is left of them: its signal is not the user's.
     """
     _state.failure = error
     if ended_from_outside:
@@ -167,7 +167,7 @@ def check() -> None:
 
     Raises:
         Interrupted: after a signal, or in a worker whose sweep has ended.
-        Exception: the failure of another process of the group, which comes first.
+        Exception: the failure of another of several processes, which comes first.
     """
     number = _state.number
     if number is not None and _state.failure is None and _state.settle is not None:
@@ -262,3 +262,11 @@ def _end(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.raise_signal(number)
+
+
+def _forget_others() -> None:
+    """A forked child, such as a loader's worker, trains with no others."""
+    _state.settle = _state.failure = None
+
+
+os.register_at_fork(after_in_child=_forget_others)

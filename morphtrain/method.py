@@ -20,6 +20,10 @@
         record, checkpoint (state_dict)
     after_training(run)
 
+Several processes go through all of this together, each with its own images of every batch, perhaps none. Losses and
+gradients are those of whole batches, and torch's random numbers are the same in all processes, except in
+`before_forward` and in the passes. So a hook that decides by these decides alike everywhere.
+
 Each hook is called for all methods, in the order of `ORDER`, before the next hook is called. A method implements the
 hooks it needs; a misspelt one is an error when the class is defined.
 """
@@ -94,7 +98,10 @@ class Method:
         """Prepare for epoch `run.epoch`, which is about to start."""
 
     def before_forward(self, run: Run, batch: Batch) -> Batch | None:
-        """Return another batch to train on, images (B, C, H, W) and labels (B,); None for the batch as it is."""
+        """Return another batch to train on, images (B, C, H, W) and labels (B,); None for the batch as it is.
+
+        Several processes are each given their own images, perhaps none, and may return any number.
+        """
         return None
 
     def around_forward(self, run: Run) -> AbstractContextManager[Any]:

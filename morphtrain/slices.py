@@ -17,14 +17,20 @@ def batches(images: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
 
 
-def shares(images: int) -> list[int]:
-    """How many of the images of a batch each process has, by rank."""
-    least, more = divmod(images, world.members())
-    return [least + (rank < more) for rank in range(world.members())]
+def shares(images: int, processes: int | None = None) -> list[int]:
+    """How many of the images of a batch each process has, by rank; one that is `world.alone` has all of them.
+
+    Args:
+        processes: among how many they are divided; None: `world.size()`.
+    """
+    processes = processes or world.size()
+    least, more = divmod(images, processes)
+    return [least + (rank < more) for rank in range(processes)]
 
 
 def own(batch: slice) -> slice:
     """This process's images of a batch; perhaps none."""
-    counts, rank = shares(batch.stop - batch.start), world.rank()
+    counts = shares(batch.stop - batch.start)
+    rank = world.rank() if len(counts) > 1 else 0
     start = batch.start + sum(counts[:rank])
     return slice(start, start + counts[rank])

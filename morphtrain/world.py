@@ -80,7 +80,7 @@ def size() -> int:
 
 
 def members() -> int:
-    """Number of processes, whether this one is `alone` or not: among so many the images of a batch are divided."""
+    """Number of processes, whether this one is `alone` or not."""
     return distributed.get_world_size() if _is_distributed() else 1
 
 
@@ -179,7 +179,8 @@ def together(make: Callable[[], T]) -> T:
     """
     if size() == 1:
         return make()
-    value, failure = None, None
+    value: Any = None
+    failure: Exception | None = None
     try:
         value = make()
     except Exception as error:  # noqa: BLE001 - it is raised below
@@ -188,7 +189,7 @@ def together(make: Callable[[], T]) -> T:
     first = next((error for error in failures if error is not None), None)
     if first is not None:
         raise failure or first
-    return value  # type: ignore[return-value]  # it has been made
+    return value  # type: ignore[no-any-return]  # what `make` returns
 
 
 def decide(make: Callable[[], T]) -> T:
@@ -209,7 +210,7 @@ def decide(make: Callable[[], T]) -> T:
     value, failure = agree(outcome)
     if failure is not None:
         raise failure
-    return value  # type: ignore[no-any-return]  # what the main process has sent
+    return value  # what the main process has sent
 
 
 @contextmanager

@@ -45,7 +45,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "raise": lambda: raise_(ZeroDivisionError("no widgets")),
     "mistake": lambda: raise_(UserError("widgets=3: two work")),
     "exit": lambda: sys.exit(3),
-    "leave": lambda: os._exit(0),
+    "leave": lambda: os._exit(7),
     "crash": lambda: ctypes.string_at(0),
     "hang": lambda: time.sleep(1000),
     "grip": lambda: ctypes.PyDLL(None).sleep(1000),  # hangs in native code that never gives Python's lock back

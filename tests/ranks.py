@@ -128,8 +128,9 @@ def _rank(meet: Path, rank: int, size: int, sender: Connection, function: Callab
     try:
         distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
         result = function(*arguments)
-        distributed.barrier()
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.barrier()
+            distributed.destroy_process_group()
         _send(sender, ("done", result))
     except BaseException:  # noqa: BLE001 - the test is to know of any
         _send(sender, ("failed", traceback.format_exc()))

@@ -32,17 +32,12 @@ from morphtrain.trainer import build_run, devices
 QUICK = (*SMALL, "timing.cores=1", "timing.reference=0")
 
 FAILS = """
-from morphtrain import world
 from morphtrain.errors import UserError
 from morphtrain.method import Method
 
 class Fails(Method):
-    def __init__(self, kind, rank):
-        self.kind, self.rank = kind, rank
-
     def after_epoch(self, run):
-        if run.epoch == 2 and self.rank in (world.rank(), -1):
-            raise UserError("widgets=3: two work") if self.kind == "mistake" else ZeroDivisionError("no widgets")
+        raise UserError("widgets=3: two work")
 """
 
 TORCHRUN = {
@@ -188,27 +183,19 @@ ERRORS = {
     "another number": (["processes=3"], "processes=3: torchrun has started 2 processes; 2 or null works"),
     "a multirun": (["-m", "seed=1,2"], "-m: a multirun is one process, and torchrun has started 2; "),
     "a sweep": (["+sweep=prunetrain"], "sweep: a multirun is one process, and torchrun has started 2; "),
-    "everywhere": (["mistake", "-1"], "widgets=3: two work"),
-    "in another process": (["mistake", "1"], "widgets=3: two work"),
-    "a bug": (["bug", "0"], "rank 0 of 2: ZeroDivisionError: no widgets"),
-    "a bug elsewhere": (["bug", "1"], "rank 1 of 2: ZeroDivisionError: no widgets"),
+    "the same one in all": (["methods=[{_target_: own_methods.Fails}]"], "widgets=3: two work"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_what_goes_wrong_is_said_once(case: str, tmp_path: Path) -> None:
     typed, message = ERRORS[case]
-    if typed[0] in ("mistake", "bug"):
-        (tmp_path / "own_methods.py").write_text(FAILS)
-        kind, rank = typed
-        typed = [f"methods=[{{_target_: own_methods.Fails, kind: {kind}, rank: {rank}}}]"]
+    (tmp_path / "own_methods.py").write_text(FAILS)
     first, second = command_in_ranks(2, [*QUICK, "tracking=none", *typed], tmp_path)
     assert (first.returncode, second.returncode) == (1, 1)
     assert second.stdout + second.stderr == ""
-    said = [line for line in first.stderr.splitlines() if line.startswith(message)]
-    assert len(said) == 1, first.stderr
-    assert first.stderr.count("Traceback") == ("bug" in case)
-    assert "bug" in case or first.stderr.splitlines() == said
+    (said,) = first.stderr.splitlines()
+    assert said.startswith(message)
 
 
 def test_what_only_shows_is_shown_once_and_waits_for_nobody(command: Command) -> None:
@@ -269,6 +256,7 @@ def test_siblings_end_with_the_block_whatever_happens() -> None:
     assert not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 def test_siblings_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import time\nfrom morphtrain.processes.local import Siblings\nfrom morphtrain.processes.place import Place\n"

@@ -42,9 +42,16 @@ SAME = (
     *("batch_policy.batch_size=16", "tracking=none", "device=cpu", "schedule.warmup_epochs=0"),
 )
 RESNET = ("model=resnet8", "model.width=8")
-NO_NORM = ("model=alexnet", "model.dropout=null", "model.batch_norm=false", "optimizer.lr=0.01")
+NO_NORM = ("model=custom", "model._target_=test_ranks_step.small", "optimizer.lr=0.05")
 UNEVEN = (*SAME, *NO_NORM, "data.train_samples=49", "epochs=3")  # 16 = 8 + 8 = 6 + 5 + 5, and a last batch of one image
 PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.95", "prune.lasso_ratio_of=loss", "prune.interval=1")
+
+
+def small(num_classes: int, in_channels: int, dropout: float = 0.0) -> nn.Module:
+    """A network that takes any number of images, each of which goes through it by itself."""
+    first, second = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+    head = nn.Dropout(dropout), nn.Linear(12, num_classes)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
 
 
 # -- how batches are cut --------------------------------------------------------------------------------------------
@@ -449,7 +456,7 @@ def epoch_of(config: Config) -> Run:
 
 def refusal(config: Config) -> str:
     with pytest.raises(UserError) as refused:
-        build_run(config)
+        start(build_run(config))
     return str(refused.value)
 
 
@@ -497,7 +504,7 @@ CASES = {
         *(*TINY, *NO_NORM, "data.train_samples=64", "precision=o1", "precision.dtype=float16"),
         *("precision.init_scale=256", "methods=[{_target_: test_ranks_step.Overflows}]"),
     ),
-    "draws": (*TINY, *NO_NORM, "model.dropout=0.5", "methods=[{_target_: test_ranks_step.Draws}]"),
+    "draws": (*TINY, *NO_NORM, "+model.dropout=0.5", "methods=[{_target_: test_ranks_step.Draws}]"),
     "fewer": (*TINY, *NO_NORM, "batch_policy.max_micro_batch=3", "methods=[{_target_: test_ranks_step.Fewer}]"),
     "branches": (
         *(*TINY, "model=custom", "model._target_=test_ranks_step.Branches", "optimizer.weight_decay=0.1"),

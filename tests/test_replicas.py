@@ -55,39 +55,41 @@ class Slow(Method):
         return {"own": float(world.rank())}
 
 
-def epochs(norm: str, batch_size: int) -> dict[str, Any]:
+def epochs(norm: str, batch_size: int, images: int) -> dict[str, Any]:
     """Two epochs, what is recorded of them, and how far the last evaluation is from one of all images at once."""
     slow = "methods=[{_target_: test_replicas.Slow}]"
-    run = built(f"norm={norm}", f"batch_policy.batch_size={batch_size}", "data.train_samples=50", slow, "epochs=2")
+    sizes = f"batch_policy.batch_size={batch_size}", f"data.train_samples={images}"
+    run = built(f"norm={norm}", *sizes, slow, "epochs=2")
     records = [epoch(run) for _ in range(2)]
     check_replicas(run)
     with world.alone():
         whole = evaluate(run) if world.is_main() else None
-    steps = -(-50 // batch_size)
     return {
         "records": records,
         "whole": whole,
-        "gradients": 4 * sum(p.numel() for p in run.model.parameters()) * steps,
         "digests": digests(run),
     }
 
 
-@pytest.mark.parametrize(("size", "norm", "batch_size"), [(2, "batch", 25), (3, "sync", 2)])
-def test_processes_have_the_same_records_buffers_and_evaluation(size: int, norm: str, batch_size: int) -> None:
+@pytest.mark.parametrize(("size", "norm", "batch_size", "images"), [(2, "batch", 25, 50), (3, "sync", 2, 16)])
+def test_processes_have_the_same_records_buffers_and_evaluation(
+    size: int, norm: str, batch_size: int, images: int
+) -> None:
     """Uneven shares of batches; of two images, one process has none."""
-    first, *others = in_ranks(size, epochs, norm, batch_size)
+    first, *others = in_ranks(size, epochs, norm, batch_size, images)
     for other in others:
         assert other["records"] == first["records"]
         assert other["digests"] == first["digests"]  # of the settled buffers, too
     for record in first["records"]:
         assert record["own"] == 0 and record["processes"] == size
-        assert record["epoch_seconds"] >= 0.01 * 50 / batch_size * (size - 1)
+        assert record["epoch_seconds"] >= 0.01 * images / batch_size * (size - 1)
         assert 0 < record["comm_seconds"] < record["epoch_seconds"]
-        assert record["samples_per_second"] == 50 / record["epoch_seconds"]
+        assert record["samples_per_second"] == images / record["epoch_seconds"]
     loss, accuracy = first["whole"]
     assert first["records"][-1]["val_loss"] == pytest.approx(loss, rel=1e-6)
     assert first["records"][-1]["val_accuracy"] == pytest.approx(accuracy, abs=1e-12)
-    sent, gradients = first["records"][-1]["comm_bytes"], first["gradients"]
+    before, last = first["records"]
+    sent, gradients = last["comm_bytes"], 4 * before["params"] * -(-images // batch_size)
     assert gradients < sent < (1.1 if norm == "batch" else 3) * gradients
 
 
@@ -109,7 +111,7 @@ def settled() -> list[float]:
     with world.alone():
         batches = [images for images, _ in run.all_batches()][: min(SETTLING_BATCHES, 64 // 7)]
         means: list[torch.Tensor] = []
-        counts = slices.shares(7)
+        counts = slices.shares(7, world.members())
         chunks = [batch.split(counts) for batch in batches]
         for rank, count in enumerate(counts):  # as if each were the only process
             model = copy.deepcopy(expected).train()

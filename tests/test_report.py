@@ -648,3 +648,13 @@ def test_a_place_where_no_report_can_be_is_one_line(
     assert len(said.splitlines()) == 1
     assert str(Path(place)).partition("/")[0] in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_of_an_arm_in_different_numbers_of_processes_are_flagged(tmp_path: Path) -> None:
+    def several(arm: str, seed: int, epoch: int) -> dict[str, float]:
+        return {**metrics(arm, seed, epoch), **({"processes": 2.0} if (arm, seed) == ("poor", 3) else {})}
+
+    directory = write(tmp_path, declared("ratio", THREE, SEEDS), several, EPOCHS)
+    (note,) = (note for note in read(directory, tmp_path).notes if "processes" in note)
+    counts = f"poor: {len(SEEDS) - 1} runs in one process and 1 run in 2 processes"
+    assert note.endswith(f"Mixed numbers of processes: {counts}; their times are not comparable.")

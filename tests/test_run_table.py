@@ -277,6 +277,18 @@ def test_runs_of_a_group_in_different_formats_are_said_to_be(
     assert (shown.count("note:"), shown.count(said)) == (1, 1)
 
 
+def test_runs_of_a_group_in_different_numbers_of_processes_are_said_to_be(
+    stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(1, 5):
+        several = {"processes": 2.0} if seed == 2 else {}
+        stored(f"dense{seed}", dense(seed), 0.5 + seed / 100, **several)
+        stored(f"pruned{seed}", pruned(seed), 0.6 + seed / 100)
+    assert main(["test", str(tmp_path), "--by", "prune", "--paired", "seed"]) == 0
+    counts = "none: 3 runs in one process and 1 run in 2 processes"
+    assert f"note: the runs of one group had different numbers of processes, {counts}\n" in capsys.readouterr().out
+
+
 def test_help_imports_nothing_slow() -> None:
     script = "import sys, morphtrain.evidence.__main__ as m\ntry: m.main(['test', '--help'])\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'pandas', 'numpy', 'scipy', 'statsmodels', 'mlflow'} & set(sys.modules)))"

@@ -65,3 +65,22 @@ def fails_in_one() -> None:
 def test_a_failure_in_one_process_is_told_with_its_traceback() -> None:
     with pytest.raises(AssertionError, match=r"rank 1: (.*\n)+.*only here"):
         in_ranks(2, fails_in_one, timeout=20)
+
+
+def by_itself() -> list[object]:
+    """What rank 0 finds alone, while rank 1 goes on; then what both have together."""
+    rank, value = world.rank(), torch.ones(2) * (world.rank() + 1)
+    found: list[object] = []
+    if rank == 0:
+        with world.alone():
+            world.sum_([value])
+            found = [world.size(), world.members(), value.tolist(), world.agree(3), world.decide(lambda: 4)]
+    nested = world.decide(lambda: (world.size(), world.decide(lambda: world.largest(5.0))))
+    world.wait()
+    largest = world.largest_of({"a": float(rank), "b": float(-rank)})
+    return [*found, nested, world.stacked(value).tolist(), largest, world.size()]
+
+
+def test_a_process_that_is_alone_waits_for_nobody() -> None:
+    together = [(1, 5.0), [[1.0, 1.0], [2.0, 2.0]], {"a": 1.0, "b": 0.0}, 2]
+    assert in_ranks(2, by_itself) == [[1, 2, [1.0, 1.0], 3, 4, *together], together]

@@ -41,7 +41,7 @@ class FillMemory(Method):
         if not run.change or run.epoch == run.config.epochs:
             return
         config, samples, memory = self.config, len(run.data.train), memory_of(run)
-        fits = memory.largest_batch(self.budget) * world.size()
+        fits = self._fitting(memory) * world.size()
         limits = {
             "the budget": fits,
             f"batch_policy.max_factor={config.max_factor:g}": int(run.batch_size * config.max_factor),
@@ -57,7 +57,7 @@ class FillMemory(Method):
 
     def _micro_batch(self, memory: MemoryModel, batch_size: int) -> int | None:
         """How many of a process's share of `batch_size` images go through the network at once; None if all do."""
-        fits = memory.largest_batch(self.budget)
+        fits = self._fitting(memory)
         if fits < 1:
             raise UserError(
                 f"batch_policy.budget={self.config.budget}: not even one image fits: it takes "
@@ -68,6 +68,10 @@ class FillMemory(Method):
         account = self._account(memory)
         log.warning("batch size %d: in passes of at most %d images, which is what fits (%s)", batch_size, fits, account)
         return fits
+
+    def _fitting(self, memory: MemoryModel) -> int:
+        """How many images fit in each process; what they take may depend on the kind of CPU."""
+        return int(-world.largest(-memory.largest_batch(self.budget)))
 
     def _account(self, memory: MemoryModel) -> str:
         return f"{readable(memory.fixed)} and {readable(memory.per_sample)} an image, of {readable(self.budget)}"

@@ -41,10 +41,10 @@ class Synchronised(_BatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or world.size() == 1:
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return self._normalised(input)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot send messages from within
     def _normalised(self, input: torch.Tensor) -> torch.Tensor:
         running, momentum = None, 0.0
         if self.track_running_stats:

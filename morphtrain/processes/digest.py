@@ -102,5 +102,5 @@ def _digest(value: Any) -> bytes:
     kind = f"{value.dtype} {tuple(value.shape)}".encode()
     values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     found = hashlib.sha256(kind)
-    found.update(values.numpy())
+    found.update(values.numpy().data)
     return found.digest()[:8]

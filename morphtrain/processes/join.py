@@ -15,7 +15,7 @@ from morphtrain.processes.connections import of_group
 from morphtrain.processes.place import LOCALHOST, Place
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 TIMEOUT = timedelta(minutes=10)  # that one process waits for another
 
@@ -47,7 +47,8 @@ def meet(place: Place, listener: Listener | None = None) -> Store:
     Args:
         listener: of rank 0, the socket on which it keeps the store; None: made by this.
     """
-    from torch.distributed import PrefixStore, TCPStore  # slow to import
+    from torch._C._distributed_c10d import TCPStore  # slow to import
+    from torch.distributed.distributed_c10d import PrefixStore
 
     keeps = place.rank == 0 and not place.agent
     if keeps and place.one_host and listener is None:
@@ -78,16 +79,17 @@ def joined(place: Place, store: Store, seconds: float) -> Iterator[None]:
         UserError: in all processes, if those of several hosts do not reach each other.
     """
     from torch import cuda, distributed  # slow to import
+    from torch.distributed.distributed_c10d import PrefixStore
 
     from morphtrain import world
 
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
-    network_store = distributed.PrefixStore("network", store)
+    network_store = PrefixStore("network", store)
     reached = _loopback() if place.one_host else network.checked(place.rank, place.size, network_store)
     with reached, of_group.noticed():
         distributed.init_process_group(
             backend,
-            store=distributed.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=2 * seconds),

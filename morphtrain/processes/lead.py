@@ -24,7 +24,7 @@ from morphtrain.processes.watch import over
 from morphtrain.schema import Config
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 OnEpoch = Callable[[Mapping[str, float]], bool]
 
@@ -66,7 +66,7 @@ def warn_of_restarts(config: Config) -> None:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and config.resume == "never":
         log.warning(
-            "--max-restarts=%s: each restart begins again with epoch 1; with resume=auto and a hydra.run.dir it goes on",
+            "--max-restarts=%s: each restart begins again; with resume=auto and a hydra.run.dir it goes on",
             restarts,
         )
 

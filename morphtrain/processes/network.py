@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from morphtrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 INTERFACE, FOR_GPUS = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 SECONDS = 10.0  # that a process tries to reach another, once both are there

@@ -15,7 +15,7 @@ from morphtrain.processes.join import TIMEOUT
 from morphtrain.schema import Config
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 ORDER, TAKEN = "order", "taken"  # keys of the store
 POLL_SECONDS = 0.02
@@ -44,7 +44,7 @@ def give(store: Store, order: Order | int, others: int, check: Callable[[], None
         others: how many there are.
         check: called while this waits; it raises if they cannot come.
     """
-    store.set(ORDER, pickle.dumps(order))
+    store.set(ORDER, pickle.dumps(order))  # type: ignore[arg-type]  # it takes bytes, too
     _wait(lambda: store.add(TAKEN, 0) == others, check)
 
 

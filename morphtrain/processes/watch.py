@@ -35,7 +35,7 @@ from morphtrain.processes.place import place as started_from_outside
 from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 KEY = "watch"  # in the store: the port at which rank 0 listens, and what to say there
 POLL_SECONDS = 0.1
@@ -78,7 +78,7 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
 
     watch = Watch(place, seconds, world.progress)
     try:
-        with interrupts.in_group(watch.settle), watch.hearing_signals():
+        with interrupts.shared(watch.settle), watch.hearing_signals():
             try:
                 watch.meet(store)
                 yield

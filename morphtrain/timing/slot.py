@@ -141,12 +141,17 @@ def _chooser(
 ) -> Callable[[Sequence[Use]], tuple[str, ...]]:
     """A function of what is in use that picks the least used device (if any) and the `count` least used cores.
 
-    What only `mates` use is not busy.
+    What `mates` have is taken last, but is not busy.
     """
 
     def choose(uses: Sequence[Use]) -> tuple[str, ...]:
         users = Counter(name for use in uses for name in use.resources)
-        chosen = (*sorted(devices, key=lambda name: users[name])[:1], *sorted(cores, key=lambda c: users[c])[:count])
+        of_mates = Counter(name for use in uses if use.pid in mates for name in use.resources)
+
+        def used(name: str) -> tuple[int, int]:
+            return of_mates[name], users[name]
+
+        chosen = (*sorted(devices, key=used)[:1], *sorted(cores, key=used)[:count])
         strangers = [use for use in uses if use.pid not in mates]
         busy = [name for name in chosen if any(name in use.resources for use in strangers)]
         if busy and when_busy != "mark":

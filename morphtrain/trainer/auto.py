@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import schema, slices
+from morphtrain import schema, slices, world
 from morphtrain.cost.copies import copied
 from morphtrain.cost.step import blank_batch, casts_of, training_step
 from morphtrain.cost.stopwatch import timed
@@ -158,7 +158,8 @@ def _allowed(run: Run, kinds: Mapping[str, Precision]) -> dict[str, Precision]:
 def twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tensor, torch.Tensor]:
     """A copy of the network in this format, its optimizer, and a batch for them."""
     model, optimizer = copied(run.model, run.optimizer, torch.clone)
-    own = max(slices.shares(min(run.config.first_batch_size, len(run.data.train))))
+    whole = min(run.config.first_batch_size, len(run.data.train))
+    own = max(slices.shares(whole, world.members()))  # it is timed by a process alone, and trained by all
     at_once = -(-own // passes(own, getattr(run.config.batch_policy, "max_micro_batch", None)))
     images, labels = blank_batch(in_format(model, memory_format), run.data.input_shape, at_once)
     images.normal_(generator=torch.Generator(run.device).manual_seed(0))
