@@ -99,7 +99,7 @@ def all_kinds(steps: int) -> list[dict[str, float]]:
     return [*found, largest_errors(steps, "channels_last", {})]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_of_processes_are_those_of_one_with_the_whole_batch(size: int) -> None:
     """Sixty in double precision: outputs, gradients of inputs and weights, running statistics, the trained network."""
     steps = 60 if size == 2 else 20
@@ -219,3 +219,22 @@ def test_what_it_cannot_synchronise_is_named() -> None:
         to_sync(nn.Sequential(nn.BatchNorm2d(2), Derived(2)))
     with pytest.raises(UserError, match=r"norm=sync with model\.batch_norm=false"):
         morphtrain.compose("model=alexnet", "norm=sync")
+
+
+def compiled() -> float:
+    """How far a compiled network is from one that is not, in a training step of two processes."""
+    whole = network()
+    to_sync(whole)
+    model = copy.deepcopy(whole)
+    draw = torch.Generator().manual_seed(world.rank())
+    x = torch.randn(4 + world.rank(), 3, 8, 8, generator=draw).double()
+    outputs = [whole(x), torch.compile(model, backend="eager")(x)]
+    for output in outputs:
+        output.square().sum().backward()
+    pairs = [outputs, *([p.grad, q.grad] for p, q in zip(whole.parameters(), model.parameters(), strict=True))]
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+@pytest.mark.slow
+def test_compiled_code_leaves_it_out() -> None:
+    assert max(in_ranks(2, compiled)) < 1e-12

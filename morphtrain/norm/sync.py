@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as NormaliseOnGpu
@@ -44,7 +45,7 @@ class Synchronised(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return self._normalised(input)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot send messages from within
+    @_disable_dynamo  # compiled code cannot send messages; `torch.compiler.disable` would import the compiler at once
     def _normalised(self, input: torch.Tensor) -> torch.Tensor:
         running, momentum = None, 0.0
         if self.track_running_stats:
