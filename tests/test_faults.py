@@ -163,7 +163,7 @@ else:
 def test_any_number_of_processes_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     for size, rank, moment in ((2, 0, "renamed:1"), (1, 0, "renamed:2"), (3, None, "")):
         faults = {} if rank is None else {rank: moment}
-        ended = faulty(tmp_path, faults, "resume=auto", size=size)
+        ended = faulty(tmp_path, faults, "resume=auto", "timing.cores=null", size=size)
         assert bool(ended[0].returncode) == bool(faults), ended[0].stderr
     records = read_records(tmp_path / "run")
     assert [(record["epoch"], record.get("processes")) for record in records] == [(1, 2), (2, None), (3, 3), (4, 3)]
@@ -303,6 +303,18 @@ def test_a_process_may_be_busy_for_longer_than_others_may_wait() -> None:
     assert late is not None
     assert (late.kind, late.rank) == ("hung", 1)
     assert "test_faults.py" in late.text or "line" in late.text
+
+
+@pytest.mark.usefixtures("quick_hearts")
+def test_a_pause_of_all_processes_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a machine that is suspended, or of Ctrl-Z."""
+    monkeypatch.setattr(watch.Watch, "_kill", lambda *_: None)  # both are this process
+    with pair(seconds=0.5) as both:
+        with both.first._lock, both.second._lock:
+            time.sleep(1.2)
+        assert both.verdicts(seconds=0.3) == (None, None)
+        with both.second._lock:  # and of one it is
+            assert both.judged() == Report("silent", 1, seconds=0.5)
 
 
 @pytest.mark.usefixtures("quick_hearts")
