@@ -501,7 +501,7 @@ CASES = {
     "plain": (*TINY, *RESNET),
     "slow": (*TINY, *RESNET, "methods=[{_target_: test_ranks_step.Waits}]"),
     "overflow": (
-        *(*TINY, *NO_NORM, "data.train_samples=64", "precision=o1", "precision.dtype=float16"),
+        *(*TINY, *NO_NORM, "data.train_samples=64", "precision=o1", "precision.dtype=float16", "schedule=constant"),
         *("precision.init_scale=256", "methods=[{_target_: test_ranks_step.Overflows}]"),
     ),
     "draws": (*TINY, *NO_NORM, "+model.dropout=0.5", "methods=[{_target_: test_ranks_step.Draws}]"),
@@ -546,7 +546,7 @@ def test_what_is_drawn_for_the_network_is_the_same_in_all_processes(seen: list[d
 
 
 def test_gradients_are_those_of_all_images_that_methods_have_left(seen: list[dict[str, Any]]) -> None:
-    assert [each["fewer"] for each in seen] == [1, 1]
+    assert [each["fewer"] for each in seen] == pytest.approx([1, 1])
 
 
 def test_a_gradient_that_some_processes_lack_is_that_of_the_others(seen: list[dict[str, Any]]) -> None:
