@@ -174,7 +174,7 @@ ALIKE = {
     "penalty": (*UNEVEN, *PRUNED, "prune.update=subgradient", "prune.start_epoch=1"),
     "infobatch": (*UNEVEN, "data.infobatch=0.5", "data.infobatch_until=0.9", "epochs=5"),
     "isgd": (
-        *(*UNEVEN, "data.order=cycle", "data.noise=30", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
+        *(*UNEVEN, "data.order=cycle", "epochs=5", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
         *("optimizer.lr=0.005", "schedule=constant"),
     ),
     "weight norm": (*SAME, *RESNET, "norm=weight", "data.train_samples=47", "epochs=2", "optimizer.lr=0.01"),
@@ -213,6 +213,7 @@ def test_two_processes_train_as_one(name: str, by_one: dict[str, Outcome], by_tw
         assert_alike(found[name], by_one[name], within=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FEW, "clipped, in passes", "infobatch"])
 def test_three_processes_train_as_one_even_if_some_have_no_images(
     name: str, by_one: dict[str, Outcome], by_three: list[dict[str, Outcome]]
