@@ -174,7 +174,7 @@ ALIKE = {
     "penalty": (*UNEVEN, *PRUNED, "prune.update=subgradient", "prune.start_epoch=1"),
     "infobatch": (*UNEVEN, "data.infobatch=0.5", "data.infobatch_until=0.9", "epochs=5"),
     "isgd": (
-        *(*UNEVEN, "data.order=cycle", "data.noise=30", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
+        *(*UNEVEN, "data.order=cycle", "epochs=5", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
         *("optimizer.lr=0.005", "schedule=constant"),
     ),
     "weight norm": (*SAME, *RESNET, "norm=weight", "data.train_samples=47", "epochs=2", "optimizer.lr=0.01"),
@@ -213,6 +213,7 @@ def test_two_processes_train_as_one(name: str, by_one: dict[str, Outcome], by_tw
         assert_alike(found[name], by_one[name], within=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FEW, "clipped, in passes", "infobatch"])
 def test_three_processes_train_as_one_even_if_some_have_no_images(
     name: str, by_one: dict[str, Outcome], by_three: list[dict[str, Outcome]]
@@ -501,7 +502,7 @@ CASES = {
     "plain": (*TINY, *RESNET),
     "slow": (*TINY, *RESNET, "methods=[{_target_: test_ranks_step.Waits}]"),
     "overflow": (
-        *(*TINY, *NO_NORM, "data.train_samples=64", "precision=o1", "precision.dtype=float16"),
+        *(*TINY, *NO_NORM, "data.train_samples=64", "precision=o1", "precision.dtype=float16", "schedule=constant"),
         *("precision.init_scale=256", "methods=[{_target_: test_ranks_step.Overflows}]"),
     ),
     "draws": (*TINY, *NO_NORM, "+model.dropout=0.5", "methods=[{_target_: test_ranks_step.Draws}]"),
@@ -546,7 +547,7 @@ def test_what_is_drawn_for_the_network_is_the_same_in_all_processes(seen: list[d
 
 
 def test_gradients_are_those_of_all_images_that_methods_have_left(seen: list[dict[str, Any]]) -> None:
-    assert [each["fewer"] for each in seen] == [1, 1]
+    assert [each["fewer"] for each in seen] == pytest.approx([1, 1])
 
 
 def test_a_gradient_that_some_processes_lack_is_that_of_the_others(seen: list[dict[str, Any]]) -> None:
