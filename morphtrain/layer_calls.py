@@ -10,18 +10,25 @@
 
 No module is replaced and no tensor renamed: tracing, surgery and checkpoints see the network as it is. Computed
 weights (weight normalisation) arrive as the tensors that the layers use. Several modes nest: the one entered last sees
-a call first, and what it calls is seen by the ones around it. Nothing is seen in the backward pass, nor while torch.fx
-records a network, as growth does: it has proxies instead of tensors. `torch.autocast` acts below all of them: it casts
-what they pass on.
+a call first, and what it calls is seen by the ones around it. Nothing is seen while torch.fx records a network, as
+growth does: it has proxies instead of tensors. `torch.autocast` acts below all of them: it casts what they pass on.
+
+A backward pass sees none either, unless the network computes layers again in it (`torch.utils.checkpoint`, reversible
+blocks), which then have to be what they were:
+
+    with seen_again(count):
+        loss.backward()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +40,13 @@ LAYERS = CONVOLUTIONS | TRANSPOSED | {F.linear}
 
 
 class LayerCalls(TorchFunctionMode):
-    """A context in which `call` stands in for every convolution, transposed convolution and linear layer."""
+    """A context in which `call` stands in for every convolution, transposed convolution and linear layer.
+
+    Attributes:
+        is_again: whether what is seen is computed again, in a backward pass.
+    """
+
+    is_again = False
 
     def call(
         self,
@@ -52,6 +65,24 @@ class LayerCalls(TorchFunctionMode):
         """
         raise NotImplementedError
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """A context in which layers are seen that a backward pass computes again; `is_again` is true meanwhile."""
+        self.is_again = True
+        try:
+            with self._seeing():
+                yield
+        finally:
+            self.is_again = False
+
+    @contextmanager
+    def _seeing(self) -> Iterator[None]:
+        TorchFunctionMode.__enter__(self)  # that of a subclass may begin a forward pass
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -59,6 +90,9 @@ class LayerCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.Tensor.backward and self.is_again:
+            with self._seeing():  # a mode is off while it is told of a function, and of all that this calls
+                return _backward(*args, **(kwargs or {}))
         if func not in LAYERS or is_traced(types):
             return func(*args, **(kwargs or {}))
         return _called(self.call, func, *args, **(kwargs or {}))
@@ -75,6 +109,28 @@ def _called(
 ) -> torch.Tensor:
     """Give the arguments of a layer their places, however they were given."""
     return call(layer, input, weight, bias, *rest, **keywords)
+
+
+def _backward(
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """`torch.Tensor.backward`, of which no mode is told: they are told of tensors, and not of edges of a graph."""
+    gradient = torch.ones_like(tensor) if gradient is None else gradient
+    torch.autograd.backward(get_gradient_edge(tensor), gradient, retain_graph, create_graph, inputs=inputs)
+
+
+@contextmanager
+def seen_again(*contexts: object) -> Iterator[None]:
+    """The context of a backward pass: those of a forward pass's contexts that see layers see what it computes again."""
+    with ExitStack() as stack:
+        for context in contexts:
+            if isinstance(context, LayerCalls):
+                stack.enter_context(context.again())
+        yield
 
 
 def is_traced(types: Iterable[type]) -> bool:

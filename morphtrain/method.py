@@ -105,7 +105,10 @@ class Method:
         return None
 
     def around_forward(self, run: Run) -> AbstractContextManager[Any]:
-        """A context of each forward pass of a training step, outside that of the precision (`torch.autocast`)."""
+        """A context of each forward pass of a training step, outside that of the precision (`torch.autocast`).
+
+        One that sees layers (`morphtrain.layer_calls`) also sees those that the backward pass computes again.
+        """
         return nullcontext()
 
     def after_backward(self, run: Run) -> None:

@@ -6,17 +6,19 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from morphtrain import custom, schema
 from morphtrain.contracts import Data, NormStart, Precision
 from morphtrain.errors import UserError
 from morphtrain.method import Method
+from morphtrain.preprocessing import Preprocessing
 from morphtrain.schema import Custom, Option, option_of
 from morphtrain.tracker import Tracker
 
@@ -59,6 +61,12 @@ def build_method(group: str, config: Option | Custom) -> Method | None:
 
 def _module(group: str, config: Option) -> Any:
     return importlib.import_module(f"morphtrain.{group}.{option_of(vars(config))}")
+
+
+def published_weights(config: Option | Custom) -> tuple[Path, dict[str, Tensor], Preprocessing] | None:
+    """The file, the tensors and the images of `model.weights`, if that is a name that the option's source publishes."""
+    find = None if isinstance(config, Custom) else getattr(_module("model", config), "published", None)
+    return None if find is None else find(config)
 
 
 def norm_start(config: Option | Custom) -> NormStart | None:

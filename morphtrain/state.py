@@ -59,6 +59,7 @@ class Run:
     norm_start: NormStart | None = None  # what its norm does with images before the first step; None: nothing
     compilation: Compilation | None = None  # with config key `compile`: which passes go through compiled code
     chosen: dict[str, str] = field(default_factory=dict)  # what `auto` stands for, by config key
+    started_from: dict[str, str] = field(default_factory=dict)  # of `model.weights`: the file, and its digest
     base_lrs: list[float] = field(default_factory=list)  # of the optimizer's groups, before schedule and ramps
     initial: dict[str, int] = field(default_factory=dict)  # channels, weights, params, macs of the first network
     epoch: int = 0  # the current one, from 1; between epochs the last one done, before the first 0
@@ -67,6 +68,7 @@ class Run:
     micro_batch: int | None = None  # most images that go through the network at once, in each process; None: all
     lr_scale: Ramp = field(default_factory=Ramp)  # the learning rate's factor for the batch size, set by its policy
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # of the last batch
+    epoch_means: Callable[[], tuple[float, float]] | None = None  # reads what follows off the device, at its end
     train_loss: float = 0.0  # mean over the last epoch
     train_accuracy: float = 0.0  # 0..1, in the same forward passes
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics per epoch
@@ -78,9 +80,20 @@ class Run:
     growths: list[Ramp] = field(default_factory=list)  # factors on the rate of what each has added, see `growing`
     redrawn: int = 0  # the last epoch after which all weights were drawn again
     stopped: bool = False  # a method ends the run after this epoch
+    cycles: list[int] = field(default_factory=list)  # epochs after which the schedule begins again (`resume_schedule`)
     params: int = 0
     macs: int = 0
     _own: OwnNumbers = field(default_factory=OwnNumbers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is to follow: all are done, a method has stopped the run, or it is as accurate as asked."""
+        done = self.stopped or self.epoch >= self.config.epochs
+        return done or bool(self.history and self.is_enough(self.history[-1]["val_accuracy"]))
+
+    def is_enough(self, val_accuracy: float) -> bool:
+        """Whether the run is to end with this accuracy (`stop_at`)."""
+        return self.config.stop_at is not None and val_accuracy >= self.config.stop_at
 
     def hooks(self, name: str) -> list[Callable[..., Any]]:
         """This hook of every method that implements it, in the declared order."""

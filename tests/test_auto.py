@@ -23,7 +23,7 @@ import morphtrain
 from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.morph import format_of_model
-from morphtrain.precision import Precision
+from morphtrain.precision import Precision, autocast
 from morphtrain.precision import auto as precisions
 from morphtrain.state import Run
 from morphtrain.tracking.none import NoTracker
@@ -151,6 +151,15 @@ def test_what_a_cpu_emulates_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(precisions.worth_trying(CPU)) == ["o0"]
     monkeypatch.setattr(precisions, "slowdown", lambda device, dtype: 0.9)
     assert list(precisions.worth_trying(CPU)) == ["o0", "bf16"]
+
+
+def test_what_a_format_takes_here_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[torch.dtype] = []
+    monkeypatch.setattr(autocast, "_convolution_seconds", lambda dtype: timed.append(dtype) or 2.0)  # type: ignore[func-returns-value]
+    autocast.slowdown.cache_clear()
+    assert [autocast.slowdown(CPU, torch.float16) for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert timed == [torch.float16, torch.float32]
+    autocast.slowdown.cache_clear()
 
 
 def test_processes_take_the_first_ones_choice(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,18 +41,27 @@ CHOICES = [
 ]
 
 # What is accepted, each looked at by hand. Any text may be a path or a name, and so may a number, written out.
-TEXTS = {"architecture", "data.root", "resume", "tracking.experiment", "tracking.parent_run_id", "tracking.uri"}
+TEXTS = {
+    "architecture",
+    "data.root",
+    "model.weights",
+    "resume",
+    "tracking.experiment",
+    "tracking.parent_run_id",
+    "tracking.uri",
+}
 ACCEPTED = {
     **dict.fromkeys(("text", "negative", "infinite", "not a number", "huge"), TEXTS),
     "true": TEXTS
     | {f"data.{key}" for key in ("download", "flip", "in_memory")}
-    | {"grow.inherit", "model.batch_norm", "model.downsample", "optimizer.nesterov"},
+    | {"grow.inherit", "model.batch_norm", "model.downsample", "norm.mean_only", "optimizer.fused"}
+    | {"optimizer.nesterov", "precision.keep_batchnorm_fp32"},
     "list": {"grow.at_epochs", "grow.where", "prune.ignore"},
     "node": {"model.options"},
     "empty": {"tracking.parent_run_id", "tracking.uri"},
     "null": {
-        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "timing.cores", "trial"),
-        "processes",
+        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "model.weights", "processes"),
+        *("resume_schedule", "stop_at", "timing.cores", "trial"),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
         *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),

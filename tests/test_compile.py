@@ -235,6 +235,11 @@ def test_it_costs_at_most_twice_what_foresight_would(lives: list[int], compiling
         ["model.shortcut=B", "prune.residual=gating", "norm=ghost", "norm.ghost_batch_size=6"],
         ["memory_format=channels_last", "precision=bf16", "grow=deeper", "grow.at_epochs=[2]", "clip_norm=1"],
         ["norm=weight", "norm.mean_only=true", "optimizer.lr=0.03", "grow=wider", "grow.at_epochs=[2]"],
+        ["gradient=approximate", "grow=deeper", "grow.at_epochs=[2]"],
+        pytest.param(
+            ["gradient=approximate", "gradient.kind=top1", "precision=o2", "grow=wider", "grow.at_epochs=[2]"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_operation_by_operation_it_computes_the_same(options: list[str], captured: list, pays: None) -> None:

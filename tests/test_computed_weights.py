@@ -3,164 +3,44 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from computed_layers import (
+    WRAPS,
+    Fickle,
+    Masked,
+    Net,
+    OneWay,
+    Squashed,
+    Symmetric,
+    Wrap,
+    X,
+    made,
+    own,
+    shared_computation,
+    step,
+    two_spectral,
+)
 from networks import assert_close, check_surgery, outputs
-from test_own_parts import DENSE
-from test_resume import assert_same, contents
+from test_resume import assert_same
 from torch import fx, nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrizations import _WeightNorm, orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import SGD, Adam
 
-import morphtrain
 from morphtrain.cost import WidthCost, count_macs, count_params
 from morphtrain.cost.layer_steps import LayerSteps
 from morphtrain.cost.params import count_weights
 from morphtrain.cost.widths import layers_of
-from morphtrain.export.write import export
 from morphtrain.grow import widen
 from morphtrain.grow.size import params_at
-from morphtrain.initialise import fresh_weights
-from morphtrain.method import Method
-from morphtrain.morph import ChannelGraph, Gate, MorphError, additions_of, describe, rebuild
-from morphtrain.morph.effective import assign, effective, fold, parameters_of, scale, sensitivity, trained
+from morphtrain.morph import ChannelGraph, Gate, MorphError, additions_of, describe
+from morphtrain.morph.effective import effective, fold, parameters_of, scale
 from morphtrain.optimizer.groups import decay_groups
-from morphtrain.preprocessing import Preprocessing
 from morphtrain.prune.fading import Fading
-from morphtrain.state import Run
-from morphtrain.trainer import train
-
-X = torch.randn(4, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-LABELS = torch.tensor([0, 1, 2, 3])
-Wrap = Callable[[Any], Any]
-
-
-class Masked(nn.Module):
-    """W with some entries off: a buffer of the weight's shape."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", (torch.rand_like(weight) > 0.3).to(weight.dtype))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self.mask
-
-
-class RowScale(nn.Module):
-    """W with a trained factor for each row: a parameter of another shape."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.rand(len(weight), *[1] * (weight.dim() - 1)) + 0.5)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self.factor
-
-
-class Squashed(nn.Module):
-    """tanh W: a selection of rows is one, but half of it needs the inverse."""
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.tanh()
-
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.atanh()
-
-
-class OneWay(nn.Module):
-    """tanh W without an inverse."""
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.tanh()
-
-
-class Symmetric(nn.Module):
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + weight.transpose(0, 1)
-
-
-class Fickle(nn.Module):
-    """Does something else with few rows."""
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if len(weight) > 4 else 2 * weight
-
-
-def own(kind: type[nn.Module], takes_weight: bool = False) -> Wrap:
-    def wrap(layer: nn.Module) -> nn.Module:
-        return register_parametrization(layer, "weight", kind(layer.weight) if takes_weight else kind())
-
-    return wrap
-
-
-def twice(layer: nn.Module) -> nn.Module:
-    return own(RowScale, True)(own(Masked, True)(layer))
-
-
-WRAPS: dict[str, Wrap] = {
-    "weight norm": weight_norm,
-    "weight norm of inputs": lambda layer: weight_norm(layer, dim=1),
-    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
-    "masked": own(Masked, True),
-    "row scale": own(RowScale, True),
-    "squashed": own(Squashed),
-    "twice": twice,
-}
-
-
-class Net(nn.Module):
-    """A residual sum, groups, a depthwise and a transposed convolution, batch norm in some places."""
-
-    def __init__(self, wrap: Wrap = lambda layer: layer, norms: bool = True) -> None:
-        super().__init__()
-        self.stem = wrap(nn.Conv2d(3, 8, 3, padding=1))
-        self.norm = nn.BatchNorm2d(8) if norms else nn.Identity()
-        self.a = wrap(nn.Conv2d(8, 6, 3, padding=1))
-        self.b = wrap(nn.Conv2d(6, 8, 1, bias=False))
-        self.norm_b = nn.BatchNorm2d(8) if norms else nn.Identity()
-        self.grouped = wrap(nn.Conv2d(8, 8, 3, padding=1, groups=2))
-        self.depthwise = wrap(nn.Conv2d(8, 8, 3, padding=1, groups=8))
-        self.plain = nn.Conv2d(8, 6, 1)
-        self.up = wrap(nn.ConvTranspose2d(6, 6, 2, 2))
-        self.head = wrap(nn.Linear(6, 5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.stem(x)).relu()
-        x = (x + self.norm_b(self.b(self.a(x).relu()))).relu()
-        x = self.plain(self.depthwise(self.grouped(x).relu()).relu()).relu()
-        return self.head(self.up(x).relu().mean((2, 3)))
-
-
-def made(wrap: Wrap, norms: bool = True) -> Any:
-    torch.manual_seed(0)
-    return Net(wrap, norms).double()
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    F.cross_entropy(model(X), LABELS).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-class Derived(_WeightNorm):
-    """torch's weight norm by another name, as one in another memory format."""
-
-
-def derived(layer: Any) -> Any:
-    return register_parametrization(layer, "weight", Derived(0), unsafe=True)
-
-
-def two_spectral(layer: Any) -> Any:
-    """Spectral norm on two of the layers, weight norm on the others."""
-    return spectral_norm(layer) if getattr(layer, "in_channels", 0) in (6,) else weight_norm(layer)
-
 
 # -- cut and widened ------------------------------------------------------------------------------------------
 
@@ -388,13 +268,6 @@ def test_nothing_but_zeros_is_refused() -> None:
 # -- other parametrisations -----------------------------------------------------------------------------------
 
 
-def shared_computation(layer: Any) -> nn.Module:
-    """Two layers with one computed weight."""
-    first, second = weight_norm(nn.Conv2d(8, 8, 1)), weight_norm(nn.Conv2d(8, 8, 1))
-    second.parametrizations["weight"] = first.parametrizations["weight"]
-    return nn.Sequential(first, second)
-
-
 def shared_direction(layer: Any) -> nn.Module:
     """Two layers with a common v, each with a g of its own."""
     first, second = weight_norm(nn.Conv2d(8, 8, 1)), weight_norm(nn.Conv2d(8, 8, 1))
@@ -608,176 +481,3 @@ def test_costs_are_those_of_the_plain_network() -> None:
     steps[0].step(layer, steps[0].widths(layer)[-1])()
     widen(ours, target=widths)
     assert count_params(model) == predicted
-
-
-# -- checkpoints and export -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm, twice], ids=["weight norm", "spectral norm", "own"])
-def test_a_cut_network_is_saved_loaded_and_exported(wrap: Wrap, tmp_path: Path) -> None:
-    model = made(wrap)
-    graph = ChannelGraph.trace(model, X)
-    graph.reindex_spaces({space: range(space.size - 2) for space in graph.spaces})
-    morphtrain.save(model, tmp_path / "net.pt")
-    loaded = morphtrain.load(tmp_path / "net.pt", model=Net(wrap))
-    assert_same(loaded.state_dict(), model.state_dict())
-    assert_close(outputs(loaded, (X,)), outputs(model, (X,)), 0.0)
-    with pytest.raises(morphtrain.errors.UserError, match="it holds weights that are computed"):
-        morphtrain.load(tmp_path / "net.pt", model=Net())
-    assert [space.size for space in ChannelGraph.trace(loaded, X).spaces] == [space.size for space in graph.spaces]
-    before = type(model.a)
-    export(model, tmp_path / "net.state_dict.pt", "state_dict", Preprocessing(input_shape=(3, 8, 8)))
-    assert type(model.a) is before and trained(model.a)
-    values = torch.load(tmp_path / "net.state_dict.pt", weights_only=True)
-    assert not [name for name in values if "parametrizations" in name]
-    bare = rebuild(Net().double(), json.loads((tmp_path / "net.architecture.json").read_text()))
-    bare.load_state_dict(values)
-    assert_close(outputs(bare.eval(), (X,))[1:] * 2, outputs(model, (X,))[1:] * 2, 1e-12)
-
-
-def test_a_plain_network_takes_the_structure_of_a_computed_one() -> None:
-    """As a run does whose method has weights computed: first the structure, then the method, then the values."""
-    model = made(spectral_norm)
-    graph = ChannelGraph.trace(model, X)
-    graph.reindex_spaces({space: range(space.size - 2) for space in graph.spaces})
-    other = rebuild(Net().double(), json.loads(json.dumps(describe(model))))
-    for path in ("stem", "a", "b", "grouped", "depthwise", "up", "head"):
-        spectral_norm(other.get_submodule(path))
-    other.load_state_dict(model.state_dict())
-    assert_close(outputs(other, (X,)), outputs(model, (X,)), 0.0)
-
-
-def test_a_description_cannot_give_a_kernel_another_size() -> None:
-    description = describe(made(weight_norm))
-    description["shapes"]["a.parametrizations.weight.original1"] = [6, 8, 5, 5]
-    with pytest.raises(MorphError, match="no surgery makes"):
-        rebuild(Net(weight_norm), description)
-
-
-class Normed(Method):
-    """Weight norm on every convolution, spectral norm on the classifier, once the network is made."""
-
-    def after_build(self, run: Run) -> None:
-        for module in list(run.model.modules()):
-            if isinstance(module, nn.Conv2d):
-                weight_norm(module)
-        spectral_norm(run.model.classifier)  # type: ignore[arg-type]
-        run.optimizer = SGD(run.model.parameters(), lr=0.05, momentum=0.9)
-
-
-def interrupted(record: Mapping[str, float]) -> bool:
-    if record["epoch"] == 3:
-        raise KeyboardInterrupt
-    return False
-
-
-def test_a_run_that_grows_computed_weights_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
-    overrides = (*DENSE, "tracking=none", "device=cpu", "grow=wider", "grow.factor=1.5", "grow.at_epochs=[2]")
-    overrides += (f"methods=[{{_target_: {__name__}.Normed}}]", "epochs=5")
-    config = morphtrain.compose(*overrides)
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    for place in (once, twice):
-        place.mkdir()
-    train(config, once, {})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, twice, {}, on_epoch=interrupted)
-    train(
-        morphtrain.compose(*overrides, f"methods=[{{_target_: {__name__}.Normed}}]", "epochs=5", "resume=auto"),
-        twice,
-        {},
-    )
-    ends = [contents(place / "last.pt") for place in (once, twice)]
-    assert_same(ends[0], ends[1])
-    widths = ends[0]["facts"]["architecture"]["widths"]
-    assert 12 in {layer.get("out_channels") for layer in widths.values()}, "it has grown"
-
-
-# -- weights as the layers use them ---------------------------------------------------------------------------
-
-
-def test_assigned_weights_keep_the_norms_of_v_and_the_signs_of_g() -> None:
-    layer = weight_norm(nn.Conv2d(3, 4, 3)).double()
-    g, v = parameters_of(layer)
-    with torch.no_grad():
-        g[1] *= -1
-        v[2] *= 3
-    norms = v.flatten(1).norm(dim=1)
-    wanted = torch.randn(4, 3, 3, 3, dtype=torch.double)
-    wanted[3] = 0
-    direction = v[3].clone()
-    assign(layer, "weight", wanted)
-    assert torch.allclose(effective(layer), wanted, rtol=0, atol=1e-14) and bool((effective(layer)[3] == 0).all())
-    assert torch.allclose(v.flatten(1).norm(dim=1), norms) and torch.equal(v[3], direction)
-    assert g.flatten().sign().tolist() == [1, -1, 1, 0]
-
-
-def test_what_spectral_norm_cannot_give_is_refused_and_nothing_is_changed() -> None:
-    layer = spectral_norm(nn.Conv2d(3, 4, 3)).double()
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(MorphError, match="computed by SpectralNorm, cannot be set to this one"):
-        assign(layer, "weight", 2 * effective(layer))
-    assert_same(layer.state_dict(), before)
-
-
-@pytest.mark.parametrize("name", WRAPS)
-def test_scaled_weights_are_scaled(name: str) -> None:
-    torch.manual_seed(0)
-    layer = WRAPS[name](nn.Conv2d(4, 5, 3).double()).double()
-    factor = (torch.rand(5, 4, 1, 1) * (torch.rand(5, 4, 1, 1) > 0.3)).double()
-    wanted = effective(layer).detach() * factor
-    scale(layer, "weight", factor)
-    assert torch.allclose(effective(layer), wanted, rtol=0, atol=1e-14)
-    assert torch.equal(effective(layer) == 0, wanted == 0)
-
-
-@pytest.mark.parametrize("dim", [0, 1, None])
-def test_the_derivative_by_factors_on_a_normed_weight(dim: int | None) -> None:
-    torch.manual_seed(0)
-    layer = weight_norm(nn.Conv2d(3, 4, 3).double(), dim=dim)
-    assert sensitivity(layer) is None
-    layer(X).square().sum().backward()
-    factor = torch.ones(4, 3, 3, 3, dtype=torch.double, requires_grad=True)
-    F.conv2d(X, effective(layer).detach() * factor, layer.bias).square().sum().backward()
-    assert torch.allclose(sensitivity(layer), factor.grad, rtol=1e-10)
-
-
-def test_folding_leaves_copies_alone_and_tied_weights_tied() -> None:
-    model = shared_computation(None).double()
-    x = torch.randn(2, 8, 4, 4, dtype=torch.double)
-    other = copy.deepcopy(model)
-    expected = model(x)
-    fold(model)
-    assert type(model[0]) is nn.Conv2d and model[0].weight is model[1].weight
-    assert torch.allclose(model(x), expected, rtol=1e-12)
-    assert torch.allclose(other(x), expected, rtol=1e-12) and len(list(other.parameters())) == 4
-    assert {name for name, _ in model.named_parameters()} == {"0.weight", "0.bias", "1.bias"}
-
-
-@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm], ids=["weight norm", "spectral norm"])
-def test_fresh_weights_are_those_of_a_plain_network(wrap: Wrap) -> None:
-    model, plain = made(wrap), made(lambda layer: layer)
-    for network in (model, plain):
-        torch.manual_seed(1)
-        fresh_weights(network)
-    for path in ("stem", "a", "grouped", "up", "head"):
-        layer, wanted = model.get_submodule(path), plain.get_submodule(path).weight
-        if wrap is weight_norm:
-            assert torch.allclose(effective(layer), wanted, rtol=1e-12)
-        else:
-            sigma = wanted / effective(layer)
-            assert torch.allclose(sigma, sigma.flatten()[0].expand_as(sigma), rtol=1e-10)
-
-
-@pytest.mark.parametrize("value", [float("nan"), 0.0, 1e-30, 3e38])
-@pytest.mark.parametrize("name", [*WRAPS, "spectral norm", "derived"])
-def test_what_can_change_does_not_depend_on_values(name: str, value: float) -> None:
-    """A resumed run is traced before it has its values."""
-    torch.manual_seed(0)
-    wrap = {**WRAPS, "spectral norm": spectral_norm, "derived": derived}[name]
-    model = Net(wrap)
-    wanted = [(repr(s), s.is_ambiguous) for s in ChannelGraph.trace(model, X.float()).spaces]
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.fill_(value)
-    graph = ChannelGraph.trace(model, X.float())
-    assert [(repr(s), s.is_ambiguous) for s in graph.spaces] == wanted and len(wanted) == 5

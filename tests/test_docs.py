@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 import morphtrain
-from morphtrain import schema
+from morphtrain import lr_finder, schema
 from morphtrain.compare.__main__ import parse
-from morphtrain.compare.command import sides_of
+from morphtrain.compare.command import check_effect, sides_of
+from morphtrain.trainer import train
 
 ROOT = Path(__file__).parents[1]
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((schema.CONF / group).glob("*.yaml"))]
@@ -48,6 +49,37 @@ def test_a_command_that_is_shown_composes(command: str) -> None:
 def test_a_comparison_that_is_shown_composes(command: str) -> None:
     for overrides in sides_of(*parse(shlex.split(command))).values():
         morphtrain.compose(*overrides)
+
+
+@pytest.mark.parametrize("command", sorted(set(shown("lr_finder"))))
+def test_a_range_test_that_is_shown_composes(command: str) -> None:
+    options = lr_finder.parse(shlex.split(command))
+    check_effect("a range test", options.overrides)
+    morphtrain.compose(*options.overrides)
+
+
+SHORT = ("tracking=none", "timing.reference=0", "model.width=4")
+
+
+@pytest.mark.parametrize(("guide", "number"), [("trained-weights", 2), ("longer-runs", 3)])
+def test_the_commands_of_a_guide_run_after_each_other(
+    guide: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shortened: a thirtieth of the epochs, narrow networks."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text().replace(" \\\n", " ")
+    lines = re.findall(r"^ +python -m morphtrain\.run (.*)", text, re.MULTILINE)
+    lines = [line for line in lines if "torchvision" not in line]  # which needs a network and photos
+    assert len(lines) == number
+    for place, line in enumerate(lines):
+        words = [re.sub(r"^epochs=(\d+)", lambda m: f"epochs={max(2, int(m[1]) // 30)}", w) for w in shlex.split(line)]
+        words = words if any(word.startswith("epochs=") for word in words) else [*words, "epochs=2"]
+        directory = next((w.partition("=")[2] for w in words if w.startswith("hydra.run.dir=")), f"run{place}")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        overrides = [word for word in words if not word.startswith("hydra.")]
+        overrides += ["prune.round_to=1"] * ("prune=early" in words)  # eight are more than such a layer has
+        train(morphtrain.compose(*overrides, *SHORT), Path(directory), {})
+        assert morphtrain.load(Path(directory) / "last.pt") is not None
 
 
 @pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))

@@ -13,6 +13,7 @@ from conftest import SMALL, Command
 
 import morphtrain
 from morphtrain.cost import count_macs, count_params
+from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_widths
 from morphtrain.evidence.records import read_records
 from morphtrain.grow.decision import Rules, Situation, decide
@@ -21,7 +22,7 @@ from morphtrain.state import Run
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.loop import evaluate, train_epoch
-from morphtrain.trainer.train import train
+from morphtrain.trainer.train import new_run, train
 
 PRUNED = ("prune=prunetrain", "prune.lasso_ratio=0.5", "prune.start_epoch=2", "prune.interval=1")
 GROWTHS = {
@@ -307,6 +308,13 @@ def test_a_structure_that_was_found_can_be_trained_from_scratch(tmp_path: Path, 
     other = command(*scratch, "model.blocks=1", "hydra.run.dir=other")
     assert other.returncode == 1
     assert "model.blocks=1: architecture=found/last.pt was written with model.blocks=2" in other.stderr
+    path = f"architecture={tmp_path}/found/last.pt"
+    with pytest.raises(UserError) as refused:
+        new_run(morphtrain.compose(*small, path, "norm=weight", "tracking=none"), torch.device("cpu"))
+    assert (
+        str(refused.value)
+        == f"norm=weight: {path} was written with norm=batch; take the same norm, or architecture=null"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import INPUT, LABELS, OPTIMIZERS, SHAPES, build, dropped, mask, outputs, random_keep, step, trace
+from networks import (
+    INPUT,
+    LABELS,
+    OPTIMIZERS,
+    SHAPES,
+    assert_close,
+    build,
+    dropped,
+    mask,
+    outputs,
+    random_keep,
+    step,
+    trace,
+)
 from test_zoo import CNNS, SMALL, image_size, network
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +35,7 @@ from morphtrain.grow.net2net import _copies, widen
 from morphtrain.model import ResNet
 from morphtrain.model.mobilenet import MobileNet
 from morphtrain.model.vgg import VGG
-from morphtrain.morph import ChannelGraph, MorphError, describe, rebuild
+from morphtrain.morph import ChannelGraph, MorphError, Start, describe, rebuild
 from morphtrain.morph.surgery.statistics import measure_inputs
 
 OWN = {
@@ -82,9 +95,8 @@ def check_growth(model: nn.Module, x: torch.Tensor) -> ChannelGraph:
         assert_kept(model, x, before, tolerance)
     for start in STARTS:
         ends = graph.stage_ends
-        for end in [*ends[:1], *ends[1:][-1:]] if len(ends) > 5 else ends:
-            if start == "zero_gamma" or end.non_negative:
-                graph.insert_block(end.path, [x], start=start, optimizer=optimizer)
+        for end in (*ends[:1], *ends[1:][-1:]):
+            graph.insert_block(end.path, [x], start=start, optimizer=optimizer)
         assert_kept(model, x, before, tolerance)
     names = [name for name, _ in model.named_parameters()]
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -198,8 +210,7 @@ def check_chain(shape: str, chain: list[str], seed: int) -> None:
             graph.insert_layer(graph.layer_places[seed % len(graph.layer_places)], [x], optimizer=optimizer)
         elif operation in STARTS and graph.stage_ends:
             end = graph.stage_ends[seed % len(graph.stage_ends)]
-            if operation == "zero_gamma" or end.non_negative:
-                graph.insert_block(end.path, [x], start=operation, optimizer=optimizer)
+            graph.insert_block(end.path, [x], start=operation, optimizer=optimizer)
         elif operation == "remove":
             blocks = [b for b in graph.blocks if b.kind == "sum" and graph.can_remove(b)]
             if blocks:
@@ -368,8 +379,8 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
             graph.insert_layer(path)
     with pytest.raises(MorphError, match="no block can be put after 'b'"):
         graph.insert_block("b")
-    with pytest.raises(MorphError, match="no half_half block can be put after 'act'"):
-        graph.insert_block("act", start="half_half")
+    with pytest.raises(MorphError, match=r"half_half block with 4 inner channels .* after 'act': an identity needs 8"):
+        graph.insert_block("act", start="half_half", inner=4)
     resnet = trace(build(1))
     with pytest.raises(MorphError, match="a kernel of 2 has no middle"):
         resnet.insert_layer(resnet.layer_places, [INPUT], kernel=2)
@@ -379,14 +390,26 @@ def test_what_cannot_become_deeper_is_refused_before_anything_changes() -> None:
     assert str(resnet.model) == str(build(1))
 
 
-def test_a_block_after_values_that_may_be_negative_ends_without_relu() -> None:
+@pytest.mark.parametrize("kernels", [(3,), (3, 3), (1, 3, 5, 1)])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_block_after_values_that_may_be_negative_ends_without_relu(
+    start: Start, normed: bool, kernels: tuple[int, ...]
+) -> None:
+    """In training mode too: all norms of an identity start with the statistics of what reaches them."""
+    torch.manual_seed(0)
     model = Leaky().double()
+    if normed:
+        model.a = nn.Sequential(model.a, nn.BatchNorm2d(4).double())
     x = torch.randn(2, 3, 8, 8, dtype=torch.double)
-    before = evaluated(model, x)
+    before = outputs(model, (x,))
     graph = ChannelGraph.trace(model, x)
-    path = graph.insert_block("act")
-    assert_kept(model, x, before)
-    assert isinstance(model.get_submodule(path).activation, nn.Identity)
+    path = graph.insert_block("act", [x], kernels=kernels, start=start)
+    assert_close(outputs(model, (x,)), before, 1e-10)
+    block = model.get_submodule(path)
+    assert isinstance(block.activation, nn.Identity)
+    assert block.branch[0].out_channels == (8 if start == "half_half" and len(kernels) > 1 else 4)
+    assert ("BatchNorm2d" in str(block)) == normed
 
 
 def test_new_parameters_join_the_group_of_their_kind() -> None:

@@ -20,6 +20,7 @@ from morphtrain.trainer.share import Share
 
 # What needs a tensor's values on the host: numbers of it, or how many results there are.
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive")
+MAKES = ("lift_fresh",)  # a tensor of Python numbers, which waits for the device that it is copied to
 ALWAYS = "prune.start_epoch=1"  # from the first epoch on the penalty acts
 
 
@@ -36,7 +37,7 @@ class Reads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         masks = [part for index in args[1:2] if isinstance(index, (list, tuple)) for part in index]
         by_mask = name == "index" and any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks)
-        if name in READS or by_mask:
+        if name in (*READS, *MAKES) or by_mask:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -57,32 +58,36 @@ def built(*overrides: str) -> Run:
     return build_run(morphtrain.compose(*SMALL, "tracking=none", "device=cpu", "prune.start_epoch=1", *overrides))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [ALWAYS, "clip_norm=1", "memory_format=channels_last", "precision=bf16"],
-        [ALWAYS, "prune.update=subgradient", "prune.residual=gating", "norm=ghost", "norm.ghost_batch_size=6"],
-        [ALWAYS, "optimizer=lars", "batch_policy.max_micro_batch=6", "data.train_samples=250"],
-        [ALWAYS, "optimizer=adamw", "optimizer.fused=true"],
-        [ALWAYS, "optimizer.fused=true", "clip_norm=1"],
-        [ALWAYS, "norm=weight", "norm.mean_only=true"],
-        ["prune=morphnet", "prune.start_epoch=1", "prune.regulariser=group_lasso", "norm=weight"],
-        ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
-        [ALWAYS, "data=digits", "schedule=milestones"],
-        [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
-        [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
-        [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
-    ],
-)
-def test_a_step_reads_nothing(options: list[str]) -> None:
+OPTIONS = [
+    [ALWAYS, "clip_norm=1", "memory_format=channels_last", "precision=bf16"],
+    [ALWAYS, "prune.update=subgradient", "prune.residual=gating", "norm=ghost", "norm.ghost_batch_size=6"],
+    [ALWAYS, "optimizer=lars", "batch_policy.max_micro_batch=6", "data.train_samples=250"],
+    [ALWAYS, "optimizer=adamw", "optimizer.fused=true"],
+    [ALWAYS, "optimizer.fused=true", "clip_norm=1"],
+    [ALWAYS, "norm=weight", "norm.mean_only=true"],
+    ["prune=morphnet", "prune.start_epoch=1", "prune.regulariser=group_lasso", "norm=weight"],
+    ["prune=morphnet", "grow=adaptive", "batch_policy=adabatch"],
+    [ALWAYS, "data=digits", "schedule=milestones"],
+    [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
+    [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
+    [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
+    ["prune=morphnet", "prune.start_epoch=1", "optimizer=adamw", "optimizer.fused=true", "precision=bf16_pure"],
+]
+
+
+def run_of(options: list[str], device: str) -> Run:
     keys = {option.split("=")[0] for option in options}
     own = [o for o in SMALL if o.split("=")[0] not in keys]
     if "prune=morphnet" in options:
         own = [o for o in own if not o.startswith("prune.")]
     if "data=digits" in options:
         own = [o for o in own if not o.startswith("data.")]
-    run = build_run(morphtrain.compose(*own, "tracking=none", "device=cpu", *options))
-    assert reads_of_steps(run) == []
+    return build_run(morphtrain.compose(*own, "tracking=none", f"device={device}", *options))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_step_reads_nothing(options: list[str]) -> None:
+    assert reads_of_steps(run_of(options, "cpu")) == []
 
 
 def test_what_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +99,9 @@ def test_what_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [[], ["clip_norm=1", "optimizer.fused=true", "precision=bf16"]])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_gpu_is_not_waited_for(options: list[str]) -> None:
-    run = build_run(morphtrain.compose(*SMALL, "tracking=none", "device=cuda", "prune.start_epoch=1", *options))
+    run = run_of(options, "cuda")
     start(run)
     begin_epoch(run)
     steps = training_steps(run)

@@ -188,3 +188,18 @@ def test_the_lasso_takes_each_layers_step() -> None:
         torch.testing.assert_close(lasso.weight.detach(), other.weight)
     sizes = {round(float(run.optimizer.step_size(lasso.weight)), 9) for lasso in method.lassos}
     assert len(sizes) == len(method.lassos)
+
+
+@pytest.mark.parametrize(("size", "slope"), [(64, 2000.0), (2, 6e-8)], ids=["large", "small"])
+def test_in_16_bits_norms_and_ratios_do_not_overflow(size: int, slope: float) -> None:
+    """Against the formula in 64 bits; a norm of 128000 and a ratio of 170000 are too much for float16."""
+    weight = torch.linspace(8.0, 12.0, size * size).view(size, size).half()
+    gradient = torch.full((size, size), slope).half()
+    parameter = nn.Parameter(weight.clone())
+    parameter.grad = gradient.clone()
+    LARS([parameter], lr=64.0, momentum=0.9, trust_coefficient=0.001).step()
+    ratio = 0.001 * weight.double().norm() / gradient.double().norm()
+    assert gradient.double().norm() > 65504 or ratio > 65504
+    moved = weight.double() - parameter.detach().double()
+    assert moved.mean() > 0.5
+    torch.testing.assert_close(moved, 64.0 * ratio * gradient.double(), rtol=0.02, atol=0.0)

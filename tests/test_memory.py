@@ -77,7 +77,7 @@ def test_the_estimate_is_what_the_trainer_allocates(case: str, tmp_path: Path) -
     overrides, batch_size = STEPS[case]
     run = run_of_one_step(batch_size, *overrides)
     real = allocated_peak(run, tmp_path / "trace.json")
-    settings = {"optimizer": run.optimizer, "autocast_dtype": run.precision.dtype}
+    settings = {"optimizer": run.optimizer, "precision": run.precision.dtype}
     estimate = estimate_memory(run.model, SHAPE, batch_size, **settings)
     assert 0.96 < estimate / real < 1.03
 
@@ -143,7 +143,7 @@ def test_nothing_of_the_model_is_touched() -> None:
     states = {id(p): {key: t.clone() for key, t in state.items()} for p, state in optimizer.state.items()}
     random = torch.get_rng_state()
     max_batch(model, SHAPE, 2**30, optimizer=optimizer)
-    estimate_memory(model, SHAPE, 3, autocast_dtype=torch.bfloat16)
+    estimate_memory(model, SHAPE, 3, precision=torch.bfloat16)
     assert all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
     for old, parameter in zip(grads, model.parameters(), strict=True):
         assert (old is None and parameter.grad is None) or torch.equal(old, parameter.grad)
@@ -189,7 +189,7 @@ def test_shared_and_frozen_parameters_count_for_what_they_are() -> None:
 
 def test_sixteen_bits_take_about_half_a_sample() -> None:
     model = ResNet(blocks=2)
-    full, half = (memory_model(model, SHAPE, autocast_dtype=dtype).per_sample for dtype in (None, torch.bfloat16))
+    full, half = (memory_model(model, SHAPE, precision=dtype).per_sample for dtype in (None, torch.bfloat16))
     assert 0.45 < half / full < 0.6
 
 

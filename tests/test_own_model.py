@@ -147,6 +147,7 @@ def test_an_option_file_of_ones_own_works_like_any_other(command: Command, tmp_p
     assert stored["facts"]["config"]["model"] == {
         "_target_": "own_net.Net",
         "arguments": {"width": 6, "stages": [{"multiple": 1}], "act": {"name": "relu"}},
+        "weights": None,
     }
     loading = "import morphtrain, own_net; print(morphtrain.load('run/last.pt').classifier.in_features)"
     loaded = subprocess.run([sys.executable, "-c", loading], cwd=tmp_path, capture_output=True, text=True)

@@ -187,6 +187,26 @@ class Frozen(Method):
         run.optimizer = torch.optim.SGD(run.model.classifier.parameters(), lr=0.5)  # type: ignore[union-attr, operator]
 
 
+class Empties(Method):
+    """Leaves nothing of some batch."""
+
+    def before_forward(self, run: Run, batch: Any) -> Any:
+        images, labels = batch
+        kept = labels < 0 if run.progress > 0.5 else labels >= 0
+        return images[kept], labels[kept]
+
+
+@pytest.mark.parametrize("more", [(), ("batch_policy.max_micro_batch=6",), ("data.infobatch=0.5",)])
+def test_a_batch_of_which_nothing_is_left_is_refused_in_a_line(more: tuple[str, ...]) -> None:
+    run = build_run(morphtrain.compose(*DENSE, "methods=[{_target_: test_own_parts.Empties}]", *more))
+    start(run)
+    begin_epoch(run)
+    with pytest.raises(
+        UserError, match=r"^methods: before_forward leaves none of a batch's images; one or more are needed$"
+    ):
+        train_epoch(run)
+
+
 def test_batch_and_optimizer_can_be_replaced() -> None:
     methods = "methods=[{_target_: test_own_parts.Halves}, {_target_: test_own_parts.Frozen}]"
     run = build_run(morphtrain.compose(*DENSE, methods, "schedule=constant"))

@@ -174,6 +174,8 @@ def config_of(items: Mapping[str, Any]) -> schema.Config:
     """A config with these levels; put together without Hydra, which takes longer than the epochs."""
     parts = {name: one.value for name, one in items.items() if not name.startswith("data.")}
     data = {name.removeprefix("data."): one.value for name, one in items.items() if name.startswith("data.")}
+    if isinstance(parts.get("model"), schema.model.AlexNet):  # at three times that some runs of it diverge
+        parts["optimizer"] = replace(parts.get("optimizer", BASE.optimizer), lr=0.01)
     if parts.get("grow", BASE.grow).name == "morphnet" and hasattr(parts.get("prune"), "stop_epoch"):
         parts["prune"] = replace(parts["prune"], stop_epoch=1)  # or what has grown would be shrunk again
     return replace(BASE, **parts, data=replace(BASE.data, **data))
@@ -183,9 +185,8 @@ def title(row: Row) -> str:
     return ", ".join(one.name for one in row.values() if isinstance(one, Level))
 
 
-def check(row: Row, directory: Path) -> None:
+def check(config: schema.Config, directory: Path) -> None:
     """A few steps, a change of structure, a checkpoint; and from there on as many more twice, to the same bits."""
-    config = config_of(row)
     run = build_run(config)
     start(run)
     advance(run)
@@ -219,7 +220,7 @@ def quickly_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=[f"{number:02}" for number in range(len(ROWS))])
 def test_options_go_together(row: Row, tmp_path: Path) -> None:
     print(title(row))  # which pytest shows of those that fail
-    check(row, tmp_path)
+    check(config_of(row), tmp_path)
 
 
 def test_the_runs_have_every_pair_but_those_that_the_table_excludes() -> None:
@@ -251,7 +252,7 @@ def failures(rows: Sequence[Row], directory: Path) -> list[str]:
     for number, row in enumerate(rows):
         (directory / str(number)).mkdir()
         try:
-            check(row, directory / str(number))
+            check(config_of(row), directory / str(number))
         except Exception as error:  # noqa: BLE001 (to see all that fail)
             failed.append(f"{title(row)}: {type(error).__name__}: {error}")
     print(f"{len(rows)} runs, {len(failed)} failed")

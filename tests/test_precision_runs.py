@@ -194,9 +194,9 @@ def test_memory_is_that_of_the_format() -> None:
     for name in ("o0", "o2", "o3", "stochastic"):
         model, optimizer, casts = prepared(name)
         before = {key: (tensor.dtype, tensor.data_ptr()) for key, tensor in model.state_dict().items()}
-        found[name] = memory_model(model, (3, 16, 16), optimizer=optimizer, autocast_dtype=casts, device_type="cuda")
+        found[name] = memory_model(model, (3, 16, 16), optimizer=optimizer, precision=casts, device_type="cuda")
         assert {key: (tensor.dtype, tensor.data_ptr()) for key, tensor in model.state_dict().items()} == before
-        peak = estimate_memory(model, (3, 16, 16), 8, optimizer=optimizer, autocast_dtype=casts, device_type="cuda")
+        peak = estimate_memory(model, (3, 16, 16), 8, optimizer=optimizer, precision=casts, device_type="cuda")
         assert peak == found[name].peak(8)
     for name in ("o2", "o3", "stochastic"):
         assert 0.45 < found[name].per_sample / found["o0"].per_sample < 0.65

@@ -453,6 +453,41 @@ def test_a_gate_that_would_lose_something_is_refused() -> None:
         graph.gate({"head": Gate(reads=torch.tensor([0]))})
 
 
+class Tied(nn.Module):
+    """Blocks of a convolution each: two with one weight, one that is used under two names, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c, self.own = (
+            nn.Conv2d(inputs, 8, 1, bias=False) for inputs in (3, 8, 8, 8, 8)
+        )
+        self.b.weight, self.d = self.a.weight, self.c
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in (self.a, self.b, self.c, self.d, self.own):
+            x = x + layer(x.relu())
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_that_are_tied_are_not_gated() -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    with torch.no_grad():
+        for layer in (model.a, model.c, model.own):
+            layer.weight[:2] = 0.0
+            layer.weight[:, 5] = 0.0
+    before = outputs(model)
+    graph = trace(model)
+    assert reconfigure(graph, residual="gating").gated == ["own"]
+    assert_close(outputs(model), before, 1e-12)
+    for path in ("a", "b", "c"):
+        with pytest.raises(MorphError, match=f"'{path}' cannot be gated: it is used under another name, too, or its"):
+            graph.gate({path: Gate(reads=torch.tensor([0]))})
+    step(model, OPTIMIZERS["sgd"](model.parameters()))
+
+
 class Sharing(nn.Module):
     """A branch with a parameter of its own, a layer used twice, and a weight that it shares with the outside."""
 

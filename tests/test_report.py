@@ -323,7 +323,7 @@ def test_arms_that_computed_the_same_are_no_different_methods(tmp_path: Path) ->
     write(tmp_path / "a", declared("ratio", arms, SEEDS), twins, EPOCHS, configs)
     write(tmp_path / "b", declared("ratio", arms, range(1, 9)), twins, EPOCHS, configs)
     html = reported(tmp_path).html
-    assert html.count("good and twin computed the same") == 1, "with seed 8 they did not"
+    assert html.count("good and twin came to the same numbers") == 1, "with seed 8 they did not"
 
 
 def test_seconds_are_positive_and_accuracies_at_most_one(tmp_path: Path) -> None:
@@ -533,7 +533,7 @@ def test_other_machines_other_code_and_other_work_are_flagged(tmp_path: Path) ->
     assert "Mixed machines: the runs come from 2" in section
     assert "Mixed code: the runs come from 2 commits" in section
     assert f"Others used the machine in {21 * EPOCHS} of {21 * EPOCHS} epochs, in 21 of 21 runs" in section
-    assert "in 3 of these the machine was measured too seldom" in section
+    assert "in 3 of these calibrated times do not allow for it" in section
     for run in (directory / "7").iterdir():
         cut(directory, 7, run.name, 0)
     assert "in 18 of 21 runs; calibrated times allow for it" in reported(tmp_path).section("ratio_question")

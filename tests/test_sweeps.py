@@ -266,13 +266,14 @@ def test_a_trial_is_stopped_once_it_is_slower(objective: str, tmp_path: Path) ->
     pruner = {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 3, "n_warmup_steps": 0}
     sweeper = OmegaConf.create({"study_name": "early", "storage": storage, "pruner": pruner})
 
-    def verdicts(*values: float, epochs: int = 9) -> list[bool]:
+    def verdicts(*values: float, epochs: int = 9, **more: float) -> list[bool]:
         reporter = TrialReporter(sweeper, study.ask().number, [objective], epochs)
-        return [reporter({"epoch": epoch, objective: value}) for epoch, value in enumerate(values, 1)]
+        return [reporter({"epoch": epoch, objective: value, **more}) for epoch, value in enumerate(values, 1)]
 
     assert verdicts(0.9, 1.8, 2.7) == [False, False, False]
     assert verdicts(1.1) == [True]
     assert verdicts(1.1, epochs=1) == [False], "it has its result: there is nothing to save"
+    assert verdicts(1.1, stopped_early=1.0) == [False]
     assert verdicts(0.5, 2.5, 2.9) == [False, objective != "val_loss", False]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from morphtrain.model import ResNet
 from morphtrain.optimizer import adamw, sgd
 from morphtrain.precision import bf16, o0, o1
 from morphtrain.schedule import cosine, linear, milestones
-from morphtrain.state import derived_seed
+from morphtrain.state import Run, derived_seed
 from morphtrain.timing.clock import Clock
+from morphtrain.trainer.loop import train_epoch
+from morphtrain.trainer.tally import Tally
 
 CPU = torch.device("cpu")
 
@@ -102,6 +105,22 @@ def test_the_clock_charges_what_was_waited_for(sync: str) -> None:
         time.sleep(0.05)
         clock.step_done()
     assert 0.05 <= clock.seconds["nap"] < 0.5
+
+
+def test_the_loss_is_read_when_the_clock_has_stopped(
+    small_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading waits for the device: with timing.sync=none it would be the clock that waits."""
+    run, stopped, means = small_run("tracking=none", "device=cpu"), [], Tally.means
+
+    def read(tally: Tally) -> tuple[float, float]:
+        stopped.append("epoch_seconds" in run.clock.seconds)
+        return means(tally)
+
+    monkeypatch.setattr(Tally, "means", read)
+    train_epoch(run)
+    assert stopped == [True]
+    assert 0 < run.train_loss < 10
 
 
 @pytest.mark.gpu

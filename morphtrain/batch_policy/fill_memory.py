@@ -79,9 +79,7 @@ class FillMemory(Method):
 
 def memory_of(run: Run) -> MemoryModel:
     """The memory model of the run's training step."""
-    return memory_model(
-        run.model, run.data.input_shape, optimizer=run.optimizer, autocast_dtype=casts_of(run.precision)
-    )
+    return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, precision=casts_of(run.precision))
 
 
 def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:

@@ -15,7 +15,10 @@ from morphtrain.errors import UserError
 from morphtrain.schema import Config
 
 # What a run does with these, a comparison does not.
-UNUSED = ("tracking", "resume", "trial", "objective", "hydra", "timing.reference", "processes", "process_timeout")
+UNUSED = (
+    *("tracking", "resume", "resume_schedule", "trial", "objective", "hydra", "timing.reference"),
+    *("processes", "process_timeout"),
+)
 SHARED = ("device", "timing.cores", "timing.when_busy")  # of the process, so of both sides
 FORMS = "A.. -- B.., COMMON.. -- A.. -- B.., or A.. --vs FILE.py"
 
@@ -61,10 +64,7 @@ def _in_words(options: argparse.Namespace, parts: Sequence[list[str]]) -> dict[s
 def _check(options: argparse.Namespace, sides: Mapping[str, list[str]]) -> None:
     """Raise a `UserError` for what would be ignored, or fail only at the end."""
     schema.check(options.steps is None or options.steps >= 1, "--steps", options.steps, "1 or more")
-    typed = [override.lstrip("+~").partition("=")[0] for overrides in sides.values() for override in overrides]
-    for key in typed:
-        if any(key == unused or key.startswith(f"{unused}.") for unused in UNUSED):
-            raise UserError(f"{key}: has no effect on a comparison; leave it out")
+    typed = check_effect("a comparison", [override for overrides in sides.values() for override in overrides])
     if options.seeds:
         seeds = ",".join(map(str, options.seeds))
         if options.vs is not None or "seed" in typed:
@@ -73,6 +73,15 @@ def _check(options: argparse.Namespace, sides: Mapping[str, list[str]]) -> None:
     path: Path | None = options.json
     if path is not None:
         schema.check(path.parent.is_dir() and not path.is_dir(), "--json", path, "a file in a directory that exists")
+
+
+def check_effect(what: str, overrides: Sequence[str]) -> list[str]:
+    """The keys of overrides; raises a `UserError` for one of what only `morphtrain.run` does, and `what` does not."""
+    typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for key in typed:
+        if any(key == unused or key.startswith(f"{unused}.") for unused in UNUSED):
+            raise UserError(f"{key}: has no effect on {what}; leave it out")
+    return typed
 
 
 def _configs(sides: Mapping[str, list[str]], seed: int | None, options: argparse.Namespace) -> list[Config]:

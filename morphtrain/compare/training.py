@@ -16,7 +16,7 @@ def epochs(run: Run) -> Iterator[Spent]:
 
     `run.history` has the same records as `morphtrain.run`, without what is measured between epochs there.
     """
-    while run.epoch < run.config.epochs and not run.stopped:
+    while not run.ended:
         interrupts.check()
         begin_epoch(run)
         train_epoch(run)

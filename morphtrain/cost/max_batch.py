@@ -20,14 +20,14 @@ def max_batch(
     budget_bytes: float,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
     device_type: str | None = None,
     verified: bool = False,
 ) -> int:
     """The largest batch whose training step fits `budget_bytes`.
 
     Args:
-        model, input_shape, optimizer, autocast_dtype, device_type: as in `morphtrain.cost.memory_model`.
+        model, input_shape, optimizer, precision, device_type: as in `morphtrain.cost.memory_model`.
         budget_bytes: for tensors; `morphtrain.cost.memory.NOT_MODELLED` says what a device takes beyond them.
         verified: start from the estimate and really take steps, as `morphtrain.cost.verify.verify_batch` does. The
             model has to live on a CUDA device.
@@ -35,15 +35,11 @@ def max_batch(
     Raises:
         ValueError: if not even one sample fits, saying what it needs, or only batches that cannot be trained on.
     """
-    step = SimulatedStep(
-        model, input_shape, optimizer=optimizer, autocast_dtype=autocast_dtype, device_type=device_type
-    )
+    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
     estimate = fitting_batch(step, fitted(step), budget_bytes)
     if not verified:
         return estimate
-    found = verify_batch(
-        model, input_shape, budget_bytes, guess=estimate, optimizer=optimizer, autocast_dtype=autocast_dtype
-    )
+    found = verify_batch(model, input_shape, budget_bytes, guess=estimate, optimizer=optimizer, precision=precision)
     return found.batch_size
 
 

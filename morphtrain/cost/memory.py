@@ -60,7 +60,7 @@ def memory_model(
     input_shape: Sequence[int],
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
     device_type: str | None = None,
 ) -> MemoryModel:
     """Peak memory of a step as a function of the batch, from two simulated steps.
@@ -70,16 +70,14 @@ def memory_model(
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters: `torch.optim.AdamW`. Its state counts,
             whether it has any yet or not.
-        autocast_dtype: what `torch.autocast` casts to, None for none; or a run's precision.
+        precision: what `torch.autocast` casts to, None for none; or a run's precision.
             Its loss scale does not count.
         device_type: of the device that trains; by default the model's.
 
     Raises:
         ValueError: for a network that decides by the values it computes.
     """
-    step = SimulatedStep(
-        model, input_shape, optimizer=optimizer, autocast_dtype=autocast_dtype, device_type=device_type
-    )
+    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
     return fitted(step)
 
 
@@ -89,7 +87,7 @@ def estimate_memory(
     batch_size: int,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
     device_type: str | None = None,
 ) -> int:
     """Peak bytes of a training step of `batch_size` samples, simulated; arguments as in `memory_model`.
@@ -100,9 +98,7 @@ def estimate_memory(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more")
-    step = SimulatedStep(
-        model, input_shape, optimizer=optimizer, autocast_dtype=autocast_dtype, device_type=device_type
-    )
+    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
     return max(step.live_bytes(batch_size))
 
 

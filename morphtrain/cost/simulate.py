@@ -101,7 +101,7 @@ class SimulatedStep:
         model: on any device, in any mode; it is simulated in training mode.
         input_shape: of one sample, without the batch.
         optimizer: of the model's parameters, or what makes one of parameters.
-        autocast_dtype: what `torch.autocast` casts to, None for none; or a run's precision.
+        precision: what `torch.autocast` casts to, None for none; or a run's precision.
             Its loss scale does not count.
         device_type: of the device that trains; None: the model's. It decides whether optimizers work on all parameters
             at once, which takes room for their intermediate results, and whether convolutions copy what they read.
@@ -113,11 +113,11 @@ class SimulatedStep:
         input_shape: Sequence[int],
         *,
         optimizer: Optimizing,
-        autocast_dtype: Casts,
+        precision: Casts,
         device_type: str | None = None,
     ) -> None:
         self.input_shape = tuple(input_shape)
-        self.autocast_dtype = autocast_dtype
+        self.precision = precision
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         device_type = device_type or next(model.parameters()).device.type
         self._live = LiveBytes(copies=device_type == "cpu")
@@ -135,7 +135,7 @@ class SimulatedStep:
 
     def _update(self) -> None:
         with AnyValue():
-            update(self._optimizer, self.autocast_dtype)
+            update(self._optimizer, self.precision)
 
     def live_bytes(self, batch_size: int) -> list[int]:
         """Bytes alive after each operation of a step of `batch_size` samples: weights and all.
@@ -147,7 +147,7 @@ class SimulatedStep:
         try:
             with world.alone(), self._fake, self._live:
                 images, labels = blank_batch(self._model, self.input_shape, batch_size)
-                backpropagate(self._model, images, labels, self.autocast_dtype)
+                backpropagate(self._model, images, labels, self.precision)
                 self._update()
         except NEEDS_VALUES as error:
             raise ValueError(f"the network asks for values, which a simulation has not: {error}") from error

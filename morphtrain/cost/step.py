@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from morphtrain.layer_calls import seen_again
 from morphtrain.morph import exact, input_type
 from morphtrain.morph.formats import format_of
 
@@ -33,11 +34,13 @@ def casts_of(precision: Any) -> Casts:
     return precision if isinstance(precision, Format) else precision.dtype
 
 
-def backpropagate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast_dtype: Casts) -> None:
+def backpropagate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: Casts) -> None:
     """Leave the gradients of the cross-entropy of `images` (B, ...) and `labels` (B,) in the parameters."""
-    with _context(autocast_dtype, images.device.type):
+    context = _context(precision, images.device.type)
+    with context:
         loss = F.cross_entropy(exact(model(images)), labels)
-    loss.backward()
+    with seen_again(context):
+        loss.backward()
 
 
 def training_step(
@@ -45,26 +48,26 @@ def training_step(
     optimizer: Optimizer,
     images: torch.Tensor,
     labels: torch.Tensor,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
 ) -> None:
     """Forward, backward and optimizer step on `images` (B, ...) and `labels` (B,); gradients are None afterwards."""
-    backpropagate(model, images, labels, autocast_dtype)
-    update(optimizer, autocast_dtype)
+    backpropagate(model, images, labels, precision)
+    update(optimizer, precision)
 
 
-def update(optimizer: Optimizer, autocast_dtype: Casts) -> None:
+def update(optimizer: Optimizer, precision: Casts) -> None:
     """The optimizer's step, after which gradients are None."""
-    if isinstance(autocast_dtype, Format):
-        autocast_dtype.update(optimizer)
+    if isinstance(precision, Format):
+        precision.update(optimizer)
     else:
         optimizer.step()
     optimizer.zero_grad()
 
 
-def _context(autocast_dtype: Casts, device_type: str) -> AbstractContextManager[Any]:
-    if isinstance(autocast_dtype, Format):
-        return autocast_dtype.context(device_type)
-    return nullcontext() if autocast_dtype is None else torch.autocast(device_type, dtype=autocast_dtype)
+def _context(precision: Casts, device_type: str) -> AbstractContextManager[Any]:
+    if isinstance(precision, Format):
+        return precision.context(device_type)
+    return nullcontext() if precision is None else torch.autocast(device_type, dtype=precision)
 
 
 def blank_batch(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ def throughput(
     seconds: float,
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
 ) -> dict[int, float]:
     """Samples a second in training steps of each batch size, on the device of the model: the median over its steps.
 
@@ -36,7 +36,7 @@ def throughput(
         model: is not changed; a copy trains.
         input_shape: of one sample, without the batch.
         seconds: for all sizes together.
-        optimizer, autocast_dtype: as in `morphtrain.cost.memory_model`.
+        optimizer, precision: as in `morphtrain.cost.memory_model`.
     """
     sizes = list(batch_sizes)
     twin, its_optimizer = copied(model, optimizer, lambda tensor: tensor.clone())
@@ -47,7 +47,7 @@ def throughput(
         if rates and (WARMUP_STEPS + LEAST_STEPS) * size / rates[sizes[position - 1]] > left:
             break
         images, labels = blank_batch(twin, tuple(input_shape), size)
-        step = partial(training_step, twin, its_optimizer, images, labels, autocast_dtype)
+        step = partial(training_step, twin, its_optimizer, images, labels, precision)
         rates[size] = size / _median_seconds(step, images.device, left / (len(sizes) - position))
     return rates
 

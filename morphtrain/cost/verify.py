@@ -46,7 +46,7 @@ def verify_batch(
     *,
     guess: int,
     optimizer: Optimizing = MOMENTUM_SGD,
-    autocast_dtype: Casts = None,
+    precision: Casts = None,
 ) -> Verified:
     """The largest batch, to one percent, that takes two full steps within `budget_bytes` of the model's CUDA device.
 
@@ -56,7 +56,7 @@ def verify_batch(
 
     Args:
         guess: where to start, as `morphtrain.cost.max_batch` estimates it; the closer, the fewer tries.
-        model, input_shape, optimizer, autocast_dtype: as in `morphtrain.cost.memory_model`.
+        model, input_shape, optimizer, precision: as in `morphtrain.cost.memory_model`.
 
     Raises:
         ValueError: for a model that is not on a CUDA device, or of which no batch fits.
@@ -69,7 +69,7 @@ def verify_batch(
         budget_bytes,
         *copied(model, optimizer, lambda tensor: tensor.cpu()),
         tuple(input_shape),
-        autocast_dtype,
+        precision,
         device,
     )
     trials: dict[int, Trial] = {}
@@ -108,7 +108,7 @@ def _try(
     model: nn.Module,
     optimizer: Optimizer,
     input_shape: tuple[int, ...],
-    autocast_dtype: Casts,
+    precision: Casts,
     device: torch.device,
 ) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
@@ -117,7 +117,7 @@ def _try(
     try:
         model.to(device)
         for _ in range(STEPS):
-            training_step(model, optimizer, *blank_batch(model, input_shape, batch_size), autocast_dtype)
+            training_step(model, optimizer, *blank_batch(model, input_shape, batch_size), precision)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         fits = False  # no more here: the exception holds the step's tensors

@@ -147,7 +147,7 @@ def _say_disturbed(table: pd.DataFrame, metric: str) -> None:
     calibrates = bool(disturbed["calibrated"].all())
     if disturbed.empty or metric not in TIMES or (calibrates and metric not in RAW_TIMES):
         return
-    verdict = "calibrated times do" if calibrates else "in some the machine was measured too seldom to calibrate times"
+    verdict = "calibrated times do" if calibrates else "in some calibrated times do not allow for it either"
     print(f"note: others have disturbed {len(disturbed)} of these runs, so {metric} may not compare; {verdict}")
 
 

@@ -1,4 +1,4 @@
-"""Arms whose runs computed the same: what differs between them in the overrides had no effect."""
+"""Arms whose runs came to the same numbers: they are one method by two names, or compute it in different ways."""
 
 from __future__ import annotations
 

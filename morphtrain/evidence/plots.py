@@ -81,3 +81,28 @@ def plot_widths(changes: Sequence[Mapping[str, Any]], epochs: int, path: Path) -
 
 def _short(event: str) -> str:
     return event if len(event) <= 110 else event[:107] + "..."
+
+
+def plot_learning_rates(steps: Sequence[tuple[float, float, float]], suggested: float, path: Path) -> None:
+    """Plot the loss of a learning rate range test, as a PNG.
+
+    Args:
+        steps: in order, each with the learning rate, the loss of its batch, and the smoothed loss.
+        suggested: the rate that is marked.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rates, losses, smoothed = zip(*steps, strict=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(rates, losses, ".", color="C7", markersize=3, alpha=0.5, label="a batch")
+    axes.plot(rates, smoothed, color="C0", label="smoothed")
+    axes.axvline(suggested, color="C3", linestyle="--", label=f"a tenth of the lowest's rate: {suggested:.2g}")
+    top = 1.5 * max(smoothed[0], min(smoothed))
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", ylim=(0, max(top, 0.1)))
+    axes.set_title("Learning rate range test")
+    axes.legend()
+    figure.savefig(path, dpi=110)

@@ -13,8 +13,13 @@ from morphtrain.evidence.experiment import Arm, Experiment
 from morphtrain.experiment.declaration import is_of, key_of, merged
 from morphtrain.experiment.runs import Run
 
-# Groups and keys that say which network takes its steps, on what, and what is chosen for it.
-STEP = ("model", "norm", "batch_policy", "data.image_size", "precision", "memory_format", "device", "processes")
+# Groups and keys that say which network takes its steps, on what, and what is chosen for it; and groups of which the
+# option matters, but no other key.
+STEP = (
+    *("model", "norm", "batch_policy", "data.image_size", "optimizer.fused", "precision", "memory_format", "device"),
+    "processes",
+)
+CHOICES = ("data", "optimizer")
 AUTO = ("precision=auto", "memory_format=auto")
 
 
@@ -53,5 +58,5 @@ class Choices:
 def _step(experiment: Experiment, name: str, arm: Arm) -> tuple[str, ...]:
     """The overrides that a training step of an arm depends on; arms with the same take the same steps at first."""
     overrides = merged(experiment.overrides, arm.overrides)
-    deciding = [o for o in overrides if is_of(key_of(o), STEP) or key_of(o) == "data"]
+    deciding = [o for o in overrides if is_of(key_of(o), STEP) or key_of(o) in CHOICES]
     return (*sorted(deciding), *([name] if arm.of is not None else []))

@@ -115,15 +115,6 @@ def contended(history: Sequence[Record]) -> bool:
     return any(record["contended"] for record in history) and not is_calibrated(history)
 
 
-def why_not_calibrated(history: Sequence[Record]) -> str:
-    """Why the times of a run do not allow for what disturbed it, and what would change that."""
-    if "reference_seconds" not in history[-1]:
-        return "timing.reference=0 calibrates no times"
-    return (
-        "the machine was measured too seldom to calibrate its times; more epochs or a larger timing.reference would do"
-    )
-
-
 def epochs_in_the_same_seconds(history: Sequence[Record]) -> int:
     """How many epochs of a run's last network fit into the seconds of the whole run, and at least one.
 

@@ -20,13 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from morphtrain import interrupts, schema
 from morphtrain.errors import UserError, said
 from morphtrain.evidence import experiment as evidence
+from morphtrain.evidence.calibration import why_not_calibrated
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment import runs as run_states
 from morphtrain.experiment.answer import show_answer
 from morphtrain.experiment.declaration import Typed, declared, merged, typed
 from morphtrain.experiment.display import Clock, show_plan
 from morphtrain.experiment.formats import Choices
-from morphtrain.experiment.runs import Run, contended, planned, ready, why_not_calibrated
+from morphtrain.experiment.runs import Run, contended, planned, ready
 from morphtrain.files import named_lock, write_atomically
 from morphtrain.tracking import begin_sweep, end_sweep, mark_disturbed, prepare
 
@@ -215,7 +216,7 @@ class ArmsSweeper:
             return None
         run.spoil()
         mark_disturbed(self.tracking, run.directory)
-        return f"others disturbed it, and {why_not_calibrated(history)}"
+        return f"others disturbed its times: {why_not_calibrated(history)}; a quiet machine would do"
 
     def _spoil_unjudged(self, found: Sequence[Run]) -> None:
         """Spoil disturbed runs of a command that was killed before it looked at what they had left."""
@@ -225,6 +226,7 @@ class ArmsSweeper:
 
     def _job(self, experiment: Experiment, run: Run, own: Sequence[str], given: Typed, parent: str | None) -> list[str]:
         """The overrides of a run."""
+        overrides = [*experiment.overrides, *experiment.arms[run.arm].overrides]
         more = [*own, f"seed={run.seed}", "resume=auto", f"hydra.sweep.dir={_quoted(self.directory)}"]
         more += [f"hydra.sweep.subdir={run.seed}/{run.arm}"]
         if parent is not None:
@@ -232,7 +234,8 @@ class ArmsSweeper:
         if run.after is not None:
             epochs = run_states.epochs_in_the_same_seconds(run.after.history())
             more += [f"architecture={_quoted(run.after.directory / 'last.pt')}", f"epochs={epochs}"]
-        return merged(given.aside, experiment.overrides, experiment.arms[run.arm].overrides, more)
+            more += ["model.weights=null"] * any(key.lstrip("+").startswith("model.weights=") for key in overrides)
+        return merged(given.aside, overrides, more)
 
 
 def check_failures(failures: Mapping[Run, str], total: int) -> None:

@@ -4,6 +4,8 @@
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
 
+Around the backward pass of a network that computes layers again in it belongs `morphtrain.layer_calls.seen_again`.
+
 The gradient of a layer's weight is no part of the gradients of the layers before it. So it can be something cheaper in
 some layers of some batches, while everything else learns as it would.
 """
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from morphtrain import schema
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
+from morphtrain.gradient.order import Order
 from morphtrain.gradient.patches import Geometry, geometry, weight_gradient
 from morphtrain.layer_calls import CONVOLUTIONS, Layer, LayerCalls
 from morphtrain.method import Method
@@ -48,18 +51,24 @@ class ApproximateGradients(LayerCalls):
         generator: of what is drawn, on the device of the network; None: torch's own.
 
     Attributes:
-        chosen: how many layers were chosen since the context was entered.
+        order: of the calls of such convolutions since the context was entered.
+        trained: the numbers of those whose weights get a gradient.
     """
 
     def __init__(self, kind: str = "zero", every: int = 2, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.kind, self.every, self.generator = kind, every, generator
-        self.chosen = self._calls = 0
+        self.order, self.trained = Order(), set[int]()
 
     def __enter__(self) -> ApproximateGradients:
-        self.chosen = self._calls = 0
+        self.order, self.trained = Order(), set()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    @property
+    def chosen(self) -> int:
+        """How many layers were chosen since the context was entered."""
+        return sum(map(self._is_chosen, self.trained))
 
     def call(
         self,
@@ -72,7 +81,6 @@ class ApproximateGradients(LayerCalls):
     ) -> torch.Tensor:
         if not self._chooses(layer, x, weight):
             return layer(x, weight, bias, *rest, **keywords)
-        self.chosen += 1
         # Without what needs no gradient, the layer's own backward pass leaves out what that would take.
         out = layer(x, weight.detach(), None if bias is None else bias.detach(), *rest, **keywords)
         rule = zeros if self.kind == "zero" else self._rule(geometry(weight, *rest, **keywords))
@@ -83,8 +91,25 @@ class ApproximateGradients(LayerCalls):
     def _chooses(self, layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> bool:
         if layer not in CONVOLUTIONS or max(weight.shape[2:]) == 1 or x.dim() != weight.dim():
             return False
-        self._calls += 1
-        return self._calls % self.every == 0 and weight.requires_grad and torch.is_grad_enabled()
+        number = self._number(weight)
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return False
+        self.trained.add(number)
+        return self._is_chosen(number)
+
+    def _is_chosen(self, number: int) -> bool:
+        return number % self.every == 0
+
+    def _number(self, weight: torch.Tensor) -> int:
+        if not self.is_again:
+            return self.order.number(weight)
+        first, *others = self.order.numbers_again(weight)
+        if any(self._is_chosen(other) != self._is_chosen(first) for other in others):
+            raise UserError(
+                f"gradient.every={self.every}: the network uses a weight several times, and calls layers again in its "
+                "backward pass (torch.utils.checkpoint), where one call is like the other; gradient.every=1 works"
+            )
+        return first
 
     def _rule(self, where: Geometry) -> Rule:
         def rule(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -150,33 +175,48 @@ class Approximate(Method):
         self._positions: torch.Generator | None = None
         self._pass: ApproximateGradients | None = None  # of this step; None: its gradients are exact
         self._passed = False  # whether this process had images for it
-        self._steps = self._approximated = 0  # of this epoch
+        self._steps = 0  # of this epoch
+        self._approximated: set[int] = set()  # the numbers of those in which a gradient was approximate
 
     def before_epoch(self, run: Run) -> None:
         self._batches = random.Random(derived_seed(run.config.seed, run.epoch, GRADIENTS))
         self._positions = torch.Generator(run.device).manual_seed(run.own_seed(GRADIENTS))
-        self._steps = self._approximated = 0
+        self._steps, self._approximated = 0, set()
 
     def before_forward(self, run: Run, batch: Batch) -> None:
         self._pass, self._passed = None, False
         if self._batches.random() < self.config.share:
             self._pass = ApproximateGradients(self.config.kind, self.config.every, self._positions)
         self._steps += 1
-        self._approximated += self._pass is not None
 
     def around_forward(self, run: Run) -> AbstractContextManager[Any]:
         self._passed = True
         return self._pass or nullcontext()
 
     def after_backward(self, run: Run) -> None:
-        if run.epoch == 1 and self._passed and self._pass is not None and not self._pass.chosen:
-            raise UserError(
-                f"gradient.every={self.config.every}: the network calls fewer convolutions with a kernel above 1, so "
+        if self._pass is None or not self._passed:
+            return
+        if self._pass.chosen:
+            self._approximated.add(self._steps)
+        elif not any(change["event"] for change in run.changes):  # what pruning removes is no mistake
+            raise UserError(self._why_none(self._pass))
+
+    def _why_none(self, approximate: ApproximateGradients) -> str:
+        calls, every = approximate.order.calls, self.config.every
+        if calls and not approximate.trained:
+            return (
+                "gradient=approximate: all convolutions with a kernel above 1 are frozen, so that none has a gradient; "
+                "gradient=none works"
+            )
+        if calls < every:
+            return (
+                f"gradient.every={every}: the network calls fewer convolutions with a kernel above 1, so "
                 "that none is chosen; a smaller value, or gradient=none, works"
             )
+        return f"gradient.every={every}: all convolutions that it chooses are frozen; gradient.every=1 works"
 
     def after_epoch(self, run: Run) -> dict[str, float]:
-        return {"approximated_share": self._approximated / self._steps}
+        return {"approximated_share": len(self._approximated) / self._steps}
 
 
 def build(config: schema.gradient.Approximate) -> Approximate:

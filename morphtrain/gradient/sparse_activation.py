@@ -5,6 +5,8 @@
     loss.backward()
     zeros, macs_saved = sparse.tally.shares()
 
+Around the backward pass of a network that computes layers again in it belongs `morphtrain.layer_calls.seen_again`.
+
 Most of these gradients are small. Those below a threshold become zero or the threshold, by a chance that keeps their
 mean. Sparse hardware could leave the zeros out; dense kernels do not.
 """
@@ -108,15 +110,17 @@ class SparseGradients(LayerCalls):
             return out
         products = x.requires_grad + weight.requires_grad  # of the backward pass: for the input, and for the weight
         macs = products * math.prod(weight.shape[1:])  # of an entry of the output, or of a transposed layer's input
-        self.tally.macs += macs * (x if layer in TRANSPOSED else out).numel()
-        if layer in CONVOLUTIONS:
+        of_layer = macs * (x if layer in TRANSPOSED else out).numel()
 
-            def hook(gradient: torch.Tensor) -> torch.Tensor:
-                sparse = sparsified(gradient, self.p, self.generator)
-                self.tally.count(sparse, macs)
-                return sparse
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            self.tally.macs += of_layer  # here, as not every pass that makes a graph is followed by one through it
+            if layer not in CONVOLUTIONS:
+                return None
+            sparse = sparsified(gradient, self.p, self.generator)
+            self.tally.count(sparse, macs)
+            return sparse
 
-            out.register_hook(hook)
+        out.register_hook(hook)
         return out
 
 
@@ -138,7 +142,10 @@ class SparseActivation(Method):
 
     def after_backward(self, run: Run) -> None:
         if run.epoch == 1 and self._passes and not self._tally.entries:
-            raise UserError("gradient=sparse_activation: the network has no convolutions; gradient=none works")
+            raise UserError(
+                "gradient=sparse_activation: the network has no convolution whose output gets a gradient; "
+                "gradient=none works"
+            )
 
     def after_epoch(self, run: Run) -> dict[str, float]:
         zeros, saved = self._tally.shares()

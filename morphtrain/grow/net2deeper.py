@@ -47,5 +47,5 @@ def insert_block_like(
     """Insert after `path`, the end of a stage, a block like the stage's last one; returns the new block's path."""
     end = graph.block_places[path]  # `stage_ends` may be others once a network has its first block
     kernels, inner = block_like(graph, end)
-    width = None if start == "half_half" else inner  # an identity branch is as wide as its input
+    width = None if start == "half_half" else inner  # an identity branch has its own
     return graph.insert_block(path, calibration, kernels=kernels, inner=width, start=start, optimizer=optimizer)

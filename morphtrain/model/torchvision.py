@@ -1,6 +1,7 @@
-"""A torchvision network by name, with fresh weights.
+"""A torchvision network by name.
 
 python -m morphtrain.run model=torchvision model.name=densenet121 data=cifar10 +model.options.drop_rate=0.1
+python -m morphtrain.run model=torchvision model.name=resnet18 model.weights=DEFAULT data=image_folder data.root=photos
 """
 
 from __future__ import annotations
@@ -8,17 +9,22 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from morphtrain import schema
 from morphtrain.errors import UserError, said
+from morphtrain.preprocessing import Preprocessing
 
 # By default these two have three outputs in training and warn about their slow initialisation.
 INCEPTION = ("googlenet", "inception_v3")
 INCEPTION_KEYWORDS = {"aux_logits": False, "init_weights": True}
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of their published files
 
 
 def names() -> list[str]:
@@ -49,6 +55,55 @@ def build(config: schema.model.Torchvision, num_classes: int, in_channels: int) 
         reason = said(error)
         raise UserError(f"model.options={config.options}: {config.name} does not accept them: {reason}") from error
     return network if in_channels == 3 else adapt(network, in_channels)
+
+
+def published(config: schema.model.Torchvision) -> tuple[Path, dict[str, torch.Tensor], Preprocessing] | None:
+    """The weights that torchvision publishes under the name `model.weights`; None if that is the path of a file.
+
+    Returns:
+        the file that torchvision has downloaded, the tensors in it as the network of `build` names them, and the
+        images that they were trained on.
+
+    Raises:
+        UserError: for a name that the network does not have, or weights that cannot be downloaded.
+    """
+    from torchvision import models
+
+    assert config.weights is not None
+    given = f"model.weights={config.weights}"
+    _check_known(f"model.name={config.name}", "torchvision", "network for classification", str(config.name), names())
+    known = models.get_model_weights(config.name)
+    name = config.weights.removeprefix(f"{known.__name__}.")
+    if name not in known.__members__ and (set("./") & set(name) or Path(name).is_file()):
+        return None
+    _check_known(given, config.name, "weights, and there is no such file", name, list(known.__members__))
+    if config.name in INCEPTION and not config.options.get("transform_input"):
+        wanted = "it has to transform its images as in its training; +model.options.transform_input=true works"
+        raise UserError(f"{given}: of {config.name}, {wanted}")
+    weights: Any = known[name]
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # without a network: OSError; of a damaged file: nearly everything
+        hint = f"a copy as {file} needs no network, and the path of a file works"
+        raise UserError(f"{given}: {weights.url} cannot be had ({said(error)}); {hint}") from error
+    tensors = {_renamed(key): tensor for key, tensor in tensors.items() if not key.startswith(AUXILIARY)}
+    return file, tensors, _images_of(weights)
+
+
+def _renamed(key: str) -> str:
+    """DenseNet's published files have the names of an older version, as `norm.1` (see torchvision's densenet.py)."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
+def _images_of(weights: Any) -> Preprocessing:
+    """The images that published weights were trained on."""
+    shown = weights.transforms()
+    side = shown.crop_size[0]
+    classes = weights.meta["categories"]
+    return Preprocessing(
+        shown.mean, shown.std, 1, shown.resize_size[0], (3, side, side), num_classes=len(classes), classes=classes
+    )
 
 
 def keywords(name: str) -> list[str]:

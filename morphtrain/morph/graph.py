@@ -231,13 +231,23 @@ class ChannelGraph:
 
         Raises:
             MorphError: before anything is changed, if a path is not that of an ungrouped convolution, if a
-                convolution with a bias is to write fewer channels, or if its weight is computed and cannot change so.
+                convolution with a bias is to write fewer channels, if its weight is computed and cannot change so, or
+                if it is tied to another layer (see `is_tied`).
         """
         planned = planned_gates(dict(self.model.named_modules()), gates)
+        for path in filter(self.is_tied, gates):
+            raise MorphError(f"'{path}' cannot be gated: it is used under another name, too, or its weight is")
         rebinder = Rebinder(self.shared, optimizer)
         for path, gate in gates.items():
             insert_gate(self.model, path, gate, planned[path], rebinder)
         self._retrace()
+
+    def is_tied(self, path: str) -> bool:
+        """Whether the module at `path` is at another path, too, or another module holds its weight."""
+        module = self.model.get_submodule(path)
+        places = [other for _, other in self.model.named_modules(remove_duplicate=False) if other is module]
+        parts = {id(part) for part in module.modules()}
+        return len(places) > 1 or any(owner in parts and name != "bias" for owner, name in self.shared)
 
     def insert_layer(
         self,
@@ -293,9 +303,10 @@ class ChannelGraph:
             path: a key of `block_places`; `stage_ends` are those at the ends of stages.
             calibration: inputs of the model, on which "half_half" measures its norms' statistics.
             kernels: sizes of the convolutions' kernels, odd.
-            inner: channels between the convolutions; None: as many as the output has, which "half_half" needs.
+            inner: channels between the convolutions; None: as many as the output has, or as "half_half" needs.
             start: "zero_gamma": the last norm's gamma is zero, so the branch adds nothing in either mode. "half_half":
-                the branch is an identity, and branch and shortcut count half each; as exact as `insert_layer`.
+                the branch is an identity, and branch and shortcut count half each; as exact as `insert_layer`. It has
+                as many inner channels as the output, or twice as many if values after the module may be negative.
             optimizer: gets the new parameters.
 
         Returns:
@@ -303,7 +314,7 @@ class ChannelGraph:
 
         Raises:
             MorphError: before anything is changed, for another path, an even kernel, or a missing calibration, and for
-                "half_half" if the values after the module may be negative or `inner` differs from their channels.
+                "half_half" with another `inner`.
         """
         if path not in self.block_places:
             known = ", ".join(point.path for point in self.stage_ends) or "none"

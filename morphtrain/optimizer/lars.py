@@ -74,7 +74,7 @@ class LARS(Optimizer):
             ratios = _trust_ratios(parameters, gradients, group["trust_coefficient"], group["weight_decay"])
             for p, ratio in zip(parameters, ratios, strict=True):
                 self.state[p]["trust_ratio"] = ratio
-            torch._foreach_mul_(updates, ratios)
+            updates = _scaled(updates, ratios)
         if group["momentum"] > 0:
             updates = self._with_momentum(parameters, updates, group["momentum"], group["nesterov"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
@@ -94,11 +94,22 @@ class LARS(Optimizer):
 def _trust_ratios(
     parameters: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float, weight_decay: float
 ) -> list[torch.Tensor]:
-    """A scalar tensor per parameter: no value is read, so nothing waits for the device."""
-    weights = torch.stack(torch._foreach_norm(parameters))
-    slopes = torch.stack(torch._foreach_norm(gradients))
+    """A scalar tensor per parameter, of 32 bits or more, since sums of squares soon leave the range of float16.
+
+    No value is read, so nothing waits for the device.
+    """
+    exact = torch.promote_types(parameters[0].dtype, torch.float32)
+    weights = torch.stack(torch._foreach_norm(parameters, dtype=exact))
+    slopes = torch.stack(torch._foreach_norm(gradients, dtype=exact))
     ratios = coefficient * weights / (slopes + weight_decay * weights)
     return list(torch.where((weights > 0) & (slopes > 0), ratios, 1.0).unbind())
+
+
+def _scaled(updates: list[torch.Tensor], ratios: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The updates times their ratios, in their own type; overwrites them."""
+    wide = [update.to(ratio.dtype) for update, ratio in zip(updates, ratios, strict=True)]
+    torch._foreach_mul_(wide, ratios)
+    return [product.to(update.dtype) for product, update in zip(wide, updates, strict=True)]
 
 
 def build(config: schema.optimizer.LARS, model: nn.Module) -> Optimizer:

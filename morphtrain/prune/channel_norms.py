@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -45,10 +45,9 @@ class Weight:
             return tensor.abs()
         return torch.linalg.vector_norm(tensor.transpose(0, self.dim).flatten(1), dim=1)
 
-    def means(self, values: Any) -> torch.Tensor:
-        """(N,): the means, over the entries, of numbers for the elements of this parameter, or of one for all."""
-        values = exact(torch.as_tensor(values, device=self.tensor.device))
-        rows = values.expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """(N,): the means, over the entries, of numbers for the elements of this parameter, or of a scalar for all."""
+        rows = exact(values).expand_as(self.tensor).transpose(0, self.dim).reshape(self.tensor.shape[self.dim], -1)
         return rows.mean(1)
 
     def scale(self, factors: torch.Tensor) -> None:
@@ -177,7 +176,9 @@ class ChannelNorms:
 
 def _lengths(weight: Weight, optimizer: Optimizer) -> torch.Tensor:
     """(N,): the harmonic mean of an entry's steps, as in `lasso.shrink`, times the mean share that it takes of them."""
-    length = torch.as_tensor(step_length(optimizer, weight.tensor), dtype=exact(weight.tensor).dtype)
+    length, like = step_length(optimizer, weight.tensor), exact(weight.tensor.detach())
+    # A number that is copied to a device waits for it; one that fills a tensor there does not.
+    length = length.to(like.dtype) if isinstance(length, torch.Tensor) else like.new_full((), length)
     mean = weight.means(length.reciprocal()).reciprocal()
     pace = additions_of(optimizer).factor(weight.tensor)
     return mean * weight.means(pace) if isinstance(pace, torch.Tensor) else mean

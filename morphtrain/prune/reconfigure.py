@@ -151,6 +151,8 @@ def gates_at_sums(graph: ChannelGraph, threshold: float, min_channels: int = 1) 
         module, spaces = axis.module, {segment.space for segment in axis.segments}
         if axis.weight is None or not isinstance(module, nn.Conv2d) or module.groups > 1 or not spaces <= sums:
             continue
+        if graph.is_tied(axis.path):
+            continue  # the other layer would lose the weights, too, and reads and writes all of its channels
         alive = axis.magnitude().cpu() >= threshold
         if alive.all() or alive.sum() < min_channels or (axis.role == "produces" and module.bias is not None):
             continue

@@ -98,11 +98,14 @@ class Question:
         return [note for note in found if note]
 
     def _alike(self) -> str:
-        """Arms that are no different methods, whatever their names and overrides."""
+        """Arms that are no different methods, or one computed in two ways."""
         groups = [words.listed(group) for group in alike.groups(self.finished, list(self.experiment.arms))]
         if not groups:
             return ""
-        return f"{'; '.join(groups)} computed the same: differences between their times are noise."
+        return (
+            f"{'; '.join(groups)} came to the same numbers: if they are one method by two names, differences between "
+            "their times are noise."
+        )
 
     def _limits(self) -> str:
         limits = self.experiment.limits
@@ -133,10 +136,10 @@ class Question:
             return ""
         epochs = sum(run.contended for run in contended)
         of = sum(run.epochs for run in self.progress)
-        seldom = sum(not run.calibrated for run in contended)
+        uncalibrated = sum(not run.calibrated for run in contended)
         verdict = "calibrated times allow for it, raw ones do not"
-        if seldom:
-            verdict = f"in {seldom} of these the machine was measured too seldom for calibrated times to allow for it"
+        if uncalibrated:
+            verdict = f"in {uncalibrated} of these calibrated times do not allow for it either"
         return (
             f"Others used the machine in {epochs} of {counted(of, 'epoch')}, in {len(contended)} of "
             f"{counted(len(self.progress), 'run')}; {verdict}."

@@ -35,6 +35,7 @@ class Conflict(NamedTuple):
 
 
 EMULATED = "the emulation takes longer than what it emulates, so that its times say nothing"
+BREAKS = "compiled passes break off at every convolution"
 OTHER_BATCHES = "InfoBatch leaves out other images in every epoch", "data.infobatch=0"
 
 CONFLICTS: tuple[Conflict, ...] = (
@@ -69,12 +70,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "its extra steps are not rounded by chance, and would be lost in weights of 16 bits",
         "precision.rounding=masters",
     ),
-    Conflict(
-        "gradient=approximate|sparse_activation",
-        "compile!=none",
-        "it is not tested in compiled passes",
-        "compile=none",
-    ),
+    Conflict("gradient=sparse_activation", "compile!=none", BREAKS, "compile=none"),
+    Conflict("gradient.kind=random", "compile!=none", BREAKS, "gradient.kind=top1"),
     Conflict(
         "gradient.kind=zero",
         "optimizer=lars",

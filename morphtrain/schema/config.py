@@ -15,7 +15,7 @@ from morphtrain.schema.data import CustomData, Data
 from morphtrain.schema.gradient import Gradient
 from morphtrain.schema.grow import Grow
 from morphtrain.schema.loss import Loss
-from morphtrain.schema.model import Model
+from morphtrain.schema.model import CustomModel, Model
 from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.option import Option
@@ -75,10 +75,12 @@ class TopLevel:
     process_timeout: float
     compile: Any  # one of COMPILE; Any, so that true and null are named as they were typed
     resume: str
+    resume_schedule: str | None
     architecture: str | None
     objective: list[str]
     trial: int | None
     clip_norm: float | None
+    stop_at: float | None
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
@@ -91,18 +93,23 @@ class TopLevel:
         wanted = f"one of {', '.join(COMPILE)}; default compiles, none does not"
         check(self.compile in COMPILE, "compile", self.compile, wanted)
         check(self.resume != "", "resume", self.resume, "never, auto, or the path of a checkpoint")
+        modes = (None, "stretch", "append")
+        wanted = "stretch or append (more epochs for a run that goes on), or null"
+        check(self.resume_schedule in modes, "resume_schedule", self.resume_schedule, wanted)
         check(self.architecture != "", "architecture", self.architecture, "the path of a checkpoint, or null")
         check(len(self.objective) > 0, "objective", self.objective, "a list of at least one metric")
         check(len(set(self.objective)) == len(self.objective), "objective", self.objective, "different metrics")
         check(self.trial is None or self.trial >= 0, "trial", self.trial, "null; a sweep sets it")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
+        in_range = self.stop_at is None or 0 < self.stop_at <= 1
+        check(in_range, "stop_at", self.stop_at, "a val_accuracy above 0 and at most 1, or null")
 
 
 @dataclass
 class Config(TopLevel):
     """The config of a run: every group holds the dataclass of the chosen option, or the user's own part."""
 
-    model: Model | Custom
+    model: Model | CustomModel
     data: Data | CustomData
     prune: Prune | Custom
     grow: Grow | Custom
@@ -147,7 +154,8 @@ class Config(TopLevel):
     def recorded(self) -> tuple[str, ...]:
         """The metrics in every epoch's record, apart from those of custom parts."""
         own = (metric for part in vars(self).values() if isinstance(part, Option) for metric in part.metrics)
-        return (*METRICS, *own, *self.data.recorded)
+        early = ("stopped_early",) if self.stop_at is not None else ()
+        return (*METRICS, *own, *early, *self.data.recorded)
 
     @property
     def records_more(self) -> bool:

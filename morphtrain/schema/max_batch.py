@@ -10,7 +10,7 @@ from morphtrain.schema.checks import check, check_one_of
 from morphtrain.schema.config import MEMORY_FORMATS, check_device
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import Data
-from morphtrain.schema.model import Model
+from morphtrain.schema.model import CustomModel, Model
 from morphtrain.schema.norm import Norm
 from morphtrain.schema.optimizer import Optimizer
 from morphtrain.schema.precision import Precision
@@ -56,7 +56,7 @@ class MaxBatchKeys:
 class MaxBatch(MaxBatchKeys):
     """The config of the command."""
 
-    model: Model | Custom
+    model: Model | CustomModel
     data: Data | Custom
     norm: Norm | Custom
     precision: Precision | Custom

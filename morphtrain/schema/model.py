@@ -6,14 +6,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from morphtrain.schema.checks import check, check_one_of
-from morphtrain.schema.custom import check_plain
-from morphtrain.schema.option import Option
+from morphtrain.schema.custom import Custom, check_plain
+from morphtrain.schema.option import OPTIONS, Option
 
 IMAGE_KINDS = ("cifar", "imagenet")  # what stems and heads are made for: small images, large images
 
 
+@dataclass(kw_only=True)
+class Weights:
+    """What a network starts from: a key of every option, the user's own network included."""
+
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = "the path of trained weights, with model=torchvision also their name there, or null"
+        check(self.weights != "", "model.weights", self.weights, wanted)
+
+
 @dataclass
-class Model(Option, group="model"):
+class Model(Weights, Option, group="model"):
     """Base of the networks."""
 
 
@@ -31,6 +42,7 @@ class ResNet(Model, option="resnet"):
     stem: str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.stages >= 1, "model.stages", self.stages, "1 or more")
         self._check_blocks()
         least = 3 if self.bottleneck else 1
@@ -58,6 +70,7 @@ class VGG(Model, option="vgg"):
     dropout: float | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_of("model.depth", self.depth, (8, 11, 13, 16))
         check(self.width >= 1, "model.width", self.width, "1 or more channels")
         check_one_of("model.head", self.head, IMAGE_KINDS)
@@ -73,6 +86,7 @@ class AlexNet(Model, option="alexnet"):
     dropout: float | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_of("model.stem", self.stem, IMAGE_KINDS)
         _check_dropout(self.dropout)
 
@@ -86,6 +100,7 @@ class MobileNet(Model, option="mobilenet"):
     stem: str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_one_of("model.version", self.version, (1, 2))
         check(self.width_multiplier > 0, "model.width_multiplier", self.width_multiplier, "above 0")
         check_one_of("model.stem", self.stem, IMAGE_KINDS)
@@ -99,12 +114,22 @@ class Torchvision(Model, option="torchvision"):
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # A checkpoint's `options` are checked here, too: none of them may name a file to load.
         pretrained = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
         for key, value in self.options.items():
-            check(key not in pretrained, f"model.options.{key}", value, "left out: training starts from fresh weights")
+            wanted = "left out: model.weights says what training starts from"
+            check(key not in pretrained, f"model.options.{key}", value, wanted)
             check(key != "num_classes", f"model.options.{key}", value, "left out: the data decides it")
             check_plain(f"model.options.{key}", key, value)
+
+
+@dataclass
+class CustomModel(Custom, Weights):
+    """A network of the user's own, and what it starts from."""
+
+
+OPTIONS[Model.group]["custom"] = CustomModel
 
 
 def _check_dropout(dropout: float | None) -> None:

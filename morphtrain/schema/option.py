@@ -53,8 +53,10 @@ class Option:
 
 
 def keywords(option: Option) -> dict[str, Any]:
-    """All keys of an option except its name: keywords for what it describes, if that uses the same names."""
-    return {field.name: getattr(option, field.name) for field in fields(option) if field.name != "name"}
+    """The keys that an option does not share with its group: keywords for what it describes, if the names agree."""
+    base = next(kind for kind in type(option).__mro__ if "group" in vars(kind))
+    shared = {field.name for field in fields(base)}
+    return {field.name: getattr(option, field.name) for field in fields(option) if field.name not in shared}
 
 
 def option_of(node: Mapping[Any, Any]) -> Any:

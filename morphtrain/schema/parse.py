@@ -20,6 +20,7 @@ from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import Curriculum, CustomData
 from morphtrain.schema.files import CONF
 from morphtrain.schema.max_batch import MaxBatch, MaxBatchKeys
+from morphtrain.schema.model import CustomModel, Weights
 from morphtrain.schema.names import no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
 from morphtrain.schema.shares import in_epochs
@@ -29,6 +30,7 @@ from morphtrain.wording import as_yaml, nearest
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 EXAMPLES = {int: "1,2", float: "0.5,0.9", str: "name,other"}  # of what a list holds
 FURTHER_METHOD = "morphtrain.options.method"  # one of the options as a further method
+SHARED: dict[type, type] = {CustomData: Curriculum, CustomModel: Weights}  # keys of a user's own part that are not its
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
@@ -155,16 +157,16 @@ def _custom(node: DictConfig, at: str, kind: type[Custom] = Custom) -> Custom:
         raise UserError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(plain, dict)
     target = str(plain.pop("_target_"))
-    shared = _curriculum(plain, at) if kind is CustomData else {}
+    shared = _shared(SHARED[kind], plain, at) if kind in SHARED else {}
     custom = kind(target, plain, **shared)  # type: ignore[arg-type]  # `check` looks at the keys
     custom.check(at)
     return custom
 
 
-def _curriculum(plain: dict[Any, Any], at: str) -> dict[str, Any]:
-    """Takes the keys of `Curriculum` out of those of a data set of the user's own."""
-    taken = {field.name: plain.pop(field.name, field.default) for field in fields(Curriculum)}
-    return vars(_typed(Curriculum, OmegaConf.create(taken), at))
+def _shared(keys: type, plain: dict[Any, Any], at: str) -> dict[str, Any]:
+    """Takes the keys that all options of a group have, those of dataclass `keys`, out of those of the user's own."""
+    taken = {field.name: plain.pop(field.name, field.default) for field in fields(keys)}
+    return vars(_typed(keys, OmegaConf.create(taken), at))
 
 
 def _typed(kind: type, node: Any, group: str) -> Any:

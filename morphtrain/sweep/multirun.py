@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from morphtrain import interrupts
-from morphtrain.evidence.calibration import is_calibrated
+from morphtrain.evidence.calibration import is_calibrated, why_not_calibrated
 from morphtrain.evidence.records import LEFT_AT_THE_END, is_immaterial, read_records
 from morphtrain.wording import counted
 
@@ -125,8 +125,9 @@ def _times_compare(runs: Sequence[FinishedRun]) -> bool:
 
 
 def _why_not(runs: Sequence[FinishedRun]) -> str:
-    measured = _clock(runs) == CALIBRATED_CLOCK
-    why = "the machine was measured too seldom to calibrate them" if measured else "timing.reference=0"
+    if _clock(runs) != CALIBRATED_CLOCK:
+        return "times do not compare (timing.reference=0)"
+    why = next(filter(None, (why_not_calibrated(run.history) for run in runs if run.is_contended)))
     return f"times do not compare ({why})"
 
 

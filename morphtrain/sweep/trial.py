@@ -99,7 +99,7 @@ class TrialReporter:
         if len(self.objective) > 1:
             return False
         self.storage.set_trial_intermediate_value(self.trial_id, epoch, record[self.objective[0]])
-        if epoch == self.epochs_planned or not self.is_searched:
+        if epoch == self.epochs_planned or record.get("stopped_early") or not self.is_searched:
             return False
         if not self.study.pruner.prune(self.study, self._trial_for_pruner(record)):
             return False

@@ -35,10 +35,14 @@ def build_run(
     config: schema.Config,
     morph: Callable[[nn.Module], nn.Module] | None = None,
     device: torch.device | None = None,
+    start: Callable[[nn.Module, Data], nn.Module] | None = None,
 ) -> Run:
-    """Build what a run needs before its first epoch; `morph` gives the model the structure of a checkpoint.
+    """Build what a run needs before its first epoch.
 
-    `device` is the one that the run has taken of those `config.device` allows; None: the first of them.
+    Args:
+        morph: gives the model the structure of a checkpoint, and perhaps its values.
+        device: the one that the run has taken of those `config.device` allows; None: the first of them.
+        start: gives the model trained weights for the data (`train.new_run`).
 
     Raises:
         UserError: for a missing device, process or data set, or a model that cannot be made, does not fit the data, or
@@ -47,6 +51,9 @@ def build_run(
     present = world.size()
     wanted = f"{present} or null here; python -m morphtrain.run starts others"
     schema.check(config.processes in (None, present), "processes", config.processes, wanted)
+    if config.model.weights is not None and start is None and morph is None:
+        instead = "morphtrain.trainer.new_run starts from trained ones"
+        raise UserError(f"model.weights={config.model.weights}: build_run makes new weights; {instead}")
     device = device or pick_device(config.device)
     memory_format = UNSETTLED if config.memory_format == "auto" else config.memory_format
     with named_if_out_of_memory(schema.size_keys("data", config.data)):
@@ -55,6 +62,8 @@ def build_run(
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, config.seed)
     if morph is not None:
         model = morph(model)
+    if start is not None:
+        model = start(model, data)
     sizes = f"{schema.size_keys('model', config.model)} {schema.size_keys('data', config.data)}"
     with named_if_out_of_memory(sizes):
         model = in_format(model.to(device), memory_format)

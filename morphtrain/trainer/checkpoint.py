@@ -28,7 +28,7 @@ from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
 from morphtrain.state import Run
-from morphtrain.trainer import auto, checkpoint_file
+from morphtrain.trainer import auto, checkpoint_file, longer
 from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
 from morphtrain.wording import as_yaml
 
@@ -50,6 +50,8 @@ FREE_KEYS = (
     "data.root",
     "data.download",
     "data.num_workers",
+    "resume_schedule",
+    "stop_at",
 )
 # Keys added later, with the values that hold for older checkpoints.
 ADDED_KEYS = {
@@ -69,6 +71,7 @@ ADDED_KEYS = {
     "data.order": "shuffled",
     "gradient.name": "none",
     "prune.stable": None,
+    "model.weights": None,
 }
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")
@@ -130,6 +133,8 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         **{key: asdict(getattr(run, key)) for key in RAMPS},
         "growths": [asdict(ramp) for ramp in run.growths],
         "chosen": run.chosen,
+        "started_from": run.started_from,
+        "cycles": run.cycles,
         "compilation": None if run.compilation is None else run.compilation.state_dict(),
         "tracking_id": tracking_id,
     }
@@ -191,7 +196,8 @@ class Checkpoint:
             wrong = f"its facts are no JSON: {first_line(error)}"
             raise UserError(f"{self.name}: not a checkpoint of MorphTrain ({wrong})") from error
         self._check(mismatch(facts, formats[self.content["format"]], "facts"))
-        self._check(mismatch(facts.get("chosen", {}), dict[str, str], "facts.chosen"))  # older ones have none
+        for key in ("chosen", "started_from"):  # older ones have none
+            self._check(mismatch(facts.get(key, {}), dict[str, str], f"facts.{key}"))
         return facts
 
     def check_run(self) -> None:
@@ -201,6 +207,8 @@ class Checkpoint:
         for change in self.facts["changes"]:
             self._check(mismatch(change, CHANGE, "a change"))
         self._check(mismatch(self._growths(), list[dict[str, float]], "facts.growths"))
+        self._check(mismatch(self.facts.get("cycles", []), list[int], "facts.cycles"))
+        self._check(mismatch(self.facts["config"], {"epochs": int}, "facts.config"))
         for ramp in self._growths():
             self._check(mismatch(ramp, RAMP, "a growth"))
         self._check(mismatch(self._additions(), dict[str, torch.Tensor], "additions"))
@@ -218,6 +226,9 @@ class Checkpoint:
         self._check_config(config)
         run = build_run(config, morph=functools.partial(self.rebuild, strict=False), device=device)
         self._settle_auto(run)
+        run.cycles = self._cycles(config)
+        if run.cycles:
+            run.schedule = longer.schedule(config, run.cycles)
         self._check_types(run)
         self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
@@ -234,11 +245,19 @@ class Checkpoint:
         for key in RAMPS:
             setattr(run, key, _ramp(self.facts[key]))
         run.growths = [_ramp(facts) for facts in self._growths()]
+        run.started_from = self.facts.get("started_from", {})
         self._load_additions(run)
         if run.compilation is not None:
             self._check(mismatch(self.facts.get("compilation"), compilation.TYPES, "facts.compilation"))
             run.compilation.load_state_dict(self.facts["compilation"])
         return run
+
+    def _cycles(self, config: schema.Config) -> list[int]:
+        """The epochs after which the schedule begins again in the run that goes on; older checkpoints have none."""
+        before, stored = self.facts.get("cycles", []), self.facts["config"]
+        return (
+            longer.cycles(config, stored, before, self.facts["epoch"]) if longer.is_longer(config, stored) else before
+        )
 
     def _growths(self) -> Any:
         """Those with a learning rate of their own; older checkpoints have none, and no additions."""
@@ -324,7 +343,7 @@ class Checkpoint:
             for key, value in given.items():
                 schema.check(value >= 1, key, value, "1 or more")
             schema.check_one_of("memory_format", memory_format, tuple(FORMATS))
-            config = schema.stored_option("model", facts["config"]["model"])
+            config = schema.stored_option("model", _network(facts["config"]["model"]))
             norm = schema.stored_option("norm", facts["config"]["norm"])
             build = self._builder(config, norm, make, given)
             known_norm = norm if isinstance(norm, schema.norm.Norm) else None
@@ -342,16 +361,16 @@ class Checkpoint:
         changed, they keep those of this one.
 
         Raises:
-            UserError: if `config` has another model.
+            UserError: if `config` has another model, or another norm with layers that do not fit.
         """
-        here, there = differences({"model": asdict(config)["model"]}, {"model": self.facts["config"]["model"]})
-        if here or there:
-            wanted = f"{self.name} was written with {there}; take the same model"
-            raise UserError(f"{here}: {wanted}, or architecture=null")
+        self.check_network(config.model, "architecture=null")
 
         def restructure(model: nn.Module) -> nn.Module:
             new = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            try:
+                model = self.rebuild(model)  # the indices of gated layers are structure too; the weights are reset
+            except UserError as error:
+                raise self._of_another_norm(config) or error from error
             for name, parameter in model.named_parameters():
                 if name in new and new[name].shape == parameter.shape:
                     parameter.data.copy_(new[name])
@@ -359,6 +378,20 @@ class Checkpoint:
             return model
 
         return restructure
+
+    def check_network(self, config: schema.model.Model | schema.model.CustomModel, instead: str) -> None:
+        """Raise a `UserError` if `config` describes another network than this one; `instead` is what works with it."""
+        now, then = _network(asdict(config)), _network(self.facts["config"]["model"])
+        here, there = differences({"model": now}, {"model": then})
+        if here or there:
+            raise UserError(f"{here}: {self.name} was written with {there}; take the same model, or {instead}")
+
+    def _of_another_norm(self, config: schema.Config) -> UserError | None:
+        """What is wrong if the norms of `config` are others than those of this run, and so the structure is."""
+        here, there = differences({"norm": asdict(config)["norm"]}, {"norm": self.facts["config"]["norm"]})
+        if not here:
+            return None
+        return UserError(f"{here}: {self.name} was written with {there}; take the same norm, or architecture=null")
 
     def _builder(
         self, config: Any, norm: Any, make: nn.Module | Callable[..., nn.Module] | None, given: dict[str, Any]
@@ -425,15 +458,23 @@ class Checkpoint:
         return UserError(f"{self.name}: {name} is not the network it was written with ({reason})")
 
     def _check_config(self, config: schema.Config) -> None:
-        now = asdict(config)
+        now, stored = asdict(config), self.facts["config"]
+        if longer.is_longer(config, stored):
+            stored = {**stored, "epochs": config.epochs}
         known = {*flat(now), *(key for key in ADDED_KEYS if key.split(".")[0] not in self.facts["config"])}
         added = {key: value for key, value in ADDED_KEYS.items() if key in known}
-        here, there = differences(now, self.facts["config"], added)
+        here, there = differences(now, stored, added)
         if here or there:
+            more = f"; {longer.HINT}" if here.startswith("epochs=") and config.epochs > stored["epochs"] else ""
             raise UserError(
                 f"{here}: {self.name} was written with {there}; resume with the same, or start again in another "
-                "hydra.run.dir with resume=never"
+                f"hydra.run.dir with resume=never{more}"
             )
+
+
+def _network(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model, without what the network started from, which older checkpoints do not say."""
+    return {**model, "weights": None}
 
 
 def _ramp(facts: Mapping[str, float]) -> Ramp:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from morphtrain.evidence.calibration import is_calibrated
+from morphtrain.evidence.calibration import is_calibrated, why_not_calibrated
 from morphtrain.timing.summaries import NEVER
 from morphtrain.wording import counted
 
@@ -92,8 +92,9 @@ def why_incomparable(first: Sequence[Record], last: Sequence[Record]) -> str:
         return f"No ratio of times: no epoch after the warm-up trained the {'last' if first else 'first'} network."
     if first[0].get("image_size") != last[0].get("image_size"):
         return "No ratio of times: the networks were trained on images of different sizes."
-    if not is_calibrated([*first, *last]) and any(record["contended"] for record in (*first, *last)):
-        return "No ratio of times: epochs were contended, and the machine was measured too seldom to calibrate them."
+    why = why_not_calibrated([*first, *last])
+    if why and any(record["contended"] for record in (*first, *last)):
+        return f"No ratio of times: epochs were contended, and {why}."
     return ""
 
 

@@ -52,7 +52,8 @@ def start(run: Run, hint: bool = False) -> None:
     with run.clock.timed("setup_seconds"):
         if run.epoch == 0:
             auto.choose(run)
-            run.start_norm()
+            if run.config.model.weights is None:  # they would no longer be the trained ones
+                run.start_norm()
             if hint:
                 format_hint.say(run)
         for hook in run.hooks("before_training"):
@@ -152,12 +153,14 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
     run.clock.agree()
     record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
     record |= communication | ({} if peak is None else {"peak_memory_bytes": peak})
+    if run.config.stop_at is not None:
+        record["stopped_early"] = float(run.is_enough(val_accuracy) and run.epoch < run.config.epochs)
     record |= auto.metrics(run) | _of_compiling(run)
     for metrics in (of_precision, added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
-    if _is_last(run) and getattr(run.data, "test", None):
+    if _is_last(run, val_accuracy) and getattr(run.data, "test", None):
         record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
     record = judged(record, run.history) if judged is not None else record
     run.history.append(agree(record))  # the same for all who decide by it
@@ -180,8 +183,8 @@ def _peak_memory(run: Run) -> int | None:
     return max(peaks, default=None)
 
 
-def _is_last(run: Run) -> bool:
-    return run.stopped or run.epoch == run.config.epochs
+def _is_last(run: Run, val_accuracy: float) -> bool:
+    return run.stopped or run.epoch == run.config.epochs or run.is_enough(val_accuracy)
 
 
 def _summaries(run: Run) -> Record:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from morphtrain import interrupts, slices, world
 from morphtrain.contracts import Batch
 from morphtrain.errors import UserError
+from morphtrain.layer_calls import seen_again
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
 from morphtrain.settling import synchronises
@@ -36,13 +37,15 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
         for images in training_steps(run):
             if tick is not None:
                 tick(images)
+    assert run.epoch_means is not None
+    run.train_loss, run.train_accuracy = run.epoch_means()  # waits for the device: whether to, is for the clock to say
 
 
 def training_steps(run: Run) -> Iterator[int]:
     """Train over the data once, a step whenever it is asked for the next; yields the number of images of each.
 
     Every process trains on its share of each batch. Counts, losses, gradients, and so all that follows from them, are
-    those of whole batches. At the end it sets `run.train_loss` and `run.train_accuracy`.
+    those of whole batches. At the end it sets `run.epoch_means`.
     """
     after_step, shares = run.hooks("after_step"), training_shares(run)
     tally = Tally(run.epoch_images, run.device)
@@ -70,7 +73,7 @@ def training_steps(run: Run) -> Iterator[int]:
     _check_given(run, tally)
     if run.infobatch is not None:
         run.infobatch.exchange()
-    run.train_loss, run.train_accuracy = tally.means() if run.infobatch is None else run.infobatch.estimates()
+    run.epoch_means = tally.means if run.infobatch is None else run.infobatch.estimates
 
 
 def _check_given(run: Run, tally: Tally) -> None:
@@ -96,10 +99,12 @@ def prepared(run: Run, share: Share) -> Share:
     with run.own_numbers():
         for hook in hooks:
             images, labels = hook(run, (images, labels)) or (images, labels)
-    _check_rows(run, share, labels)
     if not hooks:
         return replace(share, images=images)
     counts = world.gathered(len(labels))
+    if not sum(counts):
+        raise UserError("methods: before_forward leaves none of a batch's images; one or more are needed")
+    _check_rows(run, share, labels)
     return Share(images, labels, sum(counts), max(counts), share.rows)
 
 
@@ -147,9 +152,10 @@ def backward(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(share.rows, parts), strict=True)
     with run.own_numbers():
         for number, (x, y, rows) in enumerate(pieces, 1):
-            loss, right = _pass(run, x, y, rows)
+            loss, right, contexts = _pass(run, x, y, rows)
             loss = loss * (len(y) / share.whole)
-            run.precision.backward(loss, run.optimizer, more=several or number < parts)
+            with seen_again(*contexts):
+                run.precision.backward(loss, run.optimizer, more=several or number < parts)
             total = total + loss.detach()
             correct += right
     if several:
@@ -161,28 +167,28 @@ def backward(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pass(
     run: Run, images: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """The mean loss of images that go through the network at once, and how many were classified correctly.
+) -> tuple[torch.Tensor, torch.Tensor | int, Sequence[AbstractContextManager[Any]]]:
+    """The mean loss of images that go through the network at once, how many were classified right, and the contexts.
 
     A process without images, which it may be in batches of few, has a loss of zero. They go through the network only if
     others wait for it there.
     """
     if not len(labels) and not synchronises(run.model):
-        return torch.zeros((), device=run.device, requires_grad=True), 0
-    with forward_context(run):
+        return torch.zeros((), device=run.device, requires_grad=True), 0, ()
+    with forward_context(run) as contexts:
         logits = run.forward(images)
         loss = _loss(run, exact(logits), labels, rows) if len(labels) else exact(logits).sum()
-    return loss, (logits.detach().argmax(1) == labels).sum()
+    return loss, (logits.detach().argmax(1) == labels).sum(), contexts
 
 
 @contextmanager
-def forward_context(run: Run) -> Iterator[None]:
+def forward_context(run: Run) -> Iterator[list[AbstractContextManager[Any]]]:
     """What methods and the precision put around a forward pass of a training step; the precision's is the inner one."""
+    contexts = [*(hook(run) for hook in run.hooks("around_forward")), run.precision.autocast()]
     with ExitStack() as stack:
-        for hook in run.hooks("around_forward"):
-            stack.enter_context(hook(run))
-        stack.enter_context(run.precision.autocast())
-        yield
+        for context in contexts:
+            stack.enter_context(context)
+        yield contexts
 
 
 def _loss(run: Run, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

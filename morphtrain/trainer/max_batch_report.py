@@ -20,6 +20,7 @@ from morphtrain.cost.verify import Verified, verify_batch
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import named_if_out_of_memory
 from morphtrain.outputs import check_outputs
+from morphtrain.trainer import trained
 from morphtrain.trainer.build import build_model, in_format
 from morphtrain.trainer.devices import pick_device
 
@@ -71,6 +72,8 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
     input_shape, num_classes = images_of(config)
     given = {"num_classes": num_classes, "in_channels": input_shape[0]}
     model = build_model(config.model, lambda: options.build("model", config.model, **given), config.norm, seed=0)
+    if config.model.weights is not None:  # what was pruned takes less memory
+        model = trained.into(trained.find(config), model, config, num_classes, input_shape[0], seed=0, structure=True)
     with named_if_out_of_memory(f"{schema.size_keys('model', config.model)} input_shape={list(input_shape)}"):
         model = in_format(model.to(device), config.memory_format)
         check_outputs(f"model={config.model.name}", model, input_shape, num_classes)
@@ -86,7 +89,7 @@ def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, h
     optimizer = options.build("optimizer", config.optimizer, model=model)
     if hasattr(precision, "prepare"):
         precision.prepare(model, optimizer)
-    return {"optimizer": optimizer, "autocast_dtype": casts_of(precision)}
+    return {"optimizer": optimizer, "precision": casts_of(precision)}
 
 
 def pick_possible_device(wanted: str) -> tuple[torch.device, bool]:

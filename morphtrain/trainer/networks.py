@@ -50,9 +50,9 @@ def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = Non
     checkpoint_file.write(path, {"format": kind, "facts": json.dumps(facts), "model": model.state_dict()})
 
 
-def read(path: Path) -> checkpoint.Checkpoint:
-    """The checkpoint of a run, or a file of `save`."""
-    stored = checkpoint.Checkpoint(path, formats={**checkpoint.FORMATS_OF_RUNS, FORMAT: FACTS})
+def read(path: Path, name: str = "") -> checkpoint.Checkpoint:
+    """The checkpoint of a run, or a file of `save`; messages call it `name`, by default its path."""
+    stored = checkpoint.Checkpoint(path, name, formats={**checkpoint.FORMATS_OF_RUNS, FORMAT: FACTS})
     if stored.content["format"] == FORMAT:
         schema.check_one_of(f"{path}: memory_format", stored.facts["memory_format"], tuple(FORMATS))
     return stored

@@ -14,6 +14,7 @@ import torch
 from morphtrain import interrupts, morph, options, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
+from morphtrain.evidence.records import LEFT_AT_THE_END
 from morphtrain.memory_limit import named_if_out_of_memory, within_machine
 from morphtrain.schema import Config
 from morphtrain.state import Run
@@ -21,7 +22,7 @@ from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
 from morphtrain.tracking.none import NoTracker
-from morphtrain.trainer import best, checkpoint, environment, records
+from morphtrain.trainer import best, checkpoint, environment, records, trained
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
@@ -85,7 +86,7 @@ def _train(
     guard = Guard(slot, config.timing, run.history)
     alone = tags.get("study", "none") == "none"
     start(run, hint=alone)  # nobody reads the logs of a hundred runs, and their times are compared
-    machine = environment.describe(run.device) | run.chosen
+    machine = environment.describe(run.device) | run.chosen | run.started_from
     if is_main():
         environment.write(run_dir, machine)
         records.begin(run_dir, run.history)
@@ -120,10 +121,14 @@ def _train_on(
     status = "FAILED"
     try:
         unwanted = False
-        while run.epoch < run.config.epochs and not run.stopped and not unwanted:
+        if is_main() and not run.ended:  # one with more epochs than the last time has not come to its end yet
+            (run_dir / LEFT_AT_THE_END).unlink(missing_ok=True)
+        while not run.ended and not unwanted:
             interrupts.check()
             _advance(run, run_dir, tracker, guard)
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
+        if run.history[-1].get("stopped_early"):
+            log.info("stop_at=%g: reached after epoch %d of %d", run.config.stop_at, run.epoch, run.config.epochs)
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
@@ -168,17 +173,24 @@ def _stored(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.Checkpoint(Path(config.resume), f"resume={config.resume}")
 
 
-def new_run(config: Config, device: torch.device) -> Run:
-    """A run before its first epoch, with the structure of `config.architecture` if that is set.
+def new_run(config: Config, device: torch.device | None = None) -> Run:
+    """A run before its first epoch, with the structure of `config.architecture` and the weights of `model.weights`.
+
+    `device` is as in `build_run`.
 
     Raises:
-        UserError: as `build_run`; if there is no such checkpoint, or it is of another model.
+        UserError: as `build_run`; if there is no such file, or it is of another model.
     """
-    path = config.architecture
-    if path is None:
-        return build_run(config, device=device)
-    stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
-    return build_run(config, morph=stored.architecture(config), device=device)
+    morph = None
+    if (path := config.architecture) is not None:
+        stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
+        morph = stored.architecture(config)
+    if config.model.weights is None:
+        return build_run(config, morph=morph, device=device)
+    found = decide(lambda: trained.find(config))  # other hosts may not have the file
+    run = build_run(config, morph=morph, device=device, start=trained.starter(config, found))
+    run.started_from = trained.facts(config, found)
+    return run
 
 
 def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
@@ -231,7 +243,7 @@ def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
         plot_widths(run.changes, run.epoch, picture)
         tracker.artifact(picture, "plots")
         interrupts.check()
-    picture = run_dir / "run.png"  # the last one: it says to a multirun that the run has ended
+    picture = run_dir / LEFT_AT_THE_END  # the last one: it says to a multirun that the run has ended
     plot_run(run.history, run.initial, picture)
     tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)

@@ -10,6 +10,7 @@ import torch
 
 from morphtrain.contracts import Batch
 from morphtrain.cost.copies import MOMENTUM_SGD, copied
+from morphtrain.layer_calls import seen_again
 from morphtrain.morph import exact
 from morphtrain.state import Run
 
@@ -47,8 +48,9 @@ def _is_zero(
     images, labels = batch
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         model, _ = copied(run.model, MOMENTUM_SGD, convert)
-        with context():
+        with context() as entered:
             loss = run.criterion(exact(model(images)), labels)
-        (factor * loss).backward()
+        with seen_again(entered):
+            (factor * loss).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return torch.cat([(gradient == 0).flatten() for gradient in gradients])

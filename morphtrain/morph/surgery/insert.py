@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,21 +54,32 @@ def insert_block(
     for kernel in kernels:
         _check_kernel(kernel)
     halves = start == "half_half"
-    if halves and not (point.non_negative and inner in (None, point.channels)):
+    width = _identity_width(point, kernels) if halves else point.channels
+    if halves and inner not in (None, width):
         raise MorphError(
-            f"no half_half block can be put after '{point.path}': that needs values after a ReLU and "
-            f"{point.channels} inner channels; zero_gamma works"
+            f"no half_half block with {inner} inner channels can be put after '{point.path}': an identity needs {width}"
         )
     place = model.get_submodule(point.path)
     neighbour = place if any(True for _ in place.parameters()) else model
-    block = _make_block(model, point, point.channels if inner is None else inner, kernels, start)
+    block = _make_block(model, point, width if inner is None else inner, kernels, start)
     _settle(block, neighbour, model)
     norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
     if halves and norms:
-        _become_identity(norms, _measured(model, [point.path], calibration, outputs=True)[point.path])
+        parts = None if width == point.channels else _parts
+        found = _measured(model, [point.path], calibration, outputs=True, of=parts)[point.path]
+        for norm, entries in zip(norms, _entries(point.channels, width, len(norms)), strict=True):
+            _become_identity([norm], Statistics(*(values[entries] for values in found)))
     inserted = _put_after(model, point, block)
     rebinder.adopt(model, block.parameters(), like=neighbour)
     return inserted
+
+
+def _identity_width(point: Point, kernels: Sequence[int]) -> int:
+    """The inner channels of a branch that passes on what it gets.
+
+    Values that may be negative pass the ReLUs in it as x = ReLU(x) - ReLU(-x), on twice as many channels.
+    """
+    return point.channels if point.non_negative or len(kernels) == 1 else 2 * point.channels
 
 
 def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
@@ -105,7 +116,7 @@ def _make_block(model: nn.Module, point: Point, inner: int, kernels: Sequence[in
     convolutions = [m for m in block.branch if isinstance(m, nn.Conv2d)]
     for convolution in convolutions:
         if start == "half_half":
-            nn.init.dirac_(convolution.weight)
+            _pass_on(convolution, point.channels)
         else:  # He et al. 2015 (arXiv 1502.01852), with fan-out
             fan_out = math.prod(convolution.kernel_size) * convolution.out_channels
             nn.init.normal_(convolution.weight, 0, math.sqrt(2 / fan_out))
@@ -115,6 +126,29 @@ def _make_block(model: nn.Module, point: Point, inner: int, kernels: Sequence[in
         last: Any = norms[-1] if norms else convolutions[-1]
         nn.init.zeros_(last.weight)
     return block
+
+
+@torch.no_grad()
+def _pass_on(convolution: nn.Conv2d, channels: int) -> None:
+    """Make a convolution of an identity branch pass on what it gets, of which there are `channels` at either end."""
+    weight = nn.init.dirac_(convolution.weight)
+    if convolution.out_channels > convolution.in_channels:
+        weight[channels:] = -weight[:channels]
+    elif convolution.in_channels > convolution.out_channels:
+        weight[:, channels:] = -weight[:, :channels]
+
+
+def _parts(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, 4 C, H, W): what the norms of an identity branch may get; see `_entries`."""
+    return torch.cat([x, -x, x.relu(), (-x).relu()], 1)
+
+
+def _entries(channels: int, width: int, norms: int) -> list[slice]:
+    """Which of `_parts` each norm of an identity branch gets: x and -x, later the positive parts, at last x again."""
+    ends = slice(channels)
+    if width == channels:
+        return [ends] * norms
+    return [slice(width), *[slice(width, 2 * width)] * (norms - 2), ends]
 
 
 def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
@@ -166,11 +200,15 @@ def _settle(new: nn.Module, neighbour: nn.Module, model: nn.Module) -> None:
 
 
 def _measured(
-    model: nn.Module, paths: Sequence[str], calibration: Sequence[Any], outputs: bool = False
+    model: nn.Module,
+    paths: Sequence[str],
+    calibration: Sequence[Any],
+    outputs: bool = False,
+    of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Statistics]:
     """The statistics that the norms of new layers need; empty if the network has no norms."""
     if norm_like(model, 1) is None:
         return {}
     if not len(calibration):
         raise MorphError("calibration: the norms of new layers need a batch of the model's inputs to measure")
-    return measure_inputs(model, paths, calibration, outputs)
+    return measure_inputs(model, paths, calibration, outputs, of)

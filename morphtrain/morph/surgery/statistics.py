@@ -22,7 +22,11 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def measure_inputs(
-    model: nn.Module, paths: Sequence[str], batches: Iterable[Any], outputs: bool = False
+    model: nn.Module,
+    paths: Sequence[str],
+    batches: Iterable[Any],
+    outputs: bool = False,
+    of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Statistics]:
     """The statistics of what enters the modules at `paths`, with `model` in training mode.
 
@@ -31,6 +35,7 @@ def measure_inputs(
     Args:
         batches: inputs of the model; each is a tensor, or a tuple of tensors for a model of several inputs.
         outputs: measure what leaves the modules instead.
+        of: measure what this makes of the tensors (B, C, H, W); None: the tensors.
 
     Returns:
         the statistics by path, each the mean over the batches.
@@ -39,6 +44,7 @@ def measure_inputs(
 
     def add(path: str, x: torch.Tensor) -> None:
         x = x.detach().double() if x.device.type != "mps" else x.detach().float()
+        x = x if of is None else of(x)
         sums[path].append(torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)]))
 
     hooks = []
