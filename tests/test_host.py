@@ -84,21 +84,22 @@ def test_one_process_makes_its_own() -> None:
 
 
 def slow_set(directory: Path) -> float:
-    """In a group that waits for two seconds only."""
+    """In a group that waits for eight seconds only."""
     rank = world.rank()
     distributed.destroy_process_group()
     meeting = f"file://{directory / 'meeting'}"
-    seconds = timedelta(seconds=2)
+    seconds = timedelta(seconds=8)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=seconds)
 
     def make() -> torch.Tensor:
-        time.sleep(3)
+        time.sleep(10)
         return torch.ones(MIB)
 
     return host.shared(make).sum().item()
 
 
 @linux
+@pytest.mark.slow
 def test_the_others_wait_longer_than_the_group_would(tmp_path: Path) -> None:
     assert in_ranks(2, slow_set, tmp_path) == [MIB, MIB]
 
