@@ -189,7 +189,7 @@ def together(make: Callable[[], T]) -> T:
     first = next((error for error in failures if error is not None), None)
     if first is not None:
         raise failure or first
-    return value  # type: ignore[no-any-return]  # what `make` returns
+    return value  # what `make` returns
 
 
 def decide(make: Callable[[], T]) -> T:
