@@ -174,7 +174,8 @@ ALIKE = {
     "penalty": (*UNEVEN, *PRUNED, "prune.update=subgradient", "prune.start_epoch=1"),
     "infobatch": (*UNEVEN, "data.infobatch=0.5", "data.infobatch_until=0.9", "epochs=5"),
     "isgd": (
-        *(*UNEVEN, "data.order=cycle", "epochs=5", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
+        *(*SAME, "model=alexnet", "model.dropout=null", "model.batch_norm=false", "data.train_samples=49", "epochs=3"),
+        *("data.order=cycle", "data.noise=30", "optimizer=isgd", "optimizer.sigmas=0", "optimizer.zeta=3"),
         *("optimizer.lr=0.005", "schedule=constant"),
     ),
     "weight norm": (*SAME, *RESNET, "norm=weight", "data.train_samples=47", "epochs=2", "optimizer.lr=0.01"),
