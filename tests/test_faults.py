@@ -27,7 +27,7 @@ import morphtrain
 from morphtrain import interrupts, world
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
-from morphtrain.processes import lead, verdict, watch
+from morphtrain.processes import lead, peers, verdict, watch
 from morphtrain.processes.connections import Connections
 from morphtrain.processes.join import joined
 from morphtrain.processes.place import LOCALHOST, Place
@@ -237,7 +237,7 @@ class Pair:
         meeting.start()
         self.second.meet(store)
         meeting.join()
-        self.port, self.token = json.loads(store.get(watch.KEY))
+        self.port, self.token = json.loads(store.get(peers.KEY))
 
     def judged(self) -> Report | None:
         """The verdict of the first, once there is one, or after some seconds."""

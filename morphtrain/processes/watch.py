@@ -10,18 +10,16 @@ do not leave within some seconds are ended by their watching threads. If it is r
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import selectors
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +28,7 @@ from morphtrain.errors import UserError
 from morphtrain.processes import verdict
 from morphtrain.processes.connections import of_group
 from morphtrain.processes.line import Line, disown, own
+from morphtrain.processes.peers import START_SECONDS, Messages, Peers, wait_for
 from morphtrain.processes.place import Place
 from morphtrain.processes.place import place as started_from_outside
 from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
@@ -37,27 +36,12 @@ from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-KEY = "watch"  # in the store: the port at which rank 0 listens, and what to say there
 POLL_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0  # without a sign of life: no process holds Python's lock for so long
 GRACE_SECONDS = 1.0  # in which the cause of something uncertain is told
 LEAVE_SECONDS = 10.0  # that a process has to end by itself after the verdict
-START_SECONDS = 300.0  # that a process has to come
 PACKAGE = str(Path(__file__).parents[1])
-
-
-@dataclass
-class Peer:
-    """Another process, as this one sees it."""
-
-    line: Line
-    begun: int = 0  # calls of functions that all have to call
-    inside: bool = False
-    where: str = ""
-    silent: int = 0  # beats of this process since the last sign of life
-    has_left: bool = False  # it is about to, in order, or it has
-    is_gone: bool = False  # its line has ended
 
 
 @contextmanager
@@ -108,11 +92,6 @@ class Watch:
         self.silent_seconds = min(SILENT_SECONDS, seconds)
         self.progress = progress
         progress.begun, progress.inside, progress.explain = 0, False, self.explain
-        self.here = Whereabouts.own()
-        self.everyone: list[Whereabouts | None] = [None] * self.size
-        self.everyone[self.rank] = self.here
-        self.peers: dict[int, Peer] = {}  # of rank 0: all others; of another: rank 0
-        self.has_met = False
         self.verdict: Report | None = None
         self._pending: Report | None = None  # what may become it
         self._judge_at = self._leave_by = self._close_by = float("inf")
@@ -121,7 +100,7 @@ class Watch:
         self._lock = threading.RLock()
         self._selector = selectors.DefaultSelector()
         self._ends = socket.socketpair()  # of a line from the handler of signals
-        self._listener: socket.socket | None = None
+        self.peers = Peers(place, self._selector, self._greet, self._take, self._lose)
         self._trainer = threading.get_ident()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -151,11 +130,11 @@ class Watch:
             RankFailed: if one does not come in time.
         """
         if self.rank == 0:
-            self._listen(store)
+            self.peers.listen(store)
         else:
-            self._connect(store)
+            self.peers.connect(store)
         self._thread.start()
-        self._await(lambda: self.has_met, START_SECONDS, self._missing)
+        wait_for(lambda: self.peers.have_met, START_SECONDS, self._miss)
 
     def settle(self, number: int) -> None:
         """Agree with the others on why they end, this process because of a signal."""
@@ -174,9 +153,8 @@ class Watch:
         """Leave in order, once all are about to."""
         self.progress.begun += 1
         self.progress.inside = self.rank == 0  # the others wait for it as long as it takes to finish
-        for peer in self.peers.values():
-            peer.line.send(parting=True)
-        self._await(lambda: all(peer.has_left for peer in self.peers.values()))
+        self.peers.tell(parting=True)
+        wait_for(lambda: all(peer.has_left for peer in self.peers.values()))
 
     def cause_of(self, error: BaseException) -> BaseException:
         """What to raise instead of an error that ends this process, or the error itself."""
@@ -206,15 +184,13 @@ class Watch:
         self.progress.explain = None
         with self._lock:
             self._leave_by, self._close_by = float("inf"), time.monotonic() + GRACE_SECONDS
-            for peer in self.peers.values():
-                peer.line.end()
+            self.peers.end()
         if self._thread.ident is not None:
             self._thread.join()
-        for peer in self.peers.values():
-            peer.line.close()
-        for one in (*self._ends, *filter(None, [self._listener])):
-            disown(one)
-            one.close()
+        self.peers.close()
+        for end in self._ends:
+            disown(end)
+            end.close()
         self._selector.close()
 
     def _settled(self, report: Report) -> Report | None:
@@ -229,18 +205,9 @@ class Watch:
         """Whether there is a thread that gives a verdict, here or in rank 0."""
         return self._thread.is_alive() and (self.rank == 0 or not self.peers[0].has_left)
 
-    def _await(
-        self, come: Callable[[], bool], seconds: float = float("inf"), too_late: Callable[[], None] | None = None
-    ) -> None:
-        """Wait until something has come; raises a failure or a signal meanwhile."""
-        end = time.monotonic() + seconds
-        while not come():
-            if too_late is not None and time.monotonic() > end:
-                too_late()
-            interrupts.wait(POLL_SECONDS / 2)
-
-    def _missing(self) -> None:
-        absent = [rank for rank in range(1, self.size) if rank not in self.peers] if self.rank == 0 else [0]
+    def _miss(self) -> None:
+        """Report the first process that has not come."""
+        absent = self.peers.absent() if self.rank == 0 else [0]
         self._hear(Report(verdict.MISSING, absent[0], seconds=START_SECONDS))
 
     def _outlast_first(self) -> None:
@@ -249,70 +216,6 @@ class Watch:
         end = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < end and any(not peer.is_gone for peer in self.peers.values()):
             time.sleep(POLL_SECONDS / 2)
-
-    # Meeting.
-
-    def _listen(self, store: Store) -> None:
-        host = self.place.address if self.place.one_host else ""
-        both = not host and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, dualstack_ipv6=both)
-        self._listener.setblocking(False)
-        own(self._listener)
-        token = secrets.token_hex()
-        self._selector.register(self._listener, selectors.EVENT_READ, lambda: self._accept(token))
-        store.set(KEY, json.dumps([self._listener.getsockname()[1], token]))
-
-    def _accept(self, token: str) -> None:
-        assert self._listener is not None
-        try:
-            line = Line(self._listener.accept()[0])
-        except OSError:  # whoever it was has gone again
-            return
-        self._selector.register(line, selectors.EVENT_READ, lambda: self._greet(line, token))
-
-    def _greet(self, line: Line, token: str) -> None:
-        """Read from somebody who is not known yet."""
-        try:
-            messages = line.receive()
-        except EOFError:
-            messages = [{}]
-        if not messages:
-            return
-        self._selector.unregister(line)
-        if not secrets.compare_digest(str(messages[0].get("token")), token):
-            line.close()
-            return
-        rank = messages[0]["rank"]
-        self.everyone[rank] = Whereabouts(**messages[0]["whereabouts"])
-        self._add(rank, line)
-        if self.verdict is not None:
-            line.send(verdict=asdict(self.verdict))
-        if len(self.peers) == self.size - 1:
-            everyone = [asdict(there) for there in self.everyone if there is not None]
-            for peer in self.peers.values():
-                peer.line.send(everyone=everyone)
-            self.has_met = True
-        self._take(rank, messages[1:])
-
-    def _connect(self, store: Store) -> None:
-        self._await(lambda: store.check([KEY]), START_SECONDS, self._never_came)
-        port, token = json.loads(store.get(KEY))
-        try:
-            line = Line(socket.create_connection((self.place.address, port), timeout=10 * BEAT_SECONDS))
-        except OSError as error:
-            where = f"{self.place.address}, port {port}"
-            hint = "its host has to let those of the others in, at any port"
-            raise UserError(f"rank 0 cannot be reached at {where} ({error.strerror or error}); {hint}") from error
-        line.send(token=token, rank=self.rank, whereabouts=asdict(self.here))
-        self._add(0, line)
-
-    def _never_came(self) -> NoReturn:
-        raise UserError(Report(verdict.MISSING, 0, seconds=START_SECONDS).message(None))
-
-    def _add(self, rank: int, line: Line) -> None:
-        self.peers[rank] = Peer(line)
-        self._selector.register(line, selectors.EVENT_READ, lambda: self._read(rank))
 
     # The thread that watches.
 
@@ -345,13 +248,12 @@ class Watch:
 
     def _beat(self) -> None:
         """Say that this process lives, and see who is late. After a pause of this process nobody is."""
-        for peer in self.peers.values():
-            peer.line.send(beat=[self.progress.begun, self.progress.inside, self._where()])
+        self.peers.tell(beat=[self.progress.begun, self.progress.inside, self._where()])
         for rank, peer in self.peers.items():
             peer.silent += 1
             if peer.silent * BEAT_SECONDS > self.silent_seconds and not peer.has_left:
                 self._hear(Report(verdict.SILENT, rank, seconds=self.silent_seconds))
-        if self.rank == 0 and self.has_met:
+        if self.rank == 0 and self.peers.have_met:
             self._look_for_the_late()
 
     def _look_for_the_late(self) -> None:
@@ -381,23 +283,18 @@ class Watch:
         file = os.path.relpath(found.f_code.co_filename, os.path.dirname(PACKAGE))
         return f"{found.f_code.co_name} ({file}, line {found.f_lineno})"
 
-    def _read(self, rank: int) -> None:
-        try:
-            messages = self.peers[rank].line.receive()
-        except EOFError:
-            self._gone(rank)
-            return
-        self._take(rank, messages)
+    def _greet(self, line: Line) -> None:
+        """Tell a process that has just come, if it is too late."""
+        if self.verdict is not None:
+            line.send(verdict=asdict(self.verdict))
 
-    def _take(self, rank: int, messages: list[dict[str, Any]]) -> None:
+    def _take(self, rank: int, messages: Messages) -> None:
+        """Act on what a process has said."""
         peer = self.peers[rank]
         for message in messages:
             peer.silent = 0
             if "beat" in message:
                 peer.begun, peer.inside, peer.where = message["beat"]
-            elif "everyone" in message:
-                self.everyone = [Whereabouts(**there) for there in message["everyone"]]
-                self.has_met = True
             elif "parting" in message:
                 peer.has_left = True
             elif "report" in message:
@@ -405,9 +302,9 @@ class Watch:
             elif "verdict" in message:
                 self._adopt(Report(**message["verdict"]))
 
-    def _gone(self, rank: int) -> None:
+    def _lose(self, rank: int) -> None:
+        """Report a process whose line has ended, unless it has said before that it is about to leave."""
         peer = self.peers[rank]
-        self._selector.unregister(peer.line)
         left_in_order, peer.has_left, peer.is_gone = peer.has_left, True, True
         if not left_in_order:
             self._hear(Report(verdict.DIED, rank))
@@ -429,9 +326,9 @@ class Watch:
                 self._pending = report
 
     def _decide(self, report: Report) -> None:
+        """Make a report the verdict, here and in those that this process has a line to."""
         self._adopt(report)
-        for peer in self.peers.values():
-            peer.line.send(verdict=asdict(report))
+        self.peers.tell(verdict=asdict(report))
 
     def _adopt(self, report: Report) -> None:
         """Take a verdict as final, and let the thread that trains know."""
@@ -447,14 +344,14 @@ class Watch:
         of_group.cut()  # whoever waits for another process gets an error, and `explain` its cause
         self._leave_by = time.monotonic() + (GRACE_SECONDS if hangs else LEAVE_SECONDS)
         if report.kind == verdict.SILENT:
-            self._kill(self.everyone[report.rank])
+            self._kill(self.peers.everyone[report.rank])
 
     def _failure(self, report: Report) -> RankFailed:
-        return RankFailed(report.message(self.everyone[report.rank]))
+        return RankFailed(report.message(self.peers.everyone[report.rank]))
 
     def _kill(self, there: Whereabouts | None) -> None:
         """End a process of this host that is stopped; nobody else may."""
-        if there is not None and there.is_beside(self.here):
+        if there is not None and there.is_beside(self.peers.here):
             with suppress(ProcessLookupError):
                 os.kill(there.pid, signal.SIGKILL)
 
@@ -464,7 +361,7 @@ class Watch:
         Not through logging, or what else may wait for a lock: this may be the last that the process does.
         """
         first_is_gone = report.rank == 0 and report.kind in (verdict.DIED, verdict.SILENT)
-        beside = [rank for rank, there in enumerate(self.everyone) if there and there.is_beside(self.here)]
+        beside = [rank for rank, there in enumerate(self.peers.everyone) if there and there.is_beside(self.peers.here)]
         if self.rank == (min(rank for rank in beside if rank > 0) if first_is_gone else 0):
             os.write(2, f"{self._failure(report)}\n".encode())
 
