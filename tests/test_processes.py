@@ -18,13 +18,14 @@ import torch
 from conftest import SMALL, Command
 from mlflow.tracking import MlflowClient
 from ranks import command_in_ranks
+from torch import distributed
 
 import morphtrain
 from morphtrain import arguments, world
 from morphtrain.errors import UserError
 from morphtrain.evidence.__main__ import main as evidence_main
 from morphtrain.evidence.records import read_records
-from morphtrain.processes import join, lead, local
+from morphtrain.processes import join, lead, local, order
 from morphtrain.processes.place import LOCALHOST, Place, place
 from morphtrain.processes.verdict import RankFailed
 from morphtrain.trainer import build_run, devices
@@ -111,6 +112,12 @@ def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
     for attempt, found in ((0, True), (1, False)):
         later = replace(here, rank=1, attempt=attempt)
         assert join.meet(later).check(["order"]) == found
+
+
+def test_who_waits_in_vain_for_the_others_is_told_for_how_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order.time, "monotonic", iter((0.0, 601.0)).__next__)
+    with pytest.raises(UserError, match="the processes have not met within 10 minutes; see whether"):
+        order.give(distributed.HashStore(), 0, 1, lambda: None)
 
 
 def test_only_this_host_reaches_the_store_of_one_host() -> None:

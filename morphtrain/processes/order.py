@@ -57,9 +57,11 @@ def take(store: Store) -> Order | int:
 
 
 def _wait(condition: Callable[[], bool], check: Callable[[], None] = lambda: None) -> None:
-    end = time.monotonic() + TIMEOUT.total_seconds()
+    seconds = TIMEOUT.total_seconds()
+    end = time.monotonic() + seconds
     while not condition():
         check()
         if time.monotonic() > end:
-            raise UserError(f"the processes have not met within {TIMEOUT}; see whether all of them have been started")
+            met = f"the processes have not met within {seconds / 60:g} minutes"
+            raise UserError(f"{met}; see whether all of them have been started")
         interrupts.wait(POLL_SECONDS)
