@@ -2,6 +2,11 @@
 
 Two of them are on one host if they see each other's files in /proc. One process is the plain case: it has all cores,
 and memory of its own. Every process has to call these functions, in the same order.
+
+How `shared` works: the first process of a host makes the value, and puts the values of its large tensors into files
+without names (memfd), one each. A further one, the letter, gets the pickled value, with the paths of those in place of
+the tensors. The letter is locked until it is written; the others open it by its path in /proc, wait for the lock, and
+map the files. A file is gone once nobody maps it or has it open.
 """
 
 from __future__ import annotations
@@ -66,7 +71,7 @@ def shared(make: Callable[[], T]) -> T:
             letter = _files.new()
             fcntl.flock(letter, fcntl.LOCK_EX)
             world.gathered(_path(letter))
-            return world.together(lambda: _written(make, letter))  # the others have opened all files afterwards
+            return world.together(lambda: _written(make, letter))  # when it returns, the others have opened all files
         letter_path = world.gathered("")[first]
         return world.together(lambda: _read(letter_path))
 

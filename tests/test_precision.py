@@ -134,7 +134,7 @@ def test_an_overflow_in_one_of_several_passes_skips_the_step() -> None:
     step = step_of(model, 4, precision)
     precision.prepare(model, step.optimizer)
     wanted = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    backward(step, Share(x, y, whole=12, most=12))  # type: ignore[arg-type]
+    backward(step, Share(x, y, whole=12, largest=12))  # type: ignore[arg-type]
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0.02, atol=0.002)
     assert precision.step(step.optimizer)
@@ -142,7 +142,7 @@ def test_an_overflow_in_one_of_several_passes_skips_the_step() -> None:
     step.optimizer.zero_grad()
     before = copy.deepcopy(model.state_dict())
     x[0] = 1e6  # infinite in 16 bits, in the first pass of three
-    backward(step, Share(x, y, whole=12, most=12))  # type: ignore[arg-type]
+    backward(step, Share(x, y, whole=12, largest=12))  # type: ignore[arg-type]
     assert not precision.step(step.optimizer)
     assert_same(model.state_dict(), before)
     assert precision.metrics() == {"loss_scale": 512, "skipped_steps": 1}

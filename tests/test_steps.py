@@ -91,7 +91,7 @@ def test_scaled_losses_are_unscaled_once() -> None:
     expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     precision = Precision(CPU, torch.float16, init_scale=1024.0)
     step = step_of(model, 4, precision)
-    backward(step, Share(x, y, whole=10, most=10))  # type: ignore[arg-type]
+    backward(step, Share(x, y, whole=10, largest=10))  # type: ignore[arg-type]
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0.02, atol=0.002)
     assert precision.step(step.optimizer)

@@ -146,7 +146,7 @@ def backward(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
     """
     several = world.size() > 1
     images, labels = share.images, share.labels
-    parts = passes(share.most, run.micro_batch)
+    parts = passes(share.largest, run.micro_batch)
     total = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device, dtype=torch.long)
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), _split(share.rows, parts), strict=True)

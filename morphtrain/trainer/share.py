@@ -22,14 +22,14 @@ class Share:
         images: (B, C, H, W); there may be none.
         labels: (B,)
         whole: how many images the batch has in all processes.
-        most: how many images of it that process has which has the most.
+        largest: how many of them the process with the largest share has.
         rows: (B,), which training images they are, whose scores InfoBatch keeps; None without it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     whole: int
-    most: int
+    largest: int
     rows: torch.Tensor | None = None
 
 
