@@ -1,11 +1,12 @@
 """Faults: whatever ends one process of a run ends all of them within seconds, with one message.
 
-A thread in each process holds a line to that of rank 0, and over it each says once a second that it lives and how far
-it has come. The system ends the line of a process that dies; one that is stopped falls silent; one that hangs falls
-behind. An error, an early end or a signal is told. Rank 0's thread judges: what is certain counts at once, what may be
-a consequence of something else only if nothing else is told within a second. Its verdict goes to all, whose training
-threads raise it where they would stop for a signal, or in place of torch's error about a broken connection. Those that
-do not leave within some seconds are ended by their watching threads. If it is rank 0 that is gone, the others judge.
+A thread in each process holds a line to that of rank 0 (`peers`), and over it each says once a second that it lives and
+how far it has come. The system ends the line of a process that dies; one that is stopped falls silent; one that hangs
+falls behind. An error, an early end or a signal is told. Rank 0's thread judges: what is certain counts at once, what
+may be a consequence of something else only if nothing else is told within a second. Its verdict goes to all, whose
+training threads raise it where they would stop for a signal, or in place of torch's error about a broken connection.
+Those that do not leave within some seconds are ended by their watching threads. If it is rank 0 that is gone, the
+others judge.
 """
 
 from __future__ import annotations
