@@ -85,6 +85,15 @@ def test_the_objective_is_shown() -> None:
     assert "after 1 epoch, " in rows(history[:1])[1]
 
 
+def test_several_processes_are_counted_and_what_they_wait_for_each_other_is_shown() -> None:
+    table, text = rows(pruned(processes=2.0, comm_seconds=0.42))
+    assert "after 10 epochs, 60.0 s of training in 2 processes" in text
+    assert table["share of an epoch spent waiting for others"] == ["0.100", f"{0.42 / 2.2:.3f}", ""]
+    alone = rows([*pruned()[:4], *pruned(processes=2.0, comm_seconds=0.42)[4:]])
+    assert not any("others" in name for name in alone[0]), "no such share of the first network is known"
+    assert "processes" not in rows(pruned())[1]
+
+
 def test_a_network_that_grew_began_as_the_first_not_as_the_dense_one() -> None:
     table, text = rows([record(e, 1000 if e < 4 else 3000, 1.0 if e < 5 else 3.0) for e in range(1, 9)])
     assert table["seconds an epoch"] == ["1.000", "3.000", "3.000"]

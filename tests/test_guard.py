@@ -390,6 +390,19 @@ def test_every_signal_marks_and_the_first_one_warns(caplog: pytest.LogCaptureFix
     assert "epoch 2 was contended: others used 50% of its cores" in message
 
 
+def test_of_several_processes_the_most_disturbed_is_named_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = lambda mine: [mine, (0.67, [reason.replace("50%", "67%") for reason in mine[1]])]  # noqa: E731
+    monkeypatch.setattr(guard.world, "gathered", others)
+    watched = judge(0.0, [], claim=SimpleNamespace(others=list))
+    watched.foreign = SimpleNamespace(begin=lambda: None, share=lambda: 0.5)  # type: ignore[assignment]
+    watched.epoch_begins()
+    assert watched.judged(EPOCH, [])["foreign_cpu"] == 0.67
+    (message,) = caplog.messages
+    assert "contended: others used 67% of its cores. " in message
+
+
 def test_without_an_account_the_reference_tells(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "Reference", lambda device: machine)
     watched = judge(0.5, [], device=torch.device("xpu", 0))

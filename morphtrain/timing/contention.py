@@ -66,10 +66,12 @@ class Guard:
             metrics["foreign_cpu"] = self.foreign.share()
         if self.calibration is not None:
             metrics |= self._calibrated(self.calibration, record, history)
-        everyone = world.gathered((metrics.get("foreign_cpu"), self._reasons(metrics)))
+        everyone = world.gathered((metrics.get("foreign_cpu"), self._reasons()))
         if shares := [share for share, _ in everyone if share is not None]:
             metrics["foreign_cpu"] = max(shares)
         reasons = list(dict.fromkeys(reason for _, found in everyone for reason in found))
+        if metrics.get("foreign_cpu", 0.0) > FOREIGN_LIMIT:
+            reasons.append(f"others used {metrics['foreign_cpu']:.0%} of its cores")
         metrics["contended"] = float(bool(reasons))
         if reasons and not any(earlier["contended"] for earlier in history):
             _warn(record["epoch"], reasons)
@@ -85,14 +87,12 @@ class Guard:
             "calibrated_train_seconds": before + calibration.calibrated(seconds),
         }
 
-    def _reasons(self, metrics: Record) -> list[str]:
-        """Why the epoch is contended; empty if it is not."""
+    def _reasons(self) -> list[str]:
+        """Why the epoch is contended in this process, besides its `foreign_cpu`; empty if it is not."""
         reasons = []
         if others := sorted({*self.others, *self.slot.claim.others()}):
             processes = "process {} trains" if len(others) == 1 else "processes {} train"
             reasons.append(f"{processes.format(', '.join(map(str, others)))} on the same device or cores")
-        if metrics.get("foreign_cpu", 0.0) > FOREIGN_LIMIT:
-            reasons.append(f"others used {metrics['foreign_cpu']:.0%} of its cores")
         if self.calibration is not None and (self.foreign is None or self.slot.device.type != "cpu"):
             slowdown = self.calibration.fastest / self.calibration.rate
             if slowdown > SLOWDOWN_LIMIT:

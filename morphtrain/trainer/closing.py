@@ -26,6 +26,11 @@ def data_share(record: Record) -> float:
     return record["data_seconds"] / record["epoch_seconds"]
 
 
+def waiting_share(record: Record) -> float:
+    """The share of an epoch (0 to 1) in which one of several processes waited for the others' sums."""
+    return record["comm_seconds"] / record["epoch_seconds"]
+
+
 def closing_table(
     history: Sequence[Record], initial: Mapping[str, int], warmup_epochs: int, objective: Sequence[str] = ()
 ) -> Table:
@@ -59,6 +64,8 @@ def closing_table(
     if contended := sum(bool(record["contended"]) for record in history):
         rows.append(("contended epochs", "", f"{contended} of {len(history)}", ""))
     title = f"after {counted(len(history), 'epoch')}, {end['train_seconds']:.1f} s of training"
+    if "processes" in end:
+        title += f" in {end['processes']:.0f} processes"
     note = why_incomparable(first, last) if changed else ""
     if len(stages) > 1 and _size(end) != _size(history[-2]):
         note = note or f"The last network's times are those before the change after epoch {end['epoch']:.0f}."
@@ -112,6 +119,8 @@ def _time_rows(first: Sequence[Record], last: Sequence[Record]) -> list[Row]:
     if calibrated:
         rows.append(row("seconds an epoch, calibrated", lambda record: _of_all(record, "calibrated_seconds"), True))
     rows.append(row("share of an epoch spent waiting for data", data_share, False))
+    if all("comm_seconds" in record for record in (*first, *last)) and (first or last):
+        rows.append(row("share of an epoch spent waiting for others", waiting_share, False))
     return [*rows, ("  (medians of epochs)", _span(first), _span(last), "")]
 
 
