@@ -83,7 +83,7 @@ def agree_buffers(model: nn.Module, images: int) -> None:
     Args:
         images: of a whole batch, this process's. What a process without any has in its buffers counts for nothing.
     """
-    if world.size() == 1:
+    if world.size() == 1 or next(model.buffers(), None) is None:
         return
     floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     others = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]

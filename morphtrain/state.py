@@ -38,6 +38,8 @@ SETTLING_BATCHES = 8
 
 # Streams of random numbers, see `derived_seed`: those that gradient methods draw, and those of `Run.own_numbers`.
 GRADIENTS, OWN = 1, 2
+# Parts of a run that may have state: the user's own, and the scores of images.
+PARTS = ("data", "criterion", "schedule", "infobatch")
 
 
 @dataclass
@@ -232,8 +234,11 @@ class Run:
         self.agree_buffers()
 
     def agree_buffers(self) -> None:
-        """Give the model the same buffers in all processes, see `settling.agree_buffers`."""
-        agree_buffers(self.model, slices.shares(self.batch_size)[world.rank()])
+        """Give the model, and a loss that is a module, the same buffers in all processes: `settling.agree_buffers`."""
+        images = slices.shares(self.batch_size)[world.rank()]
+        agree_buffers(self.model, images)
+        if isinstance(self.criterion, nn.Module):
+            agree_buffers(self.criterion, images)
 
     def _settling_passes(self) -> Iterator[torch.Tensor]:
         """Images as they go through the network in training; whole batches only, as all count the same.
@@ -242,9 +247,9 @@ class Run:
         """
         number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
         parts = passes(max(slices.shares(self.batch_size)), self.micro_batch)
+        waits = synchronises(self.model)
         for images in self._own_images(number):
-            if len(images) or synchronises(self.model):
-                yield from images.tensor_split(parts)
+            yield from (piece for piece in images.tensor_split(parts) if len(piece) or waits)
 
     def _own_images(self, number: int) -> Iterator[torch.Tensor]:
         """This process's images of the first whole batches of this epoch."""
@@ -304,19 +309,32 @@ class Run:
                 f"batch_policy.batch_size={batch_size}: the training set has {samples} images; at most that many"
             )
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        if self.leaves_single(samples):
-            self._check_single(samples)
+        self.check_single()
 
     def leaves_single(self, images: int) -> bool:
-        """Whether a single image goes through the network in some pass of an epoch of so many, in some process."""
-        batches = slices.shares(self.batch_size), slices.shares(images % self.batch_size)
-        return any(0 < share < 2 * passes(max(shares), self.micro_batch) for shares in batches for share in shares)
+        """Whether a single image goes through the network in some pass of an epoch of so many, in some process.
 
-    def _check_single(self, samples: int) -> None:
+        If norms are synchronised, it is a single one of all processes.
+        """
+        together = synchronises(self.model)
+        for shares in (slices.shares(self.batch_size), slices.shares(images % self.batch_size)):
+            parts = passes(max(shares), self.micro_batch)
+            least = [share // parts for share in shares]  # of the images of a pass
+            single = sum(least) == 1 if together else any(0 < share < 2 * parts for share in shares)
+            if single:
+                return True
+        return False
+
+    def check_single(self) -> None:
+        """Raise a `UserError` if a pass gets one image and the network cannot train on that."""
+        samples = len(self.data.train)
+        if not self.leaves_single(samples):
+            return
         channels, *full = self.data.input_shape
         try:
-            for size in (full, self.small_size(1) or full):
-                check_outputs("the model", self.model, (channels, *size), self.data.num_classes, samples=1)
+            with world.alone():  # otherwise synchronised norms would have one of each process
+                for size in (full, self.small_size(1) or full):
+                    check_outputs("the model", self.model, (channels, *size), self.data.num_classes, samples=1)
         except UserError as error:
             among = "" if world.size() == 1 else f" among {world.size()} processes"
             micro_batch = "" if self.micro_batch is None else f" in passes of at most {self.micro_batch}"

@@ -229,6 +229,19 @@ def test_a_grown_network_that_no_longer_fits_goes_in_passes(memory: None, caplog
     assert f"passes of at most {run.micro_batch} images" in caplog.text
 
 
+def test_a_batch_goes_in_passes_in_fewer_processes_than_before(memory: None) -> None:
+    run = small_run()
+    params = count_params(run.model)
+    budget = 12 * params + 4 * params * 20
+    policy = fill_memory.build(schema.batch_policy.FillMemory("fill_memory", 32, budget, 0, 8, 2.0, "linear", 0.0))
+    run.epoch, run.batch_size, run.micro_batch, run.history = 2, 32, None, [{"processes": 2}]
+    policy.before_training(run)
+    assert run.batch_size == 32 and run.micro_batch is not None
+    fits, run.micro_batch, run.history = run.micro_batch, None, [{}]
+    policy.before_training(run)
+    assert 16 <= fits < 32 and run.micro_batch is None, "in as many as before nothing changes"
+
+
 def test_what_a_cuda_device_has_free_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)

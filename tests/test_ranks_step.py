@@ -27,6 +27,7 @@ from morphtrain.contracts import Batch
 from morphtrain.data import ImageData, Images
 from morphtrain.errors import UserError
 from morphtrain.method import Method
+from morphtrain.norm.sync import SyncBatchNorm2d
 from morphtrain.own_numbers import OwnNumbers
 from morphtrain.part_checks import is_divided
 from morphtrain.precision import Precision
@@ -84,10 +85,14 @@ def test_a_pass_with_a_single_image_is_foreseen(size: int, batch: int, images: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "members", lambda: size)
         run = object.__new__(Run)
-        run.batch_size, run.micro_batch = batch, most
+        run.batch_size, run.micro_batch, run.model = batch, most, nn.Identity()
         of_shares = [torch.arange(n).tensor_split(size) for n in (batch, images % batch)]
         parts = [(share, passes(len(shares[0]), most)) for shares in of_shares for share in shares]
         expected = any(len(piece) == 1 for share, number in parts for piece in share.tensor_split(number))
+        assert run.leaves_single(images) == expected
+        run.model = SyncBatchNorm2d(1)
+        pieces = [[share.tensor_split(passes(len(shares[0]), most)) for share in shares] for shares in of_shares]
+        expected = any(sum(map(len, at_once)) == 1 for parts in pieces for at_once in zip(*parts, strict=True))
         assert run.leaves_single(images) == expected
 
 
@@ -111,6 +116,15 @@ def test_numbers_of_ones_own_are_a_stream_that_leaves_the_common_one_alone() -> 
 # -- as one process -------------------------------------------------------------------------------------------------
 
 
+class Scales(Method):
+    """Logits times a number of its own, which the optimizer trains."""
+
+    def after_build(self, run: Run) -> None:
+        self.scale = nn.Parameter(torch.ones(1))
+        run.optimizer.add_param_group({"params": [self.scale], "lr": 0.1})
+        run.model.register_forward_hook(lambda model, inputs, logits: logits * self.scale)
+
+
 @dataclass
 class Outcome:
     """What a run has come to: everything that the number of processes must not change."""
@@ -121,7 +135,10 @@ class Outcome:
     epochs: list[dict[str, float]]
 
 
-COMPARED = ("train_loss", "train_accuracy", "learning_rate", "share_trained", "accelerated_batches", "extra_passes")
+COMPARED = (
+    *("train_loss", "train_accuracy", "val_loss", "val_accuracy"),
+    *("learning_rate", "share_trained", "accelerated_batches", "extra_passes"),
+)
 
 
 def in_double(configs: Mapping[str, Config]) -> dict[str, Outcome]:
@@ -160,6 +177,7 @@ def assert_alike(found: Outcome, expected: Outcome, within: float) -> None:
         assert record == pytest.approx(wanted, rel=1e-5)
 
 
+ONE = "batch_policy.max_micro_batch=1"
 CHANGED = {
     # Sixty steps, in which the network is pruned and grows. A process's batch norm is a chunk of ghost norm.
     "pruned and grown": (
@@ -181,6 +199,9 @@ ALIKE = {
     "weight norm": (*SAME, *RESNET, "norm=weight", "data.train_samples=47", "epochs=2", "optimizer.lr=0.01"),
     "top1": (*UNEVEN, "gradient=approximate", "gradient.kind=top1", "gradient.every=1"),
     "smaller images": (*UNEVEN, "data.progressive=0.5"),
+    # Of seven images, one process has four passes and the other three: so do those that settle batch norm.
+    "passes of one": (*SAME, *RESNET, "data.train_samples=28", "epochs=2", "batch_policy.batch_size=7", ONE),
+    "a parameter of a method": (*UNEVEN, "methods=[{_target_: test_ranks_step.Scales}]"),
 }
 FEW = {  # images: fewer than processes in some batches, or in all of them
     "one or two": (*UNEVEN, "batch_policy.batch_size=2", "data.train_samples=9", "clip_norm=1"),
@@ -411,6 +432,20 @@ class Noted(Method):
         self.present = [name for name, parameter in run.model.named_parameters() if parameter.grad is not None]
 
 
+class Relative(nn.Module):
+    """A loss in units of its own moving average."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("usual", torch.ones(()))
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss, usual = F.cross_entropy(logits, labels), self.usual
+        if self.training:
+            usual.lerp_(loss.detach(), 0.1)
+        return loss / usual.clone()
+
+
 class Whole:
     """Data of the user's own, of which one cannot ask for slices."""
 
@@ -490,15 +525,19 @@ def behaviour(configs: Mapping[str, Config]) -> dict[str, Any]:
         "unused": branches.model.unused.weight.detach(),  # type: ignore[union-attr]
         "first": build_run(configs["branches"]).model.unused.weight.detach(),  # type: ignore[union-attr]
         "sparse": {key: sparse[key] for key in ("gradient_zeros", "gradient_macs_saved")},
+        "relative": epoch_of(configs["relative"]).criterion.usual,  # type: ignore[attr-defined]
         "own data": given_shares(configs["own data"]),
         "digits": given_shares(configs["digits"]),
         "cycle": given_shares(configs["cycle"]),
         "unsplit": refusal(configs["unsplit"]),
         "single": refusal(configs["single"]),
+        "single of all": refusal(configs["single of all"]),
+        "one of each": epoch_of(configs["one of each"]).history[-1]["val_loss"],
     }
 
 
 TINY = (*SAME, "data.train_samples=31", "epochs=2")
+SINGLE = ("model=resnet8", "model.stages=4", "model.width=4")  # ends with one value for each channel of an image
 CASES = {
     "plain": (*TINY, *RESNET),
     "slow": (*TINY, *RESNET, "methods=[{_target_: test_ranks_step.Waits}]"),
@@ -513,11 +552,14 @@ CASES = {
         "methods=[{_target_: test_ranks_step.Noted}]",
     ),
     "sparse": (*TINY, *NO_NORM, "gradient=sparse_activation", "data.train_samples=33"),
+    "relative": (*TINY, *NO_NORM, "loss=custom", "loss._target_=test_ranks_step.Relative"),
     "own data": (*SAME[5:], *RESNET, "data=custom", "data._target_=test_ranks_step.whole", "epochs=1"),
     "digits": ("data=digits", "data.shift=2", *SAME[5:], *RESNET, "batch_policy.batch_size=33", "epochs=1"),
     "cycle": (*TINY, *RESNET, "data.order=cycle"),
     "unsplit": (*TINY, *RESNET, "precision=custom", "precision._target_=test_ranks_step.Unsplit"),
-    "single": (*TINY, "model=resnet8", "model.stages=4", "model.width=4", "batch_policy.batch_size=3"),
+    "one of each": (*TINY[:-2], *SINGLE, "data.train_samples=32", "epochs=1", "norm=sync", "batch_policy.batch_size=2"),
+    "single of all": (*TINY, *SINGLE, "norm=sync", "batch_policy.batch_size=3"),
+    "single": (*TINY, *SINGLE, "batch_policy.batch_size=3"),
 }
 
 
@@ -564,6 +606,10 @@ def test_shares_of_gradients_are_those_of_all_processes(seen: list[dict[str, Any
     assert 0 < seen[0]["sparse"]["gradient_zeros"] < 1
 
 
+def test_the_state_of_a_loss_is_the_same_in_all_processes(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["relative"] == seen[1]["relative"] != 1
+
+
 @pytest.mark.parametrize("name", ["own data", "digits", "cycle"])
 def test_a_process_has_its_slice_of_every_batch_augmented_as_in_one_process(
     name: str, seen: list[dict[str, Any]]
@@ -587,7 +633,9 @@ def test_a_single_image_for_a_process_is_refused_where_the_network_cannot_train_
     seen: list[dict[str, Any]],
 ) -> None:
     for each in seen:
-        assert "batch_policy.batch_size=3: of 31 images among 2 processes, a single one is left" in each["single"]
+        for name in ("single", "single of all"):
+            assert "batch_policy.batch_size=3: of 31 images among 2 processes, a single one is left" in each[name]
+        assert math.isfinite(each["one of each"]), "synchronised norms have two images"
 
 
 # -- what data make of slices ---------------------------------------------------------------------------------------

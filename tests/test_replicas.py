@@ -154,7 +154,7 @@ def test_buffers_become_their_mean_by_images_and_what_is_equal_stays() -> None:
 
 def spoilt() -> list[str]:
     """What this process is told of each kind of difference, which rank 1 makes and takes back."""
-    run = built("prune=prunetrain", "prune.start_epoch=9", "epochs=2")
+    run = built("prune=prunetrain", "prune.start_epoch=9", "epochs=3", "data.infobatch=0.5")
     epoch(run)
     check_replicas(run)
     run.methods["prune"].state_dict()
@@ -168,13 +168,19 @@ def spoilt() -> list[str]:
         bits[-1] ^= world.rank() == 1
 
     weight = run.model.stem[0].weight
-    for tensor in (weight, run.model.stem[1].running_var, run.optimizer.state[weight]["momentum_buffer"]):
+    own = nn.Parameter(torch.ones(1))
+    run.optimizer.add_param_group({"params": [own]})
+    momentum = run.optimizer.state[weight]["momentum_buffer"]
+    for tensor in (weight, run.model.stem[1].running_var, momentum, own, run.infobatch.scores):
         told(tensor)
     for owner, name in ((run, "batch_size"), (run, "lr_factor"), (run.methods["prune"], "penalty_weight")):
         value = getattr(owner, name)
         setattr(owner, name, value + (world.rank() == 1))
         said.append(difference(run))
         setattr(owner, name, value)
+    weight.requires_grad_(world.rank() != 1)
+    said.append(difference(run))
+    weight.requires_grad_(True)
     check_replicas(run)
     if world.rank() == 1:
         run.graph.reindex(run.graph.spaces[0], range(run.graph.spaces[0].size - 1), run.optimizer)
@@ -195,8 +201,10 @@ def test_a_difference_stops_all_and_is_named() -> None:
         "parameter stem.0.weight",
         "buffer stem.1.running_var",
         "optimizer state of stem.0.weight: momentum_buffer",
+        "parameter optimizer group 1, 0",
+        "state of infobatch: scores",
     ]
-    names += ["run.batch_size", "run.lr_factor", "state of prune: strength"]
+    names += ["run.batch_size", "run.lr_factor", "state of prune: strength", "requires_grad of stem.0.weight"]
     expected = [f"{name} is another one in rank 1 than in rank 0" for name in names]
     assert [line.partition(";")[0] for line in first[:-1]] == expected
     assert first[-1].startswith("parameter ") and "morphtrain.world.agree" in first[-1]

@@ -36,6 +36,8 @@ class FillMemory(Method):
         if run.epoch == 0:
             batch_size = self.config.batch_size
             run.set_batch(batch_size, self._micro_batch(memory_of(run), batch_size))
+        elif run.history[-1].get("processes", 1) != world.size():  # the shares of the same batch are others
+            run.set_batch(run.batch_size, self._micro_batch(memory_of(run), run.batch_size))
 
     def after_epoch(self, run: Run) -> None:
         if not run.change or run.epoch == run.config.epochs:

@@ -14,7 +14,7 @@ import torch
 from morphtrain import world
 from morphtrain.errors import UserError
 from morphtrain.morph import additions_of
-from morphtrain.state import Run
+from morphtrain.state import PARTS, Run
 
 # What of a run decides how it goes on, besides what has a state of its own.
 PLAIN = ("epoch", "progress", "batch_size", "micro_batch", "lr_factor", "stopped", "change", "chosen", "train_loss")
@@ -67,17 +67,24 @@ def _leaves(run: Run) -> Iterator[tuple[str, Any]]:
     names = {parameter: name for name, parameter in run.model.named_parameters()}
     for parameter, name in names.items():
         yield f"parameter {name}", parameter
+        yield f"requires_grad of {name}", parameter.requires_grad
     for name, buffer in run.model.named_buffers():
         yield f"buffer {name}", buffer
     for number, group in enumerate(run.optimizer.param_groups):
-        for parameter in group["params"]:
-            name = names.get(parameter, "a parameter of its own")
+        for place, parameter in enumerate(group["params"]):
+            if parameter not in names:
+                names[parameter] = f"optimizer group {number}, {place}"  # such as a method's own
+                yield f"parameter {names[parameter]}", parameter
+            name = names[parameter]
             yield from _within(f"optimizer state of {name}", run.optimizer.state.get(parameter, {}))
         settings = {key: value for key, value in group.items() if key != "params"}
         yield from _within(f"optimizer group {number}", settings)
     yield from _within("precision", run.precision.state_dict())
     for name, method in run.methods.items():
         yield from _within(f"state of {name}", method.state_dict())
+    for part in PARTS:
+        if hasattr(getattr(run, part), "state_dict"):
+            yield from _within(f"state of {part}", getattr(run, part).state_dict())
     numbers = additions_of(run.optimizer).numbers
     yield from _within("additions", {name: numbers[p] for p, name in names.items() if p in numbers})
     for key in (*PLAIN, *RAMPS):

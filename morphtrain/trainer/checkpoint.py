@@ -27,7 +27,7 @@ from morphtrain.plain_data import mismatch
 from morphtrain.preprocessing import Preprocessing, of_data, of_json
 from morphtrain.ramp import Ramp
 from morphtrain.schema.custom import Custom
-from morphtrain.state import Run
+from morphtrain.state import PARTS, Run
 from morphtrain.trainer import auto, checkpoint_file, longer
 from morphtrain.trainer.build import FORMATS, build_model, build_run, in_format, needs_no_values
 from morphtrain.wording import as_yaml
@@ -73,8 +73,6 @@ ADDED_KEYS = {
     "prune.stable": None,
     "model.weights": None,
 }
-# Parts of a run that may have state: the user's own, and the scores of images.
-PARTS = ("data", "criterion", "schedule", "infobatch")
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
 RAMPS = ("lr_scale", "rewarmed")

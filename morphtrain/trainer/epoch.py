@@ -58,6 +58,8 @@ def start(run: Run, hint: bool = False) -> None:
                 format_hint.say(run)
         for hook in run.hooks("before_training"):
             hook(run)
+        if run.epoch > 0 and world.size() > 1:
+            run.check_single()  # it may have been trained by another number of processes
     _warn_of_one_chunk(run)
     _warn_of_one_process(run)
     _warn_of_long_steps(run)

@@ -159,7 +159,7 @@ def backward(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
             total = total + loss.detach()
             correct += right
     if several:
-        total, correct = sum_gradients(run.model, total, correct)
+        total, correct = sum_gradients(run.model, run.optimizer, total, correct)
         assert hasattr(run.precision, "unscale"), "checked when the run was built"
         run.precision.unscale(run.optimizer)
     return total if share.rows is None else total / run.step_weight, correct
