@@ -30,7 +30,7 @@ from morphtrain.errors import UserError
 from morphtrain.processes import verdict
 from morphtrain.processes.connections import of_group
 from morphtrain.processes.line import Line, disown, own
-from morphtrain.processes.place import Place
+from morphtrain.processes.place import LOCALHOST, Place
 from morphtrain.processes.place import place as started_from_outside
 from morphtrain.processes.verdict import RankFailed, Report, Whereabouts
 
@@ -61,13 +61,14 @@ class Peer:
 
 
 @contextmanager
-def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
+def over(place: Place, store: Store, seconds: float, check: Callable[[], None] = interrupts.check) -> Iterator[None]:
     """Within the block, which all processes enter and leave together, a fault in one of them ends all.
 
     The group of processes is made inside, and destroyed here once nobody needs it.
 
     Args:
         seconds: that a process may keep the others waiting.
+        check: called while this waits for the others; it raises if they cannot come.
 
     Raises:
         RankFailed: for any fault, with the message. Rank 0 is to report it, and its own mistakes stay what they are; if
@@ -80,7 +81,7 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
     try:
         with interrupts.shared(watch.settle), watch.hearing_signals():
             try:
-                watch.meet(store)
+                watch.meet(store, check)
                 yield
                 watch.part()
             except BaseException as error:
@@ -144,8 +145,8 @@ class Watch:
         finally:
             signal.set_wakeup_fd(before)
 
-    def meet(self, store: Store) -> None:
-        """Connect all processes.
+    def meet(self, store: Store, check: Callable[[], None] = interrupts.check) -> None:
+        """Connect all processes; `check` is called meanwhile.
 
         Raises:
             RankFailed: if one does not come in time.
@@ -155,7 +156,7 @@ class Watch:
         else:
             self._connect(store)
         self._thread.start()
-        self._await(lambda: self.has_met, START_SECONDS, self._missing)
+        self._await(lambda: self.has_met, START_SECONDS, self._missing, check)
 
     def settle(self, number: int) -> None:
         """Agree with the others on why they end, this process because of a signal."""
@@ -192,7 +193,7 @@ class Watch:
         if found is not None and self.peers:
             self._say(found)
         elif self.peers or isinstance(error, UserError):  # rank 0 has left in order, or cannot be reached
-            os.write(2, f"{failure}\n".encode())  # where rank 0 has ended before they met, it has said why
+            _tell(failure)  # where rank 0 has ended before they met, it has said why
         return failure
 
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
@@ -230,11 +231,16 @@ class Watch:
         return self._thread.is_alive() and (self.rank == 0 or not self.peers[0].has_left)
 
     def _await(
-        self, come: Callable[[], bool], seconds: float = float("inf"), too_late: Callable[[], None] | None = None
+        self,
+        come: Callable[[], bool],
+        seconds: float = float("inf"),
+        too_late: Callable[[], None] | None = None,
+        check: Callable[[], None] = interrupts.check,
     ) -> None:
         """Wait until something has come; raises a failure or a signal meanwhile."""
         end = time.monotonic() + seconds
         while not come():
+            check()
             if too_late is not None and time.monotonic() > end:
                 too_late()
             interrupts.wait(POLL_SECONDS / 2)
@@ -253,7 +259,7 @@ class Watch:
     # Meeting.
 
     def _listen(self, store: Store) -> None:
-        host = self.place.address if self.place.one_host else ""
+        host = LOCALHOST if self.place.one_host else ""  # not the address of torchrun's store, which may be public
         both = not host and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, dualstack_ipv6=both)
@@ -280,7 +286,7 @@ class Watch:
         if not messages:
             return
         self._selector.unregister(line)
-        if not secrets.compare_digest(str(messages[0].get("token")), token):
+        if not secrets.compare_digest(str(messages[0].get("token")).encode("utf-8", "replace"), token.encode()):
             line.close()
             return
         rank = messages[0]["rank"]
@@ -298,10 +304,11 @@ class Watch:
     def _connect(self, store: Store) -> None:
         self._await(lambda: store.check([KEY]), START_SECONDS, self._never_came)
         port, token = json.loads(store.get(KEY))
+        address = LOCALHOST if self.place.one_host else self.place.address
         try:
-            line = Line(socket.create_connection((self.place.address, port), timeout=10 * BEAT_SECONDS))
+            line = Line(socket.create_connection((address, port), timeout=10 * BEAT_SECONDS))
         except OSError as error:
-            where = f"{self.place.address}, port {port}"
+            where = f"{address}, port {port}"
             hint = "its host has to let those of the others in, at any port"
             raise UserError(f"rank 0 cannot be reached at {where} ({error.strerror or error}); {hint}") from error
         line.send(token=token, rank=self.rank, whereabouts=asdict(self.here))
@@ -466,7 +473,7 @@ class Watch:
         first_is_gone = report.rank == 0 and report.kind in (verdict.DIED, verdict.SILENT)
         beside = [rank for rank, there in enumerate(self.everyone) if there and there.is_beside(self.here)]
         if self.rank == (min(rank for rank in beside if rank > 0) if first_is_gone else 0):
-            os.write(2, f"{self._failure(report)}\n".encode())
+            _tell(self._failure(report))
 
     def _end_by_force(self) -> NoReturn:
         """End this process, whose thread that trains has not left."""
@@ -475,8 +482,14 @@ class Watch:
             self._say(self.verdict)
             os._exit(1)
         if self.rank == 0:
-            os.write(2, f"interrupted, and ended by force; {verdict.RESUME}\n".encode())
+            _tell(f"interrupted, and ended by force; {verdict.RESUME}")
         os._exit(128 + self.verdict.number)
+
+
+def _tell(text: object) -> None:
+    """Write a line to the terminal; if nobody reads it any more, the process has to end all the same."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _interruption(error: BaseException, found: Report) -> BaseException:
