@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from conftest import SMALL, Command
 from mlflow.tracking import MlflowClient
 from ranks import command_in_ranks
+from torch import distributed
 
 import morphtrain
 from morphtrain import arguments, world
@@ -26,7 +28,7 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.__main__ import main as evidence_main
 from morphtrain.evidence.records import read_records
 from morphtrain.maxbatch import main as maxbatch_main
-from morphtrain.processes import join, lead, local
+from morphtrain.processes import join, lead, local, order
 from morphtrain.processes.place import LOCALHOST, Place, place
 from morphtrain.processes.verdict import RankFailed
 from morphtrain.trainer import build_run, devices
@@ -131,6 +133,17 @@ def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
     for attempt, found in ((0, True), (1, False)):
         later = replace(here, rank=1, attempt=attempt)
         assert join.meet(later).check(["order"]) == found
+
+
+def test_who_waits_for_others_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Variables that another launcher has left announce processes that will never come."""
+    monkeypatch.setattr(order, "NOTICE_SECONDS", 0.05)
+    monkeypatch.setattr(order, "TIMEOUT", timedelta(seconds=0.3))
+    with pytest.raises(UserError, match="the processes have not met within"):
+        order.give(distributed.HashStore(), 1, 2, lambda: None)
+    (message,) = caplog.messages
+    assert message.startswith("waiting for 3 processes to come: ")
+    assert "WORLD_SIZE" in message
 
 
 def test_only_this_host_reaches_the_store_of_one_host() -> None:
