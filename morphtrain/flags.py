@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from morphtrain.errors import UserError
 from morphtrain.processes.place import is_follower
 from morphtrain.wording import nearest
 
@@ -18,8 +19,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        if is_follower():
-            sys.exit(0)
+        try:
+            if is_follower():
+                sys.exit(0)
+        except UserError as error:  # the environment makes no sense
+            sys.exit(str(error))
         super().__init__(*arguments, **keywords)
 
     def error(self, message: str) -> NoReturn:

@@ -31,8 +31,13 @@ def job(composed: DictConfig) -> int:
 
 def main() -> None:
     """Run the command; of several processes the first one does."""
+    with_messages(run)
+
+
+def run() -> None:
+    """Answer, in the first process."""
     if not is_follower():
-        with_messages(lambda: through_hydra(job))
+        through_hydra(job)
 
 
 if __name__ == "__main__":

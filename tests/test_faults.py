@@ -229,9 +229,9 @@ def test_a_damaged_checkpoint_is_the_same_message_everywhere(trained: Path, tmp_
 class Pair:
     """The watches of two processes, in this one."""
 
-    def __init__(self, seconds: float = 60) -> None:
+    def __init__(self, seconds: float = 60, address: str = LOCALHOST) -> None:
         store = distributed.HashStore()
-        places = [Place(rank, 2, rank, 2, LOCALHOST, 0) for rank in range(2)]
+        places = [Place(rank, 2, rank, 2, address, 1) for rank in range(2)]
         self.first, self.second = (watch.Watch(place, seconds, world.Progress()) for place in places)
         meeting = threading.Thread(target=self.first.meet, args=(store,))
         meeting.start()
@@ -255,9 +255,9 @@ class Pair:
 
 
 @contextmanager
-def pair(seconds: float = 60) -> Iterator[Pair]:
+def pair(seconds: float = 60, address: str = LOCALHOST) -> Iterator[Pair]:
     with interrupts.shared(lambda number: None):
-        both = Pair(seconds)
+        both = Pair(seconds, address)
         yield both
         both.second.close()
         both.first.close()
@@ -331,12 +331,16 @@ def test_processes_that_wait_for_each_other_are_told_of_the_network() -> None:
 @pytest.mark.usefixtures("quick_hearts")
 def test_strangers_are_ignored() -> None:
     with pair() as both:
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "rank": 1}\n', b"[1, 2]\n", b""):
+        lines = [b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "rank": 1}\n', b"[1, 2]\n", b""]
+        lines += [b"[" * 200_000 + b"\n", '{"token": "gäu"}\n'.encode(), b'{"token": "\\ud800"}\n']
+        for said in lines:
             with socket.create_connection((LOCALHOST, both.port), timeout=5) as stranger:
                 stranger.sendall(said)
                 if said:
                     assert stranger.recv(1) == b"", "the line is closed"
         assert both.verdicts(seconds=0.3) == (None, None)
+        both.second.peers[0].line.end()
+        assert both.judged() == Report("died", 1), "it still watches"
 
 
 @pytest.mark.usefixtures("quick_hearts")
@@ -349,6 +353,36 @@ def test_the_end_of_a_line_without_a_word_is_a_death_and_after_one_is_none() -> 
     with pair() as both:
         both.second.peers[0].line.end()
         assert both.judged() == Report("died", 1)
+
+
+def test_the_processes_of_one_host_watch_each_other_inside_it_wherever_their_store_is() -> None:
+    with pair(address="nowhere.invalid") as both:
+        assert both.first._listener is not None
+        assert both.first._listener.getsockname()[0] == LOCALHOST
+
+
+def test_a_process_that_has_ended_before_it_is_there_is_not_waited_for() -> None:
+    def check() -> None:
+        raise RankFailed("rank 1 of 2 has ended with code -9")
+
+    alone = watch.Watch(Place(0, 2, 0, 2, LOCALHOST, 1), 60, world.Progress())
+    with interrupts.shared(lambda number: None), pytest.raises(RankFailed, match="code -9"):
+        alone.meet(distributed.HashStore(), check)
+    alone.close()
+
+
+def test_a_process_ends_by_force_where_nobody_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> NoReturn:
+        raise BrokenPipeError
+
+    alone = watch.Watch(Place(0, 2, 0, 2, LOCALHOST, 1), 60, world.Progress())
+    monkeypatch.setattr(os, "write", closed)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for report in (Report("mistake", 1, "no such file: \udcff"), Report("interrupted", 1, number=15)):
+        alone.verdict = report
+        with pytest.raises(SystemExit):
+            alone._end_by_force()
+    alone.close()
 
 
 def test_a_forked_child_does_not_keep_a_dead_process_s_lines_open() -> None:

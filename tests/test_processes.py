@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from morphtrain import arguments, world
 from morphtrain.errors import UserError
 from morphtrain.evidence.__main__ import main as evidence_main
 from morphtrain.evidence.records import read_records
+from morphtrain.maxbatch import main as maxbatch_main
 from morphtrain.processes import join, lead, local, order
 from morphtrain.processes.place import LOCALHOST, Place, place
 from morphtrain.processes.verdict import RankFailed
@@ -91,11 +94,29 @@ def test_the_first_host_of_a_list_of_slurms(nodes: str, first: str) -> None:
         ({"RANK": "4"}, "RANK=4: must be below WORLD_SIZE=4"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR: missing"),
         ({"MASTER_PORT": ""}, "MASTER_PORT: missing"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: must be from 1 to 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be from 1 to 65535"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_named(changed: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         place({**TORCHRUN, **changed})
+
+
+def test_a_node_that_slurm_does_not_count_is_named() -> None:
+    with pytest.raises(UserError, match="SLURM_NODEID=3: must be below 3, the nodes of SLURM_STEP_TASKS_PER_NODE"):
+        place({**SLURM, "SLURM_NODEID": "3"})
+
+
+@pytest.mark.parametrize("command", [evidence_main, maxbatch_main])
+def test_every_command_names_an_environment_that_makes_no_sense(
+    command: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TORCHRUN, "RANK": "one", "HYDRA_FULL_ERROR": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == "RANK=one: must be a whole number, as torchrun and srun set it"
 
 
 @pytest.mark.parametrize("agent", [True, False])
@@ -115,9 +136,20 @@ def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
 
 
 def test_who_waits_in_vain_for_the_others_is_told_for_how_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order.time, "monotonic", iter((0.0, 601.0)).__next__)
+    monkeypatch.setattr(order.time, "monotonic", iter((0.0, 0.0, 601.0, 601.0)).__next__)
     with pytest.raises(UserError, match="the processes have not met within 10 minutes; see whether"):
         order.give(distributed.HashStore(), 0, 1, lambda: None)
+
+
+def test_who_waits_for_others_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Variables that another launcher has left announce processes that will never come."""
+    monkeypatch.setattr(order, "NOTICE_SECONDS", 0.05)
+    monkeypatch.setattr(order, "TIMEOUT", timedelta(seconds=0.3))
+    with pytest.raises(UserError, match="the processes have not met within"):
+        order.give(distributed.HashStore(), 1, 2, lambda: None)
+    (message,) = caplog.messages
+    assert message.startswith("waiting for 3 processes to come: ")
+    assert "WORLD_SIZE" in message
 
 
 def test_only_this_host_reaches_the_store_of_one_host() -> None:

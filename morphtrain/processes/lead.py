@@ -78,7 +78,8 @@ def _together(
 
     _Others.know = True
     give(store, order, here.size - 1, check)
-    with over(here, store, order.config.process_timeout), join.joined(here, store, order.config.process_timeout):
+    seconds = order.config.process_timeout
+    with over(here, store, seconds, check), join.joined(here, store, seconds):
         return with_others(order.config, order.run_dir, order.tags, on_epoch)
 
 

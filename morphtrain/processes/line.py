@@ -63,7 +63,7 @@ class Line:
 def _message(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or brackets within brackets without end
         raise EOFError from error
     if not isinstance(message, dict):
         raise EOFError

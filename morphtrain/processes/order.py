@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 ORDER, TAKEN = "order", "taken"  # keys of the store
 POLL_SECONDS = 0.02
+NOTICE_SECONDS = 30.0  # of waiting without a word
+AWAITED = (
+    "waiting for %d processes to come: so many are said to train together, by processes=%d or in the environment "
+    "(RANK and WORLD_SIZE, or SLURM_STEP_NUM_TASKS)"
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,18 @@ def give(store: Store, order: Order | int, others: int, check: Callable[[], None
         check: called while this waits; it raises if they cannot come.
     """
     store.set(ORDER, pickle.dumps(order))  # type: ignore[arg-type]  # it takes bytes, too
-    _wait(lambda: store.add(TAKEN, 0) == others, check)
+    notice = time.monotonic() + NOTICE_SECONDS
+
+    def all_know() -> bool:
+        nonlocal notice
+        if store.add(TAKEN, 0) == others:
+            return True
+        if time.monotonic() > notice:
+            log.warning(AWAITED, others + 1, others + 1)
+            notice = float("inf")
+        return False
+
+    _wait(all_know, check)
 
 
 def take(store: Store) -> Order | int:

@@ -21,7 +21,7 @@ from morphtrain import interrupts
 from morphtrain.errors import UserError
 from morphtrain.processes import verdict
 from morphtrain.processes.line import Line, disown, own
-from morphtrain.processes.place import Place
+from morphtrain.processes.place import LOCALHOST, Place
 from morphtrain.processes.verdict import Report, Whereabouts
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Peers(UserDict[int, Peer]):
 
     def listen(self, store: Store) -> None:
         """In rank 0: let the others connect, from now on."""
-        host = self._place.address if self._place.one_host else ""
+        host = LOCALHOST if self._place.one_host else ""  # not the address of torchrun's store, which may be public
         both = not host and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, dualstack_ipv6=both)
@@ -96,10 +96,11 @@ class Peers(UserDict[int, Peer]):
         """
         wait_for(lambda: store.check([KEY]), START_SECONDS, _never_came)
         port, token = json.loads(store.get(KEY))
+        address = LOCALHOST if self._place.one_host else self._place.address
         try:
-            line = Line(socket.create_connection((self._place.address, port), timeout=CONNECT_SECONDS))
+            line = Line(socket.create_connection((address, port), timeout=CONNECT_SECONDS))
         except OSError as error:
-            where = f"{self._place.address}, port {port}"
+            where = f"{address}, port {port}"
             hint = "its host has to let those of the others in, at any port"
             raise UserError(f"rank 0 cannot be reached at {where} ({error.strerror or error}); {hint}") from error
         line.send(token=token, rank=self._place.rank, whereabouts=asdict(self.here))
@@ -143,7 +144,7 @@ class Peers(UserDict[int, Peer]):
         if not messages:
             return
         self._selector.unregister(line)
-        if not secrets.compare_digest(str(messages[0].get("token")), token):
+        if not secrets.compare_digest(str(messages[0].get("token")).encode("utf-8", "replace"), token.encode()):
             line.close()
             return
         rank = messages[0]["rank"]
@@ -175,15 +176,20 @@ class Peers(UserDict[int, Peer]):
 
 
 def wait_for(
-    condition: Callable[[], bool], seconds: float = float("inf"), too_late: Callable[[], None] | None = None
+    condition: Callable[[], bool],
+    seconds: float = float("inf"),
+    too_late: Callable[[], None] | None = None,
+    check: Callable[[], None] = interrupts.check,
 ) -> None:
     """Wait until a condition holds; raises a failure or a signal meanwhile.
 
     Args:
         too_late: called again and again after so many seconds.
+        check: called meanwhile; it raises if the condition cannot come to hold.
     """
     end = time.monotonic() + seconds
     while not condition():
+        check()
         if too_late is not None and time.monotonic() > end:
             too_late()
         interrupts.wait(POLL_SECONDS)

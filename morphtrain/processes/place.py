@@ -69,8 +69,12 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
         UserError: for variables of torchrun's or Slurm's that make no sense.
     """
     found = _of_torchrun(environment) if {"RANK", "WORLD_SIZE"} <= environment.keys() else _of_slurm(environment)
-    if found is not None and found.rank >= found.size:
+    if found is None:
+        return None
+    if found.rank >= found.size:
         raise UserError(f"RANK={found.rank}: must be below WORLD_SIZE={found.size}")
+    if not 0 < found.port < 2**16:
+        raise UserError(f"MASTER_PORT={found.port}: must be from 1 to {2**16 - 1}")
     return found
 
 
@@ -106,7 +110,10 @@ def _of_slurm(environment: Mapping[str, str]) -> Place | None:
     if size == 1:
         return None
     by_node = _tasks_by_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    local_size = by_node[_number(environment, "SLURM_NODEID", "0")]
+    node = _number(environment, "SLURM_NODEID", "0")
+    if node >= len(by_node):
+        raise UserError(f"SLURM_NODEID={node}: must be below {len(by_node)}, the nodes of SLURM_STEP_TASKS_PER_NODE")
+    local_size = by_node[node]
     first = _first_host(environment.get("SLURM_STEP_NODELIST") or _text(environment, "SLURM_JOB_NODELIST"))
     step = _number(environment, "SLURM_JOB_ID") + 101 * _number(environment, "SLURM_STEP_ID", "0")
     return Place(

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -46,13 +46,14 @@ PACKAGE = str(Path(__file__).parents[1])
 
 
 @contextmanager
-def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
+def over(place: Place, store: Store, seconds: float, check: Callable[[], None] = interrupts.check) -> Iterator[None]:
     """Within the block, which all processes enter and leave together, a fault in one of them ends all.
 
     The group of processes is made inside, and destroyed here once nobody needs it.
 
     Args:
         seconds: that a process may keep the others waiting.
+        check: called while this waits for the others; it raises if they cannot come.
 
     Raises:
         RankFailed: for any fault, with the message. Rank 0 is to report it, and its own mistakes stay what they are; if
@@ -65,7 +66,7 @@ def over(place: Place, store: Store, seconds: float) -> Iterator[None]:
     try:
         with interrupts.shared(watch.settle), watch.hearing_signals():
             try:
-                watch.meet(store)
+                watch.meet(store, check)
                 yield
                 watch.part()
             except BaseException as error:
@@ -124,8 +125,8 @@ class Watch:
         finally:
             signal.set_wakeup_fd(before)
 
-    def meet(self, store: Store) -> None:
-        """Connect all processes.
+    def meet(self, store: Store, check: Callable[[], None] = interrupts.check) -> None:
+        """Connect all processes; `check` is called meanwhile.
 
         Raises:
             RankFailed: if one does not come in time.
@@ -135,7 +136,7 @@ class Watch:
         else:
             self.peers.connect(store)
         self._thread.start()
-        wait_for(lambda: self.peers.have_met, START_SECONDS, self._miss)
+        wait_for(lambda: self.peers.have_met, START_SECONDS, self._miss, check)
 
     def settle(self, number: int) -> None:
         """Agree with the others on why they end, this process because of a signal."""
@@ -171,7 +172,7 @@ class Watch:
         if found is not None and self.peers:
             self._say(found)
         elif self.peers or isinstance(error, UserError):  # rank 0 has left in order, or cannot be reached
-            os.write(2, f"{failure}\n".encode())  # where rank 0 has ended before they met, it has said why
+            _tell(failure)  # where rank 0 has ended before they met, it has said why
         return failure
 
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
@@ -364,7 +365,7 @@ class Watch:
         first_is_gone = report.rank == 0 and report.kind in (verdict.DIED, verdict.SILENT)
         beside = [rank for rank, there in enumerate(self.peers.everyone) if there and there.is_beside(self.peers.here)]
         if self.rank == (min(rank for rank in beside if rank > 0) if first_is_gone else 0):
-            os.write(2, f"{self._failure(report)}\n".encode())
+            _tell(self._failure(report))
 
     def _end_by_force(self) -> NoReturn:
         """End this process, whose thread that trains has not left."""
@@ -373,8 +374,14 @@ class Watch:
             self._say(self.verdict)
             os._exit(1)
         if self.rank == 0:
-            os.write(2, f"interrupted, and ended by force; {verdict.RESUME}\n".encode())
+            _tell(f"interrupted, and ended by force; {verdict.RESUME}")
         os._exit(128 + self.verdict.number)
+
+
+def _tell(text: object) -> None:
+    """Write a line to the terminal; if nobody reads it any more, the process has to end all the same."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _interruption(error: BaseException, found: Report) -> BaseException:

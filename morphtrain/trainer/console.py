@@ -14,6 +14,7 @@ from morphtrain import world
 from morphtrain.schema import Custom
 from morphtrain.schema.model import Torchvision
 from morphtrain.state import Run
+from morphtrain.tracking.store import home
 from morphtrain.trainer import best
 from morphtrain.trainer.closing import closing_table, data_share
 
@@ -108,6 +109,6 @@ def _how_to_load(run: Run, checkpoint: Path) -> str:
 
 
 def _short(path: Path) -> Path:
-    """The path relative to the current directory, if it lies below it."""
-    here = Path.cwd()
+    """The path relative to the directory that the user started from, if it lies below it."""
+    here = home()
     return path.relative_to(here) if path.is_relative_to(here) else path
