@@ -201,7 +201,7 @@ def test_a_difference_stops_all_and_is_named() -> None:
         "parameter stem.0.weight",
         "buffer stem.1.running_var",
         "optimizer state of stem.0.weight: momentum_buffer",
-        "parameter optimizer group 1, 0",
+        "parameter optimizer group 2, 0",
         "state of infobatch: scores",
     ]
     names += ["run.batch_size", "run.lr_factor", "state of prune: strength", "requires_grad of stem.0.weight"]
