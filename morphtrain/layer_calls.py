@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -37,6 +37,7 @@ Layer = Callable[..., torch.Tensor]
 CONVOLUTIONS = frozenset((F.conv1d, F.conv2d, F.conv3d))
 TRANSPOSED = frozenset((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d))
 LAYERS = CONVOLUTIONS | TRANSPOSED | {F.linear}
+BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
 
 
 class LayerCalls(TorchFunctionMode):
@@ -90,7 +91,7 @@ class LayerCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.Tensor.backward and self.is_again:
+        if func in BACKWARD and self.is_again:  # also that within another one
             with self._seeing():  # a mode is off while it is told of a function, and of all that this calls
                 return _backward(*args, **(kwargs or {}))
         if func not in LAYERS or is_traced(types):
@@ -112,15 +113,48 @@ def _called(
 
 
 def _backward(
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
+    tensors: Any,
+    gradient: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
     inputs: Any = None,
+    grad_tensors: Any = None,
 ) -> None:
-    """`torch.Tensor.backward`, of which no mode is told: they are told of tensors, and not of edges of a graph."""
-    gradient = torch.ones_like(tensor) if gradient is None else gradient
-    torch.autograd.backward(get_gradient_edge(tensor), gradient, retain_graph, create_graph, inputs=inputs)
+    """`torch.autograd.backward`, of which no mode is told: they are told of tensors, and not of edges of a graph."""
+    outputs = _several(tensors)
+    gradients = grad_tensors if gradient is None else gradient  # a tensor's own `backward` calls them otherwise
+    given = [None] * len(outputs) if gradients is None else _several(gradients)
+    grads = [
+        torch.ones_like(output) if grad is None and isinstance(output, torch.Tensor) else grad
+        for output, grad in zip(outputs, given, strict=True)
+    ]
+    leaves = None if inputs is None else [_edge(leaf) for leaf in _several(inputs)]
+    torch.autograd.backward([_edge(output) for output in outputs], grads, retain_graph, create_graph, inputs=leaves)
+
+
+def _several(given: Any) -> list[Any]:
+    return [given] if isinstance(given, (torch.Tensor, GradientEdge)) else list(given)
+
+
+def _edge(tensor: Any) -> GradientEdge:
+    return get_gradient_edge(tensor) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def known_as(computed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A weight that a mode has computed from another one, and which is known by that where no graph says it.
+
+    `source` is the other way round.
+    """
+    if not torch.is_grad_enabled() and computed is not weight:
+        computed._computed_from = weight  # type: ignore[attr-defined]
+    return computed
+
+
+def source(weight: torch.Tensor) -> torch.Tensor:
+    """The weight that modes have computed this one from without a graph; by default itself."""
+    while (found := getattr(weight, "_computed_from", None)) is not None:
+        weight = found
+    return weight
 
 
 @contextmanager

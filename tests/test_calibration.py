@@ -36,9 +36,25 @@ def test_other_work_is_no_disturbance() -> None:
     assert is_calibrated(changed), "the wider network takes longer"
     assert is_calibrated(epochs(*slow, disturbed=2, image_size=[20.0, 20.0, 28.0, 28.0]))
     assert is_calibrated(epochs(*slow, disturbed=2, share_trained=[0.3, 0.3, 1.0, 1.0]))
+    assert not is_calibrated(epochs(*slow, disturbed=2, share_trained=[0.3, 0.31, 0.32, 0.33])), "nearly as many images"
     assert is_calibrated(epochs(*slow, disturbed=2, batch_size=[256.0, 256.0, 32.0, 32.0]))
     assert not is_calibrated(epochs(*slow, disturbed=2, batch_size=[32.0] * 4))
+    assert is_calibrated(epochs(*slow, disturbed=2, processes=[2.0, 2.0, 1.0, 1.0]))
     assert is_calibrated(epochs(0.2, 0.2, 0.9, disturbed=1, warmup=[0.0, 0.0, 1.0])), "warm-up is no measure"
+
+
+def test_an_epoch_that_begins_something_takes_longer() -> None:
+    """As the first one does, which is warm-up: code is compiled in it, or a resumed run begins with it."""
+    begins = [0.0, 0.0, 8.5, 0.0]
+    compiled = epochs(0.2, 0.2, 9.0, 0.1, disturbed=1, compile_seconds=begins)
+    compiled[2]["contended"] = 1.0
+    assert is_calibrated(compiled)
+    slower = epochs(0.1, 0.1, 9.0, 0.2, disturbed=2, compile_seconds=begins)
+    assert is_calibrated(slower), "the code is other code than before"
+    resumed = epochs(0.2, 0.2, 0.5, 0.2, disturbed=2, setup_seconds=begins)
+    assert is_calibrated(resumed)
+    resumed[3]["calibrated_seconds"] = 9.0
+    assert not is_calibrated(resumed), "later epochs are like those before"
 
 
 def test_with_nothing_undisturbed_to_compare_with_the_measurements_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,17 @@ def test_it_is_the_validation_images_that_decide(tmp_path: Path) -> None:
     records = read_records(tmp_path / "run")
     assert records[-1]["val_accuracy"] >= 0.2 > max([0.0, *(r["val_accuracy"] for r in records[:-1])])
     assert [("test_accuracy" in record) for record in records] == [False] * (len(records) - 1) + [True]
+
+
+def test_a_run_that_was_accurate_enough_before_it_was_asked_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No epoch follows, and its records know nothing of the key."""
+    caplog.set_level(logging.INFO)
+    go(tmp_path, "epochs=1")
+    longer = ("epochs=3", "resume_schedule=stretch", "resume=auto", "stop_at=0.001")
+    train(morphtrain.compose(*QUIET, *longer), tmp_path, {})
+    assert "stop_at=0.001: reached after epoch 1 of 3" in caplog.text
 
 
 def test_stop_at_is_an_accuracy() -> None:

@@ -105,6 +105,9 @@ def test_the_command_leaves_a_picture_and_a_table(tmp_path: Path, fork_server: F
         (["--steps", "5"], "--steps=5: must be 20 or more"),
         (["--from", "1", "--to", "0.1"], "--from=1.0: must be above 0 and below --to 0.1"),
         (["resume=auto"], "resume: has no effect on a range test; leave it out"),
+        (["schedule.warmup_epochs=1"], "schedule.warmup_epochs: has no effect on a range test; leave it out"),
+        (["stop_at=0.9"], "stop_at: has no effect on a range test; leave it out"),
+        (["--output", __file__], f"--output={__file__}: must be a directory, new or not"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(

@@ -160,6 +160,53 @@ def test_of_weights_that_a_pass_without_gradients_has_computed_as_many_are_chose
     assert sum(not grad.any() for grad in lengths) == 3 == len(lengths) // 2
 
 
+class Nested(Net):
+    """Two blocks are computed again as one, and each of them once more within that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = checkpoint(self.two, x, use_reentrant=self.how == "reentrant") if self.how != "kept" else self.two(x)
+        return self.head((x + self.blocks[2](x).relu()).mean((2, 3)))
+
+    def two(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[:2]:
+            again = self.how != "kept"
+            x = x + (checkpoint(block, x, use_reentrant=self.how == "reentrant") if again else block(x)).relu()
+        return x
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_what_is_computed_again_may_compute_something_again(name: str, how: str) -> None:
+    torch.manual_seed(0)
+    model = Nested(dropout=0.0)
+    expected = gradients(model, CONTEXTS[name]())
+    model.how = how
+    assert_same(gradients(model, CONTEXTS[name]()), expected)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("inner", [lambda: Cast(torch.bfloat16), lambda: QuantisedLayers(8)])
+def test_what_a_format_makes_of_a_weight_is_known_by_it(inner: Callable[[], LayerCalls], how: str) -> None:
+    """Also in a pass without gradients, and in whatever order the backward pass calls layers again."""
+
+    def found() -> tuple[int, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        context, format_ = ApproximateGradients("zero", every=3), inner()
+        with context, format_:
+            loss = model(images).float().square().mean()
+        with seen_again(context, format_):
+            loss.backward()
+        return context.chosen, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.manual_seed(0)
+    model, images = Net(dropout=0.0), torch.randn(5, 3, 8, 8)
+    chosen, expected = found()
+    model.how = how
+    assert found()[0] == chosen == 2
+    assert_same(found()[1], expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", ["cast", "quantised", "zero", "top1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -147,6 +148,10 @@ def changed(**changes: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in content.items() if value is not None}
 
 
+ENDLESS: dict[str, Any] = {}
+ENDLESS["state"] = ENDLESS
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -158,6 +163,10 @@ def changed(**changes: Any) -> dict[str, torch.Tensor]:
         ),
         (changed(**{"0_bias": torch.ones(6)}), ["0.bias is (6,), here (4,)", "last.pt"]),
         (changed(**{"0_bias": torch.ones(4, dtype=torch.int32)}), ["0.bias is int32, here float32"]),
+        (changed(**{"0_bias": torch.ones(4, device="meta")}), ["0.bias is meta float32, here float32"]),
+        (changed(**{"0_bias": torch.ones(4).to_sparse()}), ["0.bias is sparse_coo float32, here float32"]),
+        (changed(**{"0_bias": torch.full((4,), math.nan)}), ["infinite or no number in 0.bias"]),
+        (changed(**{"0_bias": torch.full((4,), 1e300, dtype=torch.double)}), ["infinite or no number in 0.bias"]),
         ({"a": torch.ones(1), "b": torch.ones(1)}, ["no name", "it has a, b", "0.weight"]),
         ({"model": changed(), "ema": changed()}, ["several networks", "ema, model"]),
         (
@@ -166,6 +175,7 @@ def changed(**changes: Any) -> dict[str, torch.Tensor]:
         ),
         ({"epoch": 3, "lr": [0.1]}, ["holds no state_dict"]),
         ([1, 2], ["holds no state_dict"]),
+        (ENDLESS, ["dicts within dicts without an end"]),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(content: Any, said: list[str], here: Path) -> None:
@@ -213,6 +223,7 @@ def test_files_that_cannot_be_read(damage: str, here: Path) -> None:
     with pytest.raises(UserError) as error:
         started(*NETS["resnet"], f"model.weights={path.name}")
     assert str(error.value).startswith(f"model.weights={path.name}: ") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 250, "without torch's advice"
     assert not (here / "exploded").exists()
 
 

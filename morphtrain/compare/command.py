@@ -75,11 +75,15 @@ def _check(options: argparse.Namespace, sides: Mapping[str, list[str]]) -> None:
         schema.check(path.parent.is_dir() and not path.is_dir(), "--json", path, "a file in a directory that exists")
 
 
-def check_effect(what: str, overrides: Sequence[str]) -> list[str]:
-    """The keys of overrides; raises a `UserError` for one of what only `morphtrain.run` does, and `what` does not."""
+def check_effect(what: str, overrides: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
+    """The keys of overrides; raises a `UserError` for one of what only `morphtrain.run` does, and `what` does not.
+
+    Args:
+        besides: keys that have no effect on this.
+    """
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for key in typed:
-        if any(key == unused or key.startswith(f"{unused}.") for unused in UNUSED):
+        if any(key == unused or key.startswith(f"{unused}.") for unused in (*UNUSED, *besides)):
             raise UserError(f"{key}: has no effect on {what}; leave it out")
     return typed
 

@@ -18,7 +18,9 @@ RAW_TIMES = {*CALIBRATED, "data_seconds", "morph_seconds", "samples_per_second"}
 # A disturbed epoch whose calibrated time is longer than this many times that of undisturbed ones has not been
 # calibrated. Two threads beside a stranger have trained 20 times as slowly, where the reference lost a third.
 STEADY = 1.5
-SAME_WORK = ("params", "batch_size", "image_size", "share_trained")  # of two epochs between two changes
+# Of two epochs between two changes of the network, or of the code that is compiled for it. The share of the images that
+# InfoBatch trains on is another in each.
+SAME_WORK = ("params", "batch_size", "image_size", "processes")
 
 Record = Mapping[str, float]
 
@@ -45,13 +47,17 @@ def why_not_calibrated(history: Sequence[Record]) -> str:
 
 
 def _same_work(history: Sequence[Record]) -> list[list[Record]]:
-    """The epochs after the warm-up that can be compared: of one network, with batches, images and data alike."""
+    """The epochs after the warm-up whose times for an image can be compared: one network, batches and sizes alike.
+
+    Not those in which something was compiled, or with which a process began to train: they take longer.
+    """
     found: dict[tuple[float | None, ...], list[Record]] = defaultdict(list)
-    network = 0.0
+    changes = 0
     for record in history:
-        if not record.get("warmup"):
-            found[(network, *map(record.get, SAME_WORK))].append(record)
-        network += record.get("changed", 0.0)
+        compiled = record.get("compile_seconds", 0) > 0
+        if not (record.get("warmup") or compiled or record.get("setup_seconds", 0) > 0):
+            found[(changes, *map(record.get, SAME_WORK))].append(record)
+        changes += compiled or bool(record.get("changed"))
     return list(found.values())
 
 
@@ -60,5 +66,6 @@ def _is_disturbed(epochs: Sequence[Record]) -> bool:
     times: dict[bool, list[float]] = {False: [], True: []}
     for record in epochs:
         if "calibrated_seconds" in record:
-            times[bool(record.get("contended"))].append(record["calibrated_seconds"])
+            seconds = record["calibrated_seconds"] / record.get("share_trained", 1.0)
+            times[bool(record.get("contended"))].append(seconds)
     return bool(times[False]) and max(times[True], default=0.0) > STEADY * statistics.median(times[False])

@@ -6,6 +6,8 @@ from collections import deque
 
 import torch
 
+from morphtrain.layer_calls import source
+
 
 class Order:
     """Numbers the calls of a forward pass from 1, and tells of one that is made again which of them it may be.
@@ -35,6 +37,7 @@ class Order:
 
 def origin(weight: torch.Tensor) -> torch.Tensor:
     """The parameter that a weight is, or the nearest one that it is computed from; without one, the weight itself."""
+    weight = source(weight)
     waiting = deque([] if weight.grad_fn is None else [weight.grad_fn])
     seen = set(waiting)
     while waiting:

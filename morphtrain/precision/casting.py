@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from morphtrain.layer_calls import LayerCalls, is_traced
+from morphtrain.layer_calls import LayerCalls, is_traced, known_as
 from morphtrain.precision.autocast import Precision
 
 Norm = Callable[..., torch.Tensor]
@@ -37,7 +37,7 @@ class Cast(LayerCalls):
         **keywords: Any,
     ) -> torch.Tensor:
         bias = None if bias is None else bias.to(self.dtype)
-        return layer(x.to(self.dtype), weight.to(self.dtype), bias, *rest, **keywords)
+        return layer(x.to(self.dtype), known_as(weight.to(self.dtype), weight), bias, *rest, **keywords)
 
     def __torch_function__(
         self,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from morphtrain.layer_calls import Layer, LayerCalls
+from morphtrain.layer_calls import Layer, LayerCalls, known_as
 
 BITS = range(2, 17)
 ROUNDINGS = ("nearest", "stochastic")
@@ -117,7 +117,7 @@ class QuantisedLayers(LayerCalls):
         if x.is_meta:  # a trace of the network asks for shapes
             return layer(x, weight, bias, *rest, **keywords)
         bits, rounding = self.bits, self.rounding if torch.is_grad_enabled() else "nearest"
-        x, weight = straight_through(x, bits, rounding), straight_through(weight, bits, rounding)
+        x, weight = straight_through(x, bits, rounding), known_as(straight_through(weight, bits, rounding), weight)
         output = layer(x, weight, bias, *rest, **keywords)
         if output.requires_grad:  # a hook: activations may change the output in place, which a view would not allow
             output.register_hook(lambda gradient: straight_through(gradient, bits, rounding))

@@ -42,6 +42,7 @@ def show(config: schema.Config, lowest: float, highest: float, steps: int, direc
     """
     schema.check(steps >= LEAST_STEPS, "--steps", steps, f"{LEAST_STEPS} or more")
     schema.check(0 < lowest < highest < math.inf, "--from", lowest, f"above 0 and below --to {highest:g}")
+    schema.check(directory.is_dir() or not directory.exists(), "--output", directory, "a directory, new or not")
     with prepared(config) as slot, named_if_out_of_memory(sizes(config)):
         run = new_run(config, slot.device)
         start(run)

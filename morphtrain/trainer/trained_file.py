@@ -69,7 +69,10 @@ def read(name: str, path: Path) -> Trained:
     content = _unpickled(name, path)
     if isinstance(content, dict) and str(content.get("format")).startswith("morphtrain "):  # of before there were marks
         return _of_checkpoint(name, path, facts)
-    sets = dict(_state_dicts(content))
+    try:
+        sets = dict(_state_dicts(content))
+    except RecursionError as error:
+        raise UserError(f"{name}: holds dicts within dicts without an end; {KINDS} works") from error
     if not sets:
         raise UserError(f"{name}: holds no state_dict; torch.save(model.state_dict(), path) writes one")
     return Trained(name, sets, **facts, **_beside(name, path))
@@ -127,7 +130,8 @@ def _unpickled(name: str, path: Path) -> Any:
         alone = "save its state_dict alone, torch.save(model.state_dict(), path)"
         raise UserError(f"{name}: holds more than tensors and plain data, which could run code; {alone}") from error
     except Exception as error:  # torch and pickle raise nearly everything for bytes that make no sense
-        raise UserError(f"{name}: cannot be read ({first_line(error)}); {KINDS} works") from error
+        reason, _, _ = first_line(error).partition(". ")  # what follows it is torch's advice, as to trust the file
+        raise UserError(f"{name}: cannot be read ({reason}); {KINDS} works") from error
 
 
 def _state_dicts(content: Any, place: str = "") -> Iterator[tuple[str, Tensors]]:

@@ -121,7 +121,7 @@ def _check(name: str, own: Tensors, tensors: Tensors, left: Sequence[str]) -> No
     besides = [key for key in tensors if key not in own]
     common = [key for key in tensors if key in own and key not in left]
     unlike = [key for key in common if own[key].shape != tensors[key].shape]
-    kinds = [key for key in common if own[key].is_floating_point() != tensors[key].is_floating_point()]
+    kinds = [key for key in common if not _is_convertible(tensors[key], own[key])]
     said = [f"it lacks {_some(lacking)}"] if lacking else []
     said += [f"it has {_some(besides)} besides"] if besides else []
     shapes = [f"{key} is {tuple(tensors[key].shape)}, here {tuple(own[key].shape)}" for key in unlike]
@@ -130,6 +130,20 @@ def _check(name: str, own: Tensors, tensors: Tensors, left: Sequence[str]) -> No
     if said:
         said.append(_hint(own, tensors, unlike, [*lacking, *besides]))
         raise UserError(f"{name}: does not fit the model: {'; '.join(said)}")
+    broken = [key for key in common if isinstance(own[key], nn.Parameter) and not _is_finite(tensors[key], own[key])]
+    if broken:
+        works = "weights of a training that has not diverged"
+        raise UserError(f"{name}: has values that are infinite or no number in {_some(broken)}; {works} work")
+
+
+def _is_convertible(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether the values of a tensor, which has some, can be given to one of the model's."""
+    held = not tensor.is_meta and tensor.layout is torch.strided
+    return held and own.is_floating_point() == tensor.is_floating_point()
+
+
+def _is_finite(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    return bool(tensor.to(own.dtype).isfinite().all())
 
 
 def _some(texts: Sequence[str]) -> str:
@@ -138,7 +152,8 @@ def _some(texts: Sequence[str]) -> str:
 
 
 def _type(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    kind = "meta " if tensor.is_meta else "" if tensor.layout is torch.strided else f"{tensor.layout} "
+    return f"{kind}{tensor.dtype}".replace("torch.", "")
 
 
 def _hint(own: Tensors, tensors: Tensors, unlike: Sequence[str], names: Sequence[str]) -> str:
