@@ -32,7 +32,7 @@ CASES = {
         ["prune=null"],
         "prune=null: no such option; there are none, prunetrain, morphnet, early, custom",
     ),
-    "number as option": (["norm=3"], "norm=3: no such option; there are batch, ghost, weight, custom"),
+    "number as option": (["norm=3"], "norm=3: no such option; there are batch, sync, ghost, weight, custom"),
     "group left out": (["~prune"], "prune: missing; give it a value"),
     "network of torchvision": (
         ["model=resnet18"],

@@ -382,7 +382,7 @@ def test_what_is_spoilt_every_time_counts_for_nothing(how: Any, tmp_path: Path) 
     assert not (tmp_path / "1/c/records.jsonl").exists(), "a loader finds no records of it"
     assert (tmp_path / "1/c" / DISTURBED).exists()
     why = (
-        "others disturbed it; a timing.reference above 0 would calibrate its times" if how == "contended" else "broken"
+        "others disturbed its times: timing.reference=0 calibrates none; a quiet machine would do" if how == "contended" else "broken"
     )
     with pytest.raises(UserError, match=f"^2 of 9 runs failed, as seed 1 c: .*{why}; the same command repeats them, "):
         sweeper.check_failures(failures, 9)

@@ -95,7 +95,7 @@ def test_what_is_clearly_faster_is_one_line_that_says_how_to_get_it(
 def test_a_network_whose_own_steps_are_slow_is_not_told_otherwise(
     fast_convolution: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    taken = steps_that_take(monkeypatch, {PLAIN: 0.002, HALF: 0.02, LAST_HALF: 0.0025})
+    taken = steps_that_take(monkeypatch, {PLAIN: 0.01, HALF: 0.1, LAST_HALF: 0.0125})
     assert said(run_of(LONG), caplog) == []
     assert taken == {PLAIN: 4, HALF: 1, LAST_HALF: 4}, "nothing more is spent on what is hopeless"
 

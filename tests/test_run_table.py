@@ -240,7 +240,7 @@ def test_identical_values_are_equivalent(stored: Stored, tmp_path: Path, capsys:
     [
         ((1.0, 2.0), "train_seconds", "so train_seconds may not compare; calibrated times do"),
         ((1.0, 2.0), "calibrated_train_seconds", ""),
-        ((1.0, 1.0), "calibrated_train_seconds", "so calibrated_train_seconds may not compare; in some the machine"),
+        ((1.0, 1.0), "calibrated_train_seconds", "so calibrated_train_seconds may not compare; in some calibrated"),
         ((1.0, 1.0), "test_accuracy", ""),
     ],
 )

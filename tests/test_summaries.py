@@ -122,7 +122,7 @@ for width in sys.argv[1:]:
 
 
 def test_a_runs_peak_memory_is_its_own() -> None:
-    result = subprocess.run([sys.executable, "-c", PEAKS, "4", "48", "4"], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", PEAKS, "4", "64", "4"], capture_output=True, text=True, check=True)
     if "None" in result.stdout:
         pytest.skip("this system does not let a process reset its peak, so there is no such metric")
     first, wide, again = map(int, result.stdout.split())
