@@ -381,9 +381,8 @@ def test_what_is_spoilt_every_time_counts_for_nothing(how: Any, tmp_path: Path) 
     assert [subdir for subdir, _, _ in jobs.started].count("1/c") == 3
     assert not (tmp_path / "1/c/records.jsonl").exists(), "a loader finds no records of it"
     assert (tmp_path / "1/c" / DISTURBED).exists()
-    why = (
-        "others disturbed its times: timing.reference=0 calibrates none; a quiet machine would do" if how == "contended" else "broken"
-    )
+    disturbed = "others disturbed its times: timing.reference=0 calibrates none; a quiet machine would do"
+    why = disturbed if how == "contended" else "broken"
     with pytest.raises(UserError, match=f"^2 of 9 runs failed, as seed 1 c: .*{why}; the same command repeats them, "):
         sweeper.check_failures(failures, 9)
     again, failures, _ = swept(tmp_path, {})
