@@ -199,7 +199,7 @@ def test_a_run_that_was_accurate_enough_before_it_was_asked_says_so(
 ) -> None:
     """No epoch follows, and its records know nothing of the key."""
     caplog.set_level(logging.INFO)
-    go(tmp_path, "epochs=1")
+    train(morphtrain.compose(*QUIET, "epochs=1"), tmp_path, {})
     longer = ("epochs=3", "resume_schedule=stretch", "resume=auto", "stop_at=0.001")
     train(morphtrain.compose(*QUIET, *longer), tmp_path, {})
     assert "stop_at=0.001: reached after epoch 1 of 3" in caplog.text
