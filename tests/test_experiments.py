@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Answer, Command
+from conftest import KILLED_RUN, Answer, Command
+from fork_server import ForkServer
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -94,10 +96,14 @@ def histories(directory: Path) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Command, answer: Answer) -> None:
+def test_an_experiment_runs_goes_on_and_refuses_to_change(
+    own: Path, command: Command, fork_server: ForkServer, answer: Answer
+) -> None:
     directory = own / "experiments" / "quick-small"
-    words = [sys.executable, "-m", "morphtrain.run", *TYPED]
-    first = subprocess.Popen(words, cwd=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words, undisturbed = [KILLED_RUN, "never:0", *TYPED], {"UNDISTURBED": "1"}
+    env = {**os.environ, **undisturbed}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first = subprocess.Popen([sys.executable, *words], cwd=own, env=env, **pipes)
     while not list(directory.glob("2/*/last.pt")):  # somewhere in the second seed
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.005)
@@ -110,7 +116,7 @@ def test_an_experiment_runs_goes_on_and_refuses_to_change(own: Path, command: Co
     assert {name for name in before if name.startswith("1/")} == {"1/dense", "1/sooner", "1/pruned", "1/scratch"}
     stamps = {path: path.stat().st_mtime_ns for path in directory.glob("1/*/last.pt")}
 
-    second = command(*TYPED)
+    second = fork_server.run(words, own, undisturbed)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "of 8" not in second.stderr
     assert second.stdout.rstrip().endswith("python -m morphtrain.report experiments/quick-small")

@@ -357,8 +357,8 @@ def test_the_end_of_a_line_without_a_word_is_a_death_and_after_one_is_none() -> 
 
 def test_the_processes_of_one_host_watch_each_other_inside_it_wherever_their_store_is() -> None:
     with pair(address="nowhere.invalid") as both:
-        assert both.first._listener is not None
-        assert both.first._listener.getsockname()[0] == LOCALHOST
+        assert both.first.peers._listener is not None
+        assert both.first.peers._listener.getsockname()[0] == LOCALHOST
 
 
 def test_a_process_that_has_ended_before_it_is_there_is_not_waited_for() -> None:
