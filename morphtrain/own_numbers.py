@@ -23,7 +23,7 @@ class OwnNumbers:
 
     @contextmanager
     def drawn(self, seed: int, device: torch.device) -> Iterator[None]:
-        """Draw from this stream within the block; it begins anew with another seed than that of the block before."""
+        """Draw from this stream within the block; a seed other than the last block's starts it afresh."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if seed == self._seed:
                 self._restore(device)

@@ -118,7 +118,7 @@ def test_every_so_many_convolutions_with_a_larger_kernel_are_chosen_in_the_order
     torch.manual_seed(0)
     model, x, context = Net(), draw(4, 3, 9, 9), ApproximateGradients("zero", every)
     y, dx, exact = passed(model, x, nullcontext())
-    for _ in range(2):  # counted anew each time
+    for _ in range(2):  # each pass counts from zero
         *outer, grads = passed(model, x, context)
         assert torch.equal(outer[0], y) and torch.equal(outer[1], dx)
         assert context.chosen == len(chosen)

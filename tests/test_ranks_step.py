@@ -257,18 +257,6 @@ def test_what_is_compared_happens(by_one: dict[str, Outcome]) -> None:
 # -- the same in all processes --------------------------------------------------------------------------------------
 
 
-class Cut(Method):
-    """A channel less after the first epoch, whatever else changes."""
-
-    follows_channels = True
-
-    def after_epoch(self, run: Run) -> None:
-        if run.epoch == 1:
-            widest = max(run.graph.spaces, key=lambda space: space.size)
-            run.graph.reindex(widest, range(widest.size - 1), run.optimizer)
-            run.shape_changed("cut")
-
-
 def digest(run: Run) -> str:
     """Of all weights, and of what the optimizer keeps."""
     found = hashlib.sha256()
@@ -304,7 +292,7 @@ def as_they_are() -> Iterator[tuple[str, list[Config]]]:
     """Configs that have every option of every group, and then those that have all pairs of them."""
     from test_pairs import FACTORS, ROWS, config_of, covering, excluded
 
-    methods = morphtrain.compose("methods=[{_target_: test_ranks_step.Cut}]").methods
+    methods = morphtrain.compose("methods=[{_target_: test_pairs.Cut}]").methods
     for name, rows in (("options", covering(FACTORS, excluded, strength=1)), ("pairs", ROWS)):
         yield name, [replace(config_of(row), methods=methods) for row in rows]
 

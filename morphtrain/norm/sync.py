@@ -54,8 +54,10 @@ class Synchronised(_BatchNorm):
             self.num_batches_tracked.add_(1)
             running = (self.running_mean, self.running_var)
             momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        normalise = _normalise if input.device.type == "cpu" else _normalise_on_gpu
-        return normalise(input, self.weight, self.bias, running, momentum, self.eps)
+        if input.device.type != "cpu":
+            return _normalise_on_gpu(input, self.weight, self.bias, running, momentum, self.eps)
+        output: torch.Tensor = Normalise.apply(input, self.weight, self.bias, running, momentum, self.eps)
+        return output
 
 
 class SyncBatchNorm1d(Synchronised, nn.BatchNorm1d):
@@ -139,18 +141,6 @@ def _together(own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     return mean, var, total.item()
 
 
-def _normalise(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running: Statistics | None,
-    momentum: float,
-    eps: float,
-) -> torch.Tensor:
-    output: torch.Tensor = Normalise.apply(x, weight, bias, running, momentum, eps)
-    return output
-
-
 def _normalise_on_gpu(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -159,7 +149,7 @@ def _normalise_on_gpu(
     momentum: float,
     eps: float,
 ) -> torch.Tensor:
-    """The same by torch's own kernels, those of `nn.SyncBatchNorm`."""
+    """What `Normalise` computes, by torch's own kernels, those of `nn.SyncBatchNorm`."""
     given = exact(x) if len(x) == 0 else x  # torch would send zeros of 16 bits where others send statistics of 32
     group, statistics = distributed.group.WORLD, running or (None, None)
     with world.meeting():

@@ -51,16 +51,16 @@ def _check_ends(config: schema.Config, planned: int, done: int) -> None:
 
 
 def schedule(config: schema.Config, begins: Sequence[int]) -> Schedule:
-    """The schedule of a run in which it begins anew after each of these epochs: each cycle lasts until the next one.
+    """The schedule of a run that starts over after each of these epochs; each cycle lasts until the next one.
 
     Raises:
-        UserError: for a schedule of the user's own that has a state, of which nobody knows how it begins anew.
+        UserError: for a schedule of the user's own that has a state, which cannot be set back to its beginning.
     """
     ends = [0, *begins, config.epochs]
     parts = [(start, _built(config, end - start)) for start, end in itertools.pairwise(ends)]
     if len(parts) > 1 and hasattr(parts[0][1], "state_dict"):
         name = f"schedule={config.schedule.name}"
-        raise UserError(f"{name}: has a state, and cannot begin anew with resume_schedule=append; stretch works")
+        raise UserError(f"{name}: has a state, and cannot start over with resume_schedule=append; stretch works")
 
     def factor(epochs_done: float) -> float:
         start, part = next(found for found in reversed(parts) if found[0] <= epochs_done)

@@ -67,7 +67,7 @@ def read(name: str, path: Path) -> Trained:
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     content = _unpickled(name, path)
-    if isinstance(content, dict) and str(content.get("format")).startswith("morphtrain "):  # of before there were marks
+    if isinstance(content, dict) and str(content.get("format")).startswith("morphtrain "):  # older, so without a mark
         return _of_checkpoint(name, path, facts)
     try:
         sets = dict(_state_dicts(content))

@@ -105,7 +105,7 @@ def _head(own: Tensors, tensors: Tensors, num_classes: int) -> Head | None:
 
 
 def _layer(key: str) -> str:
-    """The path of the layer that a tensor is of, also of one behind a computed weight."""
+    """The path of the layer that a tensor belongs to, also if the layer's weight is computed from it."""
     return key.rpartition(".")[0].partition(PARAMETRIZATIONS)[0]
 
 
