@@ -59,7 +59,7 @@ def test_a_batch_is_cut_as_torch_does(size: int, images: int, monkeypatch: pytes
         monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
         found.append(list(range(100))[slices.own(slice(5, 5 + images))])
     assert found == expected
-    assert slices.shares(images) == list(map(len, expected))
+    assert slices.sizes(images) == list(map(len, expected))
 
 
 def test_an_epoch_is_cut_into_batches_the_last_of_which_may_be_smaller() -> None:

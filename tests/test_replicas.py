@@ -106,7 +106,7 @@ def settled() -> list[float]:
     with world.alone():
         batches = [images for images, _ in run.all_batches()][: min(SETTLING_BATCHES, 64 // 7)]
         means: list[torch.Tensor] = []
-        counts = slices.shares(7, world.members())
+        counts = slices.sizes(7, world.members())
         chunks = [batch.split(counts) for batch in batches]
         for rank, count in enumerate(counts):  # as if each were the only process
             model = copy.deepcopy(expected).train()
