@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from morphtrain import schema
 from morphtrain.compare import own_code
@@ -24,8 +23,6 @@ from morphtrain.timing.slot import Slot
 from morphtrain.trainer import environment
 from morphtrain.trainer.epoch import start
 from morphtrain.trainer.train import new_run, prepared, sizes
-
-T = TypeVar("T")
 
 WARMUP_STEPS = 5  # of each side; the first steps choose kernels and map memory
 
@@ -68,18 +65,14 @@ def measure(configs: Sequence[Config], vs: str | None = None, number: int | None
         Interrupted: after a signal.
     """
     unit, warmup = ("step", WARMUP_STEPS) if number is not None else ("epoch", _warmup_epochs(configs))
-    sides: dict[str, Iterator[Spent | None]] = {}
+    count = None if number is None else warmup + number
     with prepared(configs[0]) as slot:
         states = {name: OwnState(slot.device) for name in "AB"}
         runs = {name: _started(config, states[name]) for name, config in zip("AB", configs, strict=False)}
-        parts = parts_of_epoch(runs.values()) if number is None and vs is None else 1
-        for name, run in runs.items():
-            side: Iterator[Spent | None]
-            side = epochs(run, parts) if number is None else itertools.islice(steps(run), warmup + number)
-            sides[name] = _named(states[name].of(side), sizes(run.config))
+        parts = parts_of_epoch(runs.values()) if count is None and vs is None else 1
+        sides = {name: states[name].of(_training(run, parts, count)) for name, run in runs.items()}
         if vs is not None:
-            times = configs[0].epochs if number is None else warmup + number
-            sides["B"] = itertools.islice(_own(vs, unit, states["B"]), times)
+            sides["B"] = itertools.islice(_own(vs, unit, states["B"]), count or configs[0].epochs)
         spent, foreign, others = _take_turns(sides, slot, unit, warmup * parts)
         machine = environment.describe(slot.device)
     a, b = (spent[name][warmup:] for name in sides)
@@ -116,9 +109,10 @@ def _started(config: Config, state: OwnState) -> Run:
     return run
 
 
-def _named(side: Iterator[T], keys: str) -> Iterator[T]:
-    with named_if_out_of_memory(keys):
-        yield from side
+def _training(run: Run, parts: int, count: int | None) -> Iterator[Spent | None]:
+    """The epochs of a started run, each in so many turns, or as many of its steps."""
+    with named_if_out_of_memory(sizes(run.config)):
+        yield from epochs(run, parts) if count is None else itertools.islice(steps(run), count)
 
 
 def _own(target: str, unit: str, state: OwnState) -> Iterator[Spent]:
