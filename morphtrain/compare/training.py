@@ -59,8 +59,8 @@ def _train(run: Run, parts: int) -> Iterator[None]:
         if number:
             yield
         turns.append(spent(lambda: next(training, None), run.device))
-    clock = run.clock
-    clock.seconds["epoch_seconds"], clock.cpu_seconds["epoch_seconds"] = map(sum, zip(*turns, strict=True))
+    run.clock.seconds["epoch_seconds"] = sum(turn.seconds for turn in turns)
+    run.clock.cpu_seconds["epoch_seconds"] = sum(turn.cpu_seconds for turn in turns)
     keep_means(run)
 
 

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean
 
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, paired_ratio
 from morphtrain.wording import counted
@@ -36,7 +35,7 @@ FOREIGN = 0.1  # share of the cores that others used
 def blocks(a: Sequence[float], b: Sequence[float], pairs: int = PAIRS) -> tuple[list[float], list[float]]:
     """The geometric mean of each side's times in each whole block of so many pairs; what is left over is not used."""
     whole = min(len(a), len(b)) // pairs
-    means = ([geometric_mean(side[pairs * n : pairs * (n + 1)]) for n in range(whole)] for side in (a, b))
+    means = ([statistics.geometric_mean(side[pairs * n : pairs * (n + 1)]) for n in range(whole)] for side in (a, b))
     first, second = means
     return first, second
 
