@@ -1,11 +1,12 @@
 """Does `morphtrain.compare` tell the truth? The same config twice, and one with a tenth more work, 20 times each.
 
-    python compare.py [tries]
+    python compare.py [TRIES [quiet] [same] [more]]
 
 Each try measures ten pairs of epochs, and takes the answer that the command gives: by the clock, or by CPU seconds
 where others are busy. The same config twice has to give an interval with 1 in it, which an interval of 95 % does in 19
 of 20, with the machine to itself and while another run trains on all cores. There, a config whose epochs have 44 steps
-instead of 40 has to be found slower. It takes some five minutes; nothing else should run meanwhile.
+instead of 40 has to be found slower. It takes some five minutes, less with some of the three rows; nothing else should
+run meanwhile.
 """
 
 from __future__ import annotations
@@ -78,10 +79,16 @@ def neighbour() -> Iterator[None]:
 
 def main() -> None:
     tries = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    report("the same config twice", [tried(1.0) for _ in range(tries)], has_one)
+    rows = sys.argv[2:] or ["quiet", "same", "more"]
+    if "quiet" in rows:
+        report("the same config twice", [tried(1.0) for _ in range(tries)], has_one)
+    if rows == ["quiet"]:
+        return
     with neighbour():
-        report("the same config twice, beside another run", [tried(1.0) for _ in range(tries)], has_one)
-        report("a tenth more work, beside another run", [tried(MORE) for _ in range(tries)], above_one)
+        if "same" in rows:
+            report("the same config twice, beside another run", [tried(1.0) for _ in range(tries)], has_one)
+        if "more" in rows:
+            report("a tenth more work, beside another run", [tried(MORE) for _ in range(tries)], above_one)
 
 
 def has_one(found: Estimate) -> bool:

@@ -17,8 +17,8 @@ def batches(images: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
 
 
-def shares(images: int, processes: int | None = None) -> list[int]:
-    """How many of the images of a batch each process has, by rank; one that is `world.alone` has all of them.
+def sizes(images: int, processes: int | None = None) -> list[int]:
+    """How many of the images of a batch are in each slice, by rank; a process that is `world.alone` has all of them.
 
     Args:
         processes: among how many they are divided; None: `world.size()`.
@@ -30,7 +30,7 @@ def shares(images: int, processes: int | None = None) -> list[int]:
 
 def own(batch: slice) -> slice:
     """This process's images of a batch; perhaps none."""
-    counts = shares(batch.stop - batch.start)
+    counts = sizes(batch.stop - batch.start)
     rank = world.rank() if len(counts) > 1 else 0
     start = batch.start + sum(counts[:rank])
     return slice(start, start + counts[rank])

@@ -130,7 +130,7 @@ class Run:
     @property
     def usual_pass(self) -> int:
         """Images in most of the passes of a whole batch in this process."""
-        shares = slices.shares(self.batch_size)
+        shares = slices.sizes(self.batch_size)
         return usual_pass(shares[world.rank()], passes(max(shares), self.micro_batch))
 
     def rewarm(self, epochs: float) -> None:
@@ -235,7 +235,7 @@ class Run:
 
     def agree_buffers(self) -> None:
         """Give the model, and a loss that is a module, the same buffers in all processes: `settling.agree_buffers`."""
-        images = slices.shares(self.batch_size)[world.rank()]
+        images = slices.sizes(self.batch_size)[world.rank()]
         agree_buffers(self.model, images)
         if isinstance(self.criterion, nn.Module):
             agree_buffers(self.criterion, images)
@@ -246,7 +246,7 @@ class Run:
         Of each batch they are this process's, in as many passes as any has: norms may wait for those of the others.
         """
         number = min(SETTLING_BATCHES, len(self.data.train) // self.batch_size)
-        parts = passes(max(slices.shares(self.batch_size)), self.micro_batch)
+        parts = passes(max(slices.sizes(self.batch_size)), self.micro_batch)
         waits = synchronises(self.model)
         for images in self._own_images(number):
             yield from (piece for piece in images.tensor_split(parts) if len(piece) or waits)
@@ -317,7 +317,7 @@ class Run:
         If norms are synchronised, it is a single one of all processes.
         """
         together = synchronises(self.model)
-        for shares in (slices.shares(self.batch_size), slices.shares(images % self.batch_size)):
+        for shares in (slices.sizes(self.batch_size), slices.sizes(images % self.batch_size)):
             parts = passes(max(shares), self.micro_batch)
             least = [share // parts for share in shares]  # of the images of a pass
             single = sum(least) == 1 if together else any(0 < share < 2 * parts for share in shares)
@@ -362,7 +362,7 @@ class Run:
         graph = graph or self.graph
         if kind != "latency":
             return WidthCost(graph, kind)
-        images = max(slices.shares(self.config.first_batch_size))
+        images = max(slices.sizes(self.config.first_batch_size))
         return measured_cost(graph, images, self.precision.autocast, known=terms)
 
     def generator(self, epoch: int) -> torch.Generator:

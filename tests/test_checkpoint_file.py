@@ -30,6 +30,7 @@ from morphtrain.state import Run
 from morphtrain.trainer import checkpoint, checkpoint_file
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.checkpoint import Checkpoint
+from morphtrain.trainer.differences import differences
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 
@@ -417,15 +418,15 @@ def peak_bytes() -> int:
 def test_all_that_differs_is_named_at_once() -> None:
     usual = asdict(morphtrain.compose())
     other = asdict(morphtrain.compose("optimizer=adamw", "optimizer.lr=0.5", "epochs=3", "clip_norm=1", "device=cpu"))
-    assert checkpoint.differences(other, usual) == (
+    assert differences(other, usual) == (
         "clip_norm=1.0 epochs=3 optimizer=adamw",
         "clip_norm=null epochs=60 optimizer=sgd",
     )
-    assert checkpoint.differences(usual, usual) == ("", "")
+    assert differences(usual, usual) == ("", "")
     pruning = asdict(morphtrain.compose("prune=prunetrain"))
     fewer = {k: v for k, v in pruning["prune"].items() if k not in ("lasso_ratio_of", "threshold")}
     older = {**pruning, "prune": fewer}
     added = {"prune.lasso_ratio_of": "initial_norm"}
     threshold = f"prune.threshold={pruning['prune']['threshold']}"
-    assert checkpoint.differences(pruning, older, added) == (threshold, "no prune.threshold")
-    assert checkpoint.differences(pruning, usual) == ("prune=prunetrain", "prune=none")
+    assert differences(pruning, older, added) == (threshold, "no prune.threshold")
+    assert differences(pruning, usual) == ("prune=prunetrain", "prune=none")

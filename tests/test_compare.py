@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -13,21 +14,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from test_infobatch import DATA, numbered
 from test_networks import narrower
 from whole_runs import trained_to_the_end
 
 import morphtrain
-from morphtrain.compare import own_code, report
+from morphtrain.compare import own_code, report, training
 from morphtrain.compare.__main__ import parse
 from morphtrain.compare.command import show
 from morphtrain.compare.measure import WARMUP_STEPS, Measured, measure
 from morphtrain.compare.own_state import OwnState
-from morphtrain.compare.training import steps
+from morphtrain.compare.training import parts_of_epoch, steps
 from morphtrain.compare.turns import in_turns
 from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns, block_ratio
@@ -84,7 +88,69 @@ def test_each_side_computes_what_it_computes_alone() -> None:
     assert (len(measured.turns.a), len(measured.turns.b), measured.warmup) == (4, 2, 1)
     epoch = measured.records["A"][2]
     assert measured.turns.a[1] == epoch["epoch_seconds"] + epoch["morph_seconds"]
-    assert measured.turns.changed
+    assert measured.turns.changed and measured.turns.parts == 2
+
+
+class Noted(Method):
+    """Notes after every step whose it was, by the seed of the run."""
+
+    steps: ClassVar[list[int]] = []
+
+    def after_step(self, run: Run) -> None:
+        self.steps.append(run.config.seed)
+
+
+def test_an_epoch_is_taken_in_turns_of_equal_parts() -> None:
+    """32 and 44 steps in six turns of each, in blocks of two."""
+    noted = (*DENSE, "batch_policy.batch_size=8", "epochs=3", "methods=[{_target_: test_compare.Noted}]")
+    Noted.steps.clear()
+    measured = measure([morphtrain.compose(*noted), morphtrain.compose(*noted, "seed=2", "data.train_samples=352")])
+    assert (measured.turns.parts, len(measured.turns.a), len(measured.turns.b)) == (6, 2, 2)
+    ends = {seed: {math.ceil(part * number / 6) for part in range(19)} for seed, number in ((1, 32), (2, 44))}
+    done, turns, during = {1: 0, 2: 0}, [], set()
+    for seed in Noted.steps:
+        done[seed] += 1
+        during.add(seed)
+        if done[seed] in ends[seed]:
+            assert during == {seed}
+            turns.append(seed)
+            during.clear()
+    assert (done, len(turns)) == ({1: 96, 2: 132}, 36)
+    assert {tuple(turns[n : n + 4]) for n in range(0, 36, 4)} <= {(1, 2, 2, 1), (2, 1, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    "changing",
+    [
+        ("data.infobatch=0.6", "data.infobatch_until=0.9"),
+        ("batch_policy=adabatch", "batch_policy.every=1", "batch_policy.factor=16", "batch_policy.max_batch_size=256"),
+    ],
+    ids=["fewer images", "fewer steps than turns"],
+)
+def test_parts_of_an_epoch_change_nothing_that_is_computed(changing: tuple[str, ...]) -> None:
+    sides = (*DENSE, NOISY, "epochs=4", *changing), (*DENSE, NOISY, "epochs=4", "seed=2")
+    expected = [alone(*overrides) for overrides in sides]
+    seed_everything()
+    measured = measure([morphtrain.compose(*overrides) for overrides in sides])
+    assert measured.turns.parts == 2
+    assert [computed(measured.records[name]) for name in "AB"] == expected
+    assert min(one.seconds for name in "AB" for one in measured.spent[name]) > 0
+
+
+@pytest.mark.parametrize(("steps", "parts"), [(1, 1), (9, 1), (10, 2), (19, 2), (40, 8), (390, 78)])
+def test_an_epoch_has_whole_blocks_of_turns_of_five_steps_or_more(steps: int, parts: int) -> None:
+    runs: list[Any] = [SimpleNamespace(data=numbered(number), batch_size=1) for number in (steps, 400)]
+    assert parts_of_epoch(runs) == parts_of_epoch(runs[::-1]) == parts
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("tensors", 8), ("bytes", 8), ("files", 1)])
+def test_data_that_are_read_ahead_are_in_whole_epochs(
+    kind: str, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "STEPS_OF_TURN", 1)
+    in_memory, other = (SimpleNamespace(data=data, batch_size=1) for data in (numbered(8), DATA[kind](tmp_path)))
+    runs: list[Any] = [in_memory, other]
+    assert parts_of_epoch(runs) == parts
 
 
 def weights_after_steps(beside: bool) -> torch.Tensor:
@@ -190,7 +256,7 @@ def test_own_code_takes_the_turns_of_b(own: str, monkeypatch: pytest.MonkeyPatch
     calls = sys.modules["neighbour"].CALLS
     assert calls == ["setup", *["epoch"] * 3]
     assert computed(measured.records["A"]) == expected
-    assert len(measured.turns.a) == len(measured.turns.b) == 2
+    assert len(measured.turns.a) == len(measured.turns.b) == 2 and measured.turns.parts == 1
     assert max(measured.turns.b) < min(measured.turns.a)
     measure([morphtrain.compose(*SMALL)], vs=own, number=2)
     assert calls[4:] == ["setup", *["step"] * (2 + WARMUP_STEPS)]
@@ -289,7 +355,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
-    process = command(*DENSE, "epochs=7", "--", *PRUNED, "--", "--json", "pairs.json", cwd=tmp_path)
+    process = command(*DENSE, "epochs=5", "--", *PRUNED, "--", "--json", "pairs.json", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
@@ -297,8 +363,9 @@ def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
     (repeat,) = content["repeats"]
     kind = content["ratio_of"]  # CPU seconds, if other tests run meanwhile
     a, b = ([one[kind] for one in repeat["spent"][name][repeat["warmup"] :]] for name in "AB")
-    found = block_ratio(a, b)
-    assert content["ratio"]["mean"] == found.mean
+    found = block_ratio(a, b, pairs=1)
+    assert (content["ratio"]["mean"], repeat["turns_of_epoch"]) == (found.mean, 2)
+    assert "2 an epoch, on" in out
     assert f"B takes {found.mean:.3f} of the time that A takes for an epoch (95 % interval {found.low:.3f}" in out
     first, last = (repeat["records"][name][-1]["val_accuracy"] for name in "AB")
     assert f"B - A = {last - first:.4g}" in out
@@ -307,7 +374,7 @@ def test_the_command_says_what_it_measured(tmp_path: Path) -> None:
     assert f"{totals[1] / totals[0]:.4g}" in out
     assert [config["prune"]["name"] for config in repeat["configs"]] == ["prunetrain", "none"]
     assert repeat["machine"]["torch"] == torch.__version__
-    assert "doubtful: only 3 blocks" in out
+    assert "doubtful: only 4 pairs" in out
 
 
 @pytest.mark.parametrize("foreign", [None, 0.0, 0.0999, 0.1001, 0.9])

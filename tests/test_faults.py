@@ -233,10 +233,10 @@ class Pair:
         store = distributed.HashStore()
         places = [Place(rank, 2, rank, 2, address, 1) for rank in range(2)]
         self.first, self.second = (watch.Watch(place, seconds, world.Progress()) for place in places)
-        meeting = threading.Thread(target=self.first.meet, args=(store,))
-        meeting.start()
-        self.second.meet(store)
-        meeting.join()
+        connecting = threading.Thread(target=self.first.connect, args=(store,))
+        connecting.start()
+        self.second.connect(store)
+        connecting.join()
         self.port, self.token = json.loads(store.get(peers.KEY))
 
     def judged(self) -> Report | None:
@@ -367,7 +367,7 @@ def test_a_process_that_has_ended_before_it_is_there_is_not_waited_for() -> None
 
     alone = watch.Watch(Place(0, 2, 0, 2, LOCALHOST, 1), 60, world.Progress())
     with interrupts.shared(lambda number: None), pytest.raises(RankFailed, match="code -9"):
-        alone.meet(distributed.HashStore(), check)
+        alone.connect(distributed.HashStore(), check)
     alone.close()
 
 

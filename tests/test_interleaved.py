@@ -17,8 +17,9 @@ from scipy import stats
 
 from morphtrain.compare.turns import in_turns
 from morphtrain.evidence.interleaved import Turns, block_ratio, blocks, doubts
+from morphtrain.evidence.repeats import Estimate
 
-PAIRS = 10
+PAIRS, PARTS = 10, 8
 
 
 class Machine:
@@ -28,6 +29,7 @@ class Machine:
         drift: of the logarithm of the time, in all.
         noise: standard deviation of the logarithm, with a correlation of `memory` from one piece of work to the next.
         pulse: of the logarithm, once in every `period` pieces of work.
+        grain: how many pieces a second of work has; its speed changes from one to the next.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class Machine:
         memory: float = 0.0,
         pulse: float = 0.0,
         period: int = 4,
+        grain: int = 1,
     ) -> None:
-        number = 2 * PAIRS
+        self.grain, number = grain, 2 * PAIRS * grain
         shocks = rng.normal(0, noise * math.sqrt(1 - memory**2), number)
         shocks[0] = rng.normal(0, noise)
         state = list(itertools.accumulate(shocks, lambda before, shock: memory * before + shock))
@@ -47,9 +50,15 @@ class Machine:
         pulses = pulse * (np.arange(number) % period == rng.integers(period))
         self.factors = iter(np.exp(drift * (np.linspace(0, 1, number) + 0.2 * wave) + state + pulses))
 
-    def work(self, seconds: float) -> Iterator[float]:
+    def work(self, seconds: float, parts: int = 1) -> Iterator[float | None]:
+        """What takes so many seconds when nothing is wrong, `PAIRS` times, and each time in so many turns."""
         for _ in range(PAIRS):
-            yield seconds * next(self.factors)
+            spent = 0.0
+            for part in range(parts):
+                if part:
+                    yield None
+                spent += seconds / self.grain * sum(itertools.islice(self.factors, self.grain // parts))
+            yield spent
 
 
 class Fixed(random.Random):
@@ -59,11 +68,20 @@ class Fixed(random.Random):
         x.sort()
 
 
-def measured(machine: Machine, ratio: float, order: random.Random) -> tuple[list[float], list[float]]:
+def measured(machine: Machine, ratio: float, order: random.Random, parts: int = 1) -> tuple[list[float], list[float]]:
     seconds: dict[str, list[float]] = {"A": [], "B": []}
-    for name, spent in in_turns({"A": machine.work(1.0), "B": machine.work(ratio)}, rng=order):
-        seconds[name].append(spent)
+    sides = {"A": machine.work(1.0, parts), "B": machine.work(ratio, parts)}
+    for name, spent in in_turns(sides, rng=order):
+        if spent is not None:
+            seconds[name].append(spent)
     return seconds["A"], seconds["B"]
+
+
+def in_parts(machine: Machine, ratio: float, order: random.Random) -> Estimate:
+    """What is found if each piece of work is done in several turns."""
+    found = Turns(*measured(machine, ratio, order, PARTS), "epoch", parts=PARTS).ratio
+    assert found is not None and found.n == PAIRS
+    return found
 
 
 def names(a: int, b: int, warmup: int = 0, order: random.Random | None = None) -> str:
@@ -154,6 +172,47 @@ def test_a_tenth_is_found_with_ten_pairs() -> None:
     assert statistics.fmean(found.mean for found in results) == pytest.approx(1.1, rel=0.01)
 
 
+# -- a time in several turns -----------------------------------------------------------------------------------------
+
+
+class Slowing(Machine):
+    """Every piece of work takes longer than the one before, by as much."""
+
+    def __init__(self, slower: float) -> None:
+        self.grain, self.factors = PARTS, iter(1 + slower * np.arange(2 * PAIRS * PARTS))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.2, 5), st.floats(0, 1), st.randoms(use_true_random=False))
+def test_a_steady_drift_cancels_in_every_pair(ratio: float, slower: float, order: random.Random) -> None:
+    found = in_parts(Slowing(slower), ratio, order)
+    assert (found.low, found.mean, found.high) == pytest.approx((ratio,) * 3, rel=1e-9)
+    assert found.values == pytest.approx((ratio,) * PAIRS, rel=1e-9)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9, 0.99, 0.999])
+def test_the_same_work_twice_in_parts_is_told_apart_as_seldom_as_promised(memory: float) -> None:
+    """Whatever the noise remembers: each block's order is drawn. The limits are four standard deviations."""
+    rng, order, tries, wrong = np.random.default_rng(4), random.Random(4), 600, 0
+    for _ in range(tries):
+        found = in_parts(Machine(rng, noise=0.15, memory=memory, grain=PARTS), 1.0, order)
+        wrong += not found.low <= 1 <= found.high
+    assert 0.015 < wrong / tries < 0.086
+
+
+def test_beside_load_a_tenth_is_found_in_parts_and_not_in_whole_epochs() -> None:
+    """What others do goes on for an epoch or two, which falls to one side, or in parts to both."""
+    rng, order, tries = np.random.default_rng(5), random.Random(5), 300
+    whole, parts = [], []
+    for _ in range(tries):
+        made = [Machine(rng, noise=0.15, memory=0.93, grain=PARTS) for _ in range(2)]
+        whole.append(block_ratio(*measured(made[0], 1.1, order)))
+        parts.append(in_parts(made[1], 1.1, order))
+    assert sum(found.low > 1 for found in whole) < 0.75 * tries
+    assert sum(found.low > 1 for found in parts) > 0.95 * tries
+    assert statistics.fmean(found.mean for found in parts) == pytest.approx(1.1, rel=0.01)
+
+
 # -- what makes it doubtful ------------------------------------------------------------------------------------------
 
 RNG = np.random.default_rng(3)
@@ -174,6 +233,7 @@ SHORT = [1 / 500] * 24
 DOUBTS = {
     "too few for an interval": (Turns(CALM[:5], SAME[:5], "epoch"), ["only 2 blocks", "no interval", "more epochs"]),
     "few": (Turns(CALM[:8], SAME[:8], "step"), ["only 4 blocks", "--steps"]),
+    "few pairs": (Turns(CALM[:4], SAME[:4], "epoch", parts=2), ["only 4 pairs", "more epochs"]),
     "scattered": (Turns(CALM, WILD, "epoch"), ["scatters by", "timing.cores=1"]),
     "one outlier": (Turns(CALM, ONCE, "epoch"), ["1 of 24 pairs", "quieter"]),
     "a ratio that changes": (Turns(CALM, SHRINKING, "epoch", True), ["goes from 0.9", "to 0.5", "architecture="]),
@@ -184,6 +244,7 @@ DOUBTS = {
     "others": (Turns(CALM, SAME, "epoch", False, 0.31), ["31%", "timing.cores"]),
     "another run": (Turns(CALM, SAME, "epoch", False, 0.31, [17]), ["process 17 trained", "timing.when_busy=wait"]),
     "short": (Turns(times(CALM, SHORT), times(SAME, SHORT), "step"), ["a step takes 2 ms", "a larger batch"]),
+    "short turns": (Turns([0.02] * 24, [0.03] * 24, "epoch", parts=8), ["a turn takes 2.5 ms", "a larger batch"]),
 }
 
 

@@ -27,6 +27,7 @@ from morphtrain.outputs import check_outputs
 from morphtrain.state import Run
 from morphtrain.trainer import checkpoint, checkpoint_file
 from morphtrain.trainer.build import build_run
+from morphtrain.trainer.differences import flat
 
 PACKAGE = '''
 import torch
@@ -233,10 +234,10 @@ def test_the_constructor_gets_the_config_and_what_it_asks_of_the_data(package: P
     assert own.calls[-1] == (10, 1, 8, [{"multiple": 1}, {"multiple": 1}], {"name": "relu"})
     # It emptied its own list, not the one that a checkpoint will hold.
     assert run.config.model.arguments["stages"] == [{"multiple": 1}, {"multiple": 1}]
-    flat = checkpoint.flat(dataclasses.asdict(run.config))
-    assert flat["model._target_"] == "own_net.Net"
-    assert (flat["model.width"], flat["model.act.name"]) == (8, "relu")
-    assert not any("arguments" in key for key in flat)
+    keys = flat(dataclasses.asdict(run.config))
+    assert keys["model._target_"] == "own_net.Net"
+    assert (keys["model.width"], keys["model.act.name"]) == (8, "relu")
+    assert not any("arguments" in key for key in keys)
 
 
 def test_what_the_config_sets_is_not_taken_from_the_data(package: Path) -> None:

@@ -128,11 +128,11 @@ def test_a_process_finds_the_place_that_it_was_started_with(agent: bool) -> None
 def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
     listener = join.listening()
     here = Place(0, 2, 0, 2, LOCALHOST, listener.getsockname()[1])
-    store = join.meet(here, listener)
+    store = join.store_of(here, listener)
     store.set("order", "old")
     for attempt, found in ((0, True), (1, False)):
         later = replace(here, rank=1, attempt=attempt)
-        assert join.meet(later).check(["order"]) == found
+        assert join.store_of(later).check(["order"]) == found
 
 
 def test_who_waits_in_vain_for_the_others_is_told_for_how_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_who_waits_for_others_says_so_once(monkeypatch: pytest.MonkeyPatch, capl
 def test_only_this_host_reaches_the_store_of_one_host() -> None:
     listener = join.listening()
     port = listener.getsockname()[1]
-    store = join.meet(Place(0, 2, 0, 2, LOCALHOST, port), listener)
+    store = join.store_of(Place(0, 2, 0, 2, LOCALHOST, port), listener)
     store.set("there", "yes")
     own = next(iter({info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)} - {LOCALHOST}), None)
     if own is not None:

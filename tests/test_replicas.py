@@ -11,6 +11,7 @@ import torch
 from conftest import SMALL
 from ranks import in_ranks
 from torch import nn
+from whole_runs import epoch
 
 import morphtrain
 from morphtrain import slices, world
@@ -25,7 +26,7 @@ from morphtrain.processes.digest import check_replicas, digests
 from morphtrain.settling import agree_buffers, settle, trained_norms
 from morphtrain.state import SETTLING_BATCHES, Run
 from morphtrain.timing.clock import Clock
-from morphtrain.trainer import auto, begin_epoch, build_run, finish_epoch, start, train_epoch
+from morphtrain.trainer import auto, begin_epoch, build_run, start, train_epoch
 from morphtrain.trainer.auto import Choice
 from morphtrain.trainer.loop import evaluate
 
@@ -37,12 +38,6 @@ def built(*overrides: str, base: tuple[str, ...] = QUICK) -> Run:
     run = build_run(morphtrain.compose(*base, *overrides))
     start(run)
     return run
-
-
-def epoch(run: Run) -> dict[str, float]:
-    begin_epoch(run)
-    train_epoch(run)
-    return finish_epoch(run)
 
 
 class Slow(Method):
@@ -111,7 +106,7 @@ def settled() -> list[float]:
     with world.alone():
         batches = [images for images, _ in run.all_batches()][: min(SETTLING_BATCHES, 64 // 7)]
         means: list[torch.Tensor] = []
-        counts = slices.shares(7, world.members())
+        counts = slices.sizes(7, world.members())
         chunks = [batch.split(counts) for batch in batches]
         for rank, count in enumerate(counts):  # as if each were the only process
             model = copy.deepcopy(expected).train()

@@ -10,6 +10,7 @@ import torch
 from test_resume import assert_same
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from whole_runs import epoch
 
 import morphtrain
 from morphtrain.data import ImageData
@@ -20,7 +21,7 @@ from morphtrain.norm.ghost import to_ghost
 from morphtrain.schema.data import Synthetic
 from morphtrain.settling import settle, trained_norms
 from morphtrain.state import SETTLING_BATCHES, Run
-from morphtrain.trainer import begin_epoch, build_run, finish_epoch, start, train_epoch
+from morphtrain.trainer import begin_epoch, build_run, start, train_epoch
 from morphtrain.trainer.loop import evaluate
 
 TINY = ("data=synthetic", "data.train_samples=200", "data.val_samples=64", "data.image_size=8", "tracking=none")
@@ -39,12 +40,6 @@ def run_of(*overrides: str) -> Run:
     run = build_run(morphtrain.compose(*overrides))
     start(run)
     return run
-
-
-def epoch(run: Run) -> dict[str, float]:
-    begin_epoch(run)
-    train_epoch(run)
-    return finish_epoch(run)
 
 
 @pytest.mark.parametrize("ghost", [None, 5], ids=["batch", "ghost"])

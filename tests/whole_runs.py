@@ -1,4 +1,4 @@
-"""A run from its config to its last epoch, in this process."""
+"""A run from its config to its last epoch, or an epoch of it, in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ def trained_to_the_end(config: Config) -> Run:
     run = build_run(config)
     start(run)
     while run.epoch < run.config.epochs:
-        begin_epoch(run)
-        train_epoch(run)
-        finish_epoch(run)
+        epoch(run)
     return run
+
+
+def epoch(run: Run) -> dict[str, float]:
+    """Train the next epoch of a started run; returns its record."""
+    begin_epoch(run)
+    train_epoch(run)
+    return finish_epoch(run)

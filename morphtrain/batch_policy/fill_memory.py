@@ -53,7 +53,7 @@ class FillMemory(Method):
         batch_size = without_single(min(limits.values()), samples, config.multiple_of)
         if batch_size > run.batch_size:
             least = min(limits, key=lambda name: limits[name])
-            needs = readable(memory.peak(max(slices.shares(batch_size))))
+            needs = readable(memory.peak(max(slices.sizes(batch_size))))
             reason = f"{self._account(memory)}: {fits} fit, {least} allows {limits[least]}, needs {needs}"
             grow(run, batch_size, config.batch_size, config.lr_scaling, config.warmup_epochs, reason)
 
@@ -65,7 +65,7 @@ class FillMemory(Method):
                 f"batch_policy.budget={self.config.budget}: not even one image fits: it takes "
                 f"{readable(memory.peak(1))}; choose a larger budget or a smaller model"
             )
-        if fits >= max(slices.shares(batch_size)):
+        if fits >= max(slices.sizes(batch_size)):
             return None
         account = self._account(memory)
         log.warning("batch size %d: in passes of at most %d images, which is what fits (%s)", batch_size, fits, account)

@@ -18,10 +18,10 @@ from morphtrain.flags import Parser
 USAGE = """python -m morphtrain.compare [COMMON.. --] A.. -- B.. [options]
        python -m morphtrain.compare A.. --vs FILE.py[:FUNCTION] [options]"""
 DESCRIPTION = (
-    "Train two configs in one process, in turns: an epoch of A, one of B, one of B, one of A, or by chance B A A B, "
-    "and so on. What the machine does meanwhile is common to neighbours, so the ratio of their times is truer than "
-    "that of two runs after each other. A, B and what both have in common are overrides, as those of morphtrain.run. "
-    "Nothing is tracked, and nothing is written but --json."
+    "Train two configs in one process, in turns: a part of an epoch of A, the same of B, the next of B, the next of A, "
+    "or by chance B A A B, and so on. What the machine does meanwhile is common to neighbours, so the ratio of their "
+    "times is truer than that of two runs after each other. A, B and what both have in common are overrides, as those "
+    "of morphtrain.run. Nothing is tracked, and nothing is written but --json."
 )
 STEPS_HELP = "take turns by training step and measure N of each; nothing is pruned, grown or evaluated"
 SEEDS_HELP = "repeat it with each of these seeds, such as 1,2,3; ratios and differences are paired by seed"

@@ -8,12 +8,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from morphtrain import schema
 from morphtrain.compare import own_code
 from morphtrain.compare.own_state import OwnState
-from morphtrain.compare.training import epochs, steps
+from morphtrain.compare.training import epochs, parts_of_epoch, steps
 from morphtrain.compare.turns import Spent, in_turns
 from morphtrain.errors import UserError
 from morphtrain.evidence.interleaved import Turns
@@ -67,15 +65,15 @@ def measure(configs: Sequence[Config], vs: str | None = None, number: int | None
         Interrupted: after a signal.
     """
     unit, warmup = ("step", WARMUP_STEPS) if number is not None else ("epoch", _warmup_epochs(configs))
-    runs: dict[str, Run] = {}
-    sides: dict[str, Iterator[Spent]] = {}
+    count = None if number is None else warmup + number
     with prepared(configs[0]) as slot:
-        for name, config in zip("AB", configs, strict=False):
-            runs[name], sides[name] = _training(config, slot.device, None if number is None else warmup + number)
+        states = {name: OwnState(slot.device) for name in "AB"}
+        runs = {name: _started(config, states[name]) for name, config in zip("AB", configs, strict=False)}
+        parts = parts_of_epoch(runs.values()) if count is None and vs is None else 1
+        sides = {name: states[name].of(_training(run, parts, count)) for name, run in runs.items()}
         if vs is not None:
-            times = configs[0].epochs if number is None else warmup + number
-            sides["B"] = itertools.islice(_own(vs, unit, slot.device), times)
-        spent, foreign, others = _take_turns(sides, slot, unit, warmup)
+            sides["B"] = itertools.islice(_own(vs, unit, states["B"]), count or configs[0].epochs)
+        spent, foreign, others = _take_turns(sides, slot, unit, warmup * parts)
         machine = environment.describe(slot.device)
     a, b = (spent[name][warmup:] for name in sides)
     if number is not None and min(len(a), len(b)) < number:
@@ -87,8 +85,8 @@ def measure(configs: Sequence[Config], vs: str | None = None, number: int | None
     return Measured(
         spent=spent,
         warmup=warmup,
-        turns=Turns(clock[0], clock[1], unit, changed, foreign, others),
-        cpu_turns=Turns(computed[0], computed[1], unit, changed) if in_process else None,
+        turns=Turns(clock[0], clock[1], unit, changed, foreign, others, parts),
+        cpu_turns=Turns(computed[0], computed[1], unit, changed, parts=parts) if in_process else None,
         records={name: run.history for name, run in runs.items()},
         batch_sizes={name: run.batch_size for name, run in runs.items()},
         machine=machine,
@@ -103,37 +101,36 @@ def _warmup_epochs(configs: Sequence[Config]) -> int:
     return warmup
 
 
-def _training(config: Config, device: torch.device, number: int | None) -> tuple[Run, Iterator[Spent]]:
-    """A run that is ready, and its epochs, or as many of its steps."""
-    state, keys = OwnState(device), sizes(config)
-    with named_if_out_of_memory(keys), state.own():
-        run = new_run(config, device)
+def _started(config: Config, state: OwnState) -> Run:
+    """A run that is ready for its first epoch; from then on `state` is what it has for itself."""
+    with named_if_out_of_memory(sizes(config)), state.own():
+        run = new_run(config, state.device)
         start(run)
-    side = epochs(run) if number is None else itertools.islice(steps(run), number)
-    return run, _named(state.of(side), keys)
+    return run
 
 
-def _named(side: Iterator[Spent], keys: str) -> Iterator[Spent]:
-    with named_if_out_of_memory(keys):
-        yield from side
+def _training(run: Run, parts: int, count: int | None) -> Iterator[Spent | None]:
+    """The epochs of a started run, each in so many turns, or as many of its steps."""
+    with named_if_out_of_memory(sizes(run.config)):
+        yield from epochs(run, parts) if count is None else itertools.islice(steps(run), count)
 
 
-def _own(target: str, unit: str, device: torch.device) -> Iterator[Spent]:
-    state = OwnState(device)
+def _own(target: str, unit: str, state: OwnState) -> Iterator[Spent]:
     with state.own():
-        side = own_code.clocked(target, unit, device)
+        side = own_code.clocked(target, unit, state.device)
     return state.of(side)
 
 
 def _take_turns(
-    sides: Mapping[str, Iterator[Spent]], slot: Slot, unit: str, warmup: int
+    sides: Mapping[str, Iterator[Spent | None]], slot: Slot, unit: str, warmup: int
 ) -> tuple[dict[str, list[Spent]], float | None, list[int]]:
     """What each side spent, the share of the cores that others used, and who else trained on them."""
     spent: dict[str, list[Spent]] = {name: [] for name in sides}
     others = set(slot.claim.others())
     before = _reading(slot.cpus)
     for name, one in in_turns(sides, warmup):
-        spent[name].append(one)
+        if one is not None:
+            spent[name].append(one)
         if sys.stderr.isatty():
             print(f"\r{name}: {unit} {len(spent[name])} ", end="", file=sys.stderr)
     after = _reading(slot.cpus)

@@ -52,9 +52,10 @@ class OwnState:
         """What `side` gives, with states of its own."""
         while True:
             with self.own():
-                given = next(side, None)
-            if given is None:
-                return
+                try:
+                    given = next(side)
+                except StopIteration:
+                    return
             yield given
 
     def _random_states(self) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from morphtrain.compare.measure import Measured
-from morphtrain.evidence.interleaved import FOREIGN, Turns, block_ratio, blocks, doubts
+from morphtrain.evidence.interleaved import FOREIGN, Turns, doubts
 from morphtrain.evidence.repeats import Estimate, estimate, paired_ratio
 from morphtrain.files import write_atomically
 from morphtrain.wording import counted
@@ -29,12 +29,13 @@ def show(sides: Mapping[str, str], repeats: Repeats) -> None:
     """Print what the repeats gave; `sides` says what was typed for each."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     first = next(iter(repeats.values()))
-    unit = first.turns.unit
+    unit, parts = first.turns.unit, first.turns.parts
     for name, words in sides.items():
         console.print(f"{name}: {words}")
     where = f"{first.machine['processor']}, {counted(int(first.machine['threads']), 'thread')}"
     console.print(
-        f"in turns A B B A or B A A B, by {unit}, on {where}; of each side {first.warmup} to warm up do not count"
+        f"in turns A B B A or B A A B, {f'by {unit}' if parts == 1 else f'{parts} an epoch'}, on {where}; before "
+        f"that each side warms up for {counted(first.warmup, unit)}"
     )
     console.print(table(repeats))
     for seed, measured in repeats.items():
@@ -74,7 +75,7 @@ def cpu_turns(repeats: Repeats) -> list[Turns]:
 
 def ratio(each: Sequence[Turns]) -> Estimate | None:
     """B / A of an epoch or a step: from the blocks of one measurement, or paired by seed from several."""
-    found = [block_ratio(turns.a, turns.b) for turns in each]
+    found = [turns.ratio for turns in each]
     if len(found) == 1:
         return found[0]
     means = {number: one.mean for number, one in enumerate(found) if one is not None}
@@ -109,8 +110,8 @@ def rows(repeats: Repeats) -> list[Row]:
 
 def _of_all(name: str, each: Sequence[Turns]) -> Row:
     """Medians over all repeats, and B against A."""
-    number = sum(len(blocks(turns.a, turns.b)[0]) for turns in each)
-    rests = counted(number, "block") if len(each) == 1 else f"{len(each)} seeds, {counted(number, 'block')}"
+    found = counted(sum(len(turns.ratios) for turns in each), each[0].block)
+    rests = found if len(each) == 1 else f"{len(each)} seeds, {found}"
     medians = (statistics.median(time for turns in each for time in getattr(turns, side)) for side in "ab")
     return f"{name} {_a(each[0].unit)}", *map(_seconds, medians), str(ratio(each) or "-"), rests
 
@@ -118,7 +119,7 @@ def _of_all(name: str, each: Sequence[Turns]) -> Row:
 def _of_seed(seed: int | None, measured: Measured) -> Row:
     turns = measured.turns
     medians = (statistics.median(side) for side in (turns.a, turns.b))
-    return f"  seed {seed}", *map(_seconds, medians), str(block_ratio(turns.a, turns.b) or "-"), ""
+    return f"  seed {seed}", *map(_seconds, medians), str(turns.ratio or "-"), ""
 
 
 def _per_image(measured: Measured, found: Estimate | None) -> list[Row]:
@@ -175,6 +176,7 @@ def write(path: Path, sides: Mapping[str, str], configs: Mapping[int | None, Any
             {
                 "seed": seed,
                 "configs": configs[seed],
+                "turns_of_epoch": measured.turns.parts,
                 "warmup": measured.warmup,
                 "spent": {name: [one._asdict() for one in side] for name, side in measured.spent.items()},
                 "foreign_cpu": measured.turns.foreign_cpu,

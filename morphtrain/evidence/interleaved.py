@@ -1,8 +1,11 @@
 """What times that were taken in turns, in blocks, tell of a ratio, and what may be wrong with them.
 
-The unit is a block, A B B A or B A A B: a machine that becomes steadily slower or faster takes as much from A as from B
-within it, and what lasts longer than a block is common to both. So blocks are nearly independent where the times are
-not; and as each has its order by chance, what comes every so many turns does not fall to one side.
+Turns come in blocks, A B B A or B A A B: a machine that becomes steadily slower or faster takes as much from A as from
+B within one, and what lasts longer is common to both. So blocks are nearly independent where the times are not; and as
+each has its order by chance, what comes every so many turns does not fall to one side.
+
+What the interval counts as one value is such a block, two pairs of times. Where each time was taken in several turns,
+whole blocks of them, it is a pair.
 """
 
 from __future__ import annotations
@@ -29,22 +32,23 @@ DRIFT = 0.1  # of the machine's speed
 FOREIGN = 0.1  # share of the cores that others used
 
 
-def blocks(a: Sequence[float], b: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The geometric mean of each side's two times in each whole block; a pair left over at the end is not used."""
-    whole = min(len(a), len(b)) // PAIRS
-    means = ([math.sqrt(side[PAIRS * n] * side[PAIRS * n + 1]) for n in range(whole)] for side in (a, b))
+def blocks(a: Sequence[float], b: Sequence[float], pairs: int = PAIRS) -> tuple[list[float], list[float]]:
+    """The geometric mean of each side's times in each whole block of so many pairs; what is left over is not used."""
+    whole = min(len(a), len(b)) // pairs
+    means = ([statistics.geometric_mean(side[pairs * n : pairs * (n + 1)]) for n in range(whole)] for side in (a, b))
     first, second = means
     return first, second
 
 
-def block_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Estimate | None:
+def block_ratio(a: Sequence[float], b: Sequence[float], pairs: int = PAIRS) -> Estimate | None:
     """The geometric mean of B / A over blocks, with Student's t interval of the mean logarithm; None without a block.
 
     Args:
         a, b: seconds; a[n] and b[n] are neighbours in time.
+        pairs: of them, in a block.
     """
-    first, second = blocks(a, b)
-    return paired_ratio(dict(enumerate(second)), dict(enumerate(first)), confidence)
+    first, second = blocks(a, b, pairs)
+    return paired_ratio(dict(enumerate(second)), dict(enumerate(first)))
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Turns:
         changed: whether a network changed its structure meanwhile.
         foreign_cpu: share of the cores (0 to 1) that other processes used; None if that is not known.
         others: ids of processes that trained on the same device or cores.
+        parts: in how many turns each time was taken.
     """
 
     a: Sequence[float]
@@ -65,6 +70,7 @@ class Turns:
     changed: bool = False
     foreign_cpu: float | None = None
     others: Sequence[int] = ()
+    parts: int = 1
 
     @property
     def more(self) -> str:
@@ -72,9 +78,24 @@ class Turns:
         return "a larger --steps" if self.unit == "step" else "more epochs"
 
     @property
+    def pairs(self) -> int:
+        """How many pairs of times are a block."""
+        return PAIRS if self.parts == 1 else 1
+
+    @property
+    def ratio(self) -> Estimate | None:
+        """B / A, see `block_ratio`."""
+        return block_ratio(self.a, self.b, self.pairs)
+
+    @property
     def ratios(self) -> list[float]:
         """Logarithms of B / A, by block."""
-        return [math.log(b / a) for a, b in zip(*blocks(self.a, self.b), strict=True)]
+        return [math.log(b / a) for a, b in zip(*blocks(self.a, self.b, self.pairs), strict=True)]
+
+    @property
+    def block(self) -> str:
+        """What the interval counts as one value, in a word."""
+        return "pair" if self.pairs == 1 else "block"
 
 
 def doubts(turns: Turns) -> list[str]:
@@ -86,9 +107,9 @@ def doubts(turns: Turns) -> list[str]:
 def _few(turns: Turns) -> Iterator[str]:
     number = len(turns.ratios)
     if number < LEAST_FOR_INTERVAL:
-        yield f"only {counted(number, 'block')}, of which no interval can be told: {turns.more}"
+        yield f"only {counted(number, turns.block)}, of which no interval can be told: {turns.more}"
     elif number < FEW_BLOCKS:
-        yield f"only {counted(number, 'block')}, so the interval is wide and itself uncertain: {turns.more}"
+        yield f"only {counted(number, turns.block)}, so the interval is wide and itself uncertain: {turns.more}"
 
 
 def _scattered(turns: Turns) -> Iterator[str]:
@@ -101,7 +122,7 @@ def _scattered(turns: Turns) -> Iterator[str]:
     if scatter > SCATTER:
         longer = "a larger batch" if turns.unit == "step" else "longer ones, or turns by --steps"
         help_ = f"close other programs, or take {turns.more}, or {longer}; timing.cores=1 keeps to one core"
-        yield f"B / A scatters by {math.expm1(scatter):.0%} from block to block: {help_}"
+        yield f"B / A scatters by {math.expm1(scatter):.0%} from {turns.block} to {turns.block}: {help_}"
 
 
 def _changing(turns: Turns) -> Iterator[str]:
@@ -154,11 +175,13 @@ def _disturbed(turns: Turns) -> Iterator[str]:
 
 
 def _short(turns: Turns) -> Iterator[str]:
-    shortest = min((statistics.median(side) for side in (turns.a, turns.b) if side), default=SHORT_SECONDS)
+    of_one = min((statistics.median(side) for side in (turns.a, turns.b) if side), default=math.inf)
+    shortest = of_one / turns.parts
     if shortest < SHORT_SECONDS:
-        longer = "a larger batch or network" if turns.unit == "step" else "more images"
+        turn = "a step" if turns.unit == "step" else "an epoch" if turns.parts == 1 else "a turn"
+        longer = "more images" if turn == "an epoch" else "a larger batch or network"
         why = "caches that the other side has filled and the system's turns weigh much in so short a time"
-        yield f"{'an epoch' if turns.unit == 'epoch' else 'a step'} takes {1e3 * shortest:.2g} ms: {why}; {longer}"
+        yield f"{turn} takes {1e3 * shortest:.2g} ms: {why}; {longer}"
 
 
 def _trend(values: Sequence[float]) -> tuple[float, float, float] | None:

@@ -36,7 +36,7 @@ def follow() -> int:
 def _follow() -> int:
     here = place()
     assert here is not None
-    store = join.meet(here)
+    store = join.store_of(here)
     order = take(store)
     if isinstance(order, int):
         return order

@@ -39,7 +39,7 @@ def listening(port: int = 0) -> Listener:
     return listener
 
 
-def meet(place: Place, listener: Listener | None = None) -> Store:
+def store_of(place: Place, listener: Listener | None = None) -> Store:
     """The store of this attempt: rank 0 or torchrun keeps it, and a process that is early waits for it.
 
     After a restart nothing that was left by the attempt before is found in it.

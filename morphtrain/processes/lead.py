@@ -43,14 +43,14 @@ def train(config: Config, run_dir: Path, tags: Mapping[str, str], on_epoch: OnEp
         check_number(config, here)
         warn_of_restarts(config)
         order = Order(replace(config, processes=here.size), run_dir, tags)
-        return _together(here, _met(here), order, on_epoch, interrupts.check)
+        return _together(here, _store(here), order, on_epoch, interrupts.check)
     count = config.processes or 1
     if count == 1:
         from morphtrain.trainer import train as alone  # imports torch
 
         return alone(config, run_dir, tags, on_epoch)
     with siblings(count, config.device) as (here, listener, check), shared_threads(count) as threads:
-        return _together(here, join.meet(here, listener), Order(config, run_dir, tags, threads), on_epoch, check)
+        return _together(here, join.store_of(here, listener), Order(config, run_dir, tags, threads), on_epoch, check)
 
 
 def check_number(config: Config, here: Place) -> None:
@@ -106,7 +106,7 @@ def leading() -> Iterator[None]:
 def _dismiss(here: Place, code: int) -> None:
     if not _Others.know:
         _Others.know = True
-        give(_met(here), code, here.size - 1, interrupts.check)
+        give(_store(here), code, here.size - 1, interrupts.check)
 
 
 class _Others:
@@ -115,4 +115,4 @@ class _Others:
     know = False
 
 
-_met = functools.cache(join.meet)  # the store of these processes, for whoever needs it first
+_store = functools.cache(join.store_of)  # the store of these processes, for whoever needs it first

@@ -70,7 +70,7 @@ class Peers(UserDict[int, Peer]):
         self.here = Whereabouts.own()
         self.everyone: list[Whereabouts | None] = [None] * place.size  # None: not known yet
         self.everyone[place.rank] = self.here
-        self.have_met = False  # everyone has come
+        self.have_come = False  # everyone has come
         self._place = place
         self._selector = selector
         self._greet, self._take, self._lose = greet, take, lose
@@ -153,7 +153,7 @@ class Peers(UserDict[int, Peer]):
         self._greet(line)
         if not self.absent():
             self.tell(everyone=[asdict(there) for there in self.everyone if there is not None])
-            self.have_met = True
+            self.have_come = True
         self._take(rank, messages[1:])
 
     def _add(self, rank: int, line: Line) -> None:
@@ -171,7 +171,7 @@ class Peers(UserDict[int, Peer]):
         for message in messages:
             if "everyone" in message:
                 self.everyone = [Whereabouts(**there) for there in message["everyone"]]
-                self.have_met = True
+                self.have_come = True
         self._take(rank, messages)
 
 

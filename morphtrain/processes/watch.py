@@ -66,7 +66,7 @@ def over(place: Place, store: Store, seconds: float, check: Callable[[], None] =
     try:
         with interrupts.shared(watch.settle), watch.hearing_signals():
             try:
-                watch.meet(store, check)
+                watch.connect(store, check)
                 yield
                 watch.part()
             except BaseException as error:
@@ -125,7 +125,7 @@ class Watch:
         finally:
             signal.set_wakeup_fd(before)
 
-    def meet(self, store: Store, check: Callable[[], None] = interrupts.check) -> None:
+    def connect(self, store: Store, check: Callable[[], None] = interrupts.check) -> None:
         """Connect all processes; `check` is called meanwhile.
 
         Raises:
@@ -136,7 +136,7 @@ class Watch:
         else:
             self.peers.connect(store)
         self._thread.start()
-        wait_for(lambda: self.peers.have_met, START_SECONDS, self._miss, check)
+        wait_for(lambda: self.peers.have_come, START_SECONDS, self._miss, check)
 
     def settle(self, number: int) -> None:
         """Agree with the others on why they end, this process because of a signal."""
@@ -172,7 +172,7 @@ class Watch:
         if found is not None and self.peers:
             self._say(found)
         elif self.peers or isinstance(error, UserError):  # rank 0 has left in order, or cannot be reached
-            _tell(failure)  # where rank 0 has ended before they met, it has said why
+            _tell(failure)  # where rank 0 has ended before all had come, it has said why
         return failure
 
     def _cause_in_first(self, error: BaseException, found: Report) -> BaseException:
@@ -255,7 +255,7 @@ class Watch:
             peer.silent += 1
             if peer.silent * BEAT_SECONDS > self.silent_seconds and not peer.has_left:
                 self._hear(Report(verdict.SILENT, rank, seconds=self.silent_seconds))
-        if self.rank == 0 and self.peers.have_met:
+        if self.rank == 0 and self.peers.have_come:
             self._look_for_the_late()
 
     def _look_for_the_late(self) -> None:

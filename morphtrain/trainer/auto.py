@@ -159,7 +159,7 @@ def twin(run: Run, memory_format: str) -> tuple[nn.Module, Optimizer, torch.Tens
     """A copy of the network in this format, its optimizer, and a batch for them."""
     model, optimizer = copied(run.model, run.optimizer, torch.clone)
     whole = min(run.config.first_batch_size, len(run.data.train))
-    own = max(slices.shares(whole, world.members()))  # it is timed by a process alone, and trained by all
+    own = max(slices.sizes(whole, world.members()))  # it is timed by a process alone, and trained by all
     at_once = -(-own // passes(own, getattr(run.config.batch_policy, "max_micro_batch", None)))
     images, labels = blank_batch(in_format(model, memory_format), run.data.input_shape, at_once)
     images.normal_(generator=torch.Generator(run.device).manual_seed(0))

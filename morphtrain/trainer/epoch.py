@@ -68,7 +68,7 @@ def start(run: Run, hint: bool = False) -> None:
 
 
 def _warn_of_one_chunk(run: Run) -> None:
-    norm, images = run.config.norm, slices.shares(run.batch_size)[0]
+    norm, images = run.config.norm, slices.sizes(run.batch_size)[0]
     if isinstance(norm, schema.norm.GhostNorm) and norm.ghost_batch_size >= images > 0:
         log.warning(
             "norm.ghost_batch_size=%d: a batch of %d images%s is one chunk, so that it is plain batch norm; "

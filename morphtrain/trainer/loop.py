@@ -37,6 +37,11 @@ def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
         for images in training_steps(run):
             if tick is not None:
                 tick(images)
+    keep_means(run)
+
+
+def keep_means(run: Run) -> None:
+    """Set `run.train_loss` and `run.train_accuracy` after the last step of an epoch."""
     assert run.epoch_means is not None
     run.train_loss, run.train_accuracy = run.epoch_means()  # waits for the device: whether to, is for the clock to say
 

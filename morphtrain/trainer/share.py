@@ -1,4 +1,4 @@
-"""What each process trains on: its share of every batch. One process has all of it."""
+"""What each process trains on: the images of its slice (`morphtrain.slices`) of every batch. One has all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Share:
         images: (B, C, H, W); there may be none.
         labels: (B,)
         whole: how many images the batch has in all processes.
-        largest: how many of them the process with the largest share has.
+        largest: how many of them the largest share has.
         rows: (B,), which training images they are, whose scores InfoBatch keeps; None without it.
     """
 
@@ -49,7 +49,7 @@ def _shares(batches: Iterator[tuple[Batch, int]], rows: torch.Tensor | None = No
     given = 0
     for (images, labels), whole in batches:
         own = None if rows is None else rows[slices.own(slice(given, given + whole))]
-        yield Share(images, labels, whole, slices.shares(whole)[0], own)
+        yield Share(images, labels, whole, slices.sizes(whole)[0], own)
         given += whole
 
 

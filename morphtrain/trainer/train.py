@@ -26,6 +26,7 @@ from morphtrain.trainer import best, checkpoint, environment, records, trained
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
 from morphtrain.trainer.devices import possible_devices
+from morphtrain.trainer.differences import flat
 from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
@@ -93,7 +94,7 @@ def _train(
     tracker = _tracker(config, stored)
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
-        tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
+        tracker.start(flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
         _train_on(run, run_dir, tracker, guard, on_epoch)
     _check_objective(run)
     if is_main():
