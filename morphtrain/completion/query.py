@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from morphtrain import __main__ as program
 from morphtrain.completion import SHELLS
@@ -105,13 +106,26 @@ def _overrides(config: str, before: Sequence[str], current: str) -> list[str]:
 
 
 def _usable(found: Sequence[str], composed: Sequence[str]) -> Iterator[str]:
-    """What Hydra finds, as it is typed: some groups with a plus, and the size only of an experiment."""
+    """What Hydra finds, as it is typed: lists as a whole, some groups with a plus, the size for experiments only."""
     for one in found:
-        group = one.partition("=")[0]
-        if group in ADDED:
+        key, equals, value = one.partition("=")
+        if equals and value.endswith((".", "=")):
+            continue  # a key within a value
+        if key in ADDED:
             yield f"+{one}"
-        elif group != "size" or any(word.startswith("+experiment=") for word in composed):
+        elif not equals and key.endswith(".") and _is_list(key[:-1]):
+            yield f"{key[:-1]}="
+        elif key != "size" or any(word.startswith("+experiment=") for word in composed):
             yield one
+
+
+def _is_list(key: str) -> bool:
+    """Whether a key takes a list in any option that has it."""
+    from morphtrain import schema
+
+    group, _, name = key.partition(".")
+    kinds = schema.OPTIONS[group].values() if name and group in schema.OPTIONS else (schema.Config, schema.MaxBatch)
+    return any("list" in str(get_type_hints(kind).get(name or group)) for kind in kinds)
 
 
 def _is_override(word: str) -> bool:
