@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from experiment_records import declared, write
+from test_experiments import DECLARED
+from test_report import SEEDS, THREE, metrics
 
 import morphtrain
 
@@ -123,7 +126,9 @@ def test_an_installed_command_works_in_an_empty_directory(installed: Path, tmp_p
     assert "to compare: morphtrain ui\n" in said
     exported = run(installed, tmp_path, "export", "run/last.pt", "--format", "state_dict")
     assert exported.startswith("run/last.state_dict.pt: differs from the network by at most ")
-    assert "run" in run(installed, tmp_path, "evidence", "table", "run")
+    write(tmp_path / "experiments", declared("ratio", THREE, SEEDS), metrics)
+    assert run(installed, tmp_path, "report").startswith("report.html\n")
+    assert "Is this the question of ratio?" in (tmp_path / "report.html").read_text()
 
 
 def test_the_modules_are_those_of_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -147,9 +152,10 @@ def test_the_documented_commands_work_with_an_installed_sdist(wheel_of_sdist: Pa
     assert "rate" in run(installed, home, "lr_finder", "model.width=4", "--steps", "20", "--output", "rates")
     assert "largest batch" in run(installed, home, "maxbatch", "budget=1GiB", "throughput_seconds=0")
     assert "onnx" in run(installed, home, "export", "run/best.pt")
-    assert "epoch" in run(installed, home, "evidence", "table", "run")
+    assert "val_accuracy" in run(installed, home, "evidence", "table", "run")
     assert "nothing to send" in run(installed, home, "tracking", "run")
-    experiment = ("+experiment=threshold", "epochs=1", *short)
-    assert "next: morphtrain report" in run(installed, home, "run", *experiment, "seed=1")
-    assert "report.html" in run(installed, home, "report")
-    assert (home / "report.html").stat().st_size > 10_000
+    (home / "own" / "experiment").mkdir(parents=True)
+    (home / "own" / "experiment" / "quick.yaml").write_text(DECLARED.strip())
+    experiment = ("--config-dir", "own", "+experiment=quick", "tracking=none")
+    assert "next: morphtrain report experiments/quick-small" in run(installed, home, "run", *experiment)
+    assert run(installed, home, "report", "experiments/quick-small").startswith("report.html\n")
