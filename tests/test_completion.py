@@ -106,6 +106,7 @@ def in_bash(line: str, installed: Path, cwd: Path, breaks: str = BREAKS, form: s
         ("morphtrain nothing --h", []),
         ("/opt/venv/bin/morphtrain ex", ["export"]),
         ("python -m morphtrain.r", ["morphtrain.report", "morphtrain.run"]),
+        ("python -m morphtrain.sw", []),
         ("python3.11 -m morphtrain.run prune=ea", ["prune=early"]),
         ("python -m morphtrain run prune=ea", ["prune=early"]),
         ("python -m morphtrain ru", ["run"]),

@@ -35,7 +35,8 @@ def candidates(words: Sequence[str]) -> list[str]:
         module = rest[1]
         rest = rest[2:] if module == "morphtrain" else [module.removeprefix("morphtrain."), *rest[2:]]
         if len(words) == 3:
-            return _fitting(module, ["morphtrain", *(f"morphtrain.{name}" for name in program.COMMANDS)])
+            modules = (f"morphtrain.{name}" for name in program.COMMANDS if name != "sweep")
+            return _fitting(module, ["morphtrain", *modules])
     if len(rest) < 2:
         return _fitting("".join(rest), [*program.COMMANDS, "--help", "--version"])
     name, *before, current = rest
