@@ -33,7 +33,7 @@ from morphtrain.processes import lead
 from morphtrain.processes.place import is_follower
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 Plugins.instance().register(MorphTrainSweeper)
 Plugins.instance().register(ExperimentSweeper)
@@ -43,7 +43,7 @@ warnings.filterwarnings(
     "ignore", message="Argument ``group`` is an experimental feature"
 )  # of sampler/grouped_tpe.yaml
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
-OmegaConf.register_resolver("as_typed", as_typed, replace=True)
+OmegaConf.register_resolver("command_name", command_name, replace=True)
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
@@ -202,7 +202,7 @@ def through_hydra(name: str, job: Callable[[], Any]) -> None:
     if not {"--shell-completion", "-sc"}.isdisjoint(words):
         print(completion.by_hydras_flag(words))
         return
-    sys.argv = [as_typed(name), *words]  # Hydra's help names the command
+    sys.argv = [command_name(name), *words]  # Hydra's help names the command
     with behind_hydra():
         job()
 

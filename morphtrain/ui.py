@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.flags import Parser
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 DESCRIPTION = (
     "Look at recorded runs in MLflow's UI, served on this machine alone until Ctrl-C: those of MLFLOW_TRACKING_URI or "
@@ -30,7 +30,7 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = Parser(prog=as_typed("ui"), description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=command_name("ui"), description=DESCRIPTION, allow_abbrev=False)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("run_dir", nargs="?", type=Path, help="directory of a run, a sweep or an experiment")
     where.add_argument("--uri", help="another store, as sqlite:///elsewhere/mlflow.db")

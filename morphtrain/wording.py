@@ -31,7 +31,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
 
 
-def as_typed(name: str) -> str:
+def command_name(name: str) -> str:
     """One of MorphTrain's commands as it is typed, in the form in which the one that runs was: `morphtrain run`.
 
     `morphtrain.__main__` leaves the form in `sys.argv[0]`; without it, a command is typed as its module.

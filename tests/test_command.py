@@ -19,7 +19,7 @@ import morphtrain
 from morphtrain import __main__ as program
 from morphtrain import schema
 from morphtrain.evidence.records import read_records
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 SCRIPT = "import sys\nfrom morphtrain.__main__ import main\nsys.exit(main())\n"  # what pip writes
 NOT_TYPED = {"processes", "tracking.ui_server"}  # modules that other commands start
@@ -170,7 +170,7 @@ def test_help_of_a_sweep_lists_the_presets(monkeypatch: pytest.MonkeyPatch, caps
 )
 def test_commands_are_named_in_the_form_that_was_typed(first: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [first, "prune=none"])
-    assert as_typed("report") == typed
+    assert command_name("report") == typed
 
 
 def test_versions_are_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

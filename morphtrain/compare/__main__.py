@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from morphtrain.flags import Parser
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 USAGE = """{command} [COMMON.. --] A.. -- B.. [options]
        {command} A.. --vs FILE.py[:FUNCTION] [options]"""
@@ -47,7 +47,7 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     """The options, and the overrides of each part; `--` ends a part, and options may stand in any."""
-    prog = as_typed("compare")
+    prog = command_name("compare")
     parser = Parser(prog=prog, usage=USAGE.format(command=prog), description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, metavar="N", help=STEPS_HELP)

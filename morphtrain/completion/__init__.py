@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from morphtrain.errors import UserError
-from morphtrain.wording import AS_A_SCRIPT, as_typed
+from morphtrain.wording import AS_A_SCRIPT, command_name
 
 SHELLS = ("bash", "zsh", "fish")
 REMOVAL = {
@@ -44,6 +44,6 @@ def by_hydras_flag(words: Sequence[str]) -> str:
 
 def _names() -> list[str]:
     """The programs whose words are completed."""
-    if as_typed("completion").startswith(AS_A_SCRIPT):
+    if command_name("completion").startswith(AS_A_SCRIPT):
         return [AS_A_SCRIPT]
     return sorted({AS_A_SCRIPT, "python", "python3", Path(sys.executable).name})

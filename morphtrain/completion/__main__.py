@@ -10,7 +10,7 @@ import sys
 
 from morphtrain.completion import SHELLS, script
 from morphtrain.flags import Parser
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 EPILOG = 'bash and zsh: eval "$({command} bash)" in ~/.bashrc or ~/.zshrc; fish: {command} fish | source'
 
@@ -22,7 +22,7 @@ def main() -> None:
 
         print("\n".join(candidates(sys.argv[3:])))
         return
-    prog = as_typed("completion")
+    prog = command_name("completion")
     parser = Parser(
         prog=prog,
         description="Print the script by which a shell completes MorphTrain's commands.",

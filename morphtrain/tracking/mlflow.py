@@ -19,7 +19,7 @@ from morphtrain.tracker import Tracker
 from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 BATCH = 900  # metrics per call; MLflow accepts 1000
 NAME_LENGTH = 250  # of a run's name, in MLflow's database
@@ -121,7 +121,7 @@ class MLflowTracker(Tracker):
             log.warning(
                 "MLflow (%s) lacks part of this run; to send it later: %s %s%s",
                 shown(self.uri),
-                as_typed("tracking"),
+                command_name("tracking"),
                 self.run_dir,
                 where,
             )

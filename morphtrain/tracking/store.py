@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from morphtrain import interrupts
 from morphtrain.addresses import shown
 from morphtrain.files import directory_lock, remove_left_over
-from morphtrain.wording import as_typed
+from morphtrain.wording import command_name
 
 # By default MLflow sends telemetry and waits minutes for a server that is down. Retrying is left to the caller, who
 # knows what it may cost; MLflow would also repeat the request that creates a run. The user's own settings win.
@@ -67,7 +67,7 @@ def view(uri: str) -> str:
     if uri.startswith(SERVERS):
         return shown(uri)
     found_by_itself = uri == tracking_uri(None)
-    return as_typed("ui") if found_by_itself else f"{as_typed('ui')} --uri {shlex.quote(shown(uri))}"
+    return command_name("ui") if found_by_itself else f"{command_name('ui')} --uri {shlex.quote(shown(uri))}"
 
 
 def load_mlflow() -> None:

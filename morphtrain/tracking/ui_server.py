@@ -41,13 +41,13 @@ def free_port(wanted: int) -> int:
     raise UserError(f"--port {wanted}: it and the {TRIED} after it are taken")
 
 
-def serve(uri: str, port: int, page: str = "") -> None:
+def serve(uri: str, port: int, page: str = "/") -> None:
     """Serve the UI on the store at `uri`, print its address once it answers, and wait until a signal ends it.
 
     Args:
         uri: of a database, or of files.
         port: one that is free.
-        page: the part of the printed address that follows the server's, as `#/experiments/1`.
+        page: what of the server the printed address opens, as `/#/experiments/1`.
 
     Raises:
         Interrupted: after a signal.
@@ -57,7 +57,7 @@ def serve(uri: str, port: int, page: str = "") -> None:
         while process.poll() is None and not _answers(port):
             interrupts.wait(0.1)
         if process.poll() is None:
-            print(f"http://{HOST}:{port}/{page}   (Ctrl-C ends it)", flush=True)
+            print(f"http://{HOST}:{port}{page}   (Ctrl-C ends it)", flush=True)
         while process.poll() is None:
             interrupts.wait(0.5)
     raise UserError(f"MLflow's server has ended, with code {process.returncode}")
