@@ -46,8 +46,9 @@ docs: setup
 bench: setup
 	cd benchmarks && for b in startup regulariser reconfiguration surgery widths ghost_norm memory loop loader tracking allocator; do ../$(BIN)/python $$b.py; done
 
+# MLflow's UI on what was recorded here.
 ui: setup
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m morphtrain.ui
 
 clean:
 	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache

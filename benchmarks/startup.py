@@ -21,6 +21,9 @@ def main() -> None:
             "bare python": command("-c", "pass"),
             "--help": command(*run, "--help"),
             "--cfg job": command(*run, "--cfg", "job"),
+            "morphtrain --help": command("-m", "morphtrain", "--help"),
+            "morphtrain run --cfg job": command("-m", "morphtrain", "run", "--cfg", "job"),
+            "a completion": command("-m", "morphtrain.completion", "query", "--", "morphtrain", "run", "prune=p"),
         },
         rounds=9,
     )

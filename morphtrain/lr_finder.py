@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from morphtrain.flags import Parser
+from morphtrain.wording import command_name
 
 DESCRIPTION = (
     "Train for a few hundred steps at learning rates that rise exponentially, and write the loss by rate as a picture "
@@ -40,7 +41,7 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = Parser(prog="python -m morphtrain.lr_finder", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=command_name("lr_finder"), description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="as model=resnet20 optimizer=adamw")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps (%(default)s)")
     parser.add_argument(

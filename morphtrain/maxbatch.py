@@ -37,7 +37,7 @@ def main() -> None:
 def run() -> None:
     """Answer, in the first process."""
     if not is_follower():
-        through_hydra(job)
+        through_hydra("maxbatch", job)
 
 
 if __name__ == "__main__":

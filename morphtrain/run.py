@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import arguments, config_errors, explained, interrupts, schema
+from morphtrain import arguments, completion, config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import is_immaterial
@@ -33,6 +33,7 @@ from morphtrain.processes import lead
 from morphtrain.processes.place import is_follower
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.plugin import MorphTrainSweeper
+from morphtrain.wording import command_name
 
 Plugins.instance().register(MorphTrainSweeper)
 Plugins.instance().register(ExperimentSweeper)
@@ -42,6 +43,7 @@ warnings.filterwarnings(
     "ignore", message="Argument ``group`` is an experimental feature"
 )  # of sampler/grouped_tpe.yaml
 OmegaConf.register_resolver("explained", explained.config, replace=True)  # for hydra.help in conf/
+OmegaConf.register_resolver("command_name", command_name, replace=True)
 
 # Errors of a place that cannot be written: no permission, no directory, no room, too large, read-only, over quota.
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT)
@@ -186,17 +188,21 @@ def run() -> None:
     """Compose a run and train it, or follow the process that does."""
     if arguments.only_show(sys.argv[1:]):
         if not is_follower():
-            through_hydra(job)
+            through_hydra("run", job)
     elif is_follower():
         sys.exit(follow())
     else:
         with lead.leading():
-            through_hydra(job)
+            through_hydra("run", job)
 
 
-def through_hydra(job: Callable[[], Any]) -> None:
-    """Run a job whose command line Hydra reads, after a check of that."""
-    sys.argv[1:] = arguments.prepared(sys.argv[1:])
+def through_hydra(name: str, job: Callable[[], Any]) -> None:
+    """Run the job of a command whose words Hydra reads, after a check of these."""
+    words = arguments.prepared(sys.argv[1:])
+    if not {"--shell-completion", "-sc"}.isdisjoint(words):
+        print(completion.by_hydras_flag(words))
+        return
+    sys.argv = [command_name(name), *words]  # Hydra's help names the command
     with behind_hydra():
         job()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 
 # Control characters but tab and newline, lone surrogates, and what is no character: neither XML nor UTF-8 has them all.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# How the command that has all others is typed: installed by pip, or without that.
+AS_A_SCRIPT, AS_A_MODULE = "morphtrain", "python -m morphtrain"
 
 
 def counted(number: float, thing: str) -> str:
@@ -26,6 +29,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+
+
+def command_name(name: str) -> str:
+    """One of MorphTrain's commands as it is typed, in the form in which the one that runs was: `morphtrain run`.
+
+    `morphtrain.__main__` leaves the form in `sys.argv[0]`; without it, a command is typed as its module.
+    """
+    program, _, _ = "".join(sys.argv[:1]).rpartition(" ")
+    return f"{program} {name}" if program in (AS_A_SCRIPT, AS_A_MODULE) else f"{AS_A_MODULE}.{name}"
 
 
 def printable(text: str) -> str:

@@ -202,7 +202,7 @@ def test_the_last_line_names_what_shows_the_records(tracking: str, command: Comm
     result = command(*SMALL, *small, "epochs=4", "prune.start_epoch=1", f"tracking={tracking}")
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("next:"))
-    shows = f"; to compare: python -m mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
+    shows = "; to compare: python -m morphtrain.ui"
     baseline = "prune=none gradient=none data.progressive=1 data.infobatch=0, the baseline"
     assert line == f"next:          the same command with {baseline}{shows if tracking != 'none' else ''}"
 
@@ -233,7 +233,7 @@ def test_the_recipe_is_that_of_the_experiment() -> None:
 def test_nothing_is_suggested_that_is_not_known_to_run(keys: tuple[str, ...]) -> None:
     run = build_run(morphtrain.compose(*TINY, *keys))
     assert console._next(run, "") == ""
-    assert console._next(run, "make ui") == "to compare: make ui"
+    assert console._next(run, "morphtrain ui") == "to compare: morphtrain ui"
 
 
 def test_places_are_named_from_where_the_user_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,17 +242,6 @@ def test_places_are_named_from_where_the_user_started(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path / "run")
     monkeypatch.setattr(console, "home", lambda: tmp_path)
     assert str(console._short(tmp_path / "run" / "last.pt")) == "run/last.pt"
-
-
-def test_make_ui_is_named_only_where_it_would_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    here = f"sqlite:///{tmp_path}/mlflow.db"
-    assert store.view(here).startswith("python -m mlflow ui")
-    (tmp_path / "Makefile").write_bytes(b"# \xff\nui:\n\tmy-own-server\n")
-    assert store.view(here).startswith("python -m mlflow ui"), "somebody else's target"
-    (tmp_path / "Makefile").write_text((Path(__file__).parents[1] / "Makefile").read_text())
-    assert store.view(here) == "make ui"
-    assert store.view("sqlite:////elsewhere/mlflow.db").endswith("sqlite:////elsewhere/mlflow.db")
 
 
 def test_a_server_is_named_without_its_password() -> None:

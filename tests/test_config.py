@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from morphtrain import schema
+from morphtrain import explained, schema
 from morphtrain.errors import UserError
 from morphtrain.schema import CONF
 from morphtrain.schema.checks import check_share
@@ -24,6 +25,7 @@ OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / grou
 REQUIRED = {"model=torchvision": ["model.name=resnet18"], "model=custom": ["model._target_=my_package.Net"]}
 OWN = set(schema.OPTIONS) - {"model", "timing"}
 REQUIRED |= {f"{group}=custom": [f"{group}._target_=my_package.Part"] for group in OWN}
+NOTE = re.compile(r"# (.*)")
 GROWN = ["prune=prunetrain", "prune.stop_epoch=10"]
 REQUIRED |= {f"grow={name}": ["grow.at_epochs=[2]", *GROWN] for name in ("wider", "deeper", "selective")}
 REQUIRED["grow=morphnet"] = GROWN
@@ -68,6 +70,27 @@ def test_every_key_is_explained(path: Path) -> None:
             "experiment",
         )
         assert plain or "#" in line, line
+
+
+def test_help_shows_every_key_and_every_comment() -> None:
+    """Of all options: in each round another one of each group."""
+    options = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in schema.OPTIONS}
+    for round in range(max(map(len, options.values()))):
+        chosen = {group: names[round % len(names)] for group, names in options.items()}
+        with initialize_config_dir(str(CONF)):
+            config = compose("config", [f"{group}={name}" for group, name in chosen.items()], return_hydra_config=True)
+        first, *sections = explained.config(_root_=config).replace("$$", "$").split("\n\n")
+        top, _, _ = (CONF / "config.yaml").read_text().partition("\nhydra:")
+        assert [note for note in NOTE.findall(top) if note not in first] == []
+        assert {key for key in config if key not in chosen and f"\n{key}:" not in first} == {"hydra"}
+        assert len(sections) == len(chosen)
+        for section in sections:
+            group, _, name = section.partition(" ")[0].partition("=")
+            assert name == chosen[group]
+            text = (CONF / group / f"{name}.yaml").read_text()
+            assert [note for note in NOTE.findall(text) if note not in section] == [], (group, name)
+            keys = set(config[group]) - {"name"}
+            assert [key for key in keys if f"\n  {key}:" not in section] == [], (group, name)
 
 
 def test_groups_folders_and_modules_are_the_same() -> None:

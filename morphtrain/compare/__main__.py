@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from morphtrain.flags import Parser
+from morphtrain.wording import command_name
 
-USAGE = """python -m morphtrain.compare [COMMON.. --] A.. -- B.. [options]
-       python -m morphtrain.compare A.. --vs FILE.py[:FUNCTION] [options]"""
+USAGE = """{command} [COMMON.. --] A.. -- B.. [options]
+       {command} A.. --vs FILE.py[:FUNCTION] [options]"""
 DESCRIPTION = (
     "Train two configs in one process, in turns: a part of an epoch of A, the same of B, the next of B, the next of A, "
     "or by chance B A A B, and so on. What the machine does meanwhile is common to neighbours, so the ratio of their "
@@ -46,7 +47,8 @@ def main() -> None:
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     """The options, and the overrides of each part; `--` ends a part, and options may stand in any."""
-    parser = Parser(prog="python -m morphtrain.compare", usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
+    prog = command_name("compare")
+    parser = Parser(prog=prog, usage=USAGE.format(command=prog), description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, metavar="N", help=STEPS_HELP)
     parser.add_argument("--seeds", type=numbers, default=(), metavar="S,S,..", help=SEEDS_HELP)

@@ -19,6 +19,7 @@ from morphtrain.errors import UserError
 from morphtrain.evidence import formats, samples, words
 from morphtrain.evidence.calibration import CALIBRATED, RAW_TIMES
 from morphtrain.flags import Parser
+from morphtrain.wording import command_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m morphtrain.evidence",
+        prog=command_name("evidence"),
         description="Statistics of the last epochs of runs; offline, from what the runs have recorded.",
     )
     commands = parser.add_subparsers(required=True, metavar="table|test|fit")

@@ -30,6 +30,7 @@ from morphtrain.experiment.formats import Choices
 from morphtrain.experiment.runs import Run, contended, planned, ready
 from morphtrain.files import named_lock, write_atomically
 from morphtrain.tracking import begin_sweep, end_sweep, mark_disturbed, prepare
+from morphtrain.wording import command_name
 
 LOCK = ".experiment.lock"
 PROSE = ("thesis", "claim", "limits")  # what may be worded differently by another version of the file
@@ -84,7 +85,7 @@ class ArmsSweeper:
             if not all(run.ended for run in found):
                 self._run_under_parent(experiment, found, given)
             show_answer(self.directory)
-        print(f"next: python -m morphtrain.report {self.directory}")
+        print(f"next: {command_name('report')} {self.directory}")
 
     @contextlib.contextmanager
     def runs_of(self, experiment: Experiment) -> Iterator[list[Run]]:

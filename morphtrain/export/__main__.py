@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from morphtrain.errors import UserError
 from morphtrain.export import FORMATS, TOLERANCE
 from morphtrain.flags import Parser
+from morphtrain.wording import command_name
 
 if TYPE_CHECKING:
     from morphtrain.preprocessing import Preprocessing
@@ -30,7 +31,7 @@ TOLERANCE_HELP = "largest difference of an output, as a share of the largest out
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the network is written, 1 otherwise."""
     parser = Parser(
-        prog="python -m morphtrain.export",
+        prog=command_name("export"),
         description="Write the network of a checkpoint for use elsewhere, with a batch of any size, and beside it "
         "how images are normalised (NAME.preprocessing.json). What is written is read again and compared with the "
         "network first.",

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from morphtrain.errors import UserError
 from morphtrain.flags import Parser
+from morphtrain.wording import command_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if the report is written, 1 otherwise."""
     parser = Parser(
-        prog="python -m morphtrain.report",
+        prog=command_name("report"),
         description="Write what the experiments have found as one HTML file, which loads nothing from elsewhere, and "
         "its tables as CSV in a folder beside it. Nothing is trained; what is under way is shown as far as it is.",
     )

@@ -26,7 +26,7 @@ from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import FIRST, Attributes
 from morphtrain.sweep.comparison import Comparison, compared, completed
 from morphtrain.timing.summaries import NEVER
-from morphtrain.wording import counted
+from morphtrain.wording import command_name, counted
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], con
     """The command that repeats a trial; `config_dir` as the sweep was given it."""
     own = [] if config_dir is None else ["--config-dir", config_dir]
     try:
-        return f"python -m morphtrain.run {shlex.join([*own, *repeating(trial)])}"
+        return f"{command_name('run')} {shlex.join([*own, *repeating(trial)])}"
     except UserError as error:  # it was put into the study by something else than this sweep
         return f"trial {trial.number} cannot be repeated: {error}"
 

@@ -15,12 +15,13 @@ from morphtrain.addresses import shown
 from morphtrain.errors import UserError
 from morphtrain.flags import Parser
 from morphtrain.tracking import mlflow, store, unsent
+from morphtrain.wording import command_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 if nothing is left to send, 1 otherwise."""
     parser = Parser(
-        prog="python -m morphtrain.tracking",
+        prog=command_name("tracking"),
         description="Send to MLflow what runs could not send while the server was unreachable: params, tags, metrics, "
         "files and final status. It is safe to repeat.",
     )

@@ -19,6 +19,7 @@ from morphtrain.tracker import Tracker
 from morphtrain.tracking import store, unsent
 from morphtrain.tracking.pace import Pace
 from morphtrain.tracking.unsent import Record
+from morphtrain.wording import command_name
 
 BATCH = 900  # metrics per call; MLflow accepts 1000
 NAME_LENGTH = 250  # of a run's name, in MLflow's database
@@ -118,8 +119,9 @@ class MLflowTracker(Tracker):
         if not sent and self.run_dir is not None:
             where = "" if self.uri == store.tracking_uri(None) else f" --uri {shown(self.uri)}"
             log.warning(
-                "MLflow (%s) lacks part of this run; to send it later: python -m morphtrain.tracking %s%s",
+                "MLflow (%s) lacks part of this run; to send it later: %s %s%s",
                 shown(self.uri),
+                command_name("tracking"),
                 self.run_dir,
                 where,
             )

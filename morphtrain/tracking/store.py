@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from morphtrain import interrupts
 from morphtrain.addresses import shown
 from morphtrain.files import directory_lock, remove_left_over
+from morphtrain.wording import command_name
 
 # By default MLflow sends telemetry and waits minutes for a server that is down. Retrying is left to the caller, who
 # knows what it may cost; MLflow would also repeat the request that creates a run. The user's own settings win.
@@ -40,11 +41,13 @@ CONNECT_LIMITS = {
     "pysqlite": ("timeout",),
 }
 SQLITE = "sqlite:///"
+DATABASE = "mlflow.db"  # in the directory that the user started from
+SERVERS = ("http://", "https://")
 
 
 def tracking_uri(uri: str | None) -> str:
     """`uri`, else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db; file paths are made absolute, from `home`."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{DATABASE}"
     path = database_file(uri)
     return uri if path is None else f"{SQLITE}{home() / path}"
 
@@ -61,16 +64,10 @@ def database_file(uri: str) -> Path | None:
 
 def view(uri: str) -> str:
     """What shows the store: a server's address, or the command that starts MLflow's UI on it."""
-    if uri.startswith(("http://", "https://")):
+    if uri.startswith(SERVERS):
         return shown(uri)
-    if uri == f"{SQLITE}{home() / 'mlflow.db'}" and _makefile_has_ui(home() / "Makefile"):
-        return "make ui"
-    return f"python -m mlflow ui --backend-store-uri {shlex.quote(shown(uri))}"
-
-
-def _makefile_has_ui(path: Path) -> bool:
-    readable = path.is_file() and os.access(path, os.R_OK)
-    return readable and re.search(rb"^ui:.*\n\t.*mlflow ui", path.read_bytes(), re.MULTILINE) is not None
+    found_by_itself = uri == tracking_uri(None)
+    return command_name("ui") if found_by_itself else f"{command_name('ui')} --uri {shlex.quote(shown(uri))}"
 
 
 def load_mlflow() -> None:

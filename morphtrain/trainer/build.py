@@ -23,6 +23,7 @@ from morphtrain.schema import Custom
 from morphtrain.state import Run, derived_seed
 from morphtrain.timing.clock import Clock
 from morphtrain.trainer.devices import pick_device
+from morphtrain.wording import command_name
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def build_run(
             has channels that a method needs and that cannot be followed.
     """
     present = world.size()
-    wanted = f"{present} or null here; python -m morphtrain.run starts others"
+    wanted = f"{present} or null here; {command_name('run')} starts others"
     schema.check(config.processes in (None, present), "processes", config.processes, wanted)
     if config.model.weights is not None and start is None and morph is None:
         instead = "morphtrain.trainer.new_run starts from trained ones"
