@@ -75,6 +75,11 @@ def _of_hub(config: HuggingFace, datasets: ModuleType) -> Mapping[str, Table]:
     kind = builder.info.builder_name
     if kind not in KINDS:
         raise UserError(f"data.root={config.root}: is a set of kind {kind}; {', '.join(KINDS)} work")
+    if builder.name == "cache" and config.revision not in (None, builder.hash):  # which is the newest that there is
+        raise UserError(
+            f"data.revision={config.revision}: the hub cannot be reached, and what was fetched before is "
+            f"{builder.hash}; data.revision=null takes that"
+        )
     builder.download_and_prepare()
     found: Mapping[str, Table] = builder.as_dataset()
     return found
