@@ -17,7 +17,7 @@ from test_pairs import check
 from torchvision.transforms import v2
 
 import morphtrain
-from morphtrain import config_errors
+from morphtrain import config_errors, schema
 from morphtrain.data import image_folder
 from morphtrain.data.crops import DRAWS, Crops
 from morphtrain.data.image_bytes import ByteData
@@ -237,3 +237,8 @@ def test_a_run_on_transformed_images_goes_on_to_the_same_bits(tmp_path: Path) ->
     transforms = "data.transforms=[{_target_: RandAugment, num_ops: 1}, RandomErasing]"
     others = ("data.progressive=0.5", "data.mixup=0.4")
     check(morphtrain.compose(*keys, *more, *others, transforms, "methods=[{_target_: test_pairs.Cut}]"), tmp_path)
+
+
+def test_they_are_no_size_that_memory_goes_by(tmp_path: Path) -> None:
+    sizes = [schema.size_keys("data", config(tmp_path, transforms=given)) for given in ([], ["RandAugment"])]
+    assert sizes == ["data.image_size=16 data.resize=20 data.num_workers=0"] * 2
