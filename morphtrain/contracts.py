@@ -31,7 +31,8 @@ from torch.optim import Optimizer
 Batch = tuple[torch.Tensor, torch.Tensor]  # (B, C, H, W), float and normalised; (B,), int64
 
 # Logits (B, classes) and labels (B,) -> the mean loss of the batch, a scalar. One that has torch's `reduction`, as an
-# attribute or a keyword, can also say the loss of each image, which `data.infobatch` needs.
+# attribute or a keyword, can also say the loss of each image, which `data.infobatch` needs. With `data.mixup` or
+# `data.cutmix`, labels are the shares of the classes (B, classes) in training, and (B,) in evaluation.
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Epochs done so far, fractions included -> factor on the optimizer's learning rates. It has no state: a resumed run

@@ -17,6 +17,7 @@ import functools
 import importlib
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +98,16 @@ def _contents_hint(key: str, module: ModuleType, name: str) -> str:
         networks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]
         return f"its networks: {', '.join(networks) or 'none'}"
     return f"it defines {', '.join(n for n, v in defined.items() if callable(v)) or 'nothing that can be called'}"
+
+
+def annotated(make: Callable[..., Any]) -> type | None:
+    """The class that a function says it returns; None if it does not say, or says it in a way not understood here."""
+    try:
+        named = inspect.signature(make, eval_str=True).return_annotation
+    except Exception:  # noqa: BLE001 (an annotation is any expression, often of names that exist for type checkers only)
+        return None
+    named = type(None) if named is None else typing.get_origin(named) or named
+    return named if isinstance(named, type) and named not in (inspect.Signature.empty, Any) else None
 
 
 def construct(key: str, make: Callable[..., Any], config: schema.Custom, given: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@
     for every epoch:
         before_epoch(run)
         for every batch:                            # clocked as epoch_seconds, up to `after_step`
-            batch = before_forward(run, batch)
+            batch = before_forward(run, batch)      # then images are mixed, with `data.mixup` or `data.cutmix`
             with around_forward(run):               # every pass of the batch
                 forward, loss
             backward (run.loss), clip_norm

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -98,7 +96,7 @@ def check_maker(group: str, key: str, config: Custom, make: Callable[..., Any]) 
     A class has to be what the contract asks for. A function has to say so too if it says what it returns; one that does
     not is called, and `check_kind` looks at the result.
     """
-    made = make if isinstance(make, type) else _annotated(make)
+    made = make if isinstance(make, type) else custom.annotated(make)
     if group == "norm":
         if made is make:
             raise UserError(f"{key}._target_={config._target_}: is a class; a function of the model is needed")
@@ -120,16 +118,6 @@ def _unfit(group: str, key: str, config: Custom, made: str, part: Any) -> UserEr
     else:
         wanted = "torch.nn.Module" if kind is nn.Module else f"{kind.__module__}.{kind.__name__}{_lacking(kind, part)}"
     return UserError(f"{key}._target_={config._target_}: makes a {made}, not a {wanted}")
-
-
-def _annotated(make: Callable[..., Any]) -> type | None:
-    """The class that a function says it returns; None if it does not say, or says it in a way not understood here."""
-    try:
-        said = inspect.signature(make, eval_str=True).return_annotation
-    except Exception:  # noqa: BLE001 (an annotation is any expression, often of names that exist for type checkers only)
-        return None
-    said = type(None) if said is None else typing.get_origin(said) or said
-    return said if isinstance(said, type) and said not in (inspect.Signature.empty, Any) else None
 
 
 def _may_be(kind: type | None, made: type) -> bool:

@@ -50,8 +50,8 @@ def check_data(name: str, data: Data, chosen: bool = False) -> None:
     for method, make in makers.items():
         images, labels = _tried(f"{name}: {method}", _first, make)
         count = len(images)
-        _check_tensor(f"{name}: {method} gives images", images, torch.float32, (count, *data.input_shape))
-        _check_tensor(f"{name}: {method} gives labels", labels, torch.long, (count,))
+        check_tensor(f"{name}: {method} gives images", images, torch.float32, (count, *data.input_shape))
+        check_tensor(f"{name}: {method} gives labels", labels, torch.long, (count,))
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= data.num_classes:
             raise UserError(f"{name}: {method} gives labels {low} to {high}; num_classes={data.num_classes} needs less")
@@ -121,13 +121,15 @@ def check_precision(name: str, precision: Precision) -> None:
         )
 
 
-def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device) -> None:
-    """Call a copy of it with blank logits of two images."""
+def check_loss(name: str, loss: Loss, num_classes: int, device: torch.device, mixed: bool = False) -> None:
+    """Call a copy of it with blank logits of two images; `mixed`: with shares of the classes in place of labels."""
     if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
         raise UserError(f"{name}: has parameters, which no optimizer trains; freeze them, or put them into the model")
     logits = torch.zeros(2, num_classes, requires_grad=True, device=device)
     labels = torch.zeros(2, dtype=torch.long, device=device)
-    what = f"{name}: called with logits (2, {num_classes}) and labels (2,)"
+    if mixed:
+        labels = torch.full((2, num_classes), 1 / num_classes, device=device)
+    what = f"{name}: called with logits (2, {num_classes}) and labels {tuple(labels.shape)}"
     value = _tried(what, copy.deepcopy(loss), logits, labels)
     if not isinstance(value, torch.Tensor) or value.dim() > 0 or not value.requires_grad:
         found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -149,7 +151,8 @@ def check_optimizer(name: str, optimizer: Optimizer) -> None:
         raise UserError(f"{name}: its step needs a closure; a method of your own can give it one in its hook `step`")
 
 
-def _check_tensor(what: str, found: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def check_tensor(what: str, found: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise a `UserError` that begins with `what` unless `found` is a tensor of this type and shape."""
     wanted = f"a tensor {shape} of {str(dtype).removeprefix('torch.')} is needed"
     if not isinstance(found, torch.Tensor):
         raise UserError(f"{what} as a {type(found).__name__}; {wanted}")

@@ -23,6 +23,7 @@ from morphtrain.errors import UserError
 from morphtrain.infobatch import InfoBatch
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
+from morphtrain.mixing import Mixing
 from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.own_numbers import OwnNumbers
@@ -36,8 +37,9 @@ from morphtrain.timing.clock import Clock
 # training images give to 0.5 points (4 batches: 0.8, 16: 0.3, the moving average: 30), in 6 % of an epoch of 44 steps.
 SETTLING_BATCHES = 8
 
-# Streams of random numbers, see `derived_seed`: those that gradient methods draw, and those of `Run.own_numbers`.
-GRADIENTS, OWN = 1, 2
+# Streams of random numbers, see `derived_seed`: those that gradient methods draw, those of `Run.own_numbers`, and those
+# that images are mixed by.
+GRADIENTS, OWN, MIXED = 1, 2, 3
 # Parts of a run that may have state: the user's own, and the scores of images.
 PARTS = ("data", "criterion", "schedule", "infobatch")
 
@@ -58,6 +60,7 @@ class Run:
     clock: Clock
     methods: dict[str, Method]  # by group, in the order of `method.ORDER`
     infobatch: InfoBatch | None = None  # chooses the images of each epoch; None: all of them
+    mixing: Mixing | None = None  # mixes the images of each batch; None: they stay as they are
     norm_start: NormStart | None = None  # what its norm does with images before the first step; None: nothing
     compilation: Compilation | None = None  # with config key `compile`: which passes go through compiled code
     chosen: dict[str, str] = field(default_factory=dict)  # what `auto` stands for, by config key

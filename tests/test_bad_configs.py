@@ -43,7 +43,8 @@ CHOICES = [
 # What is accepted, each looked at by hand. Any text may be a path or a name, and so may a number, written out.
 TEXTS = {
     "architecture",
-    "data.root",
+    *(f"data.{key}" for key in ("root", "subset", "revision", "image", "label")),
+    *(f"data.{key}" for key in ("train_split", "val_split", "test_split")),
     "model.weights",
     "resume",
     "tracking.experiment",
@@ -62,6 +63,7 @@ ACCEPTED = {
     "null": {
         *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "model.weights", "processes"),
         *("resume_schedule", "stop_at", "timing.cores", "trial"),
+        *(f"data.{key}" for key in ("subset", "revision", "image", "label", "test_split")),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
         *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),

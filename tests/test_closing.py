@@ -229,7 +229,15 @@ def test_the_recipe_is_that_of_the_experiment() -> None:
     assert set(whole) - set(console.RECIPE) == known
 
 
-@pytest.mark.parametrize("keys", [("epochs=3",), ("model=torchvision", "model.name=resnet18")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("epochs=3",),
+        ("model=torchvision", "model.name=resnet18"),
+        ("data.mixup=0.2",),
+        ("optimizer=isgd", "data.order=cycle"),
+    ],
+)
 def test_nothing_is_suggested_that_is_not_known_to_run(keys: tuple[str, ...]) -> None:
     run = build_run(morphtrain.compose(*TINY, *keys))
     assert console._next(run, "") == ""

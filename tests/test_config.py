@@ -22,7 +22,11 @@ from morphtrain.schema.checks import check_share
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((CONF / group).glob("*.yaml"))]
 
 # What an option file leaves to the user.
-REQUIRED = {"model=torchvision": ["model.name=resnet18"], "model=custom": ["model._target_=my_package.Net"]}
+REQUIRED = {
+    "data=hf": ["data.root=pictures"],
+    "model=torchvision": ["model.name=resnet18"],
+    "model=custom": ["model._target_=my_package.Net"],
+}
 OWN = set(schema.OPTIONS) - {"model", "timing"}
 REQUIRED |= {f"{group}=custom": [f"{group}._target_=my_package.Part"] for group in OWN}
 NOTE = re.compile(r"# (.*)")

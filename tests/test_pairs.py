@@ -33,7 +33,7 @@ from morphtrain.trainer import auto, begin_epoch, build_run, checkpoint, finish_
 from morphtrain.wording import as_yaml
 
 # Groups that say what is trained, on what, and what is written down of it, not how.
-LEFT_OUT = {"model", "data", "loss", "tracking", "timing"}
+LEFT_OUT = {"model", "data", "tracking", "timing"}
 SAME = (
     *("data=synthetic", "data.train_samples=48", "data.val_samples=8", "data.image_size=16", "data.num_classes=4"),
     *("epochs=8", "device=cpu", "tracking=none", "methods=[{_target_: test_pairs.Cut}]"),
@@ -62,7 +62,12 @@ SHORT = {
     "threshold": 0.3,
 }
 # Keys that make another method of the options that have them: a further value of their groups.
-VARIANTS: tuple[dict[str, Any], ...] = ({"dtype": "float16"}, {"regulariser": "group_lasso"}, {"max_micro_batch": 6})
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"dtype": "float16"},
+    {"regulariser": "group_lasso"},
+    {"max_micro_batch": 6},
+    {"label_smoothing": 0.1},
+)
 MORE_VARIANTS: tuple[dict[str, Any], ...] = (
     {"update": "subgradient"},
     {"residual": "gating"},
@@ -80,6 +85,8 @@ SWITCHES = {
     "data.infobatch": (0.0, 0.5),
     "data.order": ("shuffled", "cycle"),
     "data.progressive": (1.0, 0.5),
+    "data.mixup": (0.0, 0.4),
+    "data.cutmix": (0.0, 1.0),
     "memory_format": ("contiguous", "channels_last"),
 }
 NETWORKS = (

@@ -116,6 +116,14 @@ class Scales(Method):
         run.model.register_forward_hook(lambda model, inputs, logits: logits * self.scale)
 
 
+class Keeps(Method):
+    """Might have changed the number of images."""
+
+    def before_forward(self, run: Run, batch: Batch) -> Batch:
+        assert batch[1].dim() == 1
+        return batch
+
+
 @dataclass
 class Outcome:
     """What a run has come to: everything that the number of processes must not change."""
@@ -192,10 +200,15 @@ ALIKE = {
     "smaller images": (*UNEVEN, "data.progressive=0.5"),
     # Of seven images, one process has four passes and the other three: so do those that settle batch norm.
     "passes of one": (*SAME, *RESNET, "data.train_samples=28", "epochs=2", "batch_policy.batch_size=7", ONE),
+    "mixed images": (*UNEVEN, "data.mixup=0.4", "loss.label_smoothing=0.1"),
+    "mixed images after a method": (*UNEVEN, "data.cutmix=1", "methods=[{_target_: test_ranks_step.Keeps}]"),
     "a parameter of a method": (*UNEVEN, "methods=[{_target_: test_ranks_step.Scales}]"),
 }
 FEW = {  # images: fewer than processes in some batches, or in all of them
     "one or two": (*UNEVEN, "batch_policy.batch_size=2", "data.train_samples=9", "clip_norm=1"),
+    "mixed images of one or two": (
+        *(*UNEVEN, "batch_policy.batch_size=2", "data.train_samples=9", "data.mixup=0.4", "data.cutmix=1"),
+    ),
     "a batch policy": (*UNEVEN, "batch_policy=adabatch", "batch_policy.batch_size=4", "batch_policy.every=1"),
 }
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
+from morphtrain.data.transforms import Transforms
 from morphtrain.preprocessing import Preprocessing
 
 LOG_RATIO = 0.28768207245178085  # ln(4/3): aspect ratios are between 3:4 and 4:3
@@ -90,19 +91,24 @@ class Crops:
         resize: pixels of the shorter side at evaluation, before the centre crop.
         min_scale: smallest share of the area that a random crop covers.
         flip: random horizontal mirroring.
+        transforms: of random crops, after all that; None: none.
     """
 
     image_size: int
     resize: int
     min_scale: float
     flip: bool
+    transforms: Transforms | None = None
 
     def random(self, image: Image.Image, seed: int) -> torch.Tensor:
-        """A random crop (3, image_size, image_size) that depends only on the image and the seed."""
-        draws = torch.rand(1, DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        """A random crop (3, image_size, image_size), transformed, that depends only on the image and the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.rand(1, DRAWS, generator=generator, dtype=torch.float64)
         box = random_boxes(draws, image.height, image.width, self.min_scale)[0].tolist()
         pixels: torch.Tensor = TF.pil_to_tensor(TF.resized_crop(image, *box, [self.image_size, self.image_size]))
-        return pixels.flip(2) if self.flip and mirrored(draws).item() else pixels
+        if self.flip and mirrored(draws).item():
+            pixels = pixels.flip(2)
+        return pixels if self.transforms is None else self.transforms(pixels, generator)
 
     def centre(self, image: Image.Image, side: int) -> torch.Tensor:
         """A central square (3, side, side) of the resized image; `side` is at most `resize`.

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -29,15 +30,29 @@ Item = tuple[int, int | None]  # row of the file, and seed of its random crop; N
 Sample = tuple[torch.Tensor, int] | str  # an 8-bit image and its label, or an error message
 
 
+class Stored(Protocol):
+    """An image file that is a part of something else; as text, where it is there."""
+
+    def open(self) -> BinaryIO:
+        """Its bytes.
+
+        Raises:
+            ValueError: if there is none.
+        """
+
+
+Source = str | Stored  # the path of a file, or a part of one
+
+
 @dataclass(frozen=True)
 class ImageFiles:
-    """Names of the classes, and paths and labels of the images in `data.root`, as listed by `find_images`."""
+    """Names of the classes, and the images in `data.root` with their labels."""
 
     root: str
     classes: Sequence[str]
-    train: Sequence[tuple[str, int]]
-    val: Sequence[tuple[str, int]]
-    test: Sequence[tuple[str, int]] = ()
+    train: Sequence[tuple[Source, int]]
+    val: Sequence[tuple[Source, int]]
+    test: Sequence[tuple[Source, int]] = ()
 
     def __len__(self) -> int:
         return len(self.train) + len(self.val) + len(self.test)
@@ -46,8 +61,8 @@ class ImageFiles:
         """The same for the same files below `root`, wherever that is."""
         root, found = str(Path(self.root).expanduser()), hashlib.sha256()
         for part in (self.train, self.val, self.test):
-            for path, label in part:
-                found.update(f"{path.removeprefix(root)}\0{label}\0".encode(errors="surrogateescape"))
+            for source, label in part:
+                found.update(f"{str(source).removeprefix(root)}\0{label}\0".encode(errors="surrogateescape"))
             found.update(b"\0")
         return found.hexdigest()
 
@@ -70,21 +85,24 @@ class Pictures(Dataset[Sample]):
 
     def __getitem__(self, item: Item) -> Sample:
         row, seed = item
-        path, label = self.samples[row]
+        source, label = self.samples[row]
         try:
-            image = rgb(path)
+            image = rgb(source)
         except UNREADABLE as error:
-            return f"data.root={self.root}: cannot read the image {path} ({error}); replace or remove it"
-        return (self.crops.centre(image, self.side) if seed is None else self.crops.random(image, seed)), label
+            return f"data.root={self.root}: cannot read the image {source} ({error}); replace or remove it"
+        try:
+            return (self.crops.centre(image, self.side) if seed is None else self.crops.random(image, seed)), label
+        except UserError as error:  # of a transform
+            return str(error)
 
 
-def rgb(path: str) -> Image.Image:
+def rgb(source: Source) -> Image.Image:
     """An image file as 8-bit RGB; of 16-bit greyscale (X-rays, depth) the upper 8 bits, as PIL reads 16-bit colours.
 
     Raises:
         ValueError: for grey values of 32 bits, whose range no file says; and what PIL raises for files it cannot read.
     """
-    with Image.open(path) as image:
+    with Image.open(source if isinstance(source, str) else source.open()) as image:
         sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS_AS_I)
         if sixteen:
             return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")

@@ -14,6 +14,7 @@ from morphtrain import host, schema, world
 from morphtrain.data.crops import Crops
 from morphtrain.data.image_bytes import ByteData, decode
 from morphtrain.data.image_files import FileData, ImageFiles
+from morphtrain.data.transforms import build_transforms
 from morphtrain.errors import UserError
 from morphtrain.memory_limit import machine_bytes
 
@@ -33,14 +34,22 @@ def build(config: schema.data.ImageFolder) -> ByteData | FileData:
         UserError: if the folders do not have ImageNet's layout, if hosts have different images or, in memory, if an
             image cannot be read.
     """
-    files = world.together(lambda: find_images(config.root))
+    return decoded(world.together(lambda: find_images(config.root)), config)
+
+
+def decoded(files: ImageFiles, config: schema.data.Decoded) -> ByteData | FileData:
+    """Listed images, in memory or read by workers; see `build`.
+
+    With transforms, which act on single images, it is the workers that read them.
+    """
     _check_same(files)
+    transforms = build_transforms(config.transforms, config.image_size)
     resize = round(config.image_size * 8 / 7) if config.resize == "auto" else config.resize
-    crops = Crops(config.image_size, resize, config.min_scale, config.flip)
+    crops = Crops(config.image_size, resize, config.min_scale, config.flip, transforms)
     size = len(files) * 3 * resize**2
     limit = memory_share() if config.limit_bytes is None else config.limit_bytes
     least = -world.largest(-limit)  # of all hosts: in memory, crops are other ones
-    in_memory = size <= least if config.in_memory == "auto" else config.in_memory
+    in_memory = size <= least and transforms is None if config.in_memory == "auto" else config.in_memory
     workers = worker_count(config.num_workers, divided=not in_memory)
     log.info("%d images, %.2g GiB decoded: %s", len(files), size / GIB, "in memory" if in_memory else _readers(workers))
     if in_memory:

@@ -135,10 +135,15 @@ def normalised(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
 
 def divided(images: Images, share: float) -> tuple[Images, Images]:
     """The images without a random share of them, and that share; both in their order, the same for every seed."""
-    number = len(images)
-    drawn = torch.zeros(number, dtype=torch.bool)
-    drawn[torch.randperm(number, generator=torch.Generator().manual_seed(0))[: max(1, round(share * number))]] = True
-    return images[~drawn], images[drawn]
+    held_out = drawn(len(images), share)
+    return images[~held_out], images[held_out]
+
+
+def drawn(number: int, share: float) -> torch.Tensor:
+    """Which of so many images belong to a random share of them, at least one: (N,), bool, the same for every seed."""
+    found = torch.zeros(number, dtype=torch.bool)
+    found[torch.randperm(number, generator=torch.Generator().manual_seed(0))[: max(1, round(share * number))]] = True
+    return found
 
 
 def published(train: Images, test: Images, classes: Sequence[str], config: schema.data.Downloaded) -> ImageData:

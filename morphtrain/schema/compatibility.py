@@ -37,6 +37,8 @@ class Conflict(NamedTuple):
 EMULATED = "the emulation takes longer than what it emulates, so that its times say nothing"
 BREAKS = "compiled passes break off at every convolution"
 OTHER_BATCHES = "InfoBatch leaves out other images in every epoch", "data.infobatch=0"
+MIXED_LOSS = "the loss of a mixed image is that of two images, and no score of one", "data.infobatch=0"
+MIXED_BATCH = "the loss of a batch depends on the shares in which its images are mixed"
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
@@ -58,6 +60,10 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("precision=dfp16", "grow.cost=latency", EMULATED, "grow.cost=flops"),
     Conflict("data.order=cycle", "data.infobatch!=0", *OTHER_BATCHES),
     Conflict("optimizer=isgd", "data.infobatch!=0", *OTHER_BATCHES),
+    Conflict("data.mixup!=0", "data.infobatch!=0", *MIXED_LOSS),
+    Conflict("data.cutmix!=0", "data.infobatch!=0", *MIXED_LOSS),
+    Conflict("optimizer=isgd", "data.mixup!=0", MIXED_BATCH, "data.mixup=0"),
+    Conflict("optimizer=isgd", "data.cutmix!=0", MIXED_BATCH, "data.cutmix=0"),
     Conflict(
         "optimizer=isgd",
         "precision.dtype=float16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from morphtrain.byte_sizes import byte_count
@@ -13,13 +13,14 @@ from morphtrain.schema.checks import check, check_one_of, check_share
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.option import OPTIONS, Option
 from morphtrain.schema.shares import ended
+from morphtrain.schema.transforms import transforms_of
 
 WITH_UNIT = re.compile(r"\d+(\.\d*)? *([KMGT]i?)?B", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
 class Curriculum:
-    """How the epochs of a run go through the training images: keys of every option, the user's own data included.
+    """What the epochs of a run show of the training images: keys of every option, the user's own data included.
 
     The defaults here change nothing; own option files may leave these keys out.
     """
@@ -29,6 +30,8 @@ class Curriculum:
     infobatch: float = 0.0
     infobatch_until: float = 0.875
     order: str = "shuffled"
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         check_share("data.progressive", self.progressive, "the images' side", one=True)
@@ -36,6 +39,8 @@ class Curriculum:
         check_share("data.infobatch", self.infobatch, "the images", zero=True)
         check_share("data.infobatch_until", self.infobatch_until, "the epochs")
         check_one_of("data.order", self.order, ("shuffled", "cycle"))
+        _check_alpha("data.mixup", self.mixup)
+        _check_alpha("data.cutmix", self.cutmix)
 
     def small_epochs(self, epochs: int) -> int:
         """How many of the first of `epochs` have smaller images."""
@@ -132,8 +137,8 @@ class Downloaded(Data, option=("fashion_mnist", "cifar10", "cifar100")):
 
 
 @dataclass
-class ImageFolder(Data, option="image_folder"):
-    """Folders of image files, one per class."""
+class Decoded(Data):
+    """Base of the sets whose images are decoded: from files, or from rows of tables."""
 
     root: str
     image_size: int
@@ -143,16 +148,21 @@ class ImageFolder(Data, option="image_folder"):
     in_memory: Any  # auto, or bool
     memory_limit: Any  # auto, float (GiB), or text with a unit
     num_workers: Any  # auto, or int
+    transforms: Any = field(default_factory=list, kw_only=True)  # names and nodes; checked, they are `Custom`s
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.root != "", "data.root", self.root, "a directory")
+        check(self.root != "", "data.root", self.root, "where the images are")
         check(self.image_size >= 1, "data.image_size", self.image_size, "1 or more pixels")
         self._check_auto("resize", int, self.image_size, f"{self.image_size} (data.image_size) or more pixels")
         check(0 < self.min_scale <= 1, "data.min_scale", self.min_scale, "above 0 and at most 1")
         self._check_auto("in_memory", bool, False, "true or false")
         self._check_memory_limit()
         self._check_auto("num_workers", int, 0, "0 or more processes")
+        self.transforms = transforms_of("data.transforms", self.transforms)
+        held = self.in_memory is True and bool(self.transforms)
+        wanted = "auto or false with data.transforms, which act on single images, while those in memory go in batches"
+        check(not held, "data.in_memory", self.in_memory, wanted)
 
     def _check_memory_limit(self) -> None:
         value = self.memory_limit
@@ -173,6 +183,11 @@ class ImageFolder(Data, option="image_folder"):
         value = getattr(self, key)
         whole = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # True is an int to Python
         check(value == "auto" or (whole and value >= least), f"data.{key}", value, f"auto, or {wanted}")
+
+
+@dataclass
+class ImageFolder(Decoded, option="image_folder"):
+    """Folders of image files, one per class."""
 
 
 @dataclass
@@ -200,6 +215,11 @@ class CustomData(Custom, Curriculum):
 
 
 OPTIONS[Data.group]["custom"] = CustomData
+
+
+def _check_alpha(key: str, alpha: float) -> None:
+    fits = alpha == 0 or 0.05 <= alpha <= 100  # 32 bits have no numbers for what Beta(0.01, 0.01) draws
+    check(fits, key, alpha, "0 (none), or the alpha of Beta(alpha, alpha), 0.05 to 100")
 
 
 def _check_shift(shift: int, image_size: int) -> None:

@@ -76,7 +76,11 @@ def size_keys(group: str, option: Option | Custom) -> str:
     Without any, the option.
     """
     given = option.arguments if isinstance(option, Custom) else vars(option)
-    sizes = {
-        key: value for key, value in given.items() if type(value) in (int, list) or (type(value) is float and value > 1)
-    }
+    sizes = {key: value for key, value in given.items() if _is_size(value)}
     return " ".join(f"{group}.{key}={value}" for key, value in sizes.items()) or f"{group}={option.name}"
+
+
+def _is_size(value: Any) -> bool:
+    if type(value) is list:
+        return value != [] and not any(isinstance(one, Custom) for one in value)
+    return type(value) is int or (type(value) is float and value > 1)

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from morphtrain import infobatch, options, part_checks, schema, world
+from morphtrain import infobatch, mixing, options, part_checks, schema, world
 from morphtrain.compilation import Compilation
 from morphtrain.contracts import Data
 from morphtrain.cost.params import count_weights
@@ -97,6 +97,7 @@ def build_run(
     _check_own_parts(run)
     names = {"data_name": config.data.name, "loss_name": config.loss.name}
     run.infobatch = infobatch.build(config.data, config.epochs, data, run.criterion, device, **names)
+    run.mixing = mixing.build(config.data, data.num_classes, run.criterion, device, loss_name=config.loss.name)
     optimizer = run.optimizer
     for hook in run.hooks("after_build"):
         hook(run)

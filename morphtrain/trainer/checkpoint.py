@@ -55,6 +55,10 @@ ADDED_KEYS = {
     "gradient.name": "none",
     "prune.stable": None,
     "model.weights": None,
+    "loss.label_smoothing": 0.0,
+    "data.mixup": 0.0,
+    "data.cutmix": 0.0,
+    "data.transforms": [],
 }
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")

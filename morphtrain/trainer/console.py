@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from morphtrain import world
-from morphtrain.schema import Custom
+from morphtrain.errors import Incompatible
+from morphtrain.schema import Config, Custom
 from morphtrain.schema.model import Torchvision
 from morphtrain.state import Run
 from morphtrain.tracking.store import home
@@ -94,8 +96,17 @@ def _counterpart(run: Run) -> str:
         return f"{' '.join(chosen)}, the baseline"
     config = run.config
     own = any(isinstance(part, (Custom, Torchvision)) for part in (config.model, config.data, config.loss))
-    fits = bool(run.graph.spaces) and config.epochs >= RECIPE_EPOCHS and world.size() == 1
+    fits = bool(run.graph.spaces) and config.epochs >= RECIPE_EPOCHS and world.size() == 1 and _goes_with(config)
     return f"{' '.join(RECIPE)}, the recipe" if fits and not own else ""
+
+
+def _goes_with(config: Config) -> bool:
+    """Whether no option excludes the recipe, as mixed images exclude InfoBatch."""
+    try:
+        replace(config, data=replace(config.data, infobatch=0.5))
+    except Incompatible:
+        return False
+    return True
 
 
 def _how_to_load(run: Run, checkpoint: Path) -> str:

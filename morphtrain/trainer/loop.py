@@ -19,7 +19,7 @@ from morphtrain.layer_calls import seen_again
 from morphtrain.morph import additions_of, exact
 from morphtrain.progressive import resized
 from morphtrain.settling import synchronises
-from morphtrain.state import Run, passes
+from morphtrain.state import MIXED, Run, derived_seed, passes
 from morphtrain.trainer.interruptible import Steps, interruptible
 from morphtrain.trainer.share import Share, training_shares
 from morphtrain.trainer.sums import sum_gradients
@@ -61,7 +61,7 @@ def training_steps(run: Run) -> Iterator[int]:
     for given in waited_for(shares, run):
         passed = tally.give(given.whole)
         run.set_learning_rates(run.progress + passed / 2)
-        share = prepared(run, given)
+        share = mixed(run, prepared(run, given), tally.given)
         with steps.next(whole=share.whole == run.batch_size):
             loss, right = gradients(run, share)
             taken = take_step(run, share)
@@ -121,6 +121,20 @@ def _check_rows(run: Run, share: Share, labels: torch.Tensor) -> None:
             f"data.infobatch={run.config.data.infobatch:g}: a method makes {len(labels)} images of the {len(rows)} of "
             "a batch, in before_forward, and no score fits; data.infobatch=0 works"
         )
+
+
+def mixed(run: Run, share: Share, given: int) -> Share:
+    """The share with its images mixed, as `data.mixup` and `data.cutmix` say; its labels are shares of classes then.
+
+    `given` is how many images the epoch has given so far: no other batch is mixed by the same random numbers.
+    """
+    if run.mixing is None:
+        return share
+    changed = run.hooks("before_forward")
+    counts = world.gathered(len(share.labels)) if changed else slices.shares(share.whole)
+    seed = derived_seed(run.config.seed, run.epoch, MIXED, given)
+    images, labels = run.mixing(share.images, share.labels, counts, seed)
+    return replace(share, images=images, labels=labels)
 
 
 def gradients(run: Run, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +197,13 @@ def _pass(
     with forward_context(run) as contexts:
         logits = run.forward(images)
         loss = _loss(run, exact(logits), labels, rows) if len(labels) else exact(logits).sum()
-    return loss, (logits.detach().argmax(1) == labels).sum(), contexts
+    return loss, _right(logits, labels), contexts
+
+
+def _right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many images are classified correctly; a mixed one (B, classes) as the class that it has most of."""
+    classes = labels.argmax(1) if labels.dim() > 1 else labels
+    return (logits.detach().argmax(1) == classes).sum()
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def _known_images(data: Any) -> tuple[tuple[int, ...] | None, int | None]:
         return (1, data.image_size, data.image_size), DIGITS
     if isinstance(data, schema.data.Synthetic):
         return (data.in_channels, data.image_size, data.image_size), data.num_classes
-    if isinstance(data, schema.data.ImageFolder):
+    if isinstance(data, schema.data.Decoded):
         return (3, data.image_size, data.image_size), None
     return None, None
 

@@ -20,7 +20,7 @@ class Share:
 
     Attributes:
         images: (B, C, H, W); there may be none.
-        labels: (B,)
+        labels: (B,); once images are mixed, their shares of the classes (B, classes).
         whole: how many images the batch has in all processes.
         largest: how many of them the largest share has.
         rows: (B,), which training images they are, whose scores InfoBatch keeps; None without it.
