@@ -259,7 +259,7 @@ class Run:
         self.agree_buffers()
 
     def settle_averages(self) -> None:
-        """The same for the averaged weights: their statistics become those of `averaged`. The network stays as it is."""
+        """The same for the averaged weights, for blocks of `averaged`; the network stays as it is."""
         self.averages.statistics = {}
         if not self.averages.values:
             return

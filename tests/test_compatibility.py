@@ -33,6 +33,7 @@ NEEDED = {
 }
 # Values for lines with != that exclude the default.
 ANOTHER = {"compile": "default", "data.infobatch": "0.5", "data.progressive": "0.5", "clip_norm": "1"}
+ANOTHER |= {"model.weights": "base.pt"}
 
 
 def composed(overrides: list[str]) -> schema.Config:

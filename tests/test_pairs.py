@@ -80,6 +80,7 @@ SWITCHES = {
     "data.infobatch": (0.0, 0.5),
     "data.order": ("shuffled", "cycle"),
     "data.progressive": (1.0, 0.5),
+    "ema": (None, 0.3),
     "memory_format": ("contiguous", "channels_last"),
 }
 NETWORKS = (

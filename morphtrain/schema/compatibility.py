@@ -91,7 +91,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "prune=prunetrain or prune=morphnet",
     ),
     Conflict(
-        "grow=morphnet grow.inherit=false",
+        "grow.inherit=false",
         "model.weights!=null",
         "its rounds draw all weights again, the trained ones, too",
         "grow.inherit=true",
