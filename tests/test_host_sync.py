@@ -71,14 +71,8 @@ OPTIONS = [
     [ALWAYS, "precision=dfp16", "precision.rounding=stochastic", "clip_norm=1"],
     [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
     [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
-    [
-        "prune=morphnet",
-        "prune.start_epoch=1",
-        "optimizer=adamw",
-        "optimizer.fused=true",
-        "precision=bf16_pure",
-        "ema=1",
-    ],
+    ["prune=morphnet", "prune.start_epoch=1", "optimizer=adamw", "optimizer.fused=true", "precision=bf16_pure"],
+    [ALWAYS, "precision=o3", "ema=1"],
 ]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.formats import format_of_model
 from morphtrain.morph.layers import Grown, InsertedBlock, InsertedLayer
-from morphtrain.morph.modes import copy_of, kept_buffers
+from morphtrain.morph.modes import copy_of
 from morphtrain.morph.number_types import in_type, input_type
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.statistics import Statistics, measure_inputs
@@ -189,8 +189,9 @@ def _of_averages(
 def _average_identities(rebinder: Rebinder, norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
     """Let the averages of new norms pass on what these get in the network of the averages, whose statistics differ."""
     for norm, found in zip(norms, statistics, strict=True):
-        with kept_buffers(norm), rebinder.averages.in_place(norm.parameters()):
-            _become_identities([norm], [found])
+        n: Any = norm
+        rebinder.averages.values[n.weight].copy_((found.var + n.eps).sqrt())
+        rebinder.averages.values[n.bias].copy_(found.mean)
 
 
 def _put_after(model: nn.Module, point: Point, layer: nn.Module) -> str:
