@@ -211,7 +211,7 @@ def test_a_difference_stops_all_and_is_named() -> None:
 
 
 class Stops(Method):
-    """Rank 0 alone finds after the first epoch that it is enough; before it, another rank does, which does not count."""
+    """Rank 0 alone finds after the second epoch that it is enough; rank 1 after the first, which does not count."""
 
     def measure(self, run: Run) -> None:
         run.stopped = run.stopped or (run.epoch == 2 if world.is_main() else run.epoch == 1)

@@ -464,8 +464,6 @@ def with_one_gpu(directory: str, same: bool) -> tuple[str, int]:
 def test_two_processes_with_the_same_gpu_are_refused_in_a_line(tmp_path: Path) -> None:
     """As NCCL would refuse them later, in many; each sees a single one, so that it cannot tell by itself."""
     assert in_ranks(2, with_one_gpu, str(tmp_path), False) == [("", 0)] * 2
-    said = (
-        "device=cuda:0: ranks 0 and 1 have the same GPU (cuda GPU-0); let each see all GPUs of its host, or another one"
-    )
+    said = "device=cuda:0: ranks 0 and 1 have the same GPU (cuda GPU-0); let each see all GPUs of its host, or another"
     for found, left in in_ranks(2, with_one_gpu, str(tmp_path), True):
         assert found.startswith(said) and "\n" not in found and left == 0

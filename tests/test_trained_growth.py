@@ -32,7 +32,7 @@ GROWTHS = {
     "layers": ("grow=deeper", "grow.at_epochs=[1]", "grow.operator=layer"),
     "selective": (*UNPRUNED, "grow=selective", "grow.at_epochs=[1]", "grow.target=1.5"),
     "morphnet": (*UNPRUNED, "grow=morphnet", "grow.round_epochs=2", "grow.target=1.5"),
-    "adaptive": (*UNPRUNED, "grow=adaptive", "grow.patience=1", "grow.low_accuracy=1", "grow.high_accuracy=1"),
+    "adaptive": ("grow=adaptive", "grow.patience=1", "grow.low_accuracy=1", "grow.high_accuracy=1"),
 }
 
 
@@ -69,9 +69,7 @@ def test_what_grows_computes_what_was_trained(growth: str, base: Path) -> None:
 
 def test_rounds_that_draw_all_weights_again_are_refused(base: Path) -> None:
     keys = (*PLAIN, *GROWTHS["morphnet"], f"model.weights={base}")
-    with pytest.raises(
-        UserError, match=r"grow\.inherit=false with model\.weights=.*: its rounds draw all weights again"
-    ):
+    with pytest.raises(UserError, match=r"grow\.inherit=false with model\.weights=.*: its rounds draw all weights"):
         morphtrain.compose(*keys, "grow.inherit=false")
     morphtrain.compose(*keys, "grow.inherit=true")
 
