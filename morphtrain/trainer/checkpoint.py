@@ -248,7 +248,8 @@ class Checkpoint:
         if run.cycles:
             run.schedule = longer.schedule(config, run.cycles)
         self._check_types(run)
-        self._load_values(run.model, strict=True, raw=True)  # again: a method may have wrapped it in `after_build`
+        raw = config.ema is not None
+        self._load_values(run.model, strict=True, raw=raw)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
         self._keep_types(run.optimizer)
         self._check_moments(run)
@@ -298,9 +299,13 @@ class Checkpoint:
             return
         stored = self.content["averages"]
         run.averages.begin(stored["since"])
-        for name, parameter in run.model.named_parameters() if stored["values"] else ():
-            value = stored["values"].get(name)
-            if value is None or value.shape != parameter.shape:
+        if not stored["values"]:  # no step was taken
+            return
+        for name, parameter in run.model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            value, kind = stored["values"].get(name), torch.promote_types(parameter.dtype, torch.float32)
+            if value is None or value.shape != parameter.shape or value.dtype is not kind:
                 raise UserError(f"{self.name}: its averages do not fit the parameter {name}")
             run.averages.values[parameter] = value.to(parameter.device, copy=True)
 
@@ -486,9 +491,9 @@ class Checkpoint:
         """Load parameters and buffers; if not `strict`, those with names that the model has.
 
         Args:
-            raw: those as trained, also where there are averages of them.
+            raw: those as trained, in the place of their averages (`ema`).
         """
-        values = self.content.get("raw", self.content["model"]) if raw else self.content["model"]
+        values = self.content["raw" if raw else "model"]
         try:
             model.load_state_dict(values, strict, assign=_without_values(model))
         except RuntimeError as error:  # other names or shapes
