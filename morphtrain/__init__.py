@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, model: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | Callable[..., nn.Module] | None = None, raw: bool = False) -> nn.Module:
     """Rebuild the (morphed) network of a run's checkpoint or of a file of `save`, on the CPU and in evaluation mode.
 
     A file never decides what is imported or which function is called. So a network of your own
@@ -28,15 +28,16 @@ def load(path: str | Path, model: nn.Module | Callable[..., nn.Module] | None = 
             (plus `num_classes` and `in_channels` if it takes them); or the network as it was before it was pruned,
             which is changed in place. None: the class that the checkpoint names, if its module has been imported.
             A file of `save` names none and has no keywords.
+        raw: the weights as trained, of a run with `ema`, in the place of their averages.
 
     Raises:
         UserError: if the file is damaged or not a checkpoint of MorphTrain; if it holds a network of your own that is
             neither imported nor passed, or is not the one it was written with; if `model` is given for one of
-            MorphTrain's networks.
+            MorphTrain's networks; with `raw`, if the file has no averages.
     """
     from morphtrain.trainer import networks
 
-    return networks.load(networks.read(Path(path)), model)
+    return networks.load(networks.read(Path(path)), model, raw)
 
 
 def load_preprocessing(path: str | Path) -> Preprocessing:

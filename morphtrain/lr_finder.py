@@ -32,7 +32,7 @@ def main() -> None:
         from morphtrain.compare.command import check_effect
         from morphtrain.trainer.lr_range import show
 
-        check_effect("a range test", options.overrides, besides=("schedule", "stop_at"))
+        check_effect("a range test", options.overrides, besides=("schedule", "stop_at", "ema"))
         config = schema.compose(*options.overrides, config_dir=options.config_dir)
         show(config, options.lowest, options.highest, options.steps, options.output or _directory())
 

@@ -12,10 +12,11 @@
             backward (run.loss), clip_norm
             after_backward(run)                     # the gradients are complete
             step(run, closure)                      # or else the optimizer's own step
-            after_step(run)                         # not if an overflow skipped the step
+            after_step(run)                         # not if an overflow skipped the step; then averages (`ema`) follow
         metrics = after_epoch(run)                  # clocked as morph_seconds; change the network here
         after_change(run)                           # if a method has called run.shape_changed
-        run.settle(), evaluation                    # batch norm's running statistics, for the weights as they are now
+        run.settle(), evaluation                    # batch norm's running statistics, for the weights as they are now;
+                                                    # with `ema` also of the averaged network, see `run.averaged`
         metrics = measure(run)                      # not clocked
         record, checkpoint (state_dict)
     after_training(run)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from morphtrain import schema, slices, world
+from morphtrain import averaging, schema, slices, world
 from morphtrain.compilation import Compilation, usual_pass
 from morphtrain.contracts import Batch, Data, Loss, NormStart, Precision, Schedule, SelectableData
 from morphtrain.cost import CostKind, WidthCost, count_macs, count_params, measured_cost
@@ -24,7 +24,7 @@ from morphtrain.infobatch import InfoBatch
 from morphtrain.initialise import fresh_weights
 from morphtrain.method import Method
 from morphtrain.mixing import Mixing
-from morphtrain.morph import ChannelGraph, MorphError, additions_of, kept_modes
+from morphtrain.morph import Averages, ChannelGraph, MorphError, additions_of, averages_of, kept_buffers, kept_modes
 from morphtrain.outputs import check_outputs
 from morphtrain.own_numbers import OwnNumbers
 from morphtrain.part_checks import is_divided
@@ -99,6 +99,31 @@ class Run:
     def is_enough(self, val_accuracy: float) -> bool:
         """Whether the run is to end with this accuracy (`stop_at`)."""
         return self.config.stop_at is not None and val_accuracy >= self.config.stop_at
+
+    @property
+    def averages(self) -> Averages:
+        """Of the weights over the steps, with config key `ema`; empty without it, and before the first step."""
+        return averages_of(self.optimizer)
+
+    def update_averages(self, passed: float) -> None:
+        """Let the averages follow a step that was the share `passed` of an epoch."""
+        if self.config.ema is not None:
+            trained = self.progress - self.averages.since
+            self.averages.update(self.model, averaging.kept(self.config.ema, passed, trained))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the network has its averaged weights, and the running statistics measured for them.
+
+        Afterwards it is as it was before. Without averages it stays as it is.
+        """
+        if not self.averages.values:
+            yield
+            return
+        with kept_buffers(self.model), self.averages.in_place(self.model.parameters()):
+            for name, value in self.averages.statistics.items():
+                self.model.get_buffer(name).copy_(value)
+            yield
 
     def hooks(self, name: str) -> list[Callable[..., Any]]:
         """This hook of every method that implements it, in the declared order."""
@@ -236,6 +261,16 @@ class Run:
                     settle(self.model, norms, self._settling_passes(), self.precision.autocast)
         self.agree_buffers()
 
+    def settle_averages(self) -> None:
+        """The same for the averaged weights, for blocks of `averaged`; the network stays as it is."""
+        self.averages.statistics = {}
+        if not self.averages.values:
+            return
+        with self.averaged():
+            self.settle()
+            buffers = self.model.named_buffers(remove_duplicate=False)  # as in a state_dict
+            self.averages.statistics = {name: buffer.clone() for name, buffer in buffers}
+
     def agree_buffers(self) -> None:
         """Give the model, and a loss that is a module, the same buffers in all processes: `settling.agree_buffers`."""
         images = slices.sizes(self.batch_size)[world.rank()]
@@ -299,6 +334,7 @@ class Run:
         self.redrawn = self.epoch
         self.optimizer.state.clear()
         additions_of(self.optimizer).forget(self.model.parameters())
+        self.averages.begin(self.progress)
 
     def set_batch(self, batch_size: int, micro_batch: int | None = None) -> None:
         """Set the images per step and the most that go through the network at once; for batch policies.

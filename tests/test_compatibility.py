@@ -34,6 +34,7 @@ NEEDED = {
 # Values for lines with != that exclude the default.
 ANOTHER = {"compile": "default", "data.infobatch": "0.5", "data.progressive": "0.5", "clip_norm": "1"}
 ANOTHER |= {"data.mixup": "0.2", "data.cutmix": "1"}
+ANOTHER |= {"model.weights": "base.pt"}
 
 
 def composed(overrides: list[str]) -> schema.Config:

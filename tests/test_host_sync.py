@@ -59,7 +59,7 @@ def built(*overrides: str) -> Run:
 
 
 OPTIONS = [
-    [ALWAYS, "clip_norm=1", "memory_format=channels_last", "precision=bf16"],
+    [ALWAYS, "clip_norm=1", "memory_format=channels_last", "precision=bf16", "ema=0.5"],
     [ALWAYS, "prune.update=subgradient", "prune.residual=gating", "norm=ghost", "norm.ghost_batch_size=6"],
     [ALWAYS, "optimizer=lars", "batch_policy.max_micro_batch=6", "data.train_samples=250"],
     [ALWAYS, "optimizer=adamw", "optimizer.fused=true"],
@@ -72,6 +72,7 @@ OPTIONS = [
     [ALWAYS, "gradient=approximate", "gradient.kind=random", "gradient.share=1", "precision=bf16"],
     [ALWAYS, "gradient=sparse_activation", "batch_policy.max_micro_batch=6"],
     ["prune=morphnet", "prune.start_epoch=1", "optimizer=adamw", "optimizer.fused=true", "precision=bf16_pure"],
+    [ALWAYS, "precision=o3", "ema=1"],
 ]
 
 

@@ -197,12 +197,17 @@ def test_it_is_the_validation_images_that_decide(tmp_path: Path) -> None:
 def test_a_run_that_was_accurate_enough_before_it_was_asked_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No epoch follows, and its records know nothing of the key."""
+    """No epoch follows, and its records knew nothing of the key."""
     caplog.set_level(logging.INFO)
     train(morphtrain.compose(*QUIET, "epochs=1"), tmp_path, {})
     longer = ("epochs=3", "resume_schedule=stretch", "resume=auto", "stop_at=0.001")
-    train(morphtrain.compose(*QUIET, *longer), tmp_path, {})
+    assert train(morphtrain.compose(*QUIET, *longer, "objective=[stopped_early]"), tmp_path, {}) == [1.0]
     assert "stop_at=0.001: reached after epoch 1 of 3" in caplog.text
+    assert [record["stopped_early"] for record in read_records(tmp_path)] == [1.0]
+    at_its_end = ("epochs=1", "resume=auto", "stop_at=0.001", "objective=[stopped_early]")
+    assert train(morphtrain.compose(*QUIET, *at_its_end), tmp_path, {}) == [0.0], "all epochs were trained"
+    train(morphtrain.compose(*QUIET, *longer[:3]), tmp_path, {})
+    assert len(read_records(tmp_path)) == 3 and (tmp_path / "best.pt").exists()
 
 
 def test_stop_at_is_an_accuracy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 import subprocess
@@ -15,9 +16,9 @@ from conftest import SMALL
 from fork_server import ForkServer
 
 import morphtrain
-from morphtrain import lr_finder
+from morphtrain import lr_finder, schema
 from morphtrain.errors import UserError
-from morphtrain.trainer import new_run, start
+from morphtrain.trainer import auto, new_run, start
 from morphtrain.trainer.lr_range import Step, range_test, suggestion
 
 PLAIN = [o for o in SMALL if not o.startswith(("prune", "epochs"))]
@@ -51,6 +52,39 @@ def test_the_rates_rise_exponentially(options: tuple[str, ...]) -> None:
     for number, step in enumerate(found, 1):
         average = 0.95 * average + 0.05 * step.loss
         assert step.smoothed == pytest.approx(average / (1 - 0.95**number), rel=1e-9)
+
+
+def options_of(group: str) -> list[str]:
+    return [option for option in schema.OPTIONS[group] if option != "custom"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "norm"),
+    zip(
+        options_of("precision"), itertools.cycle(options_of("optimizer")), itertools.cycle(options_of("norm"))
+    ),  # of precisions there are most
+)
+def test_it_takes_every_precision_optimizer_and_norm(
+    precision: str, optimizer: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "MOST_ROUNDS", auto.LEAST_ROUNDS)
+    options = [f"precision={precision}", f"optimizer={optimizer}", f"norm={norm}"]
+    options += ["optimizer.eps=1e-5"] * (optimizer == "adamw")  # which 16 bits have
+    found = steps_of(*options, "model.blocks=1", "model.width=4", lowest=1e-5, highest=1e-3, steps=20)
+    assert [step.learning_rate for step in found] == pytest.approx([1e-5 * 100 ** (n / 19) for n in range(20)])
+    assert all(0 < step.loss < 10 for step in found)
+
+
+def test_every_option_takes_part() -> None:
+    assert len(options_of("precision")) >= max(len(options_of("optimizer")), len(options_of("norm")))
+
+
+def test_a_rate_of_zero_is_refused_in_a_line() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr=0\.0: must be above 0"):
+        steps_of("optimizer.lr=0")
+    with pytest.raises(UserError, match="the learning rate of its first group is 0, and no factor") as error:
+        steps_of("optimizer=custom", "optimizer._target_=torch.optim.SGD", "+optimizer.lr=0.0")
+    assert str(error.value).startswith("optimizer=torch.optim.SGD: ") and "\n" not in str(error.value)
 
 
 def test_the_first_losses_are_those_of_a_run() -> None:
@@ -107,6 +141,7 @@ def test_the_command_leaves_a_picture_and_a_table(tmp_path: Path, fork_server: F
         (["resume=auto"], "resume: has no effect on a range test; leave it out"),
         (["schedule.warmup_epochs=1"], "schedule.warmup_epochs: has no effect on a range test; leave it out"),
         (["stop_at=0.9"], "stop_at: has no effect on a range test; leave it out"),
+        (["ema=1"], "ema: has no effect on a range test; leave it out"),
         (["--output", __file__], f"--output={__file__}: must be a directory, new or not"),
     ],
 )

@@ -87,6 +87,7 @@ SWITCHES = {
     "data.progressive": (1.0, 0.5),
     "data.mixup": (0.0, 0.4),
     "data.cutmix": (0.0, 1.0),
+    "ema": (None, 0.3),
     "memory_format": ("contiguous", "channels_last"),
 }
 NETWORKS = (

@@ -205,6 +205,27 @@ def test_a_difference_stops_all_and_is_named() -> None:
     assert first[-1].startswith("parameter ") and "morphtrain.world.agree" in first[-1]
 
 
+class Stops(Method):
+    """Rank 0 alone finds after the second epoch that it is enough; rank 1 after the first, which does not count."""
+
+    def measure(self, run: Run) -> None:
+        run.stopped = run.stopped or (run.epoch == 2 if world.is_main() else run.epoch == 1)
+
+
+def stopping() -> list[tuple[int, bool, bool]]:
+    run = built("methods=[{_target_: test_replicas.Stops}]", "epochs=3", base=UNPRUNED)
+    found = []
+    while not run.ended:
+        record = epoch(run)
+        found.append((run.epoch, run.stopped, "test_accuracy" in record))
+    return found
+
+
+def test_the_main_process_decides_whether_a_method_ends_the_run() -> None:
+    first, second = in_ranks(2, stopping)
+    assert first == second == [(1, False, False), (2, True, True)]
+
+
 def edges() -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of two blocks in this process, and what all agree on: rank 1 is late, and slow in the second block."""
     clock = Clock(torch.device("cpu"))

@@ -444,3 +444,26 @@ def test_no_process_holds_cores_while_another_waits_for_some(tmp_path: Path) -> 
     assert sorted(cpu for found in both for cpu in found[0]) == [0, 1]
     assert all(found[2] == [] for found in both)
     process.wait()
+
+
+def with_one_gpu(directory: str, same: bool) -> tuple[str, int]:
+    """What a process is told that sees one GPU, the same one as the others or another one; and what stays claimed."""
+    patch, claims, said = pytest.MonkeyPatch(), Claims(Path(directory)), ""
+    patch.setattr(slot, "_name", lambda device: f"cuda GPU-{0 if same else world.rank()}")
+    try:
+        with take_slot([torch.device("cuda", 0)], timing(), claims):
+            world.wait()
+    except UserError as error:
+        said = str(error)
+    finally:
+        patch.undo()
+    world.wait()
+    return said, len(claims.uses())
+
+
+def test_two_processes_with_the_same_gpu_are_refused_in_a_line(tmp_path: Path) -> None:
+    """As NCCL would refuse them later, in many; each sees a single one, so that it cannot tell by itself."""
+    assert in_ranks(2, with_one_gpu, str(tmp_path), False) == [("", 0)] * 2
+    said = "device=cuda:0: ranks 0 and 1 have the same GPU (cuda GPU-0); let each see all GPUs of its host, or another"
+    for found, left in in_ranks(2, with_one_gpu, str(tmp_path), True):
+        assert found.startswith(said) and "\n" not in found and left == 0

@@ -81,7 +81,13 @@ class FillMemory(Method):
 
 def memory_of(run: Run) -> MemoryModel:
     """The memory model of the run's training step."""
-    return memory_model(run.model, run.data.input_shape, optimizer=run.optimizer, precision=casts_of(run.precision))
+    return memory_model(
+        run.model,
+        run.data.input_shape,
+        optimizer=run.optimizer,
+        precision=casts_of(run.precision),
+        averaged=run.config.ema is not None,
+    )
 
 
 def usable_bytes(config: schema.batch_policy.FillMemory, device: torch.device) -> float:

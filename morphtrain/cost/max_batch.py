@@ -22,12 +22,13 @@ def max_batch(
     optimizer: Optimizing = MOMENTUM_SGD,
     precision: Casts = None,
     device_type: str | None = None,
+    averaged: bool = False,
     verified: bool = False,
 ) -> int:
     """The largest batch whose training step fits `budget_bytes`.
 
     Args:
-        model, input_shape, optimizer, precision, device_type: as in `morphtrain.cost.memory_model`.
+        model, input_shape, optimizer, precision, device_type, averaged: as in `morphtrain.cost.memory_model`.
         budget_bytes: for tensors; `morphtrain.cost.memory.NOT_MODELLED` says what a device takes beyond them.
         verified: start from the estimate and really take steps, as `morphtrain.cost.verify.verify_batch` does. The
             model has to live on a CUDA device.
@@ -35,11 +36,15 @@ def max_batch(
     Raises:
         ValueError: if not even one sample fits, saying what it needs, or only batches that cannot be trained on.
     """
-    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
+    step = SimulatedStep(
+        model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type, averaged=averaged
+    )
     estimate = fitting_batch(step, fitted(step), budget_bytes)
     if not verified:
         return estimate
-    found = verify_batch(model, input_shape, budget_bytes, guess=estimate, optimizer=optimizer, precision=precision)
+    found = verify_batch(
+        model, input_shape, budget_bytes, guess=estimate, optimizer=optimizer, precision=precision, averaged=averaged
+    )
     return found.batch_size
 
 

@@ -62,6 +62,7 @@ def memory_model(
     optimizer: Optimizing = MOMENTUM_SGD,
     precision: Casts = None,
     device_type: str | None = None,
+    averaged: bool = False,
 ) -> MemoryModel:
     """Peak memory of a step as a function of the batch, from two simulated steps.
 
@@ -73,11 +74,14 @@ def memory_model(
         precision: what `torch.autocast` casts to, None for none; or a run's precision.
             Its loss scale does not count.
         device_type: of the device that trains; by default the model's.
+        averaged: whether there are averages of the weights, as with config key `ema`.
 
     Raises:
         ValueError: for a network that decides by the values it computes.
     """
-    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
+    step = SimulatedStep(
+        model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type, averaged=averaged
+    )
     return fitted(step)
 
 
@@ -89,6 +93,7 @@ def estimate_memory(
     optimizer: Optimizing = MOMENTUM_SGD,
     precision: Casts = None,
     device_type: str | None = None,
+    averaged: bool = False,
 ) -> int:
     """Peak bytes of a training step of `batch_size` samples, simulated; arguments as in `memory_model`.
 
@@ -98,7 +103,9 @@ def estimate_memory(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more")
-    step = SimulatedStep(model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type)
+    step = SimulatedStep(
+        model, input_shape, optimizer=optimizer, precision=precision, device_type=device_type, averaged=averaged
+    )
     return max(step.live_bytes(batch_size))
 
 

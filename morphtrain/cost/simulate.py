@@ -26,6 +26,7 @@ from morphtrain import world
 from morphtrain.cost.copies import Optimizing, copied
 from morphtrain.cost.onednn import copied_bytes
 from morphtrain.cost.step import Casts, backpropagate, blank_batch, update
+from morphtrain.morph import Averages
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
@@ -105,6 +106,7 @@ class SimulatedStep:
             Its loss scale does not count.
         device_type: of the device that trains; None: the model's. It decides whether optimizers work on all parameters
             at once, which takes room for their intermediate results, and whether convolutions copy what they read.
+        averaged: whether there are averages of the weights, which follow the step (config key `ema`).
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class SimulatedStep:
         optimizer: Optimizing,
         precision: Casts,
         device_type: str | None = None,
+        averaged: bool = False,
     ) -> None:
+        self.averages = Averages() if averaged else None
         self.input_shape = tuple(input_shape)
         self.precision = precision
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -135,7 +139,7 @@ class SimulatedStep:
 
     def _update(self) -> None:
         with AnyValue():
-            update(self._optimizer, self.precision)
+            update(self._model, self._optimizer, self.precision, self.averages)
 
     def live_bytes(self, batch_size: int) -> list[int]:
         """Bytes alive after each operation of a step of `batch_size` samples: weights and all.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from morphtrain.layer_calls import seen_again
-from morphtrain.morph import exact, input_type
+from morphtrain.morph import Averages, exact, input_type
 from morphtrain.morph.formats import format_of
 
 
@@ -25,6 +25,8 @@ class Format(Protocol):
     def update(self, optimizer: Optimizer) -> None:
         """Take a step."""
 
+
+KEPT = 0.999  # of averages in a step; whatever it is, the step takes as much memory and time
 
 Casts = torch.dtype | Format | None  # what `torch.autocast` casts to, or a format; None for the parameters' own type
 
@@ -49,19 +51,25 @@ def training_step(
     images: torch.Tensor,
     labels: torch.Tensor,
     precision: Casts = None,
+    averages: Averages | None = None,
 ) -> None:
-    """Forward, backward and optimizer step on `images` (B, ...) and `labels` (B,); gradients are None afterwards."""
+    """Forward, backward and optimizer step on `images` (B, ...) and `labels` (B,); gradients are None afterwards.
+
+    `averages`, if given, follow the step.
+    """
     backpropagate(model, images, labels, precision)
-    update(optimizer, precision)
+    update(model, optimizer, precision, averages)
 
 
-def update(optimizer: Optimizer, precision: Casts) -> None:
-    """The optimizer's step, after which gradients are None."""
+def update(model: nn.Module, optimizer: Optimizer, precision: Casts, averages: Averages | None = None) -> None:
+    """The optimizer's step, after which gradients are None, and averages that follow it."""
     if isinstance(precision, Format):
         precision.update(optimizer)
     else:
         optimizer.step()
     optimizer.zero_grad()
+    if averages is not None:
+        averages.update(model, KEPT)
 
 
 def _context(precision: Casts, device_type: str) -> AbstractContextManager[Any]:

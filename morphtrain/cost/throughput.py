@@ -13,6 +13,7 @@ from torch import nn
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
 from morphtrain.cost.step import Casts, blank_batch, training_step
 from morphtrain.cost.stopwatch import timed
+from morphtrain.morph import Averages
 
 WARMUP_STEPS, LEAST_STEPS = 1, 3  # of every size; the first is not timed
 GOOD_ENOUGH = 0.95  # of the best rate
@@ -26,6 +27,7 @@ def throughput(
     *,
     optimizer: Optimizing = MOMENTUM_SGD,
     precision: Casts = None,
+    averaged: bool = False,
 ) -> dict[int, float]:
     """Samples a second in training steps of each batch size, on the device of the model: the median over its steps.
 
@@ -36,10 +38,11 @@ def throughput(
         model: is not changed; a copy trains.
         input_shape: of one sample, without the batch.
         seconds: for all sizes together.
-        optimizer, precision: as in `morphtrain.cost.memory_model`.
+        optimizer, precision, averaged: as in `morphtrain.cost.memory_model`.
     """
     sizes = list(batch_sizes)
     twin, its_optimizer = copied(model, optimizer, lambda tensor: tensor.clone())
+    averages = Averages() if averaged else None
     rates: dict[int, float] = {}
     end = time.perf_counter() + seconds
     for position, size in enumerate(sizes):
@@ -47,7 +50,7 @@ def throughput(
         if rates and (WARMUP_STEPS + LEAST_STEPS) * size / rates[sizes[position - 1]] > left:
             break
         images, labels = blank_batch(twin, tuple(input_shape), size)
-        step = partial(training_step, twin, its_optimizer, images, labels, precision)
+        step = partial(training_step, twin, its_optimizer, images, labels, precision, averages)
         rates[size] = size / _median_seconds(step, images.device, left / (len(sizes) - position))
     return rates
 

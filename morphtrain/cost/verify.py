@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from morphtrain.cost.copies import MOMENTUM_SGD, Optimizing, copied
 from morphtrain.cost.search import largest_fitting
 from morphtrain.cost.step import Casts, blank_batch, training_step
+from morphtrain.morph import Averages
 
 STEPS = 2  # the first one makes the optimizer's state, the second one has gradients and all of it
 
@@ -47,6 +48,7 @@ def verify_batch(
     guess: int,
     optimizer: Optimizing = MOMENTUM_SGD,
     precision: Casts = None,
+    averaged: bool = False,
 ) -> Verified:
     """The largest batch, to one percent, that takes two full steps within `budget_bytes` of the model's CUDA device.
 
@@ -56,7 +58,7 @@ def verify_batch(
 
     Args:
         guess: where to start, as `morphtrain.cost.max_batch` estimates it; the closer, the fewer tries.
-        model, input_shape, optimizer, precision: as in `morphtrain.cost.memory_model`.
+        model, input_shape, optimizer, precision, averaged: as in `morphtrain.cost.memory_model`.
 
     Raises:
         ValueError: for a model that is not on a CUDA device, or of which no batch fits.
@@ -71,6 +73,7 @@ def verify_batch(
         tuple(input_shape),
         precision,
         device,
+        averaged,
     )
     trials: dict[int, Trial] = {}
 
@@ -110,14 +113,16 @@ def _try(
     input_shape: tuple[int, ...],
     precision: Casts,
     device: torch.device,
+    averaged: bool,
 ) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
     fits = True
     try:
         model.to(device)
+        averages = Averages() if averaged else None
         for _ in range(STEPS):
-            training_step(model, optimizer, *blank_batch(model, input_shape, batch_size), precision)
+            training_step(model, optimizer, *blank_batch(model, input_shape, batch_size), precision, averages)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         fits = False  # no more here: the exception holds the step's tensors

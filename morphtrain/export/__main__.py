@@ -25,6 +25,7 @@ FORMAT_HELP = (
     "structure beside them (NAME.architecture.json)"
 )
 MODEL_HELP = "for a network of your own: its class or a function that makes it, which is imported and called"
+RAW_HELP = "of a run with ema, the weights as trained, in the place of their averages"
 TOLERANCE_HELP = "largest difference of an output, as a share of the largest output; %(default)g if it is not given"
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=FORMAT_HELP)
     parser.add_argument("--output", type=Path, help="the file; by default beside the checkpoint, with its name")
     parser.add_argument("--model", metavar="PACKAGE.NET", help=MODEL_HELP)
+    parser.add_argument("--raw", action="store_true", help=RAW_HELP)
     parser.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="of one image, if the checkpoint lacks it")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=TOLERANCE_HELP)
     try:
@@ -64,7 +66,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.input_shape is not None:
         preprocessing = replace(preprocessing, input_shape=options.input_shape)
     model = None if options.model is None else custom.find("model", options.model)
-    network = networks.load(stored, model)
+    network = networks.load(stored, model, options.raw)
     suffix: str = importlib.import_module(f"morphtrain.export.{options.format}").SUFFIX
     output = options.output or options.checkpoint.with_suffix(suffix)
     if output.exists() and output.samefile(options.checkpoint):

@@ -20,6 +20,7 @@ from morphtrain.morph.paths import is_within, matches
 from morphtrain.morph.spaces import Axis, ChannelGather, Slot, Space
 from morphtrain.morph.surgery.additions import Additions, additions_of
 from morphtrain.morph.surgery.architecture import DESCRIPTION, describe, rebuild
+from morphtrain.morph.surgery.averages import Averages, averages_of
 from morphtrain.morph.surgery.gates import Gate
 from morphtrain.morph.surgery.insert import Start
 from morphtrain.morph.surgery.statistics import restored
@@ -38,6 +39,7 @@ __all__ = [
     "SHORT",
     "TRANSPOSED",
     "Additions",
+    "Averages",
     "Axis",
     "Block",
     "Call",
@@ -52,6 +54,7 @@ __all__ = [
     "Start",
     "ZeroBranch",
     "additions_of",
+    "averages_of",
     "copy_of",
     "describe",
     "exact",

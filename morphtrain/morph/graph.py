@@ -234,10 +234,10 @@ class ChannelGraph:
                 convolution with a bias is to write fewer channels, if its weight is computed and cannot change so, or
                 if it is tied to another layer (see `is_tied`).
         """
-        planned = planned_gates(dict(self.model.named_modules()), gates)
+        rebinder = Rebinder(self.shared, optimizer)
+        planned = planned_gates(dict(self.model.named_modules()), gates, rebinder)
         for path in filter(self.is_tied, gates):
             raise MorphError(f"'{path}' cannot be gated: it is used under another name, too, or its weight is")
-        rebinder = Rebinder(self.shared, optimizer)
         for path, gate in gates.items():
             insert_gate(self.model, path, gate, planned[path], rebinder)
         self._retrace()

@@ -87,6 +87,8 @@ def _leaves(run: Run) -> Iterator[tuple[str, Any]]:
             yield from _within(f"state of {part}", getattr(run, part).state_dict())
     numbers = additions_of(run.optimizer).numbers
     yield from _within("additions", {name: numbers[p] for p, name in names.items() if p in numbers})
+    values = run.averages.values
+    yield from _within("average", {name: values[p] for p, name in names.items() if p in values})
     for key in (*PLAIN, *RAMPS):
         yield f"run.{key}", getattr(run, key)
 

@@ -116,6 +116,10 @@ class MorphNetPenalty(Method):
         images, _ = next(run.all_batches())
         run.settle()  # the constants are those of the evaluated network
         fold_constants(run.graph, images, dead)
+        if run.averages.values:
+            run.settle_averages()
+            with run.averaged():
+                fold_constants(run.graph, images, dead)
         self.norms.clear(dead)
         change = reconfigure(
             run.graph,

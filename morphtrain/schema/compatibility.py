@@ -97,6 +97,12 @@ CONFLICTS: tuple[Conflict, ...] = (
         "prune=prunetrain or prune=morphnet",
     ),
     Conflict(
+        "grow.inherit=false",
+        "model.weights!=null",
+        "its rounds draw all weights again, the trained ones, too",
+        "grow.inherit=true",
+    ),
+    Conflict(
         "norm=ghost|sync",
         "model.batch_norm=false",
         "the model has no batch norm to replace",

@@ -32,6 +32,7 @@ TO_ACCURACY = {"time_to_accuracy": "train_seconds", "calibrated_time_to_accuracy
 CALIBRATED = ("reference_seconds", "calibrated_seconds", "calibrated_train_seconds", "calibrated_time_to_accuracy")
 TESTED = ("test_loss", "test_accuracy")  # recorded once, at the end
 COMMUNICATED = ("comm_seconds", "comm_bytes")  # absent in one process
+RAW = ("raw_val_loss", "raw_val_accuracy")  # of the weights as trained, only with `ema`
 METRICS = (
     "train_loss",
     "train_accuracy",
@@ -81,6 +82,7 @@ class TopLevel:
     trial: int | None
     clip_norm: float | None
     stop_at: float | None
+    ema: float | None
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
@@ -103,6 +105,7 @@ class TopLevel:
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         in_range = self.stop_at is None or 0 < self.stop_at <= 1
         check(in_range, "stop_at", self.stop_at, "a val_accuracy above 0 and at most 1, or null")
+        check_half_life(self.ema)
 
 
 @dataclass
@@ -155,7 +158,8 @@ class Config(TopLevel):
         """The metrics in every epoch's record, apart from those of custom parts."""
         own = (metric for part in vars(self).values() if isinstance(part, Option) for metric in part.metrics)
         early = ("stopped_early",) if self.stop_at is not None else ()
-        return (*METRICS, *own, *early, *self.data.recorded)
+        raw = RAW if self.ema is not None else ()
+        return (*METRICS, *own, *early, *raw, *self.data.recorded)
 
     @property
     def records_more(self) -> bool:
@@ -179,3 +183,8 @@ def check_device(device: str) -> None:
     """Raise a `UserError` naming key `device` unless it is the name of a device."""
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
     check(known, "device", device, "auto, cpu, cuda, cuda:N or mps")
+
+
+def check_half_life(ema: float | None) -> None:
+    """Raise a `UserError` naming key `ema` unless it is a half-life."""
+    check(ema is None or ema > 0, "ema", ema, "a half-life in epochs, above 0, or null")

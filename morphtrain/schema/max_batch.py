@@ -7,7 +7,7 @@ from typing import Any
 
 from morphtrain.byte_sizes import byte_count, left_of
 from morphtrain.schema.checks import check, check_one_of
-from morphtrain.schema.config import MEMORY_FORMATS, check_device
+from morphtrain.schema.config import MEMORY_FORMATS, check_device, check_half_life
 from morphtrain.schema.custom import Custom
 from morphtrain.schema.data import Data
 from morphtrain.schema.model import CustomModel, Model
@@ -30,6 +30,7 @@ class MaxBatchKeys:
     input_shape: list[int] | None
     num_classes: int | None
     throughput_seconds: float
+    ema: float | None
 
     def __post_init__(self) -> None:
         check(self.budget_bytes > 0, "budget", self.budget, "above 0 bytes")
@@ -40,6 +41,7 @@ class MaxBatchKeys:
         check(whole, "input_shape", self.input_shape, "numbers of 1 or more, such as [3,32,32], or null")
         check(self.num_classes is None or self.num_classes >= 2, "num_classes", self.num_classes, "2 or more, or null")
         check(self.throughput_seconds >= 0, "throughput_seconds", self.throughput_seconds, "0 or more seconds")
+        check_half_life(self.ema)
 
     @property
     def budget_bytes(self) -> float:

@@ -75,8 +75,8 @@ def take_slot(
         claims: the claims of all processes to share with; None for this user's on this host.
 
     Raises:
-        UserError: if `timing.cores` is more than this process may use, or with `timing.when_busy=refuse` if the device
-            or cores are in use.
+        UserError: if `timing.cores` is more than this process may use, with `timing.when_busy=refuse` if the device or
+            cores are in use, or if two processes have one GPU.
     """
     cores = allowed_cores()
     mates = _mates(frozenset(cores))
@@ -88,6 +88,7 @@ def take_slot(
     claim = _claimed(claims or shared_claims(), choose, timing, mates.ids)
     try:
         device = next((named[name] for name in claim.resources if name in named), devices[0])
+        _check_own(device)
         cpus = frozenset(cpu for name in claim.resources if name in cores for cpu in cores[name])
         threads = timing.cores if timing.cores is not None else _threads(mates.share) if divided else None
         with _keeping_to(cpus, threads):
@@ -134,6 +135,16 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_properties(device).uuid}"
     return str(device)
+
+
+def _check_own(device: torch.device) -> None:
+    """Raise a `UserError`, in all processes, if two of them have one GPU: a launcher may let each see the same one."""
+    names = world.gathered(None if device.type == "cpu" else _name(device))
+    for rank, name in enumerate(names):
+        if name is not None and name in names[:rank]:
+            ranks = f"ranks {names.index(name)} and {rank}"
+            works = "let each see all GPUs of its host, or another one (CUDA_VISIBLE_DEVICES)"
+            raise UserError(f"device={device}: {ranks} have the same GPU ({name}); {works}")
 
 
 def _chooser(

@@ -59,6 +59,7 @@ ADDED_KEYS = {
     "data.mixup": 0.0,
     "data.cutmix": 0.0,
     "data.transforms": [],
+    "ema": None,
 }
 # Fields of a run that a checkpoint holds as plain data.
 RUN_STATE = ("epoch", "progress", "batch_size", "micro_batch", "initial", "history", "changes", "lr_factor", "stopped")
@@ -88,6 +89,7 @@ RUN_FACTS: dict[str, Any] = {
 }
 CHANGE = {"epoch": int, "event": str, "widths": dict[str, int]}
 RUN = dict.fromkeys(("optimizer", "precision", "methods", "parts"), dict[str, Any])
+AVERAGED = {"raw": dict[str, Any], "averages": {"since": float, "values": dict[str, torch.Tensor]}}  # with `ema`
 
 # The types of the facts in each format that this version reads for a run.
 FORMATS_OF_RUNS: dict[str, Any] = {FORMAT: NETWORK_FACTS, WITHOUT_DIGEST: NETWORK_FACTS}
@@ -131,13 +133,29 @@ def _state(run: Run, tracking_id: str | None) -> dict[str, Any]:
         "parts": {name: part.state_dict() for name, part in _stateful(run).items()},
         "additions": _additions(run),
     }
-    return {"format": FORMAT, "facts": json.dumps(facts), **states}
+    return {"format": FORMAT, "facts": json.dumps(facts), **states, **_averaged(run)}
 
 
 def _additions(run: Run) -> dict[str, torch.Tensor]:
     """By the names of parameters, which growth has added each of their entries; of those with such entries."""
     numbers = morph.additions_of(run.optimizer).numbers
     return {name: numbers[parameter] for name, parameter in run.model.named_parameters() if parameter in numbers}
+
+
+def _averaged(run: Run) -> dict[str, Any]:
+    """With `ema`: `model` is the averaged network, `raw` the one as trained; and what the averages go on from.
+
+    In 32 bits the averages are the tensors of the averaged network, and are stored once.
+    """
+    if run.config.ema is None:
+        return {}
+    raw, averages = run.model.state_dict(), run.averages
+    with averages.in_place(run.model.parameters()):
+        network = run.model.state_dict()
+    network.update({name: value for name, value in averages.statistics.items() if name in network})
+    named = run.model.named_parameters()
+    values = {name: averages.values[parameter] for name, parameter in named if parameter in averages.values}
+    return {"model": network, "raw": raw, "averages": {"since": averages.since, "values": values}}
 
 
 def _stateful(run: Run) -> dict[str, Any]:
@@ -197,6 +215,8 @@ class Checkpoint:
         for ramp in self._growths():
             self._check(mismatch(ramp, RAMP, "a growth"))
         self._check(mismatch(self._additions(), dict[str, torch.Tensor], "additions"))
+        if self.facts["config"].get("ema") is not None:
+            self._check(mismatch(self.content, AVERAGED, "the file"))
 
     def _check(self, wrong: str) -> None:
         if wrong:
@@ -215,7 +235,8 @@ class Checkpoint:
         if run.cycles:
             run.schedule = longer.schedule(config, run.cycles)
         self._check_types(run)
-        self._load_values(run.model, strict=True)  # again: a method may have wrapped it in `after_build`
+        raw = config.ema is not None
+        self._load_values(run.model, strict=True, raw=raw)  # again: a method may have wrapped it in `after_build`
         self._load_state("optimizer", run.optimizer, self.content["optimizer"])
         self._keep_types(run.optimizer)
         self._check_moments(run)
@@ -232,6 +253,7 @@ class Checkpoint:
         run.growths = [_ramp(facts) for facts in self._growths()]
         run.started_from = self.facts.get("started_from", {})
         self._load_additions(run)
+        self._load_averages(run)
         if run.compilation is not None:
             self._check(mismatch(self.facts.get("compilation"), compilation.TYPES, "facts.compilation"))
             run.compilation.load_state_dict(self.facts["compilation"])
@@ -258,6 +280,21 @@ class Checkpoint:
             if parameter is None or numbers.shape != parameter.shape:
                 raise UserError(f"{self.name}: its additions do not fit the parameter {name}")
             morph.additions_of(run.optimizer).numbers[parameter] = numbers.to(parameter.device)
+
+    def _load_averages(self, run: Run) -> None:
+        if run.config.ema is None:
+            return
+        stored = self.content["averages"]
+        run.averages.begin(stored["since"])
+        if not stored["values"]:  # no step was taken
+            return
+        for name, parameter in run.model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            value, kind = stored["values"].get(name), torch.promote_types(parameter.dtype, torch.float32)
+            if value is None or value.shape != parameter.shape or value.dtype is not kind:
+                raise UserError(f"{self.name}: its averages do not fit the parameter {name}")
+            run.averages.values[parameter] = value.to(parameter.device, copy=True)
 
     def _settle_auto(self, run: Run) -> None:
         """Give the run what was chosen where its config says `auto`."""
@@ -307,6 +344,17 @@ class Checkpoint:
                 if moment and value.shape != parameter.shape and not isinstance(run.config.optimizer, Custom):
                     shapes = f"{tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
                     raise UserError(f"{self.name}: its state of optimizer has {key} {shapes}")
+
+    def take_raw(self) -> None:
+        """Let the network have its weights as trained, in the place of their averages (`ema`).
+
+        Raises:
+            UserError: if there are no averages.
+        """
+        if "raw" not in self.content:
+            raise UserError(f"{self.name}: holds no averages (ema), and its weights as trained are there without raw")
+        self._check(mismatch(self.content, {"raw": dict[str, Any]}, "the file"))
+        self.content["model"] = self.content["raw"]
 
     def preprocessing(self) -> Preprocessing:
         """What the file says about inputs and outputs of its network; older files know little."""
@@ -426,10 +474,15 @@ class Checkpoint:
         self._load_values(model, strict)
         return model
 
-    def _load_values(self, model: nn.Module, strict: bool) -> None:
-        """Load parameters and buffers; if not `strict`, those with names that the model has."""
+    def _load_values(self, model: nn.Module, strict: bool, raw: bool = False) -> None:
+        """Load parameters and buffers; if not `strict`, those with names that the model has.
+
+        Args:
+            raw: those as trained, in the place of their averages (`ema`).
+        """
+        values = self.content["raw" if raw else "model"]
         try:
-            model.load_state_dict(self.content["model"], strict, assign=_without_values(model))
+            model.load_state_dict(values, strict, assign=_without_values(model))
         except RuntimeError as error:  # other names or shapes
             raise self._unlike(error) from error
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from morphtrain import schema, slices, world
+from morphtrain import averaging, schema, slices, world
 from morphtrain.cost.params import count_params, count_weights
 from morphtrain.errors import UserError
 from morphtrain.processes.digest import check_replicas
@@ -63,6 +63,9 @@ def start(run: Run, hint: bool = False) -> None:
     _warn_of_one_chunk(run)
     _warn_of_one_process(run)
     _warn_of_long_steps(run)
+    if run.config.ema is not None and run.epoch == 0:
+        steps = -(-len(run.data.train) // max(1, run.batch_size))
+        log.info("%s", averaging.described(run.config.ema, steps))
     if len(run.optimizer.param_groups) != len(run.base_lrs):
         raise UserError("a method has added a parameter group in before_training; after_build is the place for it")
 
@@ -149,26 +152,39 @@ def finish_epoch(run: Run, judged: Judge | None = None) -> Record:
         raise UserError("a method has changed the network without saying so; run.shape_changed(...) does")
     with run.clock.timed("settle_seconds"):
         run.settle()
+        run.settle_averages()
     with run.clock.timed("eval_seconds"):
-        val_loss, val_accuracy = evaluate(run)
+        evaluated = _evaluated(run)
         of_precision = _of_precision(run)
     run.clock.agree()
-    record = _record(run) | {"batch_size": batch_size, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    record = _record(run) | {"batch_size": batch_size, **evaluated}
     record |= communication | ({} if peak is None else {"peak_memory_bytes": peak})
     if run.config.stop_at is not None:
-        record["stopped_early"] = float(run.is_enough(val_accuracy) and run.epoch < run.config.epochs)
+        record["stopped_early"] = float(run.is_enough(record["val_accuracy"]) and run.epoch < run.config.epochs)
     record |= auto.metrics(run) | _of_compiling(run)
     for metrics in (of_precision, added, _of_methods(run, "measure")):
         if taken := sorted(metrics.keys() & record.keys() - DENSITIES):
             raise UserError(f"a method records {taken[0]}, which is recorded already; another name works")
         record |= metrics
-    if _is_last(run, val_accuracy) and getattr(run.data, "test", None):
-        record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
+    run.stopped = agree(run.stopped)  # `measure` may have measured it
+    if _is_last(run, record["val_accuracy"]) and getattr(run.data, "test", None):
+        with run.averaged():
+            record["test_loss"], record["test_accuracy"] = evaluate(run, "test")
     record = judged(record, run.history) if judged is not None else record
     run.history.append(agree(record))  # the same for all who decide by it
     run.history[-1].update(_summaries(run))
     run.clock.seconds["setup_seconds"] = 0.0  # is counted now
     return run.history[-1]
+
+
+def _evaluated(run: Run) -> Record:
+    """Loss and accuracy on the validation images: with `ema` of the averaged network, and of that as trained, too."""
+    found: Record = {}
+    if run.config.ema is not None:
+        found["raw_val_loss"], found["raw_val_accuracy"] = evaluate(run)
+    with run.averaged():
+        found["val_loss"], found["val_accuracy"] = evaluate(run)
+    return found
 
 
 def _communication() -> Record:

@@ -72,6 +72,8 @@ def training_steps(run: Run) -> Iterator[int]:
         run.optimizer.zero_grad()
         if hasattr(run.precision, "end_step"):
             run.precision.end_step(run.optimizer)
+        if taken:
+            run.update_averages(passed)
         tally.add(share.whole, loss, right)
         run.clock.step_done()
         yield share.whole

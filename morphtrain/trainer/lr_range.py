@@ -71,7 +71,13 @@ def range_test(run: Run, lowest: float, highest: float, steps: int) -> Iterator[
     """Train a started run at rates that rise exponentially, until the loss has clearly risen.
 
     The rates are those of the optimizer's first group; others keep their ratio to it. The run is of no use afterwards.
+
+    Raises:
+        UserError: if that group has a rate of 0.
     """
+    if run.base_lrs[0] == 0:
+        none = "the learning rate of its first group is 0, and no factor makes another of it; any above 0 works"
+        raise UserError(f"optimizer={run.config.optimizer.name}: {none}")
     rate = lowest
 
     def factor(epochs_done: float) -> float:

@@ -81,7 +81,7 @@ def _network(config: schema.MaxBatch, device: torch.device) -> tuple[nn.Module, 
 
 
 def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, here: bool) -> dict[str, Any]:
-    """Optimizer and precision as keywords of `morphtrain.cost`."""
+    """Optimizer, precision and averages as keywords of `morphtrain.cost`."""
     with warnings.catch_warnings():
         if not here:
             warnings.simplefilter("ignore")  # a loss scaler warns if its GPU is missing
@@ -89,7 +89,7 @@ def _settings(config: schema.MaxBatch, model: nn.Module, device: torch.device, h
     optimizer = options.build("optimizer", config.optimizer, model=model)
     if hasattr(precision, "prepare"):
         precision.prepare(model, optimizer)
-    return {"optimizer": optimizer, "precision": casts_of(precision)}
+    return {"optimizer": optimizer, "precision": casts_of(precision), "averaged": config.ema is not None}
 
 
 def pick_possible_device(wanted: str) -> tuple[torch.device, bool]:

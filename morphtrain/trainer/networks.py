@@ -58,8 +58,12 @@ def read(path: Path, name: str = "") -> checkpoint.Checkpoint:
     return stored
 
 
-def load(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
+def load(
+    stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None, raw: bool = False
+) -> nn.Module:
     """See `morphtrain.load`."""
+    if raw:
+        stored.take_raw()
     if stored.content["format"] == FORMAT:
         return in_format(stored.rebuild_alone(_dense(stored, model)), stored.facts["memory_format"]).eval()
     network = stored.model(model).eval()

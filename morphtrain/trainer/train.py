@@ -153,6 +153,9 @@ def _start_or_resume(config: Config, run_dir: Path, device: torch.device) -> tup
     run = stored.restore(config, device)
     if is_main():
         best.carry_on(run, stored.path, run_dir)
+    if config.stop_at is not None and run.ended and run.history:  # which its last epoch did not know
+        enough = run.is_enough(run.history[-1]["val_accuracy"]) and run.epoch < config.epochs
+        run.history[-1]["stopped_early"] = float(enough)
     log.info("going on after epoch %d of %s", run.epoch, stored.path)
     return run, stored
 

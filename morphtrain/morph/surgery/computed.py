@@ -46,6 +46,7 @@ class Replacement(NamedTuple):
         changes: of its rows; optimizer state follows them. None: it has nothing in common with the tensor before.
         value: the new tensor; None: the old one after the changes.
         factor: what it is multiplied by besides, in `value` already; averages of its gradients are, too.
+        averaged: what becomes of its moving average; None: the same as of the tensor.
     """
 
     module: nn.Module
@@ -53,6 +54,7 @@ class Replacement(NamedTuple):
     changes: Sequence[Change] | None
     value: torch.Tensor | None = None
     factor: torch.Tensor | None = None
+    averaged: torch.Tensor | None = None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from morphtrain.morph.effective import effective
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.layers import Gated, ScatterChannels, SelectChannels
 from morphtrain.morph.surgery.change import Change
-from morphtrain.morph.surgery.computed import Replacement, replacements
+from morphtrain.morph.surgery.computed import Replacement
 from morphtrain.morph.surgery.rebind import Rebinder
 from morphtrain.morph.surgery.widths import refresh_widths
 from morphtrain.morph.trace.kinds import CONVOLUTIONS
@@ -25,7 +25,9 @@ class Gate(NamedTuple):
     writes: torch.Tensor | None = None
 
 
-def planned_gates(modules: Mapping[str, nn.Module], gates: Mapping[str, Gate]) -> dict[str, list[Replacement]]:
+def planned_gates(
+    modules: Mapping[str, nn.Module], gates: Mapping[str, Gate], rebinder: Rebinder
+) -> dict[str, list[Replacement]]:
     """By path, what has to be replaced in the convolution itself; nothing is yet.
 
     Raises:
@@ -41,7 +43,7 @@ def planned_gates(modules: Mapping[str, nn.Module], gates: Mapping[str, Gate]) -
             raise MorphError(f"'{path}' cannot be gated: its bias would be lost where it no longer writes")
         sides = ((1, gate.reads), (0, gate.writes))
         changes = [Change(dim, kept) for dim, kept in sides if kept is not None]
-        planned[path] = replacements(path, module, "weight", changes)
+        planned[path] = rebinder.planned(path, module, "weight", changes)
     return planned
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from morphtrain.morph.errors import MorphError
 from morphtrain.morph.spaces import Axis, Segment, Space
 from morphtrain.morph.surgery.change import Change
-from morphtrain.morph.surgery.computed import replacements
 from morphtrain.morph.surgery.rebind import Rebinder
 
 Index = Sequence[int] | torch.Tensor
@@ -69,7 +68,7 @@ def reindex_tensors(axes: Sequence[Axis], indices: Mapping[Space, torch.Tensor],
         for name, dim in axis.tensors:
             _, _, sides = tensors.setdefault((id(axis.module), name), (axis.path, axis.module, []))
             sides.append(Change(dim, rows, scale))
-    planned = [replacements(path, module, name, sides) for (_, name), (path, module, sides) in tensors.items()]
+    planned = [rebinder.planned(path, module, name, sides) for (_, name), (path, module, sides) in tensors.items()]
     for replacement in chain.from_iterable(planned):  # a computed weight may have refused by now
         rebinder.reindex(replacement)
 

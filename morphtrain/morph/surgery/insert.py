@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,17 +28,20 @@ def insert_layers(
 ) -> list[str]:
     """See `ChannelGraph.insert_layer`; `paths` are places that it has checked."""
     _check_kernel(kernel)
-    statistics = _measured(model, paths, calibration)
+    measure = partial(_measured, model, paths, calibration)
+    statistics, averaged = measure(), _of_averages(model, rebinder, measure)
     inserted = []
     for path in paths:
         convolution: Any = model.get_submodule(path)
         layer = _make_layer(model, convolution.in_channels, kernel)
         _settle(layer, convolution, model)
         if statistics:
-            _become_identity([layer[1]], statistics[path])
+            _become_identities([layer[1]], [statistics[path]])
         model.set_submodule(path, Grown(layer, convolution))
         inserted.append(f"{path}.0")
         rebinder.adopt(model, layer.parameters(), like=convolution)
+        if averaged:
+            _average_identities(rebinder, [layer[1]], [averaged[path]])
     return inserted
 
 
@@ -63,14 +67,18 @@ def insert_block(
     neighbour = place if any(True for _ in place.parameters()) else model
     block = _make_block(model, point, width if inner is None else inner, kernels, start)
     _settle(block, neighbour, model)
-    norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)]
-    if halves and norms:
+    norms = [m for m in block.branch if isinstance(m, nn.BatchNorm2d)] if halves else []
+    averaged: Mapping[str, Statistics] = {}
+    entries = _entries(point.channels, width, len(norms))
+    if norms:
         parts = None if width == point.channels else _parts
-        found = _measured(model, [point.path], calibration, outputs=True, of=parts)[point.path]
-        for norm, entries in zip(norms, _entries(point.channels, width, len(norms)), strict=True):
-            _become_identity([norm], Statistics(*(values[entries] for values in found)))
+        measure = partial(_measured, model, [point.path], calibration, outputs=True, of=parts)
+        found, averaged = measure(), _of_averages(model, rebinder, measure)
+        _become_identities(norms, [found[point.path].of(some) for some in entries])
     inserted = _put_after(model, point, block)
     rebinder.adopt(model, block.parameters(), like=neighbour)
+    if averaged:
+        _average_identities(rebinder, norms, [averaged[point.path].of(some) for some in entries])
     return inserted
 
 
@@ -100,7 +108,7 @@ def norm_like(model: nn.Module, channels: int) -> nn.Module | None:
 
 
 def _make_layer(model: nn.Module, channels: int, kernel: int) -> InsertedLayer:
-    """An identity convolution with the network's kind of norm; `_become_identity` sets the norm's values."""
+    """An identity convolution with the network's kind of norm; `_become_identities` sets the norm's values."""
     layer = InsertedLayer(channels, kernel, norm_like(model, channels))
     nn.init.dirac_(layer[0].weight)  # type: ignore[arg-type]
     if layer[0].bias is not None:
@@ -151,21 +159,39 @@ def _entries(channels: int, width: int, norms: int) -> list[slice]:
     return [slice(width), *[slice(width, 2 * width)] * (norms - 2), ends]
 
 
-def _become_identity(norms: Iterable[nn.Module], statistics: Statistics) -> None:
-    """Make norms pass on values of these statistics unchanged.
+def _become_identities(norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
+    """Make norms pass on values of these statistics, one's each, unchanged.
 
     In evaluation mode this is exact; in training, it is exact up to how much a batch's statistics deviate. A fresh norm
     (gamma 1, beta 0) would renormalise what an identity convolution passes on, the mistake of the thesis's operator.
     """
     with torch.no_grad():
-        for norm in norms:
+        for norm, found in zip(norms, statistics, strict=True):
             n: Any = norm
-            mean, var = (s.to(n.weight.dtype) for s in statistics)
+            mean, var = (s.to(n.weight.dtype) for s in found)
             n.weight.copy_((var + n.eps).sqrt())
             n.bias.copy_(mean)
             if n.running_mean is not None:
                 n.running_mean.copy_(mean)
                 n.running_var.copy_(var)
+
+
+def _of_averages(
+    model: nn.Module, rebinder: Rebinder, measure: Callable[[], dict[str, Statistics]]
+) -> dict[str, Statistics]:
+    """What `measure` finds in the network of the averages; nothing if there are none."""
+    if not rebinder.averages.values:
+        return {}
+    with rebinder.averages.in_place(model.parameters()):
+        return measure()
+
+
+def _average_identities(rebinder: Rebinder, norms: Sequence[nn.Module], statistics: Sequence[Statistics]) -> None:
+    """Let the averages of new norms pass on what these get in the network of the averages, whose statistics differ."""
+    for norm, found in zip(norms, statistics, strict=True):
+        n: Any = norm
+        rebinder.averages.values[n.weight].copy_((found.var + n.eps).sqrt())
+        rebinder.averages.values[n.bias].copy_(found.mean)
 
 
 def _put_after(model: nn.Module, point: Point, layer: nn.Module) -> str:

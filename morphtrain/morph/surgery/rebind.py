@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from morphtrain.morph.computation import computation
 from morphtrain.morph.surgery.additions import additions_of
+from morphtrain.morph.surgery.averages import Averages, averages_of
 from morphtrain.morph.surgery.change import Change, select
-from morphtrain.morph.surgery.computed import Replacement
+from morphtrain.morph.surgery.computed import Replacement, replacements
 from morphtrain.morph.trace.traced import Shared
 
 # Optimizer state that is an average of gradients: it follows its parameter's index and scale. Other state of the
@@ -29,26 +31,38 @@ class Rebinder:
     def __init__(self, shared: Shared, optimizer: Optimizer | None) -> None:
         self.shared = shared
         self.optimizer = optimizer
+        self.averages = Averages() if optimizer is None else averages_of(optimizer)
         self.positions = {
             id(p): (group, i)
             for group in (optimizer.param_groups if optimizer else ())
             for i, p in enumerate(group["params"])
         }
 
+    def planned(self, path: str, module: nn.Module, name: str, changes: Sequence[Change]) -> list[Replacement]:
+        """See `computed.replacements`; where a tensor is computed, with the averages that compute what they did."""
+        found = replacements(path, module, name, changes)
+        if not self.averages.values or computation(module, name) is None:
+            return found
+        with self.averages.in_place(module.parameters()):
+            averaged = {(r.module, r.name): r.value for r in replacements(path, module, name, changes)}
+        return [r._replace(averaged=averaged.get((r.module, r.name))) for r in found]
+
     def reindex(self, replacement: Replacement) -> None:
         """Put a new tensor in the place of one of a module's.
 
         A new parameter is made and bound to the name, because swapping `.data` under a live gradient accumulator fails
         at the next backward. `requires_grad`, dtype, device, memory format and parameter-group membership are kept, and
-        optimizer state of the parameter's shape follows. The gradient is dropped, so call this between steps.
+        optimizer state of the parameter's shape follows, and so does its average. The gradient is dropped, so call this
+        between steps.
         """
-        module, name, changes, new, factor = replacement
+        module, name, changes, new, factor, averaged = replacement
         old = getattr(module, name)
         if new is None:
             new = select(old, changes or ())
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             self._update_optimizer(old, new, changes, factor)
+            self.averages.follow(old, new, changes, averaged)
         for owner, other in ((module, name), *self.shared.get((id(module), name), ())):
             setattr(owner, other, new)
 
@@ -64,6 +78,7 @@ class Rebinder:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         order = {id(p): i for i, p in enumerate(model.parameters())}
         for new in parameters:
+            self.averages.adopt(new)
             known = [p for p in (*like.parameters(), *model.parameters()) if id(p) in groups]
             alike = [p for p in known if (p.dim() > 1) == (new.dim() > 1)] or known
             if not alike:
@@ -83,6 +98,7 @@ class Rebinder:
         for parameter in gone:
             self.optimizer.state.pop(parameter, None)
         additions_of(self.optimizer).forget(gone)
+        self.averages.forget(gone)
 
     def _update_optimizer(
         self, old: nn.Parameter, new: nn.Parameter, changes: Sequence[Change] | None, factor: torch.Tensor | None

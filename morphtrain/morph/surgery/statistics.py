@@ -19,6 +19,10 @@ class Statistics(NamedTuple):
     mean: torch.Tensor
     var: torch.Tensor
 
+    def of(self, entries: slice) -> Statistics:
+        """Those of some of the channels."""
+        return Statistics(self.mean[entries], self.var[entries])
+
 
 @torch.no_grad()
 def measure_inputs(
