@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from morphtrain import interrupts, morph, options, schema
+from morphtrain import interrupts, morph, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.evidence.records import LEFT_AT_THE_END
@@ -21,7 +21,6 @@ from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
-from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import best, checkpoint, environment, records, trained
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
@@ -30,6 +29,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
+from morphtrain.trainer.trackers import tracker_of
 from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _train(
     if is_main():
         environment.write(run_dir, machine)
         records.begin(run_dir, run.history)
-    tracker = _tracker(config, stored)
+    tracker = tracker_of(config, stored.facts["tracking_id"] if stored else None)
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(checkpoint.flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
@@ -99,15 +99,6 @@ def _train(
     if is_main():
         show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
     return [run.history[-1][metric] for metric in config.objective]
-
-
-def _tracker(config: Config, stored: checkpoint.Checkpoint | None) -> Tracker:
-    """The tracker of the config; in all processes but the first, one that keeps nothing."""
-    if not is_main():
-        return NoTracker()
-    run_id = stored.facts["tracking_id"] if stored else None
-    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
-    return tracker
 
 
 def _train_on(
