@@ -29,6 +29,7 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
+from morphtrain.trainer.profiler import StepProfiler
 from morphtrain.trainer.trackers import tracker_of
 from morphtrain.world import agree, decide, is_main
 
@@ -110,13 +111,14 @@ def _train_on(
 ) -> None:
     """Train the epochs that are left, and tell the tracker how it ended."""
     status = "FAILED"
+    profiler = StepProfiler(run.config.timing.profile if is_main() else None, run_dir)
     try:
         unwanted = False
         if is_main() and not run.ended:  # one with more epochs than the last time has not come to its end yet
             (run_dir / LEFT_AT_THE_END).unlink(missing_ok=True)
         while not run.ended and not unwanted:
             interrupts.check()
-            _advance(run, run_dir, tracker, guard)
+            _advance(run, run_dir, tracker, guard, profiler)
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
         if run.is_enough(run.history[-1]["val_accuracy"]) and run.epoch < run.config.epochs:
             log.info("stop_at=%g: reached after epoch %d of %d", run.config.stop_at, run.epoch, run.config.epochs)
@@ -184,13 +186,14 @@ def new_run(config: Config, device: torch.device | None = None) -> Run:
     return run
 
 
-def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
+def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard, profiler: StepProfiler) -> None:
     """One epoch with everything that belongs to it: train, morph, evaluate, record, save, report."""
     guard.epoch_begins()
     begin_epoch(run)
     with progress_bar(run) as tick:
-        train_epoch(run, tick)
-    record = finish_epoch(run, guard.judged)
+        train_epoch(run, tick, profiler.training_steps)
+    record = finish_epoch(run, profiler.marked(guard.judged))
+    profiled = profiler.write(run)
     if is_main():
         _keep(run, run_dir, tracker.run_id)
     _check_objective(run)
@@ -200,6 +203,8 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     tracker.update(run.history)
     if run.change:
         tracker.artifact(_architecture_path(run, run_dir), "architecture")
+    for path in profiled:
+        tracker.artifact(path, "profile")
 
 
 def _keep(run: Run, run_dir: Path, tracking_id: str | None) -> None:
