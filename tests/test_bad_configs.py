@@ -47,6 +47,8 @@ TEXTS = {
     "model.weights",
     "resume",
     "tracking.experiment",
+    "tracking.entity",
+    "tracking.project",
     "tracking.parent_run_id",
     "tracking.uri",
 }
@@ -64,7 +66,8 @@ ACCEPTED = {
         *("resume_schedule", "stop_at", "timing.cores", "trial"),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
-        *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),
+        *("timing.profile", "timing.target_accuracy"),
+        *("tracking.entity", "tracking.mode", "tracking.parent_run_id", "tracking.uri"),
     },
 }
 # Keys whose nonsense is found by what it does to another key, which the message names.
