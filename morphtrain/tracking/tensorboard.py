@@ -108,7 +108,7 @@ class TensorBoardTracker(Tracker):
 
 def _folder(parent: Path, name: str) -> Path:
     """The folder of the run's event files: the one that is there, or else one with its name."""
-    present = sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+    present = sorted(path for path in parent.glob("*") if path.is_dir() and not path.is_symlink())
     plain = re.sub(r"[/\\\x00-\x1f]", "_", name)[:NAME_LENGTH].strip(" .")
     return present[0] if present else parent / (plain or "run")
 
@@ -119,10 +119,15 @@ def _last_epoch(folder: Path) -> int:
     if not files:
         return 0
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.compat.proto import event_pb2
 
-    events = (event for file in files for event in EventFileLoader(str(file)).Load())
-    steps = [event.step for event in events if any(value.tag == IN_EVERY_RECORD for value in event.summary.value)]
-    return max(steps, default=0)
+    last = 0
+    for event in (event for file in files for event in EventFileLoader(str(file)).Load()):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            last = min(last, event.step - 1)
+        elif any(value.tag == IN_EVERY_RECORD for value in event.summary.value):
+            last = event.step
+    return int(last)
 
 
 def _scalars(record: Mapping[str, float]) -> Any:

@@ -154,11 +154,12 @@ class WandbTracker(Tracker):
 @contextlib.contextmanager
 def _hooks_kept() -> Iterator[None]:
     """Give back what wandb replaces in the process to see how it ends, which the run tells it."""
-    kept = sys.exit, sys.excepthook
+    kept = {name: getattr(sys, name) for name in ("exit", "excepthook")}
     try:
         yield
     finally:
-        sys.exit, sys.excepthook = kept
+        for name, hook in kept.items():
+            setattr(sys, name, hook)
 
 
 def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
