@@ -28,7 +28,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: for a flag that Hydra does not have; for a multirun in one of several processes; for a password,
             before Hydra writes the overrides to files; for a key that some options of a grid lack, of which with `++`
-            only their own jobs would complain; for a size of no experiment, which would do nothing.
+            only their own jobs would complain; for a size of no experiment, which would do nothing; for steps to
+            profile in a multirun.
     """
     flags = check_flags(arguments)
     _check_shown(flags)
@@ -45,6 +46,9 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     becomes_one = not keys.isdisjoint(OF_A_MULTIRUN) and "hydra.mode" not in keys
     if (becomes_one or flags.multirun or MULTIRUN in arguments) and not only_show(arguments):
         _check_alone("-m" if flags.multirun else min(keys & {*OF_A_MULTIRUN, "hydra.mode"}))
+        for key, _, value in typed:
+            if key == "timing.profile" and value != "null":
+                raise UserError(f"{key}={value}: must be null in a multirun: it compares times; profile one run")
     return [*arguments, MULTIRUN] if becomes_one else list(arguments)
 
 

@@ -75,6 +75,8 @@ def trained(composed: DictConfig, settings: Any) -> float | list[float]:
     with past_hydra(settings.mode), nothing_left_by_mistakes(settings, run_dir), lead.leading():
         config = schema.parse(composed)
         check_shadowed(settings)
+        if settings.mode == RunMode.MULTIRUN:
+            config.timing.check_comparable("a multirun")  # arguments.py has seen what was typed, not what a preset says
         tags = {group: settings.runtime.choices[group] for group in schema.OPTIONS}
         tags["study"] = study(settings)
         tags["name"] = run_name(settings, config)

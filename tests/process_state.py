@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from morphtrain.tracking import store
+from morphtrain.tracking import store, wandb
 
 KEYS_OF_OTHERS = {
     "PYTEST_CURRENT_TEST",
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # set where scikit-learn is imported
     "TORCHINDUCTOR_CACHE_DIR",  # set where torchvision is imported
     *store.ENVIRONMENT,  # set where MLflow is imported, and stays
+    *wandb.ENVIRONMENT,  # likewise
 }
 
 

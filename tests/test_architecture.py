@@ -57,7 +57,10 @@ def test_evidence_reads_records_and_never_the_trainer(graph: grimp.ImportGraph) 
     assert rooms(graph, "evidence") <= {"errors", "files", "flags", "plain_data", "tracking", "wording"}
 
 
-@pytest.mark.parametrize(("package", "room"), [("mlflow", "tracking"), ("statsmodels", "evidence")])
+@pytest.mark.parametrize(
+    ("package", "room"),
+    [("mlflow", "tracking"), ("tensorboard", "tracking"), ("wandb", "tracking"), ("statsmodels", "evidence")],
+)
 def test_a_heavy_package_is_imported_in_one_room(package: str, room: str, graph: grimp.ImportGraph) -> None:
     importers = graph.find_modules_that_directly_import(package)
     assert importers

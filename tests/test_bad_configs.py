@@ -48,6 +48,8 @@ TEXTS = {
     "model.weights",
     "resume",
     "tracking.experiment",
+    "tracking.entity",
+    "tracking.project",
     "tracking.parent_run_id",
     "tracking.uri",
 }
@@ -66,7 +68,8 @@ ACCEPTED = {
         *(f"data.{key}" for key in ("subset", "revision", "image", "label", "test_split")),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
-        *("timing.target_accuracy", "tracking.parent_run_id", "tracking.uri"),
+        *("timing.profile", "timing.target_accuracy"),
+        *("tracking.entity", "tracking.mode", "tracking.parent_run_id", "tracking.uri"),
     },
 }
 # Keys whose nonsense is found by what it does to another key, which the message names.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from conftest import SMALL, Command
 
 from morphtrain import schema
 from morphtrain.tracking import __main__ as command_line
-from morphtrain.tracking import begin_sweep, end_sweep, store, unsent
+from morphtrain.tracking import begin_sweep, end_sweep, ready_view, store, unsent, view
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -152,6 +154,43 @@ def test_the_outcome_of_a_sweep_is_kept_for_an_absent_store(tmp_path: Path, monk
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "best")] == [(1, 1.0)]
     assert run.data.params == {"trials": "3"}
     assert [file.path for file in client.list_artifacts(run_id)] == ["best.txt"]
+
+
+def test_a_study_ends_with_a_view_of_its_runs_and_of_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    study = "it's \\ a study"
+    parent = begin_sweep(config(), study, {}, tmp_path / "sweep")
+    assert parent is not None
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    trials = []
+    for name, lr, prune in (("a", "0.1", "none"), ("b", "0.2", "early"), ("of another study", "0.3", "morphnet")):
+        tags = {"study": study if name != "of another study" else name, "prune": prune, "data": "digits"}
+        run = client.create_run("1", tags={**tags, "mlflow.parentRunId": parent})
+        params = {"optimizer.lr": lr, "epochs": "3", "trial": name, "prune.name": prune, "prune.by": "0.5"}
+        for key, value in params.items():
+            client.log_param(run.info.run_id, key, value)
+        trials.append(run.info.run_id)
+    end_sweep(config(), parent, {"best": 1.0}, {"objective": ["macs", "eval_seconds"]}, [], "FINISHED")
+    tags = client.get_experiment("1").tags
+    (tag,) = (key for key in tags if key.startswith(view.TAG))
+    path = f"/#/experiments/1/runs?viewStateShareKey={tag.removeprefix(view.TAG)}"
+    assert f"then http://127.0.0.1:5000{path}" in caplog.text
+    saved = json.loads(tags[tag])
+    assert saved["name"] == study
+    state = json.loads(saved["state"])
+    metrics = ["macs", "eval_seconds", "val_accuracy", "train_seconds", "params"]
+    columns = [*(f"metrics.`{name}`" for name in metrics), "tags.`prune`", "params.`optimizer.lr`"]
+    assert state["selectedColumns"] == columns
+    found = {run.info.run_id for run in client.search_runs(["1"], state["searchFilter"])}
+    assert found == {parent, *trials[:2]}
+    assert ready_view(None, "sweeps", study) == path, "the same view, written again"
+    assert ready_view(None, "sweeps") == "/#/experiments/1/runs?viewStateShareKey=all"
+    assert len([key for key in client.get_experiment("1").tags if key.startswith(view.TAG)]) == 2
 
 
 def test_a_trial_hangs_below_its_parent_and_a_plain_multirun_below_none(command: Command, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from morphtrain.schema import Config
 # What a run does with these, a comparison does not.
 UNUSED = (
     *("tracking", "resume", "resume_schedule", "trial", "objective", "hydra", "timing.reference"),
-    *("processes", "process_timeout"),
+    *("processes", "process_timeout", "timing.profile"),
 )
 SHARED = ("device", "timing.cores", "timing.when_busy")  # of the process, so of both sides
 FORMS = "A.. -- B.., COMMON.. -- A.. -- B.., or A.. --vs FILE.py"

@@ -49,13 +49,14 @@ def why_not_calibrated(history: Sequence[Record]) -> str:
 def _same_work(history: Sequence[Record]) -> list[list[Record]]:
     """The epochs after the warm-up whose times for an image can be compared: one network, batches and sizes alike.
 
-    Not those in which something was compiled, or with which a process began to train: they take longer.
+    Not those in which something was compiled or profiled, or with which a process began to train: they take longer.
     """
     found: dict[tuple[float | None, ...], list[Record]] = defaultdict(list)
     changes = 0
     for record in history:
         compiled = record.get("compile_seconds", 0) > 0
-        if not (record.get("warmup") or compiled or record.get("setup_seconds", 0) > 0):
+        longer = record.get("warmup") or record.get("profiled") or record.get("setup_seconds", 0) > 0
+        if not (longer or compiled):
             found[(changes, *map(record.get, SAME_WORK))].append(record)
         changes += compiled or bool(record.get("changed"))
     return list(found.values())

@@ -25,6 +25,7 @@ from morphtrain.schema.names import no_such_key
 from morphtrain.schema.option import OPTIONS, Option, option_of
 from morphtrain.schema.shares import in_epochs
 from morphtrain.schema.sweeper import Sweeper
+from morphtrain.schema.tracking import Tracking
 from morphtrain.wording import as_yaml, nearest
 
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -124,7 +125,35 @@ def _option(group: str, node: Any, epochs: int | None) -> Option | Custom:
         if shares := in_epochs(kind, values, epochs, group):
             node = OmegaConf.merge(node, shares)
     option: Option | Custom = _custom(node, group, kind) if issubclass(kind, Custom) else _typed(kind, node, group)
+    if isinstance(option, Tracking):
+        option.also = _further_trackers(option)
     return option
+
+
+def _further_trackers(tracking: Tracking) -> list[Option | Custom]:
+    """The options that `tracking.also` stands for: by their names, with keys, or a user's own by their `_target_`."""
+    given = tracking.also
+    if not isinstance(given, list):
+        raise UserError(f"tracking.also={as_yaml(given)}: must be a list, as [tensorboard,csv]")
+    found = [_further_tracker(entry, f"tracking.also[{number}]") for number, entry in enumerate(given)]
+    names = [tracking.name, *(option.name for option in found)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"tracking.also={given}: {twice[0]} would track the run twice; each tracker once")
+    return found
+
+
+def _further_tracker(entry: Any, at: str) -> Option | Custom:
+    node = entry if isinstance(entry, dict) else {"name": entry}
+    if "_target_" in node:
+        return _custom(OmegaConf.create(node), at)
+    known = [name for name in OPTIONS["tracking"] if name not in ("none", "mlflow", "custom")]
+    name = node.get("name")
+    if name not in known or "also" in node:
+        wanted = f"{', '.join(known)}, or a node with a _target_; MLflow is tracking=mlflow itself"
+        raise UserError(f"{at}={entry}: must be one of {wanted}")
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / "tracking" / f"{name}.yaml"))
+    further: Option = typed(OPTIONS["tracking"][name], {**defaults, **node}, at)
+    return further
 
 
 def _methods(nodes: Any, epochs: int | None) -> list[Custom]:

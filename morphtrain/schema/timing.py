@@ -18,6 +18,7 @@ class Timing(Option, group="timing", plain=("default",)):
     when_busy: str
     reference: float
     target_accuracy: float | None
+    profile: list[int] | None = None
 
     def __post_init__(self) -> None:
         check_one_of("timing.sync", self.sync, ("edges", "each", "none"))
@@ -27,3 +28,12 @@ class Timing(Option, group="timing", plain=("default",)):
         in_range = self.target_accuracy is None or 0 < self.target_accuracy <= 1
         check(in_range, "timing.target_accuracy", self.target_accuracy, "a val_accuracy above 0 and at most 1, or null")
         check(0 <= self.reference <= 1, "timing.reference", self.reference, "a share of the training time, 0 to 1")
+        pair = self.profile is None or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1])
+        wanted = "the first and the last step to profile, counted over the run from 1, as [101,110], or null"
+        check(pair, "timing.profile", self.profile, wanted)
+
+    def check_comparable(self, what: str) -> None:
+        """Raise a `UserError` if steps of `what` are to be profiled, which take longer, and its times are compared."""
+        check(
+            self.profile is None, "timing.profile", self.profile, f"null in {what}: it compares times; profile one run"
+        )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from morphtrain.addresses import check_no_password, shown
+from morphtrain.errors import UserError
 from morphtrain.schema.checks import check
 from morphtrain.schema.option import Option
 
 VARIABLE = "MLFLOW_TRACKING_URI"  # takes the place of the key where that is null
+MODES = ("online", "offline", "disabled")
 
 
 @dataclass
-class Tracking(Option, group="tracking", plain=("none",)):
+class Tracking(Option, group="tracking", plain=("none", "csv")):
     """Base of the trackers."""
+
+    also: Any = field(default_factory=list, kw_only=True)  # further ones, of which `parse` makes options
 
 
 @dataclass
@@ -36,6 +42,30 @@ class MLflow(Tracking, option="mlflow"):
         check(self.flush_seconds >= 0, "tracking.flush_seconds", self.flush_seconds, "0 or more seconds")
 
 
+@dataclass
+class TensorBoard(Tracking, option="tensorboard"):
+    """Event files for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        _check_installed("tensorboard")
+
+
+@dataclass
+class Wandb(Tracking, option="wandb"):
+    """Runs in Weights & Biases."""
+
+    mode: str | None
+    project: str
+    entity: str | None
+
+    def __post_init__(self) -> None:
+        _check_installed("wandb")
+        check(self.mode in (None, *MODES), "tracking.mode", self.mode, f"one of {', '.join(MODES)}, or null")
+        wanted = r"a name without / \ # ? % or :"
+        check(self.project != "" and not set(self.project) & set("/\\#?%:"), "tracking.project", self.project, wanted)
+        check(self.entity != "", "tracking.entity", self.entity, "a user or team, or null")
+
+
 def check_address(uri: str) -> None:
     """Raise `PasswordShown` for an address with a password: it would be in every file that a run leaves."""
     instead = (
@@ -49,3 +79,9 @@ def _in_memory(uri: str) -> bool:
     """Whether this is a SQLite database that ends with the process."""
     kind, _, path = uri.partition("://")
     return kind.partition("+")[0] == "sqlite" and (path.strip("/") in ("", ":memory:") or "mode=memory" in path)
+
+
+def _check_installed(package: str) -> None:
+    """Raise a `UserError` unless the package, called like its option and its extra, is there; imports nothing."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"tracking={package}: not installed; pip install 'morphtrain[{package}]'")

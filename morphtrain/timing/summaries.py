@@ -13,9 +13,10 @@ Record = Mapping[str, float]
 def median_epoch_seconds(history: Sequence[Record]) -> float:
     """Median seconds of the last half of the epochs after warm-up: how fast the network is that the run comes to.
 
-    They are calibrated if all of these epochs are. Until warm-up is over, the warm-up epochs count.
+    They are calibrated if all of these epochs are. Epochs with profiled steps do not count either. Until there are
+    others, all count.
     """
-    clocked = [record for record in history if not record["warmup"]] or history
+    clocked = [r for r in history if not (r["warmup"] or r.get("profiled"))] or history
     last = clocked[len(clocked) // 2 :]
     calibrated = all("calibrated_seconds" in record for record in last)
     return statistics.median(record["calibrated_seconds" if calibrated else "epoch_seconds"] for record in last)

@@ -57,6 +57,11 @@ def home() -> Path:
     return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
 
 
+def from_home(path: Path) -> Path:
+    """The path relative to the directory that the user started from, if it lies below it."""
+    return path.relative_to(home()) if path.is_relative_to(home()) else path
+
+
 def database_file(uri: str) -> Path | None:
     """The file of a SQLite store, None for any other."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
@@ -131,16 +136,19 @@ def alone(uri: str) -> Iterator[None]:
         yield
 
 
-def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[Any]:
-    """The runs of the experiment whose tag `key` is `value`, oldest first.
+def tag_filter(key: str, value: str) -> str:
+    """What finds the runs whose tag `key` is `value`, and perhaps a few others.
 
-    MLflow's search language cannot escape quotes and backslashes: the query has a wildcard in their place, and exact
-    matches are picked here.
+    MLflow's search language cannot escape quotes and backslashes: there is a wildcard in their place.
     """
     pattern = re.sub(r"['\"\\]", "_", value)
-    comparison = f"= '{value}'" if pattern == value else f"LIKE '{pattern}'"
+    return f"tags.{key} = '{value}'" if pattern == value else f"tags.{key} LIKE '{pattern}'"
+
+
+def runs_tagged(client: Any, experiment_id: str, key: str, value: str) -> list[Any]:
+    """The runs of the experiment whose tag `key` is `value`, oldest first."""
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    runs = client.search_runs([experiment_id], f"tags.{key} {comparison}", order_by=order)
+    runs = client.search_runs([experiment_id], tag_filter(key, value), order_by=order)
     return [run for run in runs if run.data.tags[key] == value]
 
 

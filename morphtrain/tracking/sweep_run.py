@@ -11,7 +11,7 @@ from typing import Any
 from morphtrain import schema
 from morphtrain.addresses import shown
 from morphtrain.errors import first_line
-from morphtrain.tracking import mlflow, store
+from morphtrain.tracking import mlflow, store, view
 from morphtrain.tracking.unsent import Record
 
 SWEEP_DIR_TAG = "sweep_dir"  # only parent runs have it, no run of a trial
@@ -66,7 +66,7 @@ def end_sweep(
     status: str,
     sweep_dir: Path | None = None,
 ) -> None:
-    """End the parent run `run_id` as FINISHED, FAILED or KILLED, with the results of the sweep.
+    """End the parent run `run_id` as FINISHED, FAILED or KILLED, with the results of the sweep, and say where to look.
 
     Args:
         config: the config group `tracking`, the same as for `begin_sweep`.
@@ -83,6 +83,8 @@ def end_sweep(
     record = Record(tracker.uri, config.experiment, run_id, texts, {}, int(now * 1000), artifacts=files, run_id=run_id)
     tracker.begin(record, sweep_dir, resumed=True)
     tracker.finish(status, [{"epoch": 1, "timestamp": now, **metrics}])
+    if status == "FINISHED" and tracker.client is not None:
+        view.say_view(tracker.uri, config.experiment, run_id, params.get("objective", ()))
 
 
 def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:

@@ -38,7 +38,8 @@ def closing_table(
 
     The first network is the one that the run started with: the full one if it was pruned, the narrow one if it grew.
     Each is timed by the median of the epochs that trained it, at one batch and image size, without those of the warm-up
-    and, if others are left, without contended ones; an epoch that left images out, as if it had gone on at its speed.
+    or with profiled steps and, if others are left, without contended ones; an epoch that left images out, as if it had
+    gone on at its speed.
     Accuracy is only the end's: early in a run it says nothing of a network.
 
     Args:
@@ -63,6 +64,8 @@ def closing_table(
     rows += [(name, "", _at_end(end[name]), "") for name in objective if name in end and name not in SHOWN]
     if contended := sum(bool(record["contended"]) for record in history):
         rows.append(("contended epochs", "", f"{contended} of {len(history)}", ""))
+    if profiled := sum(bool(record.get("profiled")) for record in history):
+        rows.append(("profiled epochs", "", f"{profiled} of {len(history)}", ""))
     title = f"after {counted(len(history), 'epoch')}, {end['train_seconds']:.1f} s of training"
     if "processes" in end:
         title += f" in {end['processes']:.0f} processes"
@@ -89,7 +92,7 @@ def _stages(history: Sequence[Record], initial: Mapping[str, int]) -> list[list[
 
 def _clocked(stage: Sequence[Record], warmup_epochs: int) -> list[Record]:
     """The epochs of a stage whose times count."""
-    warm = [record for record in stage if record["epoch"] > warmup_epochs]
+    warm = [record for record in stage if record["epoch"] > warmup_epochs and not record.get("profiled")]
     return [record for record in warm if not record["contended"]] or warm
 
 

@@ -16,7 +16,7 @@ from morphtrain.errors import Incompatible
 from morphtrain.schema import Config, Custom
 from morphtrain.schema.model import Torchvision
 from morphtrain.state import Run
-from morphtrain.tracking.store import home
+from morphtrain.tracking.store import from_home
 from morphtrain.trainer import best
 from morphtrain.trainer.closing import closing_table, data_share
 
@@ -70,12 +70,12 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str, alone: bool) 
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs, run.config.objective))
-    print(f"run directory: {_short(run_dir)}")
+    print(f"run directory: {from_home(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
     if best.is_another(run, run_dir):
         record = best.best(run.history)
         what = f"epoch {record['epoch']:.0f}, val_accuracy {record['val_accuracy']:.4f}"
-        print(f"the best:      {_short(run_dir / best.BEST)} ({what})")
+        print(f"the best:      {from_home(run_dir / best.BEST)} ({what})")
     if alone and (next_ones := _next(run, view)):
         print(f"next:          {next_ones}")
 
@@ -113,13 +113,7 @@ def _how_to_load(run: Run, checkpoint: Path) -> str:
     """What to type, or to write where a function has to be passed."""
     if isinstance(run.config.norm, Custom):
         made = f"make(**keywords) builds the model and applies {run.config.norm.name}"
-        return f"morphtrain.load('{_short(checkpoint)}', make)  # {made}"
+        return f"morphtrain.load('{from_home(checkpoint)}', make)  # {made}"
     own = getattr(run.config.model, "_target_", "")
     more, given = (f", {own.rpartition('.')[0]}", f", {own}") if own else ("", "")
-    return f"python -c \"import morphtrain{more}; print(morphtrain.load('{_short(checkpoint)}'{given}))\""
-
-
-def _short(path: Path) -> Path:
-    """The path relative to the directory that the user started from, if it lies below it."""
-    here = home()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    return f"python -c \"import morphtrain{more}; print(morphtrain.load('{from_home(checkpoint)}'{given}))\""

@@ -28,13 +28,19 @@ from morphtrain.trainer.tally import Tally
 T = TypeVar("T")
 
 
-def train_epoch(run: Run, tick: Callable[[int], None] | None = None) -> None:
+def train_epoch(
+    run: Run,
+    tick: Callable[[int], None] | None = None,
+    steps: Callable[[Run], Iterator[int]] | None = None,
+) -> None:
     """Train over the data once, clocked as `epoch_seconds`; sets `run.train_loss` and `run.train_accuracy`.
 
-    `tick`, if given, is called with the number of images of every step.
+    Args:
+        tick: called with the number of images of every step.
+        steps: takes them, and looks at them meanwhile; by default `training_steps`.
     """
     with run.clock.timed("epoch_seconds"):
-        for images in training_steps(run):
+        for images in (steps or training_steps)(run):
             if tick is not None:
                 tick(images)
     keep_means(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from morphtrain import interrupts, morph, options, schema
+from morphtrain import interrupts, morph, schema
 from morphtrain.errors import UserError
 from morphtrain.evidence.plots import plot_run, plot_widths
 from morphtrain.evidence.records import LEFT_AT_THE_END
@@ -21,7 +21,6 @@ from morphtrain.state import Run
 from morphtrain.timing.contention import Guard
 from morphtrain.timing.slot import Slot, take_slot
 from morphtrain.tracker import Tracker
-from morphtrain.tracking.none import NoTracker
 from morphtrain.trainer import best, checkpoint, environment, records, trained
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.console import data_warning, epoch_line, progress_bar, show_end
@@ -31,6 +30,8 @@ from morphtrain.trainer.directory import as_typed, occupied
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
+from morphtrain.trainer.profiler import StepProfiler
+from morphtrain.trainer.trackers import tracker_of
 from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _train(
     if is_main():
         environment.write(run_dir, machine)
         records.begin(run_dir, run.history)
-    tracker = _tracker(config, stored)
+    tracker = tracker_of(config, stored.facts["tracking_id"] if stored else None)
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
@@ -100,15 +101,6 @@ def _train(
     if is_main():
         show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
     return [run.history[-1][metric] for metric in config.objective]
-
-
-def _tracker(config: Config, stored: checkpoint.Checkpoint | None) -> Tracker:
-    """The tracker of the config; in all processes but the first, one that keeps nothing."""
-    if not is_main():
-        return NoTracker()
-    run_id = stored.facts["tracking_id"] if stored else None
-    tracker: Tracker = options.build("tracking", config.tracking, run_id=run_id)
-    return tracker
 
 
 def _train_on(
@@ -120,13 +112,14 @@ def _train_on(
 ) -> None:
     """Train the epochs that are left, and tell the tracker how it ended."""
     status = "FAILED"
+    profiler = StepProfiler(run.config.timing.profile if is_main() else None, run_dir)
     try:
         unwanted = False
         if is_main() and not run.ended:  # one with more epochs than the last time has not come to its end yet
             (run_dir / LEFT_AT_THE_END).unlink(missing_ok=True)
         while not run.ended and not unwanted:
             interrupts.check()
-            _advance(run, run_dir, tracker, guard)
+            _advance(run, run_dir, tracker, guard, profiler)
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
         if run.is_enough(run.history[-1]["val_accuracy"]) and run.epoch < run.config.epochs:
             log.info("stop_at=%g: reached after epoch %d of %d", run.config.stop_at, run.epoch, run.config.epochs)
@@ -197,13 +190,14 @@ def new_run(config: Config, device: torch.device | None = None) -> Run:
     return run
 
 
-def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
+def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard, profiler: StepProfiler) -> None:
     """One epoch with everything that belongs to it: train, morph, evaluate, record, save, report."""
     guard.epoch_begins()
     begin_epoch(run)
     with progress_bar(run) as tick:
-        train_epoch(run, tick)
-    record = finish_epoch(run, guard.judged)
+        train_epoch(run, tick, profiler.training_steps)
+    record = finish_epoch(run, profiler.marked(guard.judged))
+    profiled = profiler.write(run)
     if is_main():
         _keep(run, run_dir, tracker.run_id)
     _check_objective(run)
@@ -213,6 +207,8 @@ def _advance(run: Run, run_dir: Path, tracker: Tracker, guard: Guard) -> None:
     tracker.update(run.history)
     if run.change:
         tracker.artifact(_architecture_path(run, run_dir), "architecture")
+    for path in profiled:
+        tracker.artifact(path, "profile")
 
 
 def _keep(run: Run, run_dir: Path, tracking_id: str | None) -> None:
