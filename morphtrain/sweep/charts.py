@@ -11,15 +11,15 @@ from typing import Any
 import optuna
 
 from morphtrain import interrupts
-
-
-def evaluator() -> optuna.importance.FanovaImportanceEvaluator:
-    """What measures how much each key matters, with the same numbers every time."""
-    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+from morphtrain.sweep.importance import Importance
 
 
 def draw(
-    study: optuna.Study, searched: optuna.Study, objective: Sequence[str], directory: Path, important: bool
+    study: optuna.Study,
+    searched: optuna.Study,
+    objective: Sequence[str],
+    directory: Path,
+    importances: Sequence[Importance],
 ) -> list[Path]:
     """Write the charts to `directory` and return their paths.
 
@@ -27,7 +27,7 @@ def draw(
         study: all trials.
         searched: the same, without the baseline's result; its trials have the same numbers.
         objective: names of the metrics.
-        important: whether there are enough trials to tell how much each key matters.
+        importances: how much each key matters, by different methods.
     """
     import matplotlib
 
@@ -44,8 +44,8 @@ def draw(
         "parallel": lambda: _legible(charts.plot_parallel_coordinate(searched, **named)),
         "slices": lambda: charts.plot_slice(searched, **named),
     }
-    if important:
-        wanted["importance"] = lambda: charts.plot_param_importances(searched, evaluator=evaluator(), **named)
+    if told := [found for found in importances if found.shares]:
+        wanted["importance"] = lambda: _bars(told)
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []
@@ -69,3 +69,22 @@ def _legible(axes: Any) -> Any:
     axes.set_title("")
     axes.set_title("Parallel coordinates", loc="left", y=1.03)
     return axes
+
+
+def _bars(told: Sequence[Importance]) -> None:
+    """The shares of each key, a bar for each method; the key that matters most to the first method is on top."""
+    from matplotlib import pyplot
+
+    keys = list(dict.fromkeys(key for found in told for key in found.shares))[::-1]
+    height = 0.8 / len(told)
+    _, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(keys)))
+    for place, found in enumerate(told):
+        at = [row + (len(told) - 1) / 2 * height - place * height for row in range(len(keys))]
+        shares = [found.shares.get(key, 0.0) for key in keys]
+        label = f"{found.what} ({found.method})"
+        bars = axes.barh(at, shares, height, label=label)
+        axes.bar_label(bars, [f"{found.shares[key]:.2f}" if key in found.shares else "-" for key in keys], padding=3)
+    axes.set_yticks(range(len(keys)), keys)
+    axes.set_xlim(0, 1.1 * max(max(found.shares.values()) for found in told))
+    axes.set_xlabel("share of the importance")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
