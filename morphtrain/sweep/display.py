@@ -141,9 +141,10 @@ def _said(trial: FrozenTrial, comparison: Comparison) -> str:
     if trial.state == TrialState.FAIL:
         return " failed"
     values = comparison.study.get_trials(deepcopy=False)[trial.number].values
-    metrics = attributes.metrics | dict(zip(comparison.objective, values, strict=True))
-    shown = dict.fromkeys((*comparison.objective, "val_accuracy", "params"))
-    text = "".join(f"  {name} {value_of(name, metrics[name])}" for name in shown if name in metrics)
+    texts = {name: value_of(name, value) for name, value in zip(comparison.objective, values, strict=True)}
+    metrics = attributes.metrics
+    texts |= {name: f"{metrics[name]:.6g}" for name in ("val_accuracy", "params") if name in metrics.keys() - texts}
+    text = "".join(f"  {name} {value}" for name, value in texts.items())
     if not is_feasible(trial):
         return f"{text}  infeasible"
     among = any(best.number == trial.number for best in best_trials(comparison.study, 1))
