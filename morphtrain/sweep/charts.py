@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 
 from morphtrain import interrupts
+from morphtrain.sweep import importance_chart
 from morphtrain.sweep.importance import Importance
 
 
@@ -45,7 +46,7 @@ def draw(
         "slices": lambda: charts.plot_slice(searched, **named),
     }
     if told := [found for found in importances if found.shares]:
-        wanted["importance"] = lambda: _bars(told)
+        wanted["importance"] = lambda: importance_chart.bars(pyplot.subplots(figsize=(8.0, 4.8))[1], told)
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []
@@ -69,22 +70,3 @@ def _legible(axes: Any) -> Any:
     axes.set_title("")
     axes.set_title("Parallel coordinates", loc="left", y=1.03)
     return axes
-
-
-def _bars(told: Sequence[Importance]) -> None:
-    """The shares of each key, a bar for each method; the key that matters most to the first method is on top."""
-    from matplotlib import pyplot
-
-    keys = list(dict.fromkeys(key for found in told for key in found.shares))[::-1]
-    height = 0.8 / len(told)
-    _, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(keys)))
-    for place, found in enumerate(told):
-        at = [row + (len(told) - 1) / 2 * height - place * height for row in range(len(keys))]
-        shares = [found.shares.get(key, 0.0) for key in keys]
-        label = f"{found.what} ({found.method})"
-        bars = axes.barh(at, shares, height, label=label)
-        axes.bar_label(bars, [f"{found.shares[key]:.2f}" if key in found.shares else "-" for key in keys], padding=3)
-    axes.set_yticks(range(len(keys)), keys)
-    axes.set_xlim(0, 1.1 * max(max(found.shares.values()) for found in told))
-    axes.set_xlabel("share of the importance")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from morphtrain import terminal
 from morphtrain.sweep.attributes import Attributes
-from morphtrain.sweep.comparison import Comparison, compared
-from morphtrain.sweep.ranking import best_trials, is_feasible, value_of
+from morphtrain.sweep.comparison import Comparison, compared, is_feasible
+from morphtrain.sweep.ranking import best_trials, value_of
 from morphtrain.wording import one_of_all, to_go
 
 PAST_US = ("joblib", "ray")  # launchers whose jobs write to the terminal by themselves, into whatever stays there

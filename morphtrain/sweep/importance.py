@@ -12,8 +12,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from morphtrain.errors import first_line
-from morphtrain.sweep.comparison import completed
-from morphtrain.sweep.ranking import is_feasible
+from morphtrain.sweep.comparison import completed, is_feasible
 from morphtrain.wording import counted
 
 FEWEST = 4  # trials from which variances say anything

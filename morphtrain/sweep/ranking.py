@@ -9,7 +9,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from morphtrain.schema.config import TO_ACCURACY
-from morphtrain.sweep.comparison import completed
+from morphtrain.sweep.comparison import completed, is_feasible
 from morphtrain.timing.summaries import NEVER
 
 
@@ -22,11 +22,6 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
     """The feasible trials, the best first."""
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
     return sorted(filter(is_feasible, completed(study)), key=lambda trial: sign * trial.values[0])
-
-
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether it meets all constraints."""
-    return all(excess <= 0 for excess in trial.constraints.values())
 
 
 def short(value: Any) -> str:

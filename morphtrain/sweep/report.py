@@ -21,9 +21,9 @@ from morphtrain.errors import UserError
 from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import FIRST, Attributes
-from morphtrain.sweep.comparison import Comparison, compared, completed
+from morphtrain.sweep.comparison import Comparison, compared, completed, is_feasible
 from morphtrain.sweep.importance import Importance, importances
-from morphtrain.sweep.ranking import best_trials, is_feasible, ranked, short, value_of
+from morphtrain.sweep.ranking import best_trials, ranked, short, value_of
 from morphtrain.wording import counted
 
 FEW = 5  # best trials in the table
