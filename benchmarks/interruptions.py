@@ -41,7 +41,7 @@ SWEEP = (
     "-m",
     "hydra/sweeper=morphtrain",
     "hydra.sweep.dir=sweep",
-    "optimizer.lr=0.05,0.1",
+    "optimizer.lr=interval(0.05,0.1)",
     "hydra.sweeper.n_trials=99",
 )
 SIDE_BY_SIDE = ("+launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2")

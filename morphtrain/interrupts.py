@@ -122,6 +122,11 @@ def become_worker() -> None:
             signal.signal(number, _note)
 
 
+def is_worker() -> bool:
+    """Whether this process is a worker of a sweep."""
+    return _state.parent is not None
+
+
 @contextmanager
 def shared(settle: Callable[[int], None]) -> Iterator[None]:
     """A block in which this process trains together with others, which may be interrupted or fail.

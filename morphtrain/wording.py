@@ -18,6 +18,19 @@ def counted(number: float, thing: str) -> str:
     return f"{number:.16g} {thing}" if number == 1 else f"{number:.16g} {thing}s"
 
 
+def to_go(seconds: float) -> str:
+    """How long something will still take: `less than a minute to go`, `12 min to go`, `2.5 h to go`."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return "less than a minute to go"
+    return f"{minutes:.0f} min to go" if minutes < 100 else f"{minutes / 60:.1f} h to go"
+
+
+def one_of_all(ended: int, total: int, what: object, text: str, left: float | None) -> str:
+    """A line for one of several runs that has ended; `left`: the seconds that the others will take, None if unknown."""
+    return f"{ended:4d}/{total} {what}:{text}" + ("" if left is None else f"  ({to_go(left)})")
+
+
 def as_yaml(value: object) -> str:
     """A config value as it is typed: null, true, false, or its text."""
     plain = {None: "null", True: "true", False: "false"}

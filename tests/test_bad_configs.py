@@ -138,7 +138,7 @@ SWEEPERS = {
 PROSE = {"thesis", "claim", "limits"}
 ACCEPTED_BY_SWEEPERS = {
     **dict.fromkeys(("text", "negative", "infinite", "huge"), PROSE | {"study_name"}),
-    "true": PROSE | {"study_name", "inverse"},
+    "true": PROSE | {"study_name", "inverse", "repeat"},
     "empty": PROSE,
     "null": {"x", "y", "baseline", "min_accuracy", "custom_search_space"},
 }

@@ -40,7 +40,7 @@ def figures(study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kept: dict[str, Any] = {}
     close, comparison = pyplot.close, compared(study, ["train_seconds"])
     monkeypatch.setattr(pyplot, "close", lambda *_: kept.update({f"{len(kept)}": pyplot.gcf()}) or pyplot.figure())
-    paths = charts.draw(comparison.study, comparison.searched, comparison.objective, tmp_path, False)
+    paths = charts.draw(comparison.study, comparison.searched, comparison.objective, tmp_path, [])
     yield {path.stem: figure for path, figure in zip(paths, kept.values(), strict=True)}
     close("all")
 
@@ -91,5 +91,5 @@ def test_the_run_is_drawn_against_its_first_network_with_contended_epochs_marked
 def test_a_signal_ends_the_drawing(study: optuna.Study, tmp_path: Path) -> None:
     with pytest.raises(interrupts.Interrupted), interrupts.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
-        charts.draw(study, study, ["train_seconds"], tmp_path, False)
+        charts.draw(study, study, ["train_seconds"], tmp_path, [])
     assert list(tmp_path.iterdir()) == []

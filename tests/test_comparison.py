@@ -171,7 +171,7 @@ def test_a_trial_that_missed_its_target_hides_no_difference(
     assert [trial.values for trial in completed(comparison.reached(made))] == [[10.0], [8.0]]
     assert comparison.reached(made).get_trials()[1].state == TrialState.FAIL
     assert compared(made, ["macs"]).reached(made) is made, "a number of MACs may be as large"
-    monkeypatch.setattr(report, "_importance", lambda *_: {})
+    monkeypatch.setattr(report, "importances", lambda *_: [])
     monkeypatch.setattr(report.charts, "draw", lambda *_: [])
     monkeypatch.setattr(report, "_results", lambda *_: Path("results"))
     report.close(made, ["time_to_accuracy"], Path(), lambda trial: [])
@@ -211,7 +211,7 @@ def test_a_job_reports_its_contended_and_changing_epochs_across_a_resumption(tmp
 
 
 NAMES = (BASELINE_ATTR, CHANGED_ATTR, CONTENDED_ATTR, METRICS_ATTR, REFERENCES_ATTR)
-NAMES += ("overrides", "run_dir", "error", "stopped_at", "baseline_name", "epochs")
+NAMES += ("overrides", "run_dir", "error", "stopped_at", "baseline_name", "epochs", "signature", "same_run_as")
 
 
 @pytest.mark.parametrize("foreign", ["x", 3.5, None, {"train_seconds": "x"}, ["x", 2], True])

@@ -396,7 +396,7 @@ def test_a_sweep_in_several_processes_ends_in_order(to: str, database: str, tmp_
         "-m",
         "hydra/sweeper=morphtrain",
         "hydra.sweep.dir=sweep",
-        "optimizer.lr=0.05,0.1",
+        "optimizer.lr=interval(0.05,0.1)",
         "hydra.sweeper.n_jobs=2",
     )
     study = f"hydra.sweeper.study_name={tmp_path.name}"  # MLflow keeps one run a study

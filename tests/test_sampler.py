@@ -12,13 +12,16 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import Answer
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_method, instantiate
+from omegaconf import OmegaConf
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, TPESampler
 from optuna.trial import Trial
 
 from morphtrain import schema
-from morphtrain.sweep.sampler import SearchedTrials
+from morphtrain.errors import UserError
+from morphtrain.sweep.sampler import SearchedTrials, make_sampler
 from morphtrain.sweep.study import Plan, SharedStudy
 from morphtrain.sweep.workers import Worker
 
@@ -168,3 +171,95 @@ def test_a_trial_whose_values_cannot_be_chosen_is_given_back(tmp_path: Path) -> 
         with pytest.raises(KeyError):
             study.take(worker, 1, fail)
         assert [trial.state.name for trial in study.trials] == ["WAITING"]
+
+
+class Middle(BaseSampler):
+    """A sampler of somebody's own: the middle of each range."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        self.share = share
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: optuna.Study, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return param_distribution.low + self.share * (param_distribution.high - param_distribution.low)
+
+
+def middle(**keys: Any) -> BaseSampler:
+    """As one would load a sampler of OptunaHub's."""
+    return Middle(**keys)
+
+
+def nothing() -> str:
+    return "a sampler"
+
+
+@pytest.mark.parametrize("target", ["Middle", "middle"])
+def test_a_sampler_of_ones_own_is_named_by_its_path(target: str) -> None:
+    sampler = make_sampler(OmegaConf.create({"_target_": f"test_sampler.{target}", "share": 0.25}))
+    study = optuna.create_study(sampler=SearchedTrials(sampler))
+    trial = study.ask()
+    choose(trial)
+    trial = study.ask()
+    choose(trial)
+    assert trial.params == {"a": 0.25, "b": 0.25}
+
+
+NO_SAMPLERS = {
+    "os.system": "is of Python's own module os",
+    "test_sampler.Path": "is of Python's own module pathlib",
+    "test_sampler.Plan": "must be a subclass of optuna.samplers.BaseSampler, or a function that makes one",
+    "test_sampler.SAMPLERS": "must be a subclass of",
+    "test_sampler.nothing": "makes a str, not an optuna.samplers.BaseSampler",
+    "test_sampler.Midle": "module 'test_sampler' has no attribute 'Midle'",
+    "no_such_package.Sampler": "No module named 'no_such_package'",
+    "sampler": "Empty module name",
+    "optuna.samplers.NoSampler": "",
+}
+
+
+@pytest.mark.parametrize("target", NO_SAMPLERS)
+def test_what_is_no_sampler_is_refused_in_a_line(target: str) -> None:
+    said = rf"^hydra\.sweeper\.sampler\._target_={target}: {NO_SAMPLERS[target]}"
+    with pytest.raises(UserError, match=said) as refused:
+        make_sampler(OmegaConf.create({"_target_": target}))
+    assert "\n" not in str(refused.value)
+
+
+def test_keys_that_a_sampler_does_not_have_are_refused_in_a_line() -> None:
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.sampler\._target_=test_sampler\.Middle: .*shre") as refused:
+        make_sampler(OmegaConf.create({"_target_": "test_sampler.Middle", "shre": 1}))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"^hydra\.sweeper\.sampler=much: must be a node with a _target_"):
+        make_sampler("much")
+
+
+SOME_KEYS = '+hydra.sweeper.params={prune: {none: {}, prunetrain: {prune.interval: "range(1,4)"}}}'
+
+
+@pytest.mark.parametrize("name", ["gp", "qmc"])
+def test_a_sampler_that_cannot_learn_of_some_trials_keys_is_refused(name: str, answer: Answer) -> None:
+    said = answer("-m", "hydra/sweeper=morphtrain", "tracking=none", SOME_KEYS, f"hydra/sweeper/sampler={name}")
+    assert said == (
+        f"hydra/sweeper/sampler={name}: only trials with prune=prunetrain have prune.interval, and this sampler would "
+        "draw such keys at random; grouped_tpe works"
+    )
+
+
+def test_the_gaussian_process_keeps_to_the_accuracy_that_is_asked_for() -> None:
+    """The least lies where trials are infeasible. A baseline without values has a constraint, as all trials do."""
+    study = optuna.create_study(sampler=SearchedTrials(GPSampler(seed=0, n_startup_trials=6)))
+    study.enqueue_trial({})
+    for _ in range(16):
+        trial = study.ask()
+        choose(trial)
+        a = trial.params.get("a", 1.0)
+        trial.set_constraint("val_accuracy", 0.5 - a)
+        study.tell(trial, a)
+    learned = [trial.params["a"] for trial in study.trials[-6:]]
+    assert sum(0.4 < a < 0.65 for a in learned) >= 4, learned
+    assert 0.5 <= study.best_value < 0.6

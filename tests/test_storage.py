@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import multiprocessing
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -20,7 +22,7 @@ import pytest
 from postgres_server import PASSWORD, PostgresServer
 
 from morphtrain.errors import UserError
-from morphtrain.sweep.storage import exclusive, open_storage, without_password
+from morphtrain.sweep.storage import dashboard, exclusive, open_storage, without_password
 
 WORKERS = 4
 KINDS = ("sqlite", "journal", "postgresql")
@@ -267,6 +269,38 @@ def test_addresses_are_shown_without_passwords(postgres: PostgresServer) -> None
     assert shown == f"postgresql://postgres:***@127.0.0.1:{postgres.port}/db"
     assert PASSWORD not in shown
     assert without_password("sqlite:///optuna.db") == "sqlite:///optuna.db"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_line_for_the_dashboard_shows_our_study_on_this_host_alone(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Optuna's dashboard reads the line; the file's name has a space."""
+    if kind == "postgresql":
+        address = request.getfixturevalue("postgres").database()
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    else:
+        address = f"{kind}:///{tmp_path}/my study"
+    optuna.create_study(study_name="mine", storage=open_storage(address))
+    said = dashboard(address)
+    assert PASSWORD not in said
+    command, _, more = said.partition("  ")
+    assert more == "(then http://127.0.0.1:8080)"
+    config = pytest.importorskip("optuna_dashboard._config").DashboardConfig()
+    assert (config.host, config.port) == ("127.0.0.1", 8080), "where it listens if nothing else is said"
+    from optuna_dashboard._storage_url import get_storage
+
+    name, storage = shlex.split(command)
+    assert name == "optuna-dashboard"
+    assert [study.study_name for study in get_storage(storage).get_all_studies()] == ["mine"]
+
+
+def test_a_password_is_left_out_of_the_line_for_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = dashboard("postgresql://me:hush@there:5433/db?password=hush&sslmode=require&host=/run/postgres")
+    assert "optuna-dashboard 'postgresql+psycopg://me@there:5433/db?host=%2Frun%2Fpostgres'" in said
+    assert "hush" not in said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dashboard("sqlite:///a.db").startswith("pip install optuna-dashboard; optuna-dashboard sqlite:///a.db  (")
 
 
 def test_tables_of_another_version_are_a_mistake_too(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_options_that_exclude_one_another_take_a_trial_and_no_more(command: Comm
 
 def test_two_objectives_and_a_constraint(command: Command, tmp_path: Path) -> None:
     two = ("objective=[macs,val_accuracy]", "hydra.sweeper.direction=[minimize,maximize]")
-    space = ("model.width=4,8", "hydra/sweeper/sampler=nsgaii")
+    space = ("model.width=4,8", "optimizer.lr=interval(0.05,0.1)", "hydra/sweeper/sampler=nsgaii")
     result = command(*SWEEP, *two, *space, "hydra.sweeper.n_trials=3", "hydra.sweeper.min_accuracy=0.05")
     assert result.returncode == 0, result.stdout + result.stderr
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/optuna.db")

@@ -61,7 +61,7 @@ def test_a_study_decides_the_values_of_searched_keys_and_nothing_else(command: C
 
     sweep = ["-m", "hydra/sweeper=morphtrain", "hydra.sweeper.baseline=null", "hydra.sweeper.n_trials=6"]
     ranges = ["optimizer.lr=interval(0.05,0.1)", "model.width=range(4,7)", "hydra.sweeper.max_failure_rate=1"]
-    result = command(*sweep, "hydra.sweep.dir=sweep", *fixed, *ranges)
+    result = command(*sweep, "hydra.sweeper.repeat=true", "hydra.sweep.dir=sweep", *fixed, *ranges)
     assert result.returncode == 0, result.stdout + result.stderr
     trials = optuna.load_study(study_name="sweep", storage=storage).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["FAIL"] * 3 + ["COMPLETE"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from morphtrain.errors import UserError
 from morphtrain.evidence.experiment import Experiment
 from morphtrain.experiment.runs import Run, kind_of
+from morphtrain.wording import one_of_all
 
 
 def show_plan(experiment: Experiment, found: Sequence[Run], directory: Path) -> None:
@@ -41,17 +42,14 @@ class Clock:
         """Print how a run has ended; `why` it does not count, and whether it runs again."""
         self.left -= not again
         done = self.to_do - self.left
-        text = f"{self.total - self.left:4d}/{self.total} {run}:"
         if why is not None:
-            text += f" {why}" + ("; once more" if again else "")
+            text = f" {why}" + ("; once more" if again else "")
         else:
             end = run.history()[-1]
             shown = dict.fromkeys((response, "calibrated_train_seconds", "test_accuracy", "params"))
-            text += "".join(f"  {metric} {end[metric]:.6g}" for metric in shown if metric in end)
-        if done and self.left:
-            minutes = (time.monotonic() - self.begun) / done * self.left / 60
-            text += f"  ({minutes:.0f} min to go)" if minutes >= 1 else "  (less than a minute to go)"
-        print(text, flush=True)
+            text = "".join(f"  {metric} {end[metric]:.6g}" for metric in shown if metric in end)
+        left = (time.monotonic() - self.begun) / done * self.left if done and self.left else None
+        print(one_of_all(self.total - self.left, self.total, run, text, left), flush=True)
         for warning in run.warnings() if why is None else ():
             kind = (run.arm, kind_of(warning))
             if kind not in self.warned:

@@ -21,6 +21,7 @@ class Sweeper:
     n_trials: int
     n_jobs: int
     max_failure_rate: float
+    repeat: bool  # train what another trial has trained already
     heartbeat_seconds: float
     baseline: list[str] | None
     more_baselines: dict[str, Any]  # `MoreBaseline` by name

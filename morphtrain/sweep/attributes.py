@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 BASELINE_ATTR = "baseline"  # trial 0 only: it runs as the baseline
 NAME_ATTR = "baseline_name"  # of a baseline beside trial 0
 OVERRIDES_ATTR = "overrides"  # that its job was started with
+SIGNATURE_ATTR = "signature"  # of what it trains
+SAME_RUN_ATTR = "same_run_as"  # the number of the trial whose values it took, since it would have trained the same
 RUN_DIR_ATTR = "run_dir"
 ERROR_ATTR = "error"  # why it failed
 EXCLUDED_ATTR = "excluded"  # it failed because its options exclude one another
@@ -45,6 +47,17 @@ class Attributes:
         """The name of the baseline that it runs as, that of trial 0 is `FIRST`; None if its values are searched."""
         name = FIRST if self.is_baseline else self._stored.get(NAME_ATTR)
         return name if isinstance(name, str) else None
+
+    @property
+    def signature(self) -> str | None:
+        signature = self._stored.get(SIGNATURE_ATTR)
+        return signature if isinstance(signature, str) else None
+
+    @property
+    def same_run_as(self) -> int | None:
+        """The number of the trial whose values it took; None if it was trained itself."""
+        number = self._stored.get(SAME_RUN_ATTR)
+        return number if type(number) is int else None
 
     @property
     def error(self) -> str | None:

@@ -11,15 +11,16 @@ from typing import Any
 import optuna
 
 from morphtrain import interrupts
-
-
-def evaluator() -> optuna.importance.FanovaImportanceEvaluator:
-    """What measures how much each key matters, with the same numbers every time."""
-    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+from morphtrain.sweep import importance_chart
+from morphtrain.sweep.importance import Importance
 
 
 def draw(
-    study: optuna.Study, searched: optuna.Study, objective: Sequence[str], directory: Path, important: bool
+    study: optuna.Study,
+    searched: optuna.Study,
+    objective: Sequence[str],
+    directory: Path,
+    importances: Sequence[Importance],
 ) -> list[Path]:
     """Write the charts to `directory` and return their paths.
 
@@ -27,7 +28,7 @@ def draw(
         study: all trials.
         searched: the same, without the baseline's result; its trials have the same numbers.
         objective: names of the metrics.
-        important: whether there are enough trials to tell how much each key matters.
+        importances: how much each key matters, by different methods.
     """
     import matplotlib
 
@@ -44,8 +45,8 @@ def draw(
         "parallel": lambda: _legible(charts.plot_parallel_coordinate(searched, **named)),
         "slices": lambda: charts.plot_slice(searched, **named),
     }
-    if important:
-        wanted["importance"] = lambda: charts.plot_param_importances(searched, evaluator=evaluator(), **named)
+    if told := [found for found in importances if found.shares]:
+        wanted["importance"] = lambda: importance_chart.bars(pyplot.subplots(figsize=(8.0, 4.8))[1], told)
     if several:
         wanted["pareto"] = lambda: charts.plot_pareto_front(study, target_names=list(objective))
     paths = []

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from optuna.pruners import NopPruner
+from optuna.samplers import CmaEsSampler, GPSampler, QMCSampler
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.analyses.values import scale
 from morphtrain.evidence.comparisons import RATIO
 from morphtrain.sweep.overtaken import CLOCKS, Overtaken
+from morphtrain.sweep.search_space import Branch
 
 MINIMIZED = ["minimize"]  # the directions of one metric
 
@@ -44,4 +46,25 @@ def check_confirm(best: int, directions: Sequence[str], objective: Sequence[str]
         raise UserError(
             f"hydra.sweeper.confirm.best={best}: compares ratios of one metric that is minimized, as a time, and "
             f"objective={objective}; 0 works"
+        )
+
+
+def check_sampler(sampler: Any, branches: Sequence[Branch]) -> None:
+    """Raise a `UserError` for a sampler that is not safe, or would draw at random what it is there to choose.
+
+    Args:
+        branches: keys that only some trials have.
+    """
+    if isinstance(sampler, CmaEsSampler):
+        raise UserError(
+            "hydra/sweeper/sampler=cmaes: Optuna keeps this one's state in the study as a pickle, by which whoever "
+            "can write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
+        )
+    some = [(branch, key) for branch in branches for key in branch.distributions]
+    if some and isinstance(sampler, (GPSampler, QMCSampler)):
+        branch, key = some[0]
+        name = "gp" if isinstance(sampler, GPSampler) else "qmc"
+        raise UserError(
+            f"hydra/sweeper/sampler={name}: only trials with {branch.key}={branch.option} have {key}, and this sampler "
+            "would draw such keys at random; grouped_tpe works"
         )

@@ -23,12 +23,14 @@ class Comparison:
         objective: the study's metrics, or their calibrated counterparts.
         contended: number of completed trials that others have disturbed in at least one epoch.
         fair: False if these trials' values are times that cannot be compared with those of others.
+        same_runs: number of trials that took another's values, and are without a result here: they measured nothing.
     """
 
     study: optuna.Study
     objective: list[str]
     contended: int
     fair: bool
+    same_runs: int
 
     @property
     def unchanged(self) -> tuple[int, int]:
@@ -58,19 +60,26 @@ class Comparison:
 
 
 def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:
-    """How the trials of a study whose trials have all ended are to be compared."""
-    ended = completed(study)
+    """How those trials of a study that have ended are to be compared."""
+    finished = completed(study)
+    ended = [trial for trial in finished if Attributes(trial).same_run_as is None]
     contended = sum(bool(Attributes(trial).contended) for trial in ended)
     names = [CALIBRATED.get(name, name) for name in objective] if contended else list(objective)
     if not all(name in Attributes(trial).metrics for trial in ended for name in names):
         names = list(objective)
-    shown = (TrialState.COMPLETE, TrialState.PRUNED)  # one that failed may have values that are not searched
-    trials = [trial if trial.state in shown else _without_result() for trial in study.get_trials()]
+    shown = {trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))}
+    shown |= {trial.number for trial in ended}  # one that failed may have values that are not searched
+    trials = [trial if trial.number in shown else _without_result() for trial in study.get_trials()]
     for trial in trials:
         if trial.state == TrialState.COMPLETE and names != list(objective):
             trial.values = [Attributes(trial).metrics[name] for name in names]
     fair = not contended or not any(map(_is_raw, names, [ended] * len(names)))
-    return Comparison(_copy(study, trials), names, contended, fair)
+    return Comparison(_copy(study, trials), names, contended, fair, len(finished) - len(ended))
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps to the constraints of its search, such as `min_accuracy`."""
+    return all(excess <= 0 for excess in trial.constraints.values())
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:

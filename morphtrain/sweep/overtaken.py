@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from morphtrain import schema
 from morphtrain.schema.config import TO_ACCURACY
+from morphtrain.sweep.attributes import Attributes
 from morphtrain.timing.summaries import NEVER
 
 CLOCKS = ("train_seconds", "calibrated_train_seconds", *TO_ACCURACY)  # metrics whose end can be bounded
@@ -45,11 +46,12 @@ class Overtaken(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the last value of a trial, the least that it can become, is above that of the `best` best.
 
-        Only trials that have ended and are feasible count, baselines too; the study minimizes.
+        Only trials that have ended and are feasible count, baselines too, and each run once; the study minimizes.
         """
         if trial.last_step is None:
             return False
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ended = [other for other in ended if Attributes(other).same_run_as is None]
         values = sorted(t.values[0] for t in ended if all(excess <= 0 for excess in t.constraints.values()))
         reached = [value for value in values if value < NEVER]
         return len(reached) >= self.best and trial.intermediate_values[trial.last_step] > reached[self.best - 1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.errors import InstantiationException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
-from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from omegaconf import DictConfig
 
 from morphtrain.errors import UserError
@@ -16,10 +16,11 @@ from morphtrain.schema.sweeper import Confirm
 from morphtrain.sweep.trial import make_pruner
 
 
-class MorphTrainSweeper(OptunaSweeper):
+class MorphTrainSweeper(Sweeper):
     """Hydra's Optuna sweeper, with studies that can be resumed and shared and trials that can be stopped early.
 
     Args:
+        sampler: config node of an Optuna sampler, or of one of the user's own (group `hydra/sweeper/sampler`).
         pruner: config node of an Optuna pruner (group `hydra/sweeper/pruner`).
         baseline: overrides that trial 0 runs with instead of the searched ones; empty for the config's own values, None
             for no such trial.
@@ -30,6 +31,7 @@ class MorphTrainSweeper(OptunaSweeper):
             None if all are feasible.
         heartbeat_seconds: how often a worker reports that it is alive. A worker on another machine that has been silent
             for four times as long is considered dead; if its lock file is visible here, that file decides at once.
+        repeat: whether a trial is trained that another one has trained already, rather than taking its values.
         custom_search_space: dotted path of a function of the config and an Optuna trial that suggests more values.
         plain: the keys of Hydra's own Optuna sweeper.
 
@@ -40,20 +42,24 @@ class MorphTrainSweeper(OptunaSweeper):
     def __init__(
         self,
         *,
+        sampler: Any,
         pruner: Any,
         baseline: Any,
         more_baselines: Any,
         shares: Any,
         confirm: Any,
         min_accuracy: float | str | None,
+        repeat: bool,
         heartbeat_seconds: float,
         custom_search_space: str | None,
         **plain: Any,
     ) -> None:
         own = {"baseline": baseline, "more_baselines": more_baselines, "shares": shares, "confirm": confirm}
-        check_sweeper({**plain, **own, "heartbeat_seconds": heartbeat_seconds})
-        super().__init__(custom_search_space=None, **plain)
+        check_sweeper({**plain, **own, "repeat": repeat, "heartbeat_seconds": heartbeat_seconds})
+        from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
+
         from morphtrain.sweep.baseline import parse_more
+        from morphtrain.sweep.sampler import make_sampler
         from morphtrain.sweep.sweeper import StudySweeper
 
         extend = None
@@ -65,7 +71,7 @@ class MorphTrainSweeper(OptunaSweeper):
                 reason = " ".join(str(error.__cause__ or error).split())
                 raise UserError(f"hydra.sweeper.custom_search_space={custom_search_space}: {reason}") from error
         self.study_sweeper = StudySweeper(
-            self.sweeper,
+            OptunaSweeperImpl(sampler=make_sampler(sampler), custom_search_space=None, **plain),
             extend=extend,
             pruner=make_pruner(pruner),
             baseline=None if baseline is None else list(baseline),
@@ -74,6 +80,7 @@ class MorphTrainSweeper(OptunaSweeper):
             more_baselines=parse_more(more_baselines),
             shares=shares,
             confirm=typed(Confirm, confirm, "hydra.sweeper.confirm"),
+            repeat=repeat,
         )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shlex
 import statistics
@@ -14,21 +13,18 @@ from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
 from morphtrain.errors import UserError
 from morphtrain.evidence.calibration import CALIBRATED
-from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import FIRST, Attributes
-from morphtrain.sweep.comparison import Comparison, compared, completed
-from morphtrain.timing.summaries import NEVER
+from morphtrain.sweep.comparison import Comparison, compared, completed, is_feasible
+from morphtrain.sweep.importance import Importance, importances
+from morphtrain.sweep.ranking import best_trials, ranked, short, value_of
 from morphtrain.wording import command_name, counted
-
-log = logging.getLogger(__name__)
 
 FEW = 5  # best trials in the table
 REPEAT = "before you trust this, repeat it and {} with other seeds: the command below with -m and seed=2,3,4"
@@ -56,16 +52,16 @@ def close(
     if not _counts(study)[TrialState.COMPLETE]:
         raise UserError(f"study {study.study_name}: no trial ended with a value; {_failures(study)}")
     comparison = compared(study, objective)
-    best = _best(comparison.study)
+    best = best_trials(comparison.study, FEW)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    console.print(_table(comparison, best))
+    console.print(_table(study, comparison, best))
     searched = comparison.reached(comparison.searched)
-    importance = _importance(searched)
+    importance = importances(searched, comparison.objective)
     advice = MORE_TO_COME if more_to_come else REPEAT
-    for line in _lines(comparison, best, importance, len(completed(searched)), repeating, config_dir, advice):
+    for line in _lines(study, comparison, best, importance, repeating, config_dir, advice):
         console.print(line, soft_wrap=True)
     shown = comparison.reached(comparison.study)
-    pictures = charts.draw(shown, searched, comparison.objective, sweep_dir, bool(importance))
+    pictures = charts.draw(shown, searched, comparison.objective, sweep_dir, importance)
     paths = [*pictures, _results([study.trials[trial.number] for trial in best], objective, sweep_dir)]
     console.print(f"pictures and results: {sweep_dir}", soft_wrap=True)
     return paths
@@ -76,8 +72,9 @@ def summary(study: optuna.Study, objective: Sequence[str]) -> dict[str, float]:
     counts = _counts(study)
     metrics = {f"trials_{state.name.lower()}": float(number) for state, number in counts.items()}
     comparison = compared(study, objective)
+    metrics["trials_same_run"] = comparison.same_runs
     metrics["trials_contended"] = comparison.contended
-    best = _best(comparison.study)
+    best = best_trials(comparison.study, FEW)
     if best:
         metrics["best_trial"] = best[0].number
         metrics |= {f"best_{name}": value for name, value in zip(comparison.objective, best[0].values, strict=True)}
@@ -88,26 +85,9 @@ def _counts(study: optuna.Study) -> Counter[TrialState]:
     return Counter(trial.state for trial in study.get_trials(deepcopy=False))
 
 
-def _best(study: optuna.Study) -> list[FrozenTrial]:
-    """The feasible trials that count: the Pareto front or, with one objective, the `FEW` best, best first."""
-    if len(study.directions) > 1:
-        return study.best_trials
-    return _ranked(study)[:FEW]
-
-
 def best_searched(comparison: Comparison, count: int) -> list[FrozenTrial]:
     """The best feasible trials that are no baselines, the best first; of a study with one objective."""
-    return [trial for trial in _ranked(comparison.study) if Attributes(trial).baseline is None][:count]
-
-
-def _ranked(study: optuna.Study) -> list[FrozenTrial]:
-    """The feasible trials, the best first."""
-    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-    return sorted(filter(_is_feasible, completed(study)), key=lambda trial: sign * trial.values[0])
-
-
-def _is_feasible(trial: FrozenTrial) -> bool:
-    return all(excess <= 0 for excess in trial.constraints.values())
+    return [trial for trial in ranked(comparison.study) if Attributes(trial).baseline is None][:count]
 
 
 def _baselines(study: optuna.Study) -> list[FrozenTrial]:
@@ -117,8 +97,8 @@ def _baselines(study: optuna.Study) -> list[FrozenTrial]:
 
 def _best_baseline(study: optuna.Study) -> FrozenTrial | None:
     """The best of those that are feasible; trial 0 if none is, None if it has no result either."""
-    ranked = [] if len(study.directions) > 1 else _ranked(study)
-    feasible = (trial for trial in ranked if Attributes(trial).baseline)
+    in_order = [] if len(study.directions) > 1 else ranked(study)
+    feasible = (trial for trial in in_order if Attributes(trial).baseline)
     return next(feasible, next((trial for trial in _baselines(study) if Attributes(trial).is_baseline), None))
 
 
@@ -127,24 +107,24 @@ def _failures(study: optuna.Study) -> str:
     return f"the last failed with: {reasons[-1]}" if reasons else "all were stopped early"
 
 
-def _table(comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
+def _table(study: optuna.Study, comparison: Comparison, best: Sequence[FrozenTrial]) -> Table:
     """The baseline and the best trials, one per row."""
-    study, objective = comparison.study, comparison.objective
+    objective = comparison.objective
     states = ", ".join(f"{number} {state.name}" for state, number in _counts(study).items())
     table = Table(title=f"study {study.study_name}: {states}")
     contended = ["contended epochs"] if comparison.contended else []
     for column in ("trial", *objective, *_shown(objective), *contended, "overrides"):
         table.add_column(column, justify="left" if column == "overrides" else "right", overflow="fold")
-    for trial in (*_baselines(study), *(trial for trial in best if not Attributes(trial).baseline)):
+    for trial in (*_baselines(comparison.study), *(trial for trial in best if not Attributes(trial).baseline)):
         attributes = Attributes(trial)
         metrics = attributes.metrics
-        disturbed = f"{len(attributes.contended)} of {_number(metrics.get('epoch', math.nan))}"
+        disturbed = f"{len(attributes.contended)} of {short(metrics.get('epoch', math.nan))}"
         table.add_row(
             f"{trial.number} ({attributes.baseline})" if attributes.baseline else str(trial.number),
-            *(_value(name, value) for name, value in zip(objective, trial.values, strict=True)),
-            *(_number(metrics.get(name, math.nan)) for name in _shown(objective)),
+            *(value_of(name, value) for name, value in zip(objective, trial.values, strict=True)),
+            *(short(metrics.get(name, math.nan)) for name in _shown(objective)),
             *[disturbed for _ in contended],
-            " ".join(f"{key}={_number(value)}" for key, value in trial.params.items()),
+            " ".join(f"{key}={short(value)}" for key, value in trial.params.items()),
         )
     return table
 
@@ -154,36 +134,24 @@ def _shown(objective: Sequence[str]) -> list[str]:
     return [name for name in ("train_seconds", "val_accuracy", "params") if name not in objective]
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _value(name: str, value: float) -> str:
-    missed = name in TO_ACCURACY and value >= NEVER
-    return f"missed by {value / NEVER - 1:.4f}" if missed else _number(value)
-
-
 def _lines(
+    study: optuna.Study,
     comparison: Comparison,
     best: Sequence[FrozenTrial],
-    importance: dict[str, float],
-    trials: int,
+    importance: Sequence[Importance],
     repeating: Callable[[FrozenTrial], list[str]],
     config_dir: str | None,
     advice: str,
 ) -> list[str]:
-    study, objective = comparison.study, comparison.objective
-    lines = [*_doubts(comparison)]
+    lines = _doubts(comparison)
     if not best:
         lines.append("no trial is feasible: lower hydra.sweeper.min_accuracy, or search other ranges")
-    elif len(objective) == 1 and (verdict := _verdict(comparison, best[0], advice)):
+    elif len(comparison.objective) == 1 and (verdict := _verdict(comparison, best[0], advice)):
         lines.append(verdict)
-    tested = Attributes(best[0]).metrics.get("test_accuracy") if best and len(objective) == 1 else None
+    tested = Attributes(best[0]).metrics.get("test_accuracy") if best and len(comparison.objective) == 1 else None
     if tested is not None:
         lines.append(f"test_accuracy of trial {best[0].number}, on images that no decision has seen: {tested:.4f}")
-    if importance:
-        shares = ", ".join(f"{key} {share:.2f}" for key, share in importance.items())
-        lines.append(f"importance for {objective[0]} (fANOVA of {counted(trials, 'trial')}): {shares}")
+    lines += map(str, importance)
     if median := _seconds(study):
         lines.append(f"a trial took {median:.1f} s (median), all trials together {_seconds(study, sum):.0f} s")
     if best:
@@ -200,9 +168,14 @@ def _doubts(comparison: Comparison) -> list[str]:
             f"{'no trial' if unchanged == meant else f'{unchanged} of {meant} trials never'} changed its network: see "
             "whether epochs reaches prune.start_epoch, grow.at_epochs or grow.patience, or raise prune.lasso_ratio"
         )
-    infeasible = sum(any(excess > 0 for excess in t.constraints.values()) for t in completed(comparison.study))
+    infeasible = sum(not is_feasible(trial) for trial in completed(comparison.study))
     if infeasible:
         lines.append(f"{infeasible} of {len(completed(comparison.study))} trials miss hydra.sweeper.min_accuracy")
+    if comparison.same_runs:
+        lines.append(
+            f"{counted(comparison.same_runs, 'trial')} would have trained the same as another and took its values: "
+            "a larger hydra.sweeper.n_trials searches on, hydra.sweeper.repeat=true measures such trials again"
+        )
     if comparison.contended:
         if not comparison.fair:
             verdict = f"their times do not compare, for {', '.join(comparison.objective)} does not allow for it"
@@ -244,7 +217,8 @@ def _called(baseline: FrozenTrial) -> str:
 
 
 def _seconds(study: optuna.Study, of: Any = statistics.median) -> float:
-    durations = [trial.duration.total_seconds() for trial in study.trials if trial.duration is not None]
+    trained = [trial for trial in study.trials if Attributes(trial).same_run_as is None]
+    durations = [trial.duration.total_seconds() for trial in trained if trial.duration is not None]
     return float(of(durations)) if durations else 0.0
 
 
@@ -255,19 +229,6 @@ def rerun(trial: FrozenTrial, repeating: Callable[[FrozenTrial], list[str]], con
         return f"{command_name('run')} {shlex.join([*own, *repeating(trial)])}"
     except UserError as error:  # it was put into the study by something else than this sweep
         return f"trial {trial.number} cannot be repeated: {error}"
-
-
-def _importance(searched: optuna.Study) -> dict[str, float]:
-    """Each searched key's share of the first objective's variance (fANOVA); empty if there are too few trials."""
-    varied = {key for trial in searched.trials for key in trial.params}
-    if len(completed(searched)) < 4 or len(varied) < 2:
-        return {}
-    target = None if len(searched.directions) == 1 else (lambda trial: trial.values[0])
-    try:
-        return dict(optuna.importance.get_param_importances(searched, evaluator=charts.evaluator(), target=target))
-    except (ValueError, RuntimeError) as error:  # all values equal, or no key in all trials
-        log.info("no importances of the searched keys: %s", error)
-        return {}
 
 
 def _results(best: Sequence[FrozenTrial], objective: Sequence[str], sweep_dir: Path) -> Path:

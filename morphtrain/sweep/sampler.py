@@ -1,14 +1,68 @@
-"""What a sampler sees of a study: not the trials without any searched value, such as a baseline of another option."""
+"""The sampler of a study: Optuna's or the user's own, and what it sees: only trials with searched values."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 from collections.abc import Container, Sequence
 from typing import Any
 
 import optuna
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+
+from morphtrain import schema
+from morphtrain.errors import UserError, first_line
+
+KEY = "hydra.sweeper.sampler"
+KNOWN = ("optuna.samplers.*", "hydra_plugins.hydra_optuna_sweeper.*")  # whose classes a config may name anywhere
+
+
+def make_sampler(node: Any) -> Any:
+    """The sampler of a config node (group `hydra/sweeper/sampler`), or what makes it of the values of a grid.
+
+    Raises:
+        UserError: if its `_target_` is neither Optuna's nor a sampler of the user's own, or does not take its keys.
+    """
+    is_node = isinstance(node, DictConfig) and "_target_" in node
+    schema.check(is_node, KEY, node, "a node with a _target_, as hydra/sweeper/sampler=tpe makes it")
+    target = str(node._target_)
+    known = any(target.startswith(prefix.removesuffix("*")) for prefix in KNOWN)
+    if not known:
+        _check_own(target)
+    try:
+        sampler = instantiate(node, _execution_whitelist_=KNOWN if known else (*KNOWN, target))
+    except InstantiationException as error:
+        raise UserError(f"{KEY}._target_={target}: {first_line(error.__cause__ or error)}") from error
+    if not (known or isinstance(sampler, BaseSampler)):
+        made = type(sampler).__name__
+        raise UserError(f"{KEY}._target_={target}: makes a {made}, not an optuna.samplers.BaseSampler")
+    return sampler
+
+
+def _check_own(target: str) -> None:
+    """Raise a `UserError` unless a dotted path names a sampler's class, or a function that could make one."""
+    module, _, name = target.rpartition(".")
+    _refuse_pythons_own(target, module)  # which has no sampler, but much that harms when it is called
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # importing a module can raise anything
+        raise UserError(f"{KEY}._target_={target}: {first_line(error)}") from error
+    _refuse_pythons_own(target, str(getattr(found, "__module__", "")))  # it may have been imported from there
+    is_sampler = isinstance(found, type) and issubclass(found, BaseSampler)
+    if not (is_sampler or inspect.isfunction(found)):
+        wanted = "a subclass of optuna.samplers.BaseSampler, or a function that makes one"
+        raise UserError(f"{KEY}._target_={target}: must be {wanted}")
+
+
+def _refuse_pythons_own(target: str, module: str) -> None:
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"{KEY}._target_={target}: is of Python's own module {module}; name a sampler of yours")
 
 
 class SearchedTrials(BaseSampler):

@@ -9,6 +9,8 @@ As in SQLAlchemy, the path after three slashes is relative; four slashes make it
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -76,6 +78,27 @@ def exclusive(url: str) -> Iterator[None]:
 def without_password(url: str) -> str:
     """The address without its password, for messages; raises `UserError` if `open_storage` cannot take it."""
     return _shown(_parse(url))
+
+
+def dashboard(url: str) -> str:
+    """The command that shows a study in the browser, on this host alone; a password is left to PGPASSWORD.
+
+    Raises:
+        UserError: if `open_storage` cannot take the address.
+    """
+    from sqlalchemy.engine import URL
+
+    address = _parse(url)
+    storage = url
+    if address.drivername == "journal":
+        storage = str(_path(address))
+    elif address.drivername not in FILES:
+        place = {name: value for name, value in address.query.items() if name in ("host", "port")}  # of a socket
+        kept = (address.username, None, address.host, address.port, address.database)
+        storage = URL.create(address.drivername, *kept, query=place).render_as_string()
+    installed = importlib.util.find_spec("optuna_dashboard") is not None
+    first = "" if installed else "pip install optuna-dashboard; "
+    return f"{first}optuna-dashboard {shlex.quote(storage)}  (then http://127.0.0.1:8080)"
 
 
 def _parse(url: str) -> URL:

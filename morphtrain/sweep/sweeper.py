@@ -27,14 +27,15 @@ from morphtrain.schema.sweeper import Confirm, MoreBaseline
 from morphtrain.sweep import confirmation, report
 from morphtrain.sweep.attributes import Attributes
 from morphtrain.sweep.baseline import Baselines
-from morphtrain.sweep.checks import check_confirm, check_directions, check_pruner
+from morphtrain.sweep.checks import check_confirm, check_directions, check_pruner, check_sampler
 from morphtrain.sweep.comparison import compared
+from morphtrain.sweep.display import Display
 from morphtrain.sweep.floor import parse_floor
 from morphtrain.sweep.jobs import Jobs
 from morphtrain.sweep.sampler import SearchedTrials
 from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 from morphtrain.sweep.single_run import single_run
-from morphtrain.sweep.storage import without_password
+from morphtrain.sweep.storage import dashboard, without_password
 from morphtrain.sweep.study import WAIT_SECONDS, Plan, SharedStudy
 from morphtrain.sweep.target import Target
 from morphtrain.sweep.trial import NO_NUMBER
@@ -51,7 +52,7 @@ class StudySweeper:
         plain: Hydra's own Optuna sweeper, which holds the keys that both have: sampler, direction, storage and so on.
         extend: the user's own search space, see `morphtrain.sweep.search_space`.
         pruner: Optuna's; it is asked in the job, after every epoch.
-        baseline, min_accuracy, heartbeat_seconds, more_baselines, shares, confirm: as in the plug-in.
+        baseline, min_accuracy, heartbeat_seconds, more_baselines, shares, confirm, repeat: as in the plug-in.
 
     Raises:
         UserError: if a number is out of range.
@@ -69,6 +70,7 @@ class StudySweeper:
         more_baselines: Mapping[str, MoreBaseline] | None = None,
         shares: Mapping[str, Any] | None = None,
         confirm: Confirm | None = None,
+        repeat: bool = False,
     ) -> None:
         self.plain = plain
         self.extend = extend
@@ -80,6 +82,7 @@ class StudySweeper:
         self.heartbeat_seconds = heartbeat_seconds
         self.more_baselines, self.shares = more_baselines or {}, shares or {}
         self.confirm = confirm or Confirm(best=0, seeds=5)
+        self.repeat = repeat
         for key, wanted in (("more_baselines", self.more_baselines), ("confirm.best", self.confirm.best)):
             if wanted and baseline is None:
                 raise UserError(f"hydra.sweeper.{key}: needs a baseline, and hydra.sweeper.baseline=null makes none")
@@ -106,6 +109,7 @@ class StudySweeper:
             repeating = functools.partial(self._alone, trials=study.trials, baselines=baselines)
             more_to_come = self.confirm.best > 0
             artifacts = report.close(study.study, first.objective, self.sweep_dir, repeating, own, more_to_come)
+            print(f"in the browser:  {dashboard(plan.storage)}")
             interrupts.check()
             if more_to_come:
                 rerun = functools.partial(report.rerun, repeating=repeating, config_dir=own)
@@ -147,30 +151,38 @@ class StudySweeper:
         )
         study = SharedStudy(plan, sampler, self.pruner)
         log.info("study %s in %s: %d of %d trials", plan.name, without_password(plan.storage), len(study.trials), total)
+        log.info("to watch it: %s", dashboard(plan.storage))
         prepare(first.tracking)
         return baselines, first, plan, study
 
     def _work(self, study: SharedStudy, worker: Worker, baselines: Baselines, parent: str | None) -> None:
         """Take and run trials until all of the study's have ended."""
+        launcher = self.config.hydra.runtime.choices["hydra/launcher"]
+        display = Display(study.study, self.target.objective, study.plan.total, self.plain.n_jobs, launcher)
         jobs = Jobs(
             study=study,
             worker=worker,
             launcher=self.launcher,
             repeating=functools.partial(self._repeating, baselines=baselines),
+            composed=self._composed,
             child=[] if parent is None else [f"tracking.parent_run_id={parent}"],
             sweep_dir=self.sweep_dir,
             target=self.target,
             floor=self.floor,
             max_failure_rate=self.plain.max_failure_rate,
+            repeat=self.repeat,
+            display=display,
         )
         while True:
+            display.look(worker.trial_ids)
             interrupts.check()
             if self.floor is not None:
                 self.floor.check_baseline(study.trials)
             if trials := study.take(worker, self.plain.n_jobs, functools.partial(self._choose, baselines=baselines)):
                 jobs.run(trials)
             elif study.others_running():
-                interrupts.wait(WAIT_SECONDS)
+                with display.drawn():
+                    interrupts.wait(WAIT_SECONDS)
             else:
                 break
 
@@ -222,11 +234,7 @@ class StudySweeper:
     def _sampler(self, baselines: Baselines) -> tuple[Any, int]:
         """The sampler, and the total number of trials."""
         sampler, total = self.plain.sampler, self.plain.n_trials
-        if isinstance(sampler, optuna.samplers.CmaEsSampler):
-            raise UserError(
-                "hydra/sweeper/sampler=cmaes: Optuna keeps this one's state in the study as a pickle, by which whoever "
-                "can write to the study could run code here; tpe, gp, nsgaii, nsgaiii, qmc, random or grid works"
-            )
+        check_sampler(sampler, baselines.space.branches)
         if not (isinstance(sampler, functools.partial) and sampler.func is optuna.samplers.GridSampler):
             return SearchedTrials(sampler), total
         grid = baselines.space.grid()

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from morphtrain import world
+from morphtrain import interrupts, terminal, world
 from morphtrain.errors import Incompatible
 from morphtrain.schema import Config, Custom
 from morphtrain.schema.model import Torchvision
@@ -30,13 +30,13 @@ Record = dict[str, float]
 
 @contextmanager
 def progress_bar(run: Run) -> Iterator[Callable[[int], None] | None]:
-    """A bar for the present epoch on a terminal; None where there is no terminal."""
-    if not sys.stderr.isatty() or not world.is_main():
+    """A bar for the present epoch on a terminal; None where there is none, and for one of several jobs at once."""
+    if not sys.stderr.isatty() or not world.is_main() or interrupts.is_worker():
         yield None
         return
     columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Two refreshes a second: the drawing thread shares the interpreter with what is being timed.
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
+    with Progress(*columns, console=terminal.drawing(), transient=True, refresh_per_second=2) as bar:
         task = bar.add_task(f"{run.epoch}/{run.config.epochs}", total=run.epoch_images)
         yield lambda images: bar.update(task, advance=images, total=run.epoch_images)  # known once it has begun
 
@@ -69,7 +69,9 @@ def show_end(run: Run, run_dir: Path, checkpoint: Path, view: str, alone: bool) 
         alone: False for a job of a multirun, which chooses the next one itself.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs, run.config.objective))
+    with console.capture() as table:
+        console.print(closing_table(run.history, run.initial, run.config.timing.warmup_epochs, run.config.objective))
+    print(table.get(), end="")  # as all other lines: a console of its own would write into the line of a sweep
     print(f"run directory: {from_home(run_dir)}")
     print(f"use it:        {_how_to_load(run, checkpoint)}")
     if best.is_another(run, run_dir):

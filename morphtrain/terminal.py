@@ -1,0 +1,13 @@
+"""The console for what keeps its place on the terminal: the bar of an epoch, and the line of its sweep below."""
+
+from __future__ import annotations
+
+import functools
+
+from rich.console import Console
+
+
+@functools.cache
+def drawing() -> Console:
+    """One for all: what rich draws at the same time has to share a console, or each would draw over the other."""
+    return Console(stderr=True)
