@@ -41,7 +41,10 @@ PRINTED = (
     "memory: largest batch",
     "morphtrain/ ",  # the trees of the architecture
     "conf/ ",
-    "lambda = lasso_ratio",
+    "experiment -> report",
+    "lambda = lasso_ratio",  # formulas
+    "i = round(x / 2^",
+    "minimise 1/2 (loss",
     "lr * trust_coefficient",
 )
 FENCE = re.compile(r"^( *)```(\w*)$")

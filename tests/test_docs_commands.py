@@ -164,6 +164,7 @@ def only_parsed(main: Callable[[], Any], name: str, words: Sequence[str], patch:
 def check_script(path: Path, words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     assert path.is_file(), f"{path}: no such script"
     if path.parent.name == "notebooks":  # those of benchmarks take numbers, or nothing
+        patch.syspath_prepend(str(path.parent))
         only_parsed(partial(runpy.run_path, str(path), run_name="__main__"), path.name, words, patch)
 
 

@@ -319,7 +319,9 @@ LOOP = """
 import torch
 import torch.nn.functional as F
 from torch import nn
-model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+model = nn.Sequential(
+    *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+)
 criterion = nn.CrossEntropyLoss()
 images, labels, tensor = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), torch.randn(5)
 """
@@ -374,11 +376,16 @@ class MyFunction(torch.autograd.Function):
     },
     "docs/guides/comparing.md": {},
     "docs/guides/reading-the-records.md": {},
-    "docs/guides/statistics.md": {},
+    "docs/guides/statistics.md": {
+        'load("mine")': "import shutil\nshutil.copytree('experiments/lasso_ratio-small', 'mine')\n",
+    },
     "docs/adding-an-option.md": {
         "class Toys(Method)": "import sys\nsys.modules['morphtrain.schema.prune_toy'] = sys.modules['__main__']\n",
     },
     "docs/methods/dynamic-fixed-point.md": {"": LOOP},
+    "docs/methods/ghost-norm.md": {"": LOOP},
+    "docs/methods/sync-norm.md": {"": LOOP},
+    "docs/methods/weight-norm.md": {"": LOOP},
     "docs/methods/gradient-approximation.md": {"": LOOP},
     "docs/methods/sparse-activation-gradients.md": {"": LOOP},
 }
