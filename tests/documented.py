@@ -25,7 +25,7 @@ PAGES = [
 ]
 PROGRAMS = (
     *("python", "torchrun", "morphtrain", "make", "pip", "cd", "export", "eval", "srun", "sudo", ".ci/run"),
-    *("jupyter", "mkdocs", "mlflow", "optuna-dashboard", "tensorboard", "wandb", "twine"),
+    *("jupyter", "mkdocs", "mlflow", "optuna-dashboard", "tensorboard", "wandb", "twine", "netron", "source"),
 )
 # Blocks of what commands print, of formulas and trees: how they begin.
 PRINTED = (
@@ -121,20 +121,20 @@ def _whole_blocks(page: Path) -> Iterator[Block]:
 
 
 def _parts(block: Block) -> Iterator[Block]:
-    """What an indented block says that has commands and something else, apart by blank lines."""
+    """An indented block cut where commands begin, and where an empty line ends them."""
     if block.language:
         yield block
         return
-    parts: list[Block] = []
-    line = block.line
-    for text in block.text.split("\n\n"):
-        part = replace(block, text=text, line=line)
-        line += text.count("\n") + 2
-        if parts and not _begins_with_a_program(text) and not _begins_with_a_program(parts[-1].text):
-            parts[-1] = replace(parts[-1], text=f"{parts[-1].text}\n\n{text}")
-        elif text.strip():
-            parts.append(part)
-    yield from parts
+    parts: list[tuple[int, list[str]]] = []
+    after_empty = True
+    for number, line in enumerate(block.text.split("\n"), start=block.line):
+        within = bool(parts) and _begins_with_a_program("\n".join(parts[-1][1]))  # commands
+        begins = not line.startswith(" ") and _begins_with_a_program(line)
+        if not parts or (begins and (not within or after_empty)) or (within and after_empty and line.strip()):
+            parts.append((number, []))
+        parts[-1][1].append(line)
+        after_empty = not line.strip()
+    yield from (replace(block, line=number, text="\n".join(lines).rstrip()) for number, lines in parts)
 
 
 def _begins_with_a_program(text: str) -> bool:
@@ -231,7 +231,8 @@ def _of_block(block: Block) -> Iterator[Command]:
 
 def _of_line(text: str, command: Command, variables: dict[str, str]) -> Iterator[Command]:
     """The commands of one line of a shell, which may assign variables and change the directory."""
-    for words in _split(shlex.split(text.replace("\\\n", " "), comments=True), "&&"):
+    text = re.sub(r";(?=\s)", " ;", text.replace("\\\n", " "))
+    for words in _split(shlex.split(text, comments=True)):
         if len(words) == 1 and (assigned := ASSIGNED.fullmatch(words[0])):
             variables[assigned[1]] = assigned[2]
             continue
@@ -243,18 +244,20 @@ def _of_line(text: str, command: Command, variables: dict[str, str]) -> Iterator
             raise AssertionError(f"{command.where}{shlex.join(words)}: {program} is none of {', '.join(PROGRAMS)}")
         command = replace(command, words=(program, *words[1:]))
         yield command
+        for within in (found[1] for word in words if (found := re.fullmatch(r"\$\((.*)\)", word))):
+            yield from _of_line(within, command, variables)
         if program == "cd":
             command = replace(command, directory=str(Path(command.directory, words[1])))
 
 
 def _expanded(word: str, variables: dict[str, str]) -> list[str]:
-    return shlex.split(variables[word[1:]]) if word.startswith("$") else [word]
+    return shlex.split(variables[word[1:]]) if re.fullmatch(r"\$\w+", word) else [word]
 
 
-def _split(words: Sequence[str], at: str) -> Iterator[list[str]]:
+def _split(words: Sequence[str]) -> Iterator[list[str]]:
     part: list[str] = []
-    for word in [*words, at]:
-        if word != at:
+    for word in [*words, ";"]:
+        if word not in ("&&", "|", ";"):
             part.append(word)
         elif part:
             yield part
@@ -265,10 +268,15 @@ def _of_text(page: Path) -> Iterator[Command]:
     """Commands in backticks, where an ellipsis stands for anything."""
     for line, span in spans(page):
         if _program(span.split()[0]) in PROGRAMS and " " in span:
-            words = [word for word in shlex.split(span) if word != "..."]
-            is_mention = words[:2] == ["python", "-m"] and len(words) == 3  # not what one types
-            if len(words) > 1 and not is_mention:
-                yield from _of_line(shlex.join(words).replace("'&&'", "&&"), Command(page, line, ()), {})
+            words = [word for word in span.split() if word != "..."]
+            if not is_mention(words):
+                yield from _of_line(" ".join(words), Command(page, line, ()), {})
+
+
+def is_mention(words: Sequence[str]) -> bool:
+    """Whether words name a command rather than say what to type."""
+    shortest = 4 if list(words[:2]) == ["python", "-m"] else 3 if words[0] == "morphtrain" else 2
+    return len(words) < shortest
 
 
 def spans(page: Path) -> list[tuple[int, str]]:
@@ -292,5 +300,5 @@ def _of_tables(page: Path) -> Iterator[Command]:
             ((column, beginning),) = heads
         elif not cells:
             beginning = ""
-        elif beginning and len(cells) > column and (added := re.fullmatch(r"`([^`]+)`", cells[column])):
+        elif beginning and len(cells) > column and (added := re.match(r"`([^`]+)`", cells[column])):
             yield from _of_line(f"{beginning} {added[1]}", Command(page, line, ()), {})

@@ -42,8 +42,11 @@ TO_COME = {
     "timing.profile=": "the profiler",
 }
 # Programs that are not ours: what follows them is not checked here.
-OF_OTHERS = ("jupyter", "mkdocs", "mlflow", "optuna-dashboard", "tensorboard", "wandb", "export", "eval", "cd")
-PACKAGES = ("jupyterlab", "selenium")  # that `pip install` names beside our own
+OF_OTHERS = (
+    *("jupyter", "mkdocs", "mlflow", "optuna-dashboard", "tensorboard", "wandb", "netron", "twine"),
+    *("export", "eval", "cd", "source"),
+)
+PACKAGES = ("jupyterlab", "netron")  # that `pip install` names beside our own
 KINDS = {"commands", "python", "yaml", "toml", "file", "picture", "printed"}
 
 
@@ -175,8 +178,16 @@ def check_console(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     assert entry, "pyproject.toml has no script of that name"
     assert callable(getattr(importlib.import_module(entry[1]), entry[2]))
     if words and not words[0].startswith("-"):
-        command, *rest = words
-        check_module(f"morphtrain.{'run' if command == 'sweep' else command}", rest, patch)
+        command, *rest = as_run(words)
+        check_module(f"morphtrain.{command}", rest, patch)
+
+
+def as_run(words: Sequence[str]) -> list[str]:
+    """A search or a grid as arguments of `run`; other commands as they are."""
+    command, *rest = words
+    if command != "sweep":
+        return list(words)
+    return ["run", f"+sweep={rest[0]}", *rest[1:]] if "=" not in rest[0] else ["run", "-m", *rest]
 
 
 def check_torchrun(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
@@ -214,6 +225,8 @@ def check_pip(words: Sequence[str]) -> None:
 
 def check_run(words: Sequence[str]) -> None:
     flags = arguments.check_flags(arguments.prepared(words))
+    if flags.shell_completion:  # install=bash is no key then
+        return
     overrides = [override for override in flags.overrides if override != arguments.MULTIRUN]
     if any(override.startswith("+experiment=") for override in overrides):
         jobs: list[list[str]] = [list(only_composed(overrides))]
