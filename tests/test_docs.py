@@ -168,3 +168,22 @@ def test_every_page_is_on_the_map() -> None:
     assert [page for page in pages if f" {page}\n" not in menu] == []
     first = (ROOT / "docs" / "index.md").read_text()
     assert [page for page in pages if page.startswith("guides/") and f"({page}" not in first] == []
+
+
+def test_what_does_not_pay_is_told_in_numbers_of_the_pages_that_it_links_to() -> None:
+    """Numbers with a point: those of a section stand on one of the pages that the section links to."""
+    page = ROOT / "docs" / "when-it-does-not-pay.md"
+    sections = re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)
+    told = [
+        (section, set(re.findall(r"(?<![\d.`=])\d+\.\d+(?![\d.])", without_links(section)))) for section in sections
+    ]
+    assert sum(len(numbers) for _, numbers in told) > 60
+    for section, numbers in told:
+        links = re.findall(r"\]\(([\w./-]+\.md)", section)
+        there = " ".join((page.parent / link).read_text() for link in links)
+        assert {number for number in numbers if number not in there} == set(), section.splitlines()[0]
+
+
+def without_links(text: str) -> str:
+    """The text with neither addresses nor commands."""
+    return re.sub(r"\]\([^)]*\)|^ {8}.*$", "]", text, flags=re.MULTILINE)
