@@ -34,6 +34,7 @@ PRINTED = (
     "both: epochs=40 timing.cores=1",  # compare
     "model.weights=base.pt: training starts",
     "grow=selective with prune=none",
+    "7/20 trial 6:",  # a search
     "start-up: --help",
     "regulariser: ",
     "gradient: ResNet-8",

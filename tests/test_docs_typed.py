@@ -45,10 +45,16 @@ NOT_RUN = {  # a part of the command: why
     "python -m morphtrain.completion": "for shells; tests/test_completion.py",
     "morphtrain completion": "for shells; tests/test_completion.py",
     "-sc ": "for shells; tests/test_completion.py",
+    "tracking.project=mine": "needs wandb's server",
+    "data.root=uoft-cs": "needs a network",
+    "data.root=pictures.parquet": "needs such a file",
     "compile=default": "compiles for half a minute; tests/test_compile.py",
 }
 # Of these, what no page shows yet.
-NOT_SHOWN = ("morphtrain.ui", "morphtrain ui", "python -m morphtrain.completion", "morphtrain completion", "-sc ")
+NOT_SHOWN = (
+    *("morphtrain.ui", "morphtrain ui", "python -m morphtrain.completion", "morphtrain completion", "-sc "),
+    *("tracking.project=mine", "data.root=uoft-cs", "data.root=pictures.parquet"),
+)
 PUBLISHED = ("data=fashion_mnist", "data=cifar10")  # which a test does not download
 SMALL_SET = ("data=synthetic", "data.train_samples=96", "data.val_samples=32", "data.image_size=16")
 LARGE = ("data.train_samples", "data.val_samples", "data.val_share")  # keys of published sets that are left out
@@ -67,6 +73,7 @@ SHORTER = {
     "seed": "1,2",
     "model.width": "8",
     "data.image_size": "32",
+    "timing.profile": "[5,8]",
 }
 NARROW = ("resnet", "vgg")  # models that have `model.width`
 # Pages whose commands run in the fast suite, too: they build on one another.
@@ -399,6 +406,7 @@ class MyFunction(torch.autograd.Function):
         "": "import morphtrain.slices\nimport torch\nfrom torch.utils.data import DataLoader\n"
     },
     "docs/guides/comparing.md": {},
+    "docs/guides/sweeps.md": {},
     "docs/guides/reading-the-records.md": {},
     "docs/guides/statistics.md": {
         'load("mine")': "import shutil\nshutil.copytree('experiments/lasso_ratio-small', 'mine')\n",
