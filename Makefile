@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run report test test-all lint docs bench ui clean
+.PHONY: setup run report test test-all lint docs pictures bench ui clean
 
 setup: .venv/.installed
 
@@ -41,6 +41,10 @@ lint: setup
 # The documentation, into site/; a broken link is an error.
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+# Every picture that the README and the documentation show, from stored records; it needs Chromium.
+pictures: setup
+	$(BIN)/python notebooks/pictures.py
 
 # What the product promises about its own speed, as ratios measured interleaved.
 bench: setup

@@ -1,85 +1,25 @@
-"""What the documentation shows: its commands compose, and the names that it imports are there."""
+"""The documentation names what there is: imports, keys, options, files, modules; and every key is on a page."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from documented import PAGES, ROOT, blocks, file_of, kind, spans
+from omegaconf import OmegaConf
 
-import morphtrain
-from morphtrain import lr_finder, schema
-from morphtrain.compare.__main__ import parse
-from morphtrain.compare.command import check_effect, sides_of
-from morphtrain.trainer import train
+from morphtrain import schema
+from morphtrain.schema.names import keys
 
-ROOT = Path(__file__).parents[1]
 OPTION_FILES = [path for group in schema.OPTIONS for path in sorted((schema.CONF / group).glob("*.yaml"))]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IMPORT = re.compile(r"^ *from (morphtrain[\w.]*) import ([\w, ]+)$", re.MULTILINE)
-OTHERS = (" -m ", " --", "custom", "my_", "<", "hydra.")  # sweeps, printing, options of the reader's own
-
-
-def shown(command: str) -> list[str]:
-    """What follows a command wherever it is shown."""
-    pattern = re.compile(rf"^ +python -m morphtrain\.{command}( [^#\n]*)", re.MULTILINE)
-    return [words for page in PAGES for words in pattern.findall(page.read_text().replace(" \\\n", " "))]
-
-
-def commands() -> list[str]:
-    """The words of every single run that is shown."""
-    lines = [line for line in shown("run") if not any(other in f"{line} " for other in OTHERS)]
-    words = {line.strip().split("  ")[0] for line in lines}
-    assert len(words) > 15
-    return sorted(words)
-
-
-@pytest.mark.parametrize("command", commands())
-def test_a_command_that_is_shown_composes(command: str) -> None:
-    words = shlex.split(command)
-    target = ["timing.target_accuracy=0.9"] if "+sweep=fastest" in words else []  # which is that of its trial 0
-    morphtrain.compose(*words, *target)
-
-
-@pytest.mark.parametrize("command", sorted(set(shown("compare"))))
-def test_a_comparison_that_is_shown_composes(command: str) -> None:
-    for overrides in sides_of(*parse(shlex.split(command))).values():
-        morphtrain.compose(*overrides)
-
-
-@pytest.mark.parametrize("command", sorted(set(shown("lr_finder"))))
-def test_a_range_test_that_is_shown_composes(command: str) -> None:
-    options = lr_finder.parse(shlex.split(command))
-    check_effect("a range test", options.overrides)
-    morphtrain.compose(*options.overrides)
-
-
-SHORT = ("tracking=none", "timing.reference=0", "model.width=4")
-
-
-@pytest.mark.parametrize(("guide", "number"), [("trained-weights", 2), ("longer-runs", 3)])
-def test_the_commands_of_a_guide_run_after_each_other(
-    guide: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shortened: a thirtieth of the epochs, narrow networks."""
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text().replace(" \\\n", " ")
-    lines = re.findall(r"^ +python -m morphtrain\.run (.*)", text, re.MULTILINE)
-    lines = [line for line in lines if "torchvision" not in line]  # which needs a network and photos
-    assert len(lines) == number
-    for place, line in enumerate(lines):
-        words = [re.sub(r"^epochs=(\d+)", lambda m: f"epochs={max(2, int(m[1]) // 30)}", w) for w in shlex.split(line)]
-        words = words if any(word.startswith("epochs=") for word in words) else [*words, "epochs=2"]
-        directory = next((w.partition("=")[2] for w in words if w.startswith("hydra.run.dir=")), f"run{place}")
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        overrides = [word for word in words if not word.startswith("hydra.")]
-        overrides += ["prune.round_to=1"] * ("prune=early" in words)  # eight are more than such a layer has
-        train(morphtrain.compose(*overrides, *SHORT), Path(directory), {})
-        assert morphtrain.load(Path(directory) / "last.pt") is not None
 
 
 @pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
@@ -106,3 +46,144 @@ def test_what_the_guides_include_is_there() -> None:
     for line in lines:
         found = re.fullmatch(r'--8<-- "(.*)"', line)
         assert found and (ROOT / "docs" / "examples" / found[1]).is_file(), line
+
+
+TYPED = re.compile(r"\+{0,2}([a-z_]+)((?:\.\w+)*)(?:=(.*))?")
+PATH = re.compile(r"(?:tests|benchmarks|morphtrain|conf|docs|notebooks)/[\w./-]*")
+MODULE = re.compile(r"morphtrain(?:\.\w+)+")
+# Names that look like keys and are attributes of Python, and names of the reader's own or of the example in
+# docs/adding-an-option.md.
+ATTRIBUTES = ("model.float", "loss.backward", "gradient.py")
+OWN = ("toy", "mine", "shapes", "signum", "weakest", "momentum", "Net", "...")
+PRESETS = ("sweep", "experiment", "launcher")
+
+
+def words_of(page: Path) -> Iterator[tuple[int, str]]:
+    for line, span in spans(page):
+        yield from ((line, word.strip("'(),;:")) for word in span.split())
+
+
+def known_keys() -> dict[str, set[str]]:
+    """What may follow the first part of a dotted key."""
+    found = {group: {"name", "_target_"} for group in schema.OPTIONS}
+    for group, options in schema.OPTIONS.items():
+        for option in options:
+            found[group] |= set(keys(group, option))
+    return found
+
+
+def of_hydra() -> dict[str, set[str]]:
+    """The keys of the sweepers and of the launchers, whichever is chosen."""
+    sweepers = [OmegaConf.load(path) for path in (schema.CONF / "hydra" / "sweeper").glob("*.yaml")]
+    presets = [OmegaConf.load(path) for path in (schema.CONF / "launcher").glob("*.yaml")]
+    launchers: Any = [OmegaConf.select(preset, "hydra.launcher") or {} for preset in presets]
+    return {
+        "sweeper": {"sampler", "pruner", *(key for node in sweepers for key in node)},
+        "launcher": {str(key) for node in launchers for key in node},
+    }
+
+
+def check_key(group: str, rest: str, known: dict[str, set[str]], hydra: dict[str, set[str]]) -> bool:
+    """Whether there is a key of this name in a group, or of Hydra's."""
+    first, *more = rest.removeprefix(".").split(".")
+    if group == "hydra":
+        return first not in hydra or not more or more[0] in hydra[first]
+    return first in known[group] or f"{group}.{first}" in ATTRIBUTES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_keys_and_options_in_the_text_are_there(page: Path) -> None:
+    known, hydra = known_keys(), of_hydra()
+    top = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
+    presets = {place: {path.stem for path in (schema.CONF / place).glob("*.yaml")} for place in PRESETS}
+    stale = []
+    for line, word in words_of(page):
+        typed = TYPED.fullmatch(word)
+        if typed is None:
+            continue
+        key, rest, value = typed.groups()
+        if rest and (key in known or key == "hydra"):
+            right = check_key(key, rest, known, hydra)
+        elif value and key in known:
+            options = {*schema.OPTIONS[key], *(path.stem for path in (schema.CONF / key).glob("*.yaml")), *OWN}
+            right = key in top and set(re.split(r"[,|]", value)) <= {*options, key}
+        elif value and key in presets and word.startswith("+"):
+            right = set(value.split(",")) <= {*presets[key], *OWN, "<question>"}
+        else:
+            continue
+        if not right:
+            stale.append(f"{page.name}:{line}: {word}")
+    assert stale == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_and_modules_in_the_text_are_there(page: Path) -> None:
+    made = {file_of(block) for block in blocks(page) if kind(block) == "file"}
+    stale = []
+    for line, word in words_of(page):
+        if PATH.fullmatch(word) and "toy" not in word and word not in made:
+            right = (ROOT / word).exists() or (page.parent / word).exists()
+        elif MODULE.fullmatch(name := word.partition("(")[0]):
+            right = is_there(name)
+        else:
+            continue
+        if not right:
+            stale.append(f"{page.name}:{line}: {word}")
+    assert stale == []
+
+
+def is_there(name: str) -> bool:
+    """Whether it is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ".".join(parts[:count])
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            continue
+        if found is not None:
+            value: Any = importlib.import_module(module) if parts[count:] else None
+            for part in parts[count:]:
+                if not hasattr(value, part):
+                    return False
+                value = getattr(value, part)
+            return True
+    return False
+
+
+def test_a_name_that_is_not_there_is_found() -> None:
+    known, hydra = known_keys(), of_hydra()
+    assert check_key("prune", ".lasso_ratio", known, hydra) and not check_key("prune", ".laso_ratio", known, hydra)
+    assert check_key("hydra", ".sweeper.n_trials", known, hydra)
+    assert not check_key("hydra", ".sweeper.trials", known, hydra)
+    assert check_key("hydra", ".run.dir", known, hydra)
+    assert is_there("morphtrain.morph.effective.fold") and not is_there("morphtrain.morph.effective.unfold")
+    assert not is_there("morphtrain.morphing")
+
+
+def test_every_page_is_on_the_map() -> None:
+    """A reader finds each guide from the first page, in a step or two; mkdocs.yml has every page."""
+    menu = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f" {page}\n" not in menu] == []
+    first = (ROOT / "docs" / "index.md").read_text()
+    assert [page for page in pages if page.startswith("guides/") and f"({page}" not in first] == []
+
+
+def test_what_does_not_pay_is_told_in_numbers_of_the_pages_that_it_links_to() -> None:
+    """Numbers with a point: those of a section stand on one of the pages that the section links to."""
+    page = ROOT / "docs" / "when-it-does-not-pay.md"
+    sections = re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)
+    told = [
+        (section, set(re.findall(r"(?<![\d.`=])\d+\.\d+(?![\d.])", without_links(section)))) for section in sections
+    ]
+    assert sum(len(numbers) for _, numbers in told) > 60
+    for section, numbers in told:
+        links = re.findall(r"\]\(([\w./-]+\.md)", section)
+        there = " ".join((page.parent / link).read_text() for link in links)
+        assert {number for number in numbers if number not in there} == set(), section.splitlines()[0]
+
+
+def without_links(text: str) -> str:
+    """The text with neither addresses nor commands."""
+    return re.sub(r"\]\([^)]*\)|^ {8}.*$", "]", text, flags=re.MULTILINE)
