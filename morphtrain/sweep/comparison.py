@@ -73,6 +73,11 @@ def compared(study: optuna.Study, objective: Sequence[str]) -> Comparison:
     return Comparison(_copy(study, trials), names, contended, fair)
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps to the constraints of its search, such as `min_accuracy`."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
 def completed(study: optuna.Study) -> list[FrozenTrial]:
     """The trials with a result."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

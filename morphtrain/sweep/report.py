@@ -24,7 +24,7 @@ from morphtrain.evidence.calibration import CALIBRATED
 from morphtrain.schema.config import TO_ACCURACY
 from morphtrain.sweep import charts
 from morphtrain.sweep.attributes import FIRST, Attributes
-from morphtrain.sweep.comparison import Comparison, compared, completed
+from morphtrain.sweep.comparison import Comparison, compared, completed, is_feasible
 from morphtrain.timing.summaries import NEVER
 from morphtrain.wording import counted
 
@@ -103,11 +103,7 @@ def best_searched(comparison: Comparison, count: int) -> list[FrozenTrial]:
 def _ranked(study: optuna.Study) -> list[FrozenTrial]:
     """The feasible trials, the best first."""
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-    return sorted(filter(_is_feasible, completed(study)), key=lambda trial: sign * trial.values[0])
-
-
-def _is_feasible(trial: FrozenTrial) -> bool:
-    return all(excess <= 0 for excess in trial.constraints.values())
+    return sorted(filter(is_feasible, completed(study)), key=lambda trial: sign * trial.values[0])
 
 
 def _baselines(study: optuna.Study) -> list[FrozenTrial]:
