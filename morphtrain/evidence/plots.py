@@ -78,7 +78,7 @@ def _accuracy(axes: Any, history: Sequence[Record]) -> None:
     best = max(history, key=lambda record: record["val_accuracy"])
     _over_epochs(axes, [record["epoch"] for record in history], values, Look(SERIES[0], "o", "-"))
     axes.plot(best["epoch"], best["val_accuracy"], "D", color=INK, markerfacecolor="none", markersize=9)
-    at = "" if best is history[-1] else f", {best['val_accuracy']:.3f} in epoch {best['epoch']:.0f}"
+    at = "" if best is history[-1] else f", best {best['val_accuracy']:.3f} (epoch {best['epoch']:.0f})"
     axes.set_title(f"Validation accuracy\n{values[-1]:.3f} at the end{at}")
     axes.set(xlabel="epoch", ylabel="accuracy", ylim=(-0.02, 1.02))
 
@@ -99,8 +99,8 @@ def _seconds(axes: Any, history: Sequence[Record]) -> None:
         axes.plot(*edge, "^", color=SERIES[1], clip_on=False, label=f"longer, up to {longest:.3g} s")
     axes.set(title="Time of an epoch", ylim=(0, top), xlabel="epoch", ylabel="seconds")
     drawn = [line for line in axes.lines if len(line.get_xdata())]
-    if len(drawn) > 1:
-        axes.legend(handles=drawn)
+    if any(line.get_label() != "undisturbed" for line in drawn):
+        axes.legend(handles=drawn, loc="lower left")
 
 
 def _kind(record: Record) -> str:

@@ -70,7 +70,7 @@ def settings() -> dict[str, Any]:
         **{"axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.6, "axes.axisbelow": True},
         **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
         **{"font.size": LETTERS, "lines.linewidth": 1.8, "lines.markersize": 6.0, "text.parse_math": False},
-        **{"axes.titlesize": LETTERS, "axes.titlelocation": "left", "legend.fontsize": SMALL},
+        **{"axes.titlesize": 10.0, "axes.titlelocation": "left", "legend.fontsize": SMALL},
         **{"figure.titlesize": TITLE, "figure.titleweight": "bold"},
         **{"figure.figsize": SIZE, "figure.dpi": DOTS, "savefig.dpi": DOTS, "image.cmap": SHADES_DOWN},
         "axes.prop_cycle": cycler(color=SERIES) + cycler(linestyle=LINES),
