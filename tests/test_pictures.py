@@ -220,10 +220,11 @@ def history(epochs: int) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.parametrize("name", ["resnet8 on digits", f"{'my_package.networks.' * 9}Net on my_package.pictures"])
 @pytest.mark.parametrize("epochs", [1, 2, 120, 300])
-def test_a_run_of_any_length_is_readable(epochs: int) -> None:
+def test_a_run_of_any_length_is_readable(epochs: int, name: str) -> None:
     with style.figure(plots.RUN_SIZE) as figure:
-        plots.draw_run(figure, history(epochs), INITIAL, "resnet8 on digits")
+        plots.draw_run(figure, history(epochs), INITIAL, name)
         figure.draw_without_rendering()
         texts = [figure._suptitle, *(axes.title for axes in figure.axes), *(axes._left_title for axes in figure.axes)]
         texts += [text for axes in figure.axes for text in axes.texts]

@@ -123,9 +123,11 @@ def test_names_do_not_cover_one_another(spaces: int, epochs: int, tmp_path: Path
         axes = figure.axes[0]
         labels = [label.get_window_extent() for label in axes.get_yticklabels()]
         ends = [text.get_window_extent() for text in axes.texts if text.xy[0] == 1.01]
+        marks = [text.get_window_extent() for text in axes.texts if text.xy[0] != 1.01]
         assert len(labels) == len(ends) == len(bands(changes))
         for boxes in (labels, ends):
             assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(marks))
         assert min(box.x0 for box in labels) >= 0 and max(box.x1 for box in ends) <= figure.bbox.x1
         assert axes.get_window_extent().width > 0.4 * figure.bbox.width
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from morphtrain.evidence import style, words
 from morphtrain.evidence.style import INK, SERIES, Look
-from morphtrain.wording import counted, printable
+from morphtrain.wording import counted
 
 Record = Mapping[str, float]
 
@@ -36,7 +36,7 @@ def plot_run(history: Sequence[Record], initial: Mapping[str, float], path: Path
 def draw_run(figure: Any, history: Sequence[Record], initial: Mapping[str, float], name: str = "") -> None:
     """What `plot_run` writes, on an empty figure."""
     accuracy, seconds, size = figure.subplots(1, 3, sharex=True)
-    figure.suptitle(printable(title(history, initial, name)), x=0.01, horizontalalignment="left")
+    style.headline(figure, title(history, initial, name))
     last = history[-1]["epoch"]
     seconds.set_xlim(-0.02 * last, 1.02 * last)  # of all three
     _accuracy(accuracy, history)

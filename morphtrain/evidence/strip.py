@@ -120,7 +120,7 @@ def draw_widths(figure: Any, changes: Sequence[Change], epochs: int, name: str =
     _, height = _size(found, events)
     text = LINE * len(events)
     axes, below = figure.subplots(2, 1, height_ratios=(height - text, max(text, 1e-3)))
-    figure.suptitle(printable(title(found, epochs, name)), x=0.01, horizontalalignment="left")
+    style.headline(figure, title(found, epochs, name))
     end = epochs + max(0.5, 0.015 * epochs)  # the last network lasts until the picture ends
     _bars(axes, found, end)
     letters = min(style.SMALL, 0.8 * 72 * _band_height(found))
@@ -189,7 +189,7 @@ def _marks(axes: Any, changes: Sequence[Change]) -> None:
     epochs = list(dict.fromkeys(change["epoch"] for change in changes if change["event"]))
     above = axes.get_xaxis_transform()
     axes.plot(epochs, [1.0] * len(epochs), "|", color=INK, markersize=9, clip_on=False, transform=above)
-    least = 0.02 * axes.get_xlim()[1]
+    least = 0.04 * axes.get_xlim()[1]
     shown = -least
     for epoch in epochs:
         if epoch - shown >= least:
@@ -199,13 +199,13 @@ def _marks(axes: Any, changes: Sequence[Change]) -> None:
 
 
 def _legend(axes: Any, found: Sequence[Band]) -> None:
-    """What the colours are, beside the title."""
+    """What the colours are, below all else."""
     from matplotlib.patches import Patch
 
     parts = {"channels": SERIES[0], "more than at first": SERIES[1], "gone": RULE}
     kept, more, gone = (Patch(facecolor=colour, label=label) for label, colour in parts.items())
     handles = [kept, more, gone] if any(band.most > band.first for band in found) else [kept, gone]
-    axes.figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    axes.figure.legend(handles=handles, loc="outside lower left", ncols=3)
 
 
 def _events(changes: Sequence[Change]) -> list[str]:

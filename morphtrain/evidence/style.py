@@ -121,6 +121,11 @@ def save(figure: Any, path: Path, description: str, **options: Any) -> None:
     write_atomically(path, content.getvalue())
 
 
+def headline(figure: Any, text: str) -> None:
+    """What is to be seen, above all panels; on two lines if it is long."""
+    figure.suptitle(printable(text), x=0.01, horizontalalignment="left", wrap=True)
+
+
 def log_ticks(axis: Any) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten; where these are too few, wherever they fit."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
