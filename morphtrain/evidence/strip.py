@@ -14,6 +14,7 @@ from morphtrain.evidence.style import INK, RULE, SERIES
 from morphtrain.wording import counted, printable
 
 Change = Mapping[str, Any]
+Box = list[tuple[float, float]]  # its corners
 
 WIDTH = 9.0  # inches
 TALLEST, LOWEST = 0.34, 0.11  # inches a band: of few, and of many
@@ -166,7 +167,9 @@ def _bars(axes: Any, found: Sequence[Band], end: float) -> None:
     """
     from matplotlib.collections import PolyCollection
 
-    track, kept, grown = [], [], []
+    track: list[Box] = []
+    kept: list[Box] = []
+    grown: list[Box] = []
     for row, band in enumerate(found):
         scale, base = FULL / band.most, row + FULL / 2
         track.append(_box(band.widths[0][0], end, base, base - scale * band.first))
@@ -180,7 +183,7 @@ def _bars(axes: Any, found: Sequence[Band], end: float) -> None:
         axes.add_collection(PolyCollection(boxes, facecolors=colour, linewidths=0))
 
 
-def _box(left: float, right: float, bottom: float, top: float) -> list[tuple[float, float]]:
+def _box(left: float, right: float, bottom: float, top: float) -> Box:
     return [(left, bottom), (left, top), (right, top), (right, bottom)]
 
 

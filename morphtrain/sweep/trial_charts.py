@@ -51,9 +51,13 @@ def history(axes: Any, study: optuna.Study, objective: str) -> None:
         objective: the name of the first.
     """
     down = study.directions[0] == StudyDirection.MINIMIZE
+
+    def cost(trial: FrozenTrial) -> float:
+        return trial.values[0] if down else -trial.values[0]
+
     feasible = [trial for trial in completed(study) if is_feasible(trial)]
     if feasible:
-        best = list(accumulate((trial.values[0] for trial in feasible), min if down else max))
+        best = [trial.values[0] for trial in accumulate(feasible, lambda so_far, trial: min(so_far, trial, key=cost))]
         places = [trial.number for trial in feasible]
         axes.plot(places, best, color=INK, linestyle="-", linewidth=1.2, drawstyle="steps-post", label="best so far")
     for kind in kinds(study):
@@ -63,14 +67,13 @@ def history(axes: Any, study: optuna.Study, objective: str) -> None:
     style.whole_epochs(axes)
     axes.set_xlabel("trial")
     style.label_y(axes, f"{words.metric(objective)} ({'less' if down else 'more'} is better)")
-    axes.set_title(_found(feasible, objective, down))
+    axes.set_title(_found(objective, min(feasible, key=cost, default=None)))
     axes.figure.legend(loc="outside lower center", ncols=5)
 
 
-def _found(feasible: Sequence[FrozenTrial], objective: str, down: bool) -> str:
-    if not feasible:
+def _found(objective: str, best: FrozenTrial | None) -> str:
+    if best is None:
         return f"{objective} of every trial: none is feasible"
-    best = (min if down else max)(feasible, key=lambda trial: trial.values[0])
     return f"{objective} of every trial: the best is trial {best.number} with {words.number(best.values[0])}"
 
 
@@ -78,7 +81,7 @@ def pareto(axes: Any, study: optuna.Study, objective: Sequence[str]) -> None:
     """Two objectives against each other, with the trials that no other one beats in both."""
     front = sorted(study.best_trials, key=lambda trial: trial.values[0])
     points = [(trial.values[0], trial.values[1]) for trial in front]
-    if points:  # none is feasible
+    if points:  # otherwise none is feasible
         axes.plot(*zip(*points, strict=True), color=INK, linestyle="--", linewidth=1.2, label="Pareto front", zorder=1)
         axes.plot(*zip(*points, strict=True), "o", color=INK, markerfacecolor="none", markersize=12)
     for kind in kinds(study):
