@@ -14,6 +14,7 @@ from morphtrain.evidence import style, words
 from morphtrain.evidence.style import INK, SERIES
 from morphtrain.sweep.attributes import FIRST, Attributes
 from morphtrain.sweep.comparison import completed, is_feasible
+from morphtrain.wording import counted
 
 MOST_NUMBERED = 12  # trials; more numbers than these would cover one another
 
@@ -96,8 +97,8 @@ def pareto(axes: Any, study: optuna.Study, objective: Sequence[str]) -> None:
     )
     axes.set_xlabel(x)
     style.label_y(axes, y)
-    of = len(completed(study))
-    axes.set_title(f"{len(front)} of {of} trials lie on the Pareto front (circled; the numbers are trials)")
+    numbers = ", with their numbers" if len(front) <= MOST_NUMBERED else ""
+    axes.set_title(f"The Pareto front: {len(front)} of {counted(len(completed(study)), 'trial')} (circled{numbers})")
     axes.figure.legend(loc="outside lower center", ncols=5)
 
 
