@@ -125,7 +125,7 @@ def draw_widths(figure: Any, changes: Sequence[Change], epochs: int, name: str =
     end = epochs + max(0.5, 0.015 * epochs)  # the last network lasts until the picture ends
     _bars(axes, found, end)
     letters = min(style.SMALL, 0.8 * 72 * _band_height(found))
-    axes.set_yticks(range(len(found)), [printable(style.shortened(band.name)) for band in found], fontsize=letters)
+    axes.set_yticks(range(len(found)), [style.shortened(band.name) for band in found], fontsize=letters)
     for row, band in enumerate(found):
         width = f"{band.first}" if band.first == band.last == band.most else f"{band.first} to {band.last}"
         axes.annotate(width, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=letters)

@@ -194,7 +194,8 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def shortened(name: str, most: int = 40) -> str:
-    """A name of at most so many characters, without its middle if it is longer."""
+    """A name of at most so many characters, all of which can be shown, without its middle if it is longer."""
+    name = printable(name)
     if len(name) <= most:
         return name
     begin = (most - 3) // 2
