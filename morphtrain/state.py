@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -79,7 +79,7 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)  # one record of metrics per epoch
     change: str = ""  # what the structural change of this epoch did; "" if there was none
     renamed: dict[str, str] = field(default_factory=dict)  # new names of the spaces there were before it, see `retrace`
-    changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event and the widths of all spaces after it
+    changes: list[dict[str, Any]] = field(default_factory=list)  # epoch, event, and the widths of all spaces after it
     lr_factor: float = 1.0  # factor on the schedule's learning rate, set by methods that lower it
     rewarmed: Ramp = field(default_factory=Ramp)  # the learning rate's factor after growth
     growths: list[Ramp] = field(default_factory=list)  # factors on the rate of what each has added, see `growing`
@@ -143,10 +143,16 @@ class Run:
         except MorphError as error:
             raise UserError(f"{self.change}: the changed network cannot be followed: {error}") from error
 
-    def note(self, event: str) -> None:
-        """Remember what a method did after this epoch, and the widths that the network has now."""
+    def note(self, event: str, renamed: Mapping[str, str] | None = None) -> None:
+        """Remember what a method did after this epoch, and the widths that the network has now.
+
+        `renamed`: the names that the spaces which are still there have now, by those they had before.
+        """
         widths = {space.name: space.size for space in self.graph.spaces}
-        self.changes.append({"epoch": self.epoch, "event": event, "widths": widths})
+        change: dict[str, Any] = {"epoch": self.epoch, "event": event, "widths": widths}
+        if renamed is not None and any(old != new for old, new in renamed.items()):
+            change["renamed"] = dict(renamed)
+        self.changes.append(change)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The logits (B, classes) of a training pass, through compiled code where there is any."""

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 import pytest
 from matplotlib import pyplot
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
+from PIL import Image
 
 from morphtrain import interrupts
-from morphtrain.evidence.plots import run_figure
-from morphtrain.sweep import charts
-from morphtrain.sweep.attributes import BASELINE_ATTR
+from morphtrain.evidence import style
+from morphtrain.evidence.plots import draw_run
+from morphtrain.sweep import charts, trial_charts
+from morphtrain.sweep.attributes import BASELINE_ATTR, CONTENDED_ATTR
 from morphtrain.sweep.comparison import compared
 
 
@@ -79,12 +82,16 @@ def test_the_run_is_drawn_against_its_first_network_with_contended_epochs_marked
         }
         for epoch in (1, 2, 3)
     ]
-    _, seconds, size = run_figure(history, {"params": 1000, "macs": 1000}).axes
+    with style.figure() as figure:
+        draw_run(figure, history, {"params": 1000, "macs": 1000})
+        _, seconds, size = figure.axes
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in size.lines}
-    assert drawn["params"] == ([0, 1, 2, 3], [1.0, 0.5, 0.5, 0.5]), "already the first epoch pruned it"
-    assert drawn["macs"][1] == [1.0, 0.25, 0.25, 0.25]
+    assert drawn["parameters"] == ([0, 1, 2, 3], [1.0, 0.5, 0.5, 0.5]), "already the first epoch pruned it"
+    assert drawn["MACs"][1] == [1.0, 0.25, 0.25, 0.25]
+    assert drawn["live channels"][1] == [1.0, 0.75, 0.75, 0.75]
+    assert {text.get_text() for text in size.texts} == {"parameters 0.5", "MACs 0.25", "live channels 0.75"}
     times = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in seconds.lines}
-    assert times == {"undisturbed": ([1, 3], [1.0, 3.0]), "contended": ([2], [2.0])}
+    assert times == {"undisturbed": ([1, 3], [1.0, 3.0]), "warm-up": ([], []), "contended": ([2], [2.0])}
     assert [text.get_text() for text in seconds.get_legend().get_texts()] == ["undisturbed", "contended"]
 
 
@@ -93,3 +100,62 @@ def test_a_signal_ends_the_drawing(study: optuna.Study, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         charts.draw(study, study, ["train_seconds"], tmp_path, [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_trial_is_drawn_once_as_what_it_counts(study: optuna.Study) -> None:
+    study.add_trial(optuna.trial.create_trial(value=3.0, user_attrs={CONTENDED_ATTR: [2]}))
+    found = {kind.name: [trial.number for trial in kind.trials] for kind in trial_charts.kinds(study)}
+    assert found == {"baseline": [0], "infeasible": [3, 5, 7, 9, 11], "contended": [12], "trial": [2, 4, 6, 8, 10]}
+    looks = [(kind.marker, kind.filled) for kind in trial_charts.kinds(study)]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_best_so_far_is_of_feasible_trials_only(direction: str) -> None:
+    study = optuna.create_study(direction=direction)
+    for value, excess in ((5.0, -1.0), (1.0, 1.0), (9.0, 1.0), (4.0, -1.0), (6.0, -1.0)):
+        trial = study.ask()
+        trial.set_constraint("val_accuracy", excess)
+        study.tell(trial, value)
+    with style.figure() as figure:
+        axes = figure.subplots()
+        trial_charts.history(axes, study, "train_seconds")
+        (best,) = [line for line in axes.lines if line.get_label() == "best so far"]
+        assert list(best.get_xdata()) == [0, 3, 4]
+        assert list(best.get_ydata()) == ([5.0, 4.0, 4.0] if direction == "minimize" else [5.0, 5.0, 6.0])
+        said = "trial 3 with 4" if direction == "minimize" else "trial 4 with 6"
+        assert axes._left_title.get_text().endswith(said)
+        assert ("less" if direction == "minimize" else "more") + " is better" in axes.get_ylabel()
+
+
+def test_the_pareto_front_is_what_no_other_trial_beats() -> None:
+    values = [(1.0, 0.5), (2.0, 0.9), (3.0, 0.8), (4.0, 0.95), (1.0, 0.4)]
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    for pair in values:
+        study.add_trial(optuna.trial.create_trial(values=list(pair)))
+    with style.figure() as figure:
+        axes = figure.subplots()
+        trial_charts.pareto(axes, study, ["train_seconds", "val_accuracy"])
+        (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+        assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [values[0], values[1], values[3]]
+        assert {text.get_text() for text in axes.texts} == {"0", "1", "3"}
+        assert "axis begins at" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("trials", [1, 100])
+def test_sweeps_of_any_size_are_drawn_in_one_style(trials: int, tmp_path: Path) -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    keys = {"prune.lasso_ratio": FloatDistribution(1, 20, log=True), "optimizer.lr": FloatDistribution(0, 1)}
+    for number in range(trials):
+        trial = study.ask(keys)
+        study.tell(trial, [5.0 + number % 7, 0.9 + 0.01 * (number % 9)])
+    before = {key: matplotlib.rcParams[key] for key in style.settings()}
+    paths = charts.draw(study, study, ["train_seconds", "val_accuracy"], tmp_path, trials > 4)
+    assert {path.stem for path in paths} >= {"history", "parallel", "slices", "pareto"}
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.text["Description"].startswith(charts.TOLD[path.stem])
+            assert min(picture.size) > 200
+            paper = picture.convert("RGB").getpixel((1, 1))
+        assert "#{:02x}{:02x}{:02x}".format(*paper) == style.PAPER
+    assert {key: matplotlib.rcParams[key] for key in before} == before

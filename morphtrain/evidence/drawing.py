@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from morphtrain.evidence.pictures import INK, PAPER, RULE, SERIES, looks
 from morphtrain.evidence.regressions import Prediction
 from morphtrain.evidence.repeats import Estimate
+from morphtrain.evidence.style import (
+    INK,
+    PAPER,
+    RULE,
+    SERIES,
+    SMALL,
+    label_ends,
+    label_y,
+    log_ticks,
+    looks,
+    shortened,
+    whole_epochs,
+)
 
 Point = tuple[Estimate, Estimate]  # of x and y
-
-
-def log_ticks(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten; where these are too few, wherever they fit."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    ticks = [tick for tick in LogLocator(subs=(1.0, 2.0, 5.0)).tick_values(low, high) if low <= tick <= high]
-    if len(ticks) < 3:
-        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+LONG = 60  # characters of all names below an axis, from which on they would cover one another
 
 
 def against_seconds(
@@ -34,37 +34,44 @@ def against_seconds(
         curve: of the dense network, seconds and accuracy, from left to right.
     """
     axes.set_xscale("log")
-    axes.plot(*zip(*curve, strict=True), color=INK, linewidth=1.4, label="dense, as good as it gets in these seconds")
+    axes.plot(
+        *zip(*curve, strict=True),
+        color=INK,
+        linestyle="-",
+        linewidth=1.4,
+        label="dense, as good as it gets in these seconds",
+    )
     for name, (seconds, accuracy) in dense.items():
         _cross(axes, seconds, accuracy, color=INK, marker="o", markerfacecolor=PAPER, markersize=5)
-        axes.annotate(name, (seconds.mean, accuracy.mean), xytext=(6, -12), textcoords="offset points", fontsize=9)
+        axes.annotate(name, (seconds.mean, accuracy.mean), xytext=(6, -12), textcoords="offset points", fontsize=SMALL)
     for place, (name, look) in enumerate(looks(methods).items()):  # hollow and of sizes: equal ones lie in each other
         hollow: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7 + 3 * (len(methods) - 1 - place)}
-        _cross(axes, *methods[name], color=look.color, marker=look.marker, label=name, **hollow)
+        _cross(axes, *methods[name], color=look.color, marker=look.marker, label=shortened(name), **hollow)
     bottom, top = axes.get_ylim()
     x, y = zip(*curve, strict=True)
     axes.fill_between(x, y, max(top, max(y)), color=RULE, alpha=0.35, linewidth=0, label="here a method pays", zorder=0)
     axes.set_ylim(bottom, top)
-    axes.set(xlabel="seconds of training (calibrated, log scale)", ylabel="accuracy on the test images")
+    axes.set_xlabel("seconds of training (calibrated, log scale)")
+    label_y(axes, "accuracy on the test images")
     log_ticks(axes.xaxis)
-    axes.figure.legend(fontsize=9, loc="outside lower center", ncols=2)
+    axes.figure.legend(loc="outside lower center", ncols=2)
 
 
 def ratios(axes: Any, found: Mapping[str, Estimate], reference: str, what: str) -> None:
     """A dot and an interval an arm, with the pairs themselves below it; 1 is as much as the reference."""
     axes.set_xscale("log")
-    axes.axvline(1, color=INK, linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1, linestyle="-")
     _rows(axes, found)
-    axes.set(xlabel=f"{what}, as a multiple of that of {reference} (log scale)")
+    axes.set(xlabel=f"{what}, as a multiple of that of {shortened(reference)} (log scale)")
     log_ticks(axes.xaxis)
 
 
 def differences(axes: Any, found: Mapping[str, Estimate], reference: str, what: str, worst: float) -> None:
     """A dot and an interval an arm, with the pairs themselves below it; 0 is as the reference, `worst` the margin."""
-    axes.axvline(0, color=INK, linewidth=1)
+    axes.axvline(0, color=INK, linewidth=1, linestyle="-")
     axes.axvline(worst, color=INK, linewidth=1, linestyle="--")
     _rows(axes, found)
-    axes.set(xlabel=f"{what}, less that of {reference}")
+    axes.set(xlabel=f"{what}, less that of {shortened(reference)}")
 
 
 def _rows(axes: Any, found: Mapping[str, Estimate]) -> None:
@@ -73,7 +80,7 @@ def _rows(axes: Any, found: Mapping[str, Estimate]) -> None:
         mean = found[name]
         axes.plot(mean.values, [row + 0.22] * mean.n, "|", color=INK, markersize=6, linewidth=0)
         _cross(axes, mean, Estimate((row,), row, None, None), color=look.color, marker=look.marker, markersize=8)
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(found)), [shortened(name) for name in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
 
 
@@ -81,17 +88,22 @@ def boxes(axes: Any, groups: Mapping[str, Sequence[float]], xlabel: str, ylabel:
     """A box a group, and every value in it as a point."""
     axes.boxplot(
         list(groups.values()),
-        tick_labels=list(groups),
+        tick_labels=[shortened(name) for name in groups],
         widths=0.5,
         showfliers=False,
-        **{f"{part}props": {"color": INK} for part in ("box", "whisker", "cap")},
-        medianprops={"color": INK, "linewidth": 2.4},
+        **{f"{part}props": {"color": INK, "linestyle": "-"} for part in ("box", "whisker", "cap")},
+        medianprops={"color": INK, "linestyle": "-", "linewidth": 2.4},
     )
     for place, (name, look) in enumerate(looks(groups).items(), 1):
         values = groups[name]
         spread = [place + 0.12 * (2 * i / max(len(values) - 1, 1) - 1) for i in range(len(values))]
         axes.plot(spread, values, look.marker, color=look.color, markersize=6)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if sum(map(len, groups)) > LONG:
+        axes.tick_params(axis="x", labelrotation=30)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
+    axes.set_xlabel(xlabel)
+    label_y(axes, ylabel)
 
 
 def line(axes: Any, points: Sequence[tuple[float, float]], fit: Sequence[Prediction], labels: tuple[str, str]) -> None:
@@ -102,19 +114,20 @@ def line(axes: Any, points: Sequence[tuple[float, float]], fit: Sequence[Predict
     """
     x = [place.x for place in fit]
     axes.plot(*zip(*points, strict=True), "o", color=INK, label="runs")
-    axes.plot(x, [place.mean for place in fit], color=SERIES[0], label="least squares")
-    for low, high, style, label in (
+    axes.plot(x, [place.mean for place in fit], "-", color=SERIES[0], label="least squares")
+    for low, high, dashes, label in (
         ([p.low for p in fit], [p.high for p in fit], "--", "95 % confidence band of the line"),
         ([p.new_low for p in fit], [p.new_high for p in fit], ":", "95 % prediction band of a new run"),
     ):
-        axes.plot(x, low, style, color=SERIES[0], linewidth=1.2, label=label)
-        axes.plot(x, high, style, color=SERIES[0], linewidth=1.2)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.legend(fontsize=9)
+        axes.plot(x, low, dashes, color=SERIES[0], linewidth=1.2, label=label)
+        axes.plot(x, high, dashes, color=SERIES[0], linewidth=1.2)
+    axes.set_xlabel(labels[0])
+    label_y(axes, labels[1])
+    axes.legend()
 
 
 def curves(axes: Any, arms: Mapping[str, Sequence[tuple[float, Estimate]]], ylabel: str) -> None:
-    """The mean of each arm over the epochs, and its interval as a band."""
+    """The mean of each arm over the epochs, and its interval as a band; arms are named where they end."""
     for name, look in looks(arms).items():
         x = [epoch for epoch, _ in arms[name]]
         means = [estimate.mean for _, estimate in arms[name]]
@@ -122,9 +135,11 @@ def curves(axes: Any, arms: Mapping[str, Sequence[tuple[float, Estimate]]], ylab
         high = [estimate.mean if estimate.high is None else estimate.high for _, estimate in arms[name]]
         axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
         axes.plot(x, means, color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=0.12, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="epoch", ylabel=ylabel)
-    axes.legend(fontsize=9)
+    whole_epochs(axes)
+    axes.set_xlabel("epoch")
+    label_y(axes, ylabel)
+    if not label_ends(axes, [(arms[name][-1][1].mean, name, look) for name, look in looks(arms).items()]):
+        axes.legend(ncols=2)
 
 
 def _cross(axes: Any, x: Estimate, y: Estimate, **look: Any) -> None:

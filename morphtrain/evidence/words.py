@@ -81,3 +81,12 @@ def interval(value: float, low: float | None, high: float | None, *, signed: boo
 def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def compact(value: float) -> str:
+    """A size at a glance, to three digits: `297k`, `1.2M`."""
+    rounded = float(f"{value:.3g}")
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            return f"{rounded / size:.3g}{unit}"
+    return f"{rounded:g}"

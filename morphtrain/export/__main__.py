@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from morphtrain.preprocessing import Preprocessing
 
 FORMAT_HELP = (
-    "onnx, which is the default; torch_export: a .pt2 file for torch.export.load; state_dict: the values, and the "
-    "structure beside them (NAME.architecture.json)"
+    "onnx, of opset 20, which is the default; torch_export: a .pt2 file for torch.export.load; state_dict: the values, "
+    "and the structure beside them (NAME.architecture.json)"
 )
 MODEL_HELP = "for a network of your own: its class or a function that makes it, which is imported and called"
 RAW_HELP = "of a run with ema, the weights as trained, in the place of their averages"
@@ -58,6 +58,7 @@ def _export(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from morphtrain import custom
+    from morphtrain.export.origin import origin
     from morphtrain.export.write import export
     from morphtrain.trainer import networks
 
@@ -71,7 +72,7 @@ def _export(options: argparse.Namespace) -> None:
     output = options.output or options.checkpoint.with_suffix(suffix)
     if output.exists() and output.samefile(options.checkpoint):
         raise UserError(f"--output {output}: is the checkpoint itself; another name")
-    written = export(network, output, options.format, preprocessing, options.tolerance)
+    written = export(network, output, options.format, preprocessing, options.tolerance, origin(stored))
     print(f"{output}: differs from the network by at most {written.difference:.2g} of the largest output")
     for path in written.files[1:]:
         print(path)

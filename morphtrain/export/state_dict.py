@@ -14,13 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from morphtrain.export.about import About
 from morphtrain.morph import copy_of
 
 SUFFIX = ".state_dict.pt"
 
 
-def encode(network: nn.Module, example: torch.Tensor) -> bytes:
-    """The content of the file; `example` is not used."""
+def encode(network: nn.Module, example: torch.Tensor, about: About) -> bytes:
+    """The content of the file; `example` and `about` are not used."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     return buffer.getvalue()

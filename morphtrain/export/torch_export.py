@@ -8,13 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from morphtrain.export.about import About
 from morphtrain.export.trace import trace
 
 SUFFIX = ".pt2"
 
 
-def encode(network: nn.Module, example: torch.Tensor) -> bytes:
-    """The content of the file; `example` (B, C, H, W) is what the network is traced with.
+def encode(network: nn.Module, example: torch.Tensor, about: About) -> bytes:
+    """The content of the file; `example` (B, C, H, W) is what the network is traced with, `about` is not used.
 
     Raises:
         UserError: if it cannot be traced.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from torch import nn
 
 from morphtrain.errors import UserError, first_line
 from morphtrain.export import FORMATS, TOLERANCE
+from morphtrain.export.about import About
 from morphtrain.files import write_atomically
 from morphtrain.morph import SHORT, copy_of, describe, exact, input_type, kept_modes
 from morphtrain.morph.effective import folded
@@ -35,6 +36,7 @@ def export(
     kind: str,
     preprocessing: Preprocessing,
     tolerance: float = TOLERANCE,
+    run: Mapping[str, str] | None = None,
 ) -> Written:
     """Write `network` to `output`, and `preprocessing` as JSON beside it.
 
@@ -47,6 +49,7 @@ def export(
         kind: one of `morphtrain.export.FORMATS`.
         preprocessing: its `input_shape` has to be known.
         tolerance: largest difference of any output, as a share of the largest output.
+        run: facts about the run that the network came from, by name, which ONNX keeps as metadata.
 
     Raises:
         UserError: if the network cannot be exported, or the file computes something else; nothing is written then.
@@ -63,7 +66,8 @@ def export(
         batches = [_images(network, preprocessing.input_shape, count) for count in COMPARED]
         wanted = [_outputs(network, images) for images in batches]
         plain = folded(network)
-        content = form.encode(plain, _images(network, preprocessing.input_shape, TRACED))
+        traced, about = _images(network, preprocessing.input_shape, TRACED), About(preprocessing, run or {})
+        content = form.encode(plain, traced, about)
         decoded = form.decode(content, plain)
         difference = max(map(_difference, wanted, (_decoded(decoded, images) for images in batches)))
     if not difference <= tolerance:  # nor is NaN

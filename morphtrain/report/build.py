@@ -17,6 +17,7 @@ from morphtrain.files import write_atomically
 from morphtrain.report import chapter3
 from morphtrain.report.front import front
 from morphtrain.report.question import Question
+from morphtrain.report.svg import palette
 from morphtrain.wording import counted, printable
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def render(questions: Sequence[Question], folder: str) -> str:
     )
     return environment.get_template("page.html").render(
         title=TITLE,
-        style=Markup((HERE / "style.css").read_text()),
+        style=Markup(palette() + (HERE / "style.css").read_text()),
         summary=_summary(questions),
         reading=READING,
         methods=front(questions),

@@ -7,14 +7,30 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from morphtrain.evidence.pictures import INK, PAPER, RULE, SERIES, Picture
+from morphtrain.evidence.pictures import Picture
+from morphtrain.evidence.style import DARK, LIGHT, Theme
 from morphtrain.wording import printable
 
-COLOURS = {INK: "var(--ink)", RULE: "var(--rule)", PAPER: "var(--paper)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)
-}
+
+def _named(theme: Theme) -> dict[str, str]:
+    """The colours of a theme by their names on the page."""
+    series = {f"--series-{number}": colour for number, colour in enumerate(theme.series)}
+    return {"--ink": theme.ink, "--rule": theme.rule, "--paper": theme.paper, **series}
+
+
+COLOURS = {colour: f"var({name})" for name, colour in _named(LIGHT).items()}
 FONT = re.compile(r"font-family: [^;]*;? ?")  # the page's is taken
 NAMED = re.compile(r"^#|(?<=url\(#)")  # where an attribute names another element
+
+
+def palette() -> str:
+    """The colours of pictures, and with them those of the page, as CSS: by what the reader prefers, on paper light."""
+    light, dark = ("; ".join(f"{name}: {colour}" for name, colour in _named(theme).items()) for theme in (LIGHT, DARK))
+    return (
+        f":root {{ {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"@media print {{ :root {{ {light} }} }}\n"
+    )
 
 
 def inline(picture: Picture, prefix: str) -> Markup:

@@ -24,4 +24,6 @@ def bars(axes: Any, told: Sequence[Importance]) -> None:
     axes.set_yticks(range(len(keys)), keys)
     axes.set_xlim(0, 1.1 * max(max(found.shares.values()) for found in told))
     axes.set_xlabel("share of the importance")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.grid(False, axis="y")
+    axes.set_title("How much each key matters")
+    axes.figure.legend(loc="outside lower center")

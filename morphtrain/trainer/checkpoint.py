@@ -209,6 +209,7 @@ class Checkpoint:
         self._check(mismatch(self.facts, RUN_FACTS, "facts"))
         for change in self.facts["changes"]:
             self._check(mismatch(change, CHANGE, "a change"))
+            self._check(mismatch(change.get("renamed", {}), dict[str, str], "a change's renamed"))
         self._check(mismatch(self._growths(), list[dict[str, float]], "facts.growths"))
         self._check(mismatch(self.facts.get("cycles", []), list[int], "facts.cycles"))
         self._check(mismatch(self.facts["config"], {"epochs": int}, "facts.config"))

@@ -248,7 +248,7 @@ def _checked(name: str, metrics: Mapping[str, Any]) -> Record:
 
 def _after_change(run: Run) -> None:
     run.follow_change()
-    run.note(run.change)
+    run.note(run.change, run.renamed)
     run.count()
     for hook in run.hooks("after_change"):
         hook(run)

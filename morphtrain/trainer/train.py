@@ -13,8 +13,9 @@ import torch
 
 from morphtrain import interrupts, morph, schema
 from morphtrain.errors import UserError
-from morphtrain.evidence.plots import plot_run, plot_widths
+from morphtrain.evidence.plots import plot_run
 from morphtrain.evidence.records import LEFT_AT_THE_END
+from morphtrain.evidence.strip import plot_widths
 from morphtrain.memory_limit import named_if_out_of_memory, within_machine
 from morphtrain.schema import Config
 from morphtrain.state import Run
@@ -35,6 +36,8 @@ from morphtrain.trainer.trackers import tracker_of
 from morphtrain.world import agree, decide, is_main
 
 log = logging.getLogger(__name__)
+
+GENERAL = ("custom", "torchvision")  # options of which a name says little
 
 
 def train(
@@ -96,7 +99,7 @@ def _train(
     tags = {**tags, "seed": str(config.seed), **machine}
     with interrupts.deferred():
         tracker.start(flat(asdict(config)), tags, run_dir, config.resume != "never", run.history)
-        _train_on(run, run_dir, tracker, guard, on_epoch)
+        _train_on(run, run_dir, tracker, guard, on_epoch, _called(run, tags))
     _check_objective(run)
     if is_main():
         show_end(run, run_dir, run_dir / checkpoint.LAST, tracker.view(), alone=alone)
@@ -109,6 +112,7 @@ def _train_on(
     tracker: Tracker,
     guard: Guard,
     on_epoch: Callable[[Mapping[str, float]], bool] | None,
+    name: str,
 ) -> None:
     """Train the epochs that are left, and tell the tracker how it ended."""
     status = "FAILED"
@@ -127,7 +131,7 @@ def _train_on(
         for hook in run.hooks("after_training"):
             hook(run)
         if is_main():
-            _leave_artifacts(run, run_dir, tracker)
+            _leave_artifacts(run, run_dir, tracker, name)
         interrupts.check()
         status = "KILLED" if unwanted else "FINISHED"
     except KeyboardInterrupt:
@@ -237,14 +241,22 @@ def _write_architecture(run: Run, run_dir: Path) -> None:
     path.write_text(json.dumps(facts, indent=1))
 
 
-def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker) -> None:
+def _called(run: Run, tags: Mapping[str, str]) -> str:
+    """What is trained on what, as it was typed; what an option only stands for is called by its class."""
+    parts = {"model": run.model, "data": run.data}
+    typed = {group: tags.get(group, "custom") for group in parts}
+    names = (type(parts[group]).__name__ if name in GENERAL else name for group, name in typed.items())
+    return " on ".join(names)
+
+
+def _leave_artifacts(run: Run, run_dir: Path, tracker: Tracker, name: str) -> None:
     if len(run.changes) > 1:
         picture = run_dir / "widths.png"
-        plot_widths(run.changes, run.epoch, picture)
+        plot_widths(run.changes, run.epoch, picture, name)
         tracker.artifact(picture, "plots")
         interrupts.check()
     picture = run_dir / LEFT_AT_THE_END  # the last one: it says to a multirun that the run has ended
-    plot_run(run.history, run.initial, picture)
+    plot_run(run.history, run.initial, picture, name)
     tracker.artifact(picture, "plots")
     tracker.artifact(run_dir / checkpoint.LAST)
     if best.is_another(run, run_dir):
