@@ -205,8 +205,9 @@ def shortened(name: str, most: int = 40) -> str:
 @contextmanager
 def in_place_of(name: str) -> Iterator[None]:
     """Give this look the name of one of matplotlib's style sheets, for libraries that choose that one by themselves."""
-    from matplotlib.style import library
+    from matplotlib import style
 
+    library: dict[str, Any] = style.library
     theirs = library[name]
     library[name] = settings()
     try:

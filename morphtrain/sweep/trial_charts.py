@@ -31,17 +31,19 @@ class Kind(NamedTuple):
 
 def kinds(study: optuna.Study) -> list[Kind]:
     """The trials with a result by what they count: each is in the first kind that it belongs to."""
-    left = completed(study)
-    found = []
-    for name, marker, color, filled, belongs in (
-        ("baseline", "s", INK, True, lambda trial: Attributes(trial).baseline is not None),
-        ("infeasible", "v", SERIES[4], False, lambda trial: not is_feasible(trial)),
-        ("contended", "X", SERIES[1], True, lambda trial: bool(Attributes(trial).contended)),
-        ("trial", "o", SERIES[0], True, lambda trial: True),
-    ):
-        found.append(Kind(name, marker, color, filled, [trial for trial in left if belongs(trial)]))
-        left = [trial for trial in left if not belongs(trial)]
-    return [kind for kind in found if kind.trials]
+    baseline = Kind("baseline", "s", INK, True, [])
+    infeasible = Kind("infeasible", "v", SERIES[4], False, [])
+    contended = Kind("contended", "X", SERIES[1], True, [])
+    other = Kind("trial", "o", SERIES[0], True, [])
+    for trial in completed(study):
+        told = Attributes(trial)
+        if told.baseline is not None:
+            baseline.trials.append(trial)
+        elif not is_feasible(trial):
+            infeasible.trials.append(trial)
+        else:
+            (contended if told.contended else other).trials.append(trial)
+    return [kind for kind in (baseline, infeasible, contended, other) if kind.trials]
 
 
 def history(axes: Any, study: optuna.Study, objective: str) -> None:
@@ -58,9 +60,11 @@ def history(axes: Any, study: optuna.Study, objective: str) -> None:
 
     feasible = [trial for trial in completed(study) if is_feasible(trial)]
     if feasible:
-        best = [trial.values[0] for trial in accumulate(feasible, lambda so_far, trial: min(so_far, trial, key=cost))]
+        best = accumulate((trial.values[0] for trial in feasible), min if down else max)
         places = [trial.number for trial in feasible]
-        axes.plot(places, best, color=INK, linestyle="-", linewidth=1.2, drawstyle="steps-post", label="best so far")
+        axes.plot(
+            places, list(best), color=INK, linestyle="-", linewidth=1.2, drawstyle="steps-post", label="best so far"
+        )
     for kind in kinds(study):
         _points(axes, kind, [(trial.number, trial.values[0]) for trial in kind.trials])
     for trial in completed(study):
@@ -68,7 +72,7 @@ def history(axes: Any, study: optuna.Study, objective: str) -> None:
     style.whole_epochs(axes)
     axes.set_xlabel("trial")
     style.label_y(axes, f"{words.metric(objective)} ({'less' if down else 'more'} is better)")
-    axes.set_title(_found(objective, min(feasible, key=cost, default=None)))
+    axes.set_title(_found(objective, min(feasible, key=cost) if feasible else None))
     axes.figure.legend(loc="outside lower center", ncols=5)
 
 

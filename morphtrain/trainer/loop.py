@@ -139,7 +139,7 @@ def mixed(run: Run, share: Share, given: int) -> Share:
     if run.mixing is None:
         return share
     changed = run.hooks("before_forward")
-    counts = world.gathered(len(share.labels)) if changed else slices.shares(share.whole)
+    counts = world.gathered(len(share.labels)) if changed else slices.sizes(share.whole)
     seed = derived_seed(run.config.seed, run.epoch, MIXED, given)
     images, labels = run.mixing(share.images, share.labels, counts, seed)
     return replace(share, images=images, labels=labels)
