@@ -129,8 +129,8 @@ def _parts(block: Block) -> Iterator[Block]:
     parts: list[tuple[int, list[str]]] = []
     after_empty = True
     for number, line in enumerate(block.text.split("\n"), start=block.line):
-        within = bool(parts) and _begins_with_a_program("\n".join(parts[-1][1]))  # commands
-        begins = not line.startswith(" ") and _begins_with_a_program(line)
+        within = bool(parts) and _begins_with_aprogram_of("\n".join(parts[-1][1]))  # commands
+        begins = not line.startswith(" ") and _begins_with_aprogram_of(line)
         if not parts or (begins and (not within or after_empty)) or (within and after_empty and line.strip()):
             parts.append((number, []))
         parts[-1][1].append(line)
@@ -138,13 +138,13 @@ def _parts(block: Block) -> Iterator[Block]:
     yield from (replace(block, line=number, text="\n".join(lines).rstrip()) for number, lines in parts)
 
 
-def _begins_with_a_program(text: str) -> bool:
+def _begins_with_aprogram_of(text: str) -> bool:
     first = next((line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")), "")
     word = next((word for word in first.split() if not re.match(r"[A-Z_]+=", word)), "")
-    return _program(word) in PROGRAMS or word.startswith("$") or re.fullmatch(r'[a-z_]+="[^"]*"', first) is not None
+    return program_of(word) in PROGRAMS or word.startswith("$") or re.fullmatch(r'[a-z_]+="[^"]*"', first) is not None
 
 
-def _program(word: str) -> str:
+def program_of(word: str) -> str:
     """A program's name without the virtual environment that it is in."""
     return re.sub(r"^(\.\./)*\.venv/bin/", "", word)
 
@@ -158,7 +158,7 @@ def kind(block: Block) -> str:
         raise AssertionError(f"{block.where}: what is the language {block.language}?")
     if block.text.startswith("!["):
         return "picture"
-    if _begins_with_a_program(block.text):
+    if _begins_with_aprogram_of(block.text):
         return "commands"
     if file_of(block):
         return "file"
@@ -177,7 +177,7 @@ def kind(block: Block) -> str:
 def file_of(block: Block) -> str | None:
     """The file that a block shows, if the paragraph above it ends with the file's name and a colon."""
     found = NAMED.search(block.above)
-    if found is None or _begins_with_a_program(block.text):
+    if found is None or _begins_with_aprogram_of(block.text):
         return None
     is_yaml = block.language == "yaml" or isinstance(_as_yaml(block.text), dict)
     return found[1] if found[1].endswith(".yaml") == is_yaml else None
@@ -240,7 +240,7 @@ def _of_line(text: str, command: Command, variables: dict[str, str]) -> Iterator
         words = [other for word in words for other in _expanded(word, variables)]
         while ASSIGNED.fullmatch(words[0]):
             words = words[1:]
-        program = _program(words[0])
+        program = program_of(words[0])
         if program not in PROGRAMS:
             raise AssertionError(f"{command.where}{shlex.join(words)}: {program} is none of {', '.join(PROGRAMS)}")
         command = replace(command, words=(program, *words[1:]))
@@ -268,7 +268,7 @@ def _split(words: Sequence[str]) -> Iterator[list[str]]:
 def _of_text(page: Path) -> Iterator[Command]:
     """Commands in backticks, where an ellipsis stands for anything."""
     for line, span in spans(page):
-        if _program(span.split()[0]) in PROGRAMS and " " in span:
+        if program_of(span.split()[0]) in PROGRAMS and " " in span:
             words = [word for word in span.split() if word != "..."]
             if not is_mention(words):
                 yield from _of_line(" ".join(words), Command(page, line, ()), {})

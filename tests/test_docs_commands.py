@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documented import PAGES, ROOT, Command, blocks, commands, kind, make_files
+from documented import PAGES, ROOT, Command, blocks, commands, kind, make_files, program_of
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,8 +30,10 @@ import morphtrain
 from morphtrain import arguments, lr_finder, schema
 from morphtrain.compare.__main__ import parse as parse_comparison
 from morphtrain.compare.command import check_effect, sides_of
+from morphtrain.errors import Incompatible, UserError
 from morphtrain.experiment.declaration import declared, typed
 from morphtrain.sweep import launcher_errors
+from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 
 # What comes with another change: commands that have it are expected to fail until then. After that pytest says so
 # (XPASS), and its line goes.
@@ -104,7 +106,7 @@ def test_a_command_that_is_shown_can_be_typed(
 
 def check(program: str, words: Sequence[str], place: Path, patch: pytest.MonkeyPatch) -> None:
     """Give a command to what reads it; raises whatever is wrong with it."""
-    if program == "python" and words[:1] == ["-m"]:
+    if program == "python" and words[0] == "-m":
         check_module(words[1], words[2:], patch)
     elif program == "python":
         check_script(place / words[0], words[1:], patch)
@@ -114,7 +116,7 @@ def check(program: str, words: Sequence[str], place: Path, patch: pytest.MonkeyP
         check_torchrun(words, patch)
     elif program in ("srun", "sudo"):
         first = next(number for number, word in enumerate(words) if not word.startswith("-"))
-        check(words[first], words[first + 1 :], place, patch)
+        check(program_of(words[first]), words[first + 1 :], place, patch)
     elif program == "make":
         check_make(words)
     elif program == "pip":
@@ -228,15 +230,33 @@ def check_run(words: Sequence[str]) -> None:
     if flags.shell_completion:  # install=bash is no key then
         return
     overrides = [override for override in flags.overrides if override != arguments.MULTIRUN]
+    if any(re.match(r"\+sweep=|hydra/sweeper=", override) for override in overrides):
+        return check_search(overrides, flags.config_dir)
     if any(override.startswith("+experiment=") for override in overrides):
-        jobs: list[list[str]] = [list(only_composed(overrides))]
+        jobs = iter([list(only_composed(overrides))])
     else:
-        jobs = list(jobs_of(overrides))
+        jobs = jobs_of(overrides)
     for job in jobs:
         morphtrain.compose(*job, config_dir=flags.config_dir)
-    if any(re.match(r"\+sweep=|hydra/sweeper=", override) for override in overrides):
-        sweeper: Any = OmegaConf.to_container(hydra_of(jobs[0], flags.config_dir).sweeper)
-        schema.check_sweeper(sweeper)
+
+
+def check_search(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Its keys, and the trials at the ends of all ranges."""
+    config = composed_with_hydra(next(jobs_of(overrides)), config_dir)
+    sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
+    schema.check_sweeper(sweeper)
+    typed_and_preset = [*as_space(sweeper["params"]), *overrides]
+    space = SearchSpace(typed_and_preset, None, config, branches_of(sweeper["params"]), sweeper["shares"])
+    target = ["timing.target_accuracy=0.9"] if "+sweep=fastest" in overrides else []  # which is that of its trial 0
+    for alternatives in space.corners()[:2]:  # those of each option are in tests/test_search_space.py
+        mistakes = []
+        for trial in alternatives:
+            try:
+                morphtrain.compose(*trial, *target, config_dir=config_dir)
+            except UserError as error:
+                mistakes.append(error)
+        if len(mistakes) == len(alternatives) and not isinstance(mistakes[0], Incompatible):
+            raise mistakes[0]
 
 
 def only_composed(overrides: Sequence[str]) -> Iterator[str]:
@@ -245,13 +265,12 @@ def only_composed(overrides: Sequence[str]) -> Iterator[str]:
 
 
 def jobs_of(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The runs of a grid or a search that have, between them, each value that is typed and both ends of each range."""
-    target = ["timing.target_accuracy=0.9"] if "+sweep=fastest" in overrides else []  # which is that of its trial 0
+    """The runs of a grid that have, between them, each value that is typed and both ends of each range."""
     values = [list(values_of(parsed)) for parsed in OverridesParser.create().parse_overrides(list(overrides))]
     first = [value for value, *_ in values]
-    yield [*first, *target]
+    yield first
     for place, (_, *others) in enumerate(values):
-        yield from ([*first[:place], other, *first[place + 1 :], *target] for other in others)
+        yield from ([*first[:place], other, *first[place + 1 :]] for other in others)
 
 
 def values_of(parsed: Override) -> Iterator[str]:
@@ -263,13 +282,13 @@ def values_of(parsed: Override) -> Iterator[str]:
         interval: Any = parsed.value()
         yield from (f"{key}={end}" for end in (interval.start, interval.end))
     else:
-        yield from (f"{key}={value}" for value in parsed.sweep_string_iterator())
+        found = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+        yield from found[:1] if key == "seed" else found
 
 
-def hydra_of(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """Hydra's own node of what overrides compose."""
+def composed_with_hydra(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     with initialize_config_dir(str(schema.CONF)):
-        return compose("config", overrides=[*searched(config_dir), *overrides], return_hydra_config=True).hydra
+        return compose("config", overrides=[*searched(config_dir), *overrides], return_hydra_config=True)
 
 
 def searched(config_dir: str | None) -> list[str]:
@@ -312,7 +331,7 @@ def test_all_arms_of_an_experiment_that_is_shown_compose(command: Command, reade
     monkeypatch.chdir(reader)
     flags = arguments.check_flags(command.words[3:])
     given = typed(flags.overrides)
-    keys: Any = OmegaConf.to_container(hydra_of(given.aside, flags.config_dir).sweeper)
+    keys: Any = OmegaConf.to_container(composed_with_hydra(given.aside, flags.config_dir).hydra.sweeper)
     keys.pop("_target_")  # which Hydra keeps
 
     def composed(overrides: Sequence[str]) -> DictConfig:
@@ -354,9 +373,9 @@ def test_a_mistake_in_a_command_is_found(
     assert WRONG[text] in f"{found.value}{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("text", ["frobnicate --all", "make run\n    frobnicate --all", "gradient: 1.3 times"])
+@pytest.mark.parametrize("text", ["frobnicate --all", "make run\n    frobnicate --all", "12 of 20 right"])
 def test_what_is_not_known_fails(text: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"Type\n\n    {text}\n")
-    with pytest.raises(AssertionError, match=r"page\.md:3"):
+    with pytest.raises(AssertionError, match=r"page\.md:[34]"):
         test_every_block_is_known_to_be_something(page)

@@ -56,7 +56,7 @@ NOT_SHOWN = (
     *("tracking.project=mine", "data.root=uoft-cs", "data.root=pictures.parquet"),
 )
 PUBLISHED = ("data=fashion_mnist", "data=cifar10")  # which a test does not download
-SMALL_SET = ("data=synthetic", "data.train_samples=96", "data.val_samples=32", "data.image_size=16")
+SMALL_SET = ("data=synthetic", "data.train_samples=256", "data.val_samples=32", "data.image_size=16")
 LARGE = ("data.train_samples", "data.val_samples", "data.val_share")  # keys of published sets that are left out
 EPOCHS = 30  # of the documentation's are one here, but two at least
 SHORTER = {
@@ -162,12 +162,12 @@ def stored(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def photos(directory: Path) -> None:
-    """Eight images in two classes each, for training and for validation."""
+    """Images in two classes, for training and for validation."""
     for part in ("train", "val"):
         for place, name in enumerate(("cats", "dogs")):
             (directory / part / name).mkdir(parents=True)
-            for number in range(8):
-                image = Image.new("RGB", (40, 40), (100 * place, 20 * number, 90))
+            for number in range(40 if part == "train" else 8):
+                image = Image.new("RGB", (40, 40), (100 * place, 5 * number, 90))
                 image.save(directory / part / name / f"{number}.png")
 
 
@@ -259,7 +259,9 @@ def _of_run(words: Sequence[str]) -> list[str]:
     keys = {key_of(word) for word in words}
     found = [other for word in words for other in _shorter(word, words)]
     if "epochs" not in keys:
-        found.append("epochs=4" if "grow.rounds" in keys else "epochs=2")
+        found.append(f"epochs={_least_epochs(words)}")
+    if "prune.stop_epoch" in keys and "prune.start_epoch" not in keys:
+        found.append("prune.start_epoch=1")
     if "model.width" not in keys and _has_width(words):
         found.append("model.width=8")
     if "prune=early" in words:
@@ -267,8 +269,14 @@ def _of_run(words: Sequence[str]) -> list[str]:
     if any(re.match(r"\+sweep=|hydra/sweeper=", word) for word in words):
         found.append("hydra.sweeper.n_trials=3")
     if "+sweep=fastest" in words:
-        found += ["hydra.sweeper.n_trials=5", "hydra.sweeper.confirm.best=1", "hydra.sweeper.confirm.seeds=1"]
+        found += ["hydra.sweeper.n_trials=5", "hydra.sweeper.confirm.best=1", "hydra.sweeper.confirm.seeds=3"]
     return found
+
+
+def _least_epochs(words: Sequence[str]) -> int:
+    """What happens in parts of a run needs some epochs."""
+    several = ("grow.rounds", "data.infobatch", "data.progressive")
+    return 5 if "+sweep=fastest" in words or any(key_of(word) in several for word in words) else 2
 
 
 def key_of(word: str) -> str:
@@ -283,13 +291,14 @@ def _has_width(words: Sequence[str]) -> bool:
 def _shorter(word: str, words: Sequence[str]) -> Iterator[str]:
     """The words in place of one."""
     key, equals, value = word.partition("=")
-    published = any(other in words for other in PUBLISHED)
-    if word in PUBLISHED:
+    large = (*PUBLISHED, "data=mnist_5000") if "+sweep=fastest" in words else PUBLISHED
+    published = any(other in words for other in large)
+    if word in large:
         yield from SMALL_SET
     elif published and key in LARGE:
         return
     elif key == "epochs":
-        yield f"epochs={max(2, int(value) // EPOCHS)}"
+        yield f"epochs={max(_least_epochs(words), int(value) // EPOCHS)}"
     elif key == "seed" and value.isdecimal():
         yield word
     elif key == "seed" and value.startswith("range("):
@@ -303,7 +312,7 @@ def _shorter(word: str, words: Sequence[str]) -> Iterator[str]:
 def _of_compare(words: Sequence[str]) -> list[str]:
     parts = [[other for word in part for other in _shorter(word, words)] for part in _sides(words)]
     vs = "--vs" in words
-    more = [] if "--steps" in words else ["epochs=4"]
+    more = [] if "--steps" in words else ["epochs=5"]
     more += [] if any(key_of(word) == "model.width" for word in words) or not _has_width(words) else ["model.width=8"]
     for part in parts[:1] if len(parts) == 3 or vs else parts:
         part += [word for word in more if key_of(word) not in map(key_of, part)]
@@ -373,7 +382,12 @@ factor = torch.full((4, 1, 1, 1), 0.5)
 loader, epochs, lr, momentum = [(images, torch.zeros(8, dtype=torch.long))], 2, 0.1, 0.9
 graph = ChannelGraph.trace(model, images)
 """,
-        "from morphtrain.prune.fading import": "from morphtrain.cost import WidthCost\nleft = 0.0\n",
+        "from morphtrain.cost import measured_cost": """
+model = ResNet(num_classes=10, in_channels=1, blocks=1, width=32)
+optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+graph = ChannelGraph.trace(model, images)
+""",
+        "from morphtrain.prune.fading import": "left = 0.0\n",
         "from morphtrain.optimizer.isgd import": "criterion = nn.CrossEntropyLoss()\n",
     },
     "docs/guides/using-the-network.md": {
