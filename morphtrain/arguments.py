@@ -7,10 +7,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-import hydra
 from hydra._internal.utils import get_args_parser
 
-from morphtrain import __version__, schema
+from morphtrain import schema
 from morphtrain.errors import UserError
 from morphtrain.flags import end, no_such_flag
 from morphtrain.processes.place import place
@@ -136,8 +135,6 @@ def check_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags as typed; raises a `UserError` for what begins with a dash and is none of them: often a key."""
     parser = get_args_parser()
     vars(parser)["error"] = functools.partial(end, parser)
-    version = f"MorphTrain {__version__}, Hydra {hydra.__version__}"
-    vars(parser._option_string_actions["--version"])["version"] = version
     flags, unknown = parser.parse_known_intermixed_args(arguments)
     keys = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}
     for flag in (argument for argument in unknown if argument.startswith("-")):

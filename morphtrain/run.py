@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from morphtrain import arguments, completion, config_errors, explained, interrupts, schema
+from morphtrain import __version__, arguments, completion, config_errors, explained, interrupts, schema
 from morphtrain.addresses import PasswordShown
 from morphtrain.errors import UserError
 from morphtrain.evidence.records import is_immaterial
@@ -200,6 +200,9 @@ def run() -> None:
 
 def through_hydra(name: str, job: Callable[[], Any]) -> None:
     """Run the job of a command whose words Hydra reads, after a check of these."""
+    if "--version" in sys.argv[1:]:
+        print(f"MorphTrain {__version__}, Hydra {hydra.__version__}")
+        return
     words = arguments.prepared(sys.argv[1:])
     if not {"--shell-completion", "-sc"}.isdisjoint(words):
         print(completion.by_hydras_flag(words))

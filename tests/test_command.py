@@ -97,7 +97,7 @@ def test_a_mistake_ends_it_as_it_ends_the_module(form: Form) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["reprot"], "reprot: no such command; did you mean report?"),
+        (["reprot"], "reprot: no such command; did you mean report or export?"),
         (["epochs=3", "seed=1"], "epochs=3: no such command; did you mean morphtrain run epochs=3?"),
         (["serve"], "serve: no such command; "),
         (["--verison"], "--verison: no such flag; did you mean --version?"),
@@ -180,9 +180,7 @@ def test_versions_are_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert (ended.value.code, capsys.readouterr().out) == (0, f"morphtrain {morphtrain.__version__}\n")
     monkeypatch.setattr(sys, "argv", ["morphtrain", "run", "--version"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it to 1
-    with pytest.raises(SystemExit) as ended:
-        program.main(program.AS_A_MODULE)
-    assert ended.value.code == 0
+    program.main(program.AS_A_MODULE)
     assert capsys.readouterr().out.startswith(f"MorphTrain {morphtrain.__version__}, Hydra ")
 
 

@@ -29,12 +29,12 @@ Start = Callable[..., subprocess.Popen[str]]
 def run_dir(tmp_path: Path) -> Callable[..., Path]:
     """Makes the directory of a run as Hydra leaves it."""
 
-    def make(name: str, started: Path, **tracking: str | None) -> Path:
-        hydras = tmp_path / name / ".hydra"
+    def make(place: str, started: Path, **tracking: str | None) -> Path:
+        hydras = tmp_path / place / ".hydra"
         hydras.mkdir(parents=True)
         OmegaConf.save({"hydra": {"runtime": {"cwd": str(started)}}}, hydras / "hydra.yaml")
         OmegaConf.save({"tracking": {"name": "mlflow", "uri": None, **tracking}}, hydras / "config.yaml")
-        return tmp_path / name
+        return tmp_path / place
 
     return make
 
@@ -73,7 +73,7 @@ def test_a_received_directory_leads_to_no_other_place(
             recorded.recorded(run_dir(str(number), tmp_path, uri=uri))
         assert "my-secret" not in str(refused.value)
     with pytest.raises(UserError, match="recorded nothing"):
-        recorded.recorded(run_dir("none", tmp_path, name="none"))
+        recorded.recorded(run_dir("untracked", tmp_path, name="none"))
     with pytest.raises(UserError, match="empty: no run is there"):
         recorded.recorded(tmp_path / "empty")
     broken = run_dir("broken", tmp_path)

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from experiment_records import declared, write
 from test_experiments import DECLARED
-from test_report import SEEDS, THREE, metrics
 
 import morphtrain
 
@@ -122,13 +120,8 @@ def test_an_installed_command_works_in_an_empty_directory(installed: Path, tmp_p
     assert "lasso_ratio:" in run(installed, tmp_path, "run", "prune=prunetrain", "--help")
     assert "epochs: 3\n" in run(installed, tmp_path, "run", "epochs=3", "--cfg", "job")
     assert list(tmp_path.iterdir()) == []
-    said = run(installed, tmp_path, "run", *RUN)
-    assert "to compare: morphtrain ui\n" in said
-    exported = run(installed, tmp_path, "export", "run/last.pt", "--format", "state_dict")
-    assert exported.startswith("run/last.state_dict.pt: differs from the network by at most ")
-    write(tmp_path / "experiments", declared("ratio", THREE, SEEDS), metrics)
-    assert run(installed, tmp_path, "report").startswith("report.html\n")
-    assert "Is this the question of ratio?" in (tmp_path / "report.html").read_text()
+    assert "val_acc" in run(installed, tmp_path, "run", *RUN, "tracking=none")
+    assert (tmp_path / "run" / "last.pt").exists()
 
 
 def test_the_modules_are_those_of_the_wheel(installed: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -103,15 +104,20 @@ def _overrides(config: str, before: Sequence[str], current: str) -> list[str]:
     with initialize_config_dir(str(CONF)):
         hydras = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
         found = hydras._query(config, " ".join([*composed, current]))
-    return list(_usable(found, composed))
+    return list(_usable(found, config, composed))
 
 
-def _usable(found: Sequence[str], composed: Sequence[str]) -> Iterator[str]:
-    """What Hydra finds, as it is typed: lists as a whole, some groups with a plus, the size for experiments only."""
+def _usable(found: Sequence[str], config: str, composed: Sequence[str]) -> Iterator[str]:
+    """What Hydra finds, as it is typed: lists as a whole, some groups with a plus, and no group that is not used."""
+    from morphtrain.schema import OPTIONS, MaxBatch
+
+    useless = set(OPTIONS) - {field.name for field in fields(MaxBatch)} if config == "maxbatch" else set()
     for one in found:
         key, equals, value = one.partition("=")
         if equals and value.endswith((".", "=")):
             continue  # a key within a value
+        if key.lstrip("+") in useless:
+            continue
         if key in ADDED:
             yield f"+{one}"
         elif not equals and key.endswith(".") and _is_list(key[:-1]):
