@@ -31,7 +31,7 @@ class Mixing:
         from torchvision.transforms import v2  # slow, and only needed here
 
         ways = {v2.MixUp: mixup, v2.CutMix: cutmix}
-        self._mix = v2.RandomChoice([way(alpha=a, num_classes=num_classes) for way, a in ways.items() if a > 0])
+        self._mix = v2.RandomChoice([way(alpha=float(a), num_classes=num_classes) for way, a in ways.items() if a > 0])
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, counts: Sequence[int], seed: int) -> Batch:
         """Mixed images (B, C, H, W) in the memory format of `images`, and their shares of the classes (B, classes).
