@@ -153,7 +153,7 @@ def same_change(change: Change, model: nn.Module, optimizer: Optimizer, example:
     return twin
 
 
-@pytest.mark.parametrize(("shape", "name"), zip(SHAPES, MAKERS, strict=True))
+@pytest.mark.parametrize(("shape", "name"), list(zip(SHAPES, MAKERS, strict=True)))
 @pytest.mark.parametrize("change", CHANGES)
 def test_they_become_what_a_network_of_them_becomes(change: str, shape: str, name: str) -> None:
     """The oracle is that network, by itself, with the same change; then all of them in a row."""

@@ -60,9 +60,9 @@ def options_of(group: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("precision", "optimizer", "norm"),
-    zip(
-        options_of("precision"), itertools.cycle(options_of("optimizer")), itertools.cycle(options_of("norm"))
-    ),  # of precisions there are most
+    list(  # of precisions there are most
+        zip(options_of("precision"), itertools.cycle(options_of("optimizer")), itertools.cycle(options_of("norm")))
+    ),
 )
 def test_it_takes_every_precision_optimizer_and_norm(
     precision: str, optimizer: str, norm: str, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ GROWTHS = {
     "layers": ("grow=deeper", "grow.at_epochs=[1]", "grow.operator=layer"),
     "selective": (*UNPRUNED, "grow=selective", "grow.at_epochs=[1]", "grow.target=1.5"),
     "morphnet": (*UNPRUNED, "grow=morphnet", "grow.round_epochs=2", "grow.target=1.5"),
-    "adaptive": ("grow=adaptive", "grow.patience=1", "grow.low_accuracy=1", "grow.high_accuracy=1"),
+    "adaptive": ("grow=adaptive", "grow.patience=2", "grow.low_accuracy=1", "grow.high_accuracy=1"),
 }
 
 
