@@ -20,6 +20,7 @@ KEYS_OF_OTHERS = {
     "TORCHINDUCTOR_CACHE_DIR",  # set where torchvision is imported
     *store.ENVIRONMENT,  # set where MLflow is imported, and stays
     *wandb.ENVIRONMENT,  # likewise
+    "KINETO_LOG_LEVEL",  # set where steps are profiled
 }
 
 

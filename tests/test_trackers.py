@@ -15,7 +15,7 @@ from conftest import SMALL, Command, Kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS, EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tensorboard.util import tensor_util
 
@@ -47,8 +47,7 @@ def history_of(epochs: int, grown_at: int = 3) -> list[dict[str, float]]:
 def shown(directory: Path) -> EventAccumulator:
     """What TensorBoard itself reads from the event files below a directory."""
     (folder,) = (path for path in (directory / tensorboard.FOLDER).iterdir())
-    every = {"tensors": 0, "images": 0, "scalars": 0}
-    return EventAccumulator(str(folder), size_guidance=every).Reload()
+    return EventAccumulator(str(folder), size_guidance={TENSORS: 0}).Reload()
 
 
 def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
@@ -307,6 +306,7 @@ def test_each_of_several_goes_on_with_its_own_run(tmp_path: Path) -> None:
     assert run_ids(None, "mlflow") == run_ids("several: [1]", "mlflow") == run_ids("several: {", "mlflow") == {}
 
 
+@pytest.mark.slow
 def test_several_are_resumed_each_in_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where MLflow then keeps the runs' files
     own = "tracking.also=[csv,{_target_: test_trackers.Fragile}]"
@@ -325,6 +325,7 @@ def test_several_are_resumed_each_in_its_own_run(tmp_path: Path, monkeypatch: py
     assert len(rows(run_dir)) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_its_trackers_were(command: Command, kill: Kill, tmp_path: Path) -> None:
     here = [*QUICK, "epochs=4", "hydra.run.dir=run"]
     kill("step:40", *here)

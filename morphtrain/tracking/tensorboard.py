@@ -87,11 +87,11 @@ class TensorBoardTracker(Tracker):
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
         self.file = (self.folder / name).open("xb")
         self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # TensorBoard then forgets later epochs, which a damaged checkpoint has taken back. It ignores the first one.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(wall_time=time.time(), step=self.sent_epoch + 1, session_log=restart))
         if not recorded:
             self._write(*_about(self.params, self.tags))
-        else:  # TensorBoard then forgets later epochs, which a damaged checkpoint has taken back
-            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(event_pb2.Event(wall_time=time.time(), step=self.sent_epoch + 1, session_log=restart))
 
     def _write(self, *events: Any) -> None:
         """Append events to the file; after a failure none follow in it, since they could not be read."""

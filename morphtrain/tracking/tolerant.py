@@ -53,7 +53,7 @@ class Tolerant(Tracker):
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """As the tracker's own; what it does not take is offered again with the next epoch."""
         self.files.append((path, folder))
-        if self.started:
+        if self.started and not self.pace.failing:
             self._attempt(self._send_files)
 
     def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -24,6 +25,7 @@ from morphtrain.trainer.loop import training_steps
 
 FOLDER = "profile"
 ROWS = 10  # of the table
+QUIET = "6"  # it would print that it starts and stops, and that there is no GPU
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class StepProfiler:
                 self._stop(range(0))
 
     def _start(self, device: torch.device) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
         of_device = {"cuda": [ProfilerActivity.CUDA], "xpu": [ProfilerActivity.XPU]}
         self.running = profile(activities=[ProfilerActivity.CPU, *of_device.get(device.type, [])])
         self.running.start()
