@@ -1,7 +1,8 @@
-"""`python on_terminal.py COLUMNS ...overrides`: the command on a terminal of its own; what it sends comes out."""
+"""`python on_terminal.py FILE COLUMNS ...overrides`: the command on a terminal of its own; FILE gets what it sends."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -9,7 +10,7 @@ import struct
 import sys
 import termios
 
-columns = int(sys.argv.pop(1))
+file, columns = sys.argv.pop(1), int(sys.argv.pop(1))
 child, terminal = pty.fork()
 if child == 0:
     fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
@@ -29,12 +30,7 @@ if child == 0:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-while True:
-    try:
-        data = os.read(terminal, 65536)
-    except OSError:  # the child has closed its side
-        break
-    if not data:
-        break
-    os.write(1, data)
+with open(file, "wb") as sent, contextlib.suppress(OSError):  # which says that the child has closed its side
+    while data := os.read(terminal, 65536):
+        sent.write(data)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

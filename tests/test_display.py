@@ -210,11 +210,12 @@ def test_on_a_terminal_a_line_stays_below_what_trials_print(fork_server: ForkSer
     sweep = ["-m", "hydra/sweeper=morphtrain", "hydra.sweep.dir=sweep", "tracking=none", "epochs=3"]
     sweep += ["data=synthetic", "data.train_samples=2048", "data.image_size=8", "model.width=8,12"]
     sweep += ["hydra/sweeper/sampler=grid", "hydra.sweeper.baseline=null", "timing.reference=0"]
-    result = fork_server.run([ON_TERMINAL, "240", *sweep], tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "sweep: 0 of 2 trials" in result.stdout
-    assert "sweep: 1 of 2 trials; best so far: trial 0, train_seconds " in result.stdout
-    shown = screen(result.stdout)
+    result = fork_server.run([ON_TERMINAL, "sent", "240", *sweep], tmp_path)
+    sent = (tmp_path / "sent").read_bytes().decode()
+    assert result.returncode == 0, sent + result.stderr
+    assert "sweep: 0 of 2 trials" in sent
+    assert "sweep: 1 of 2 trials; best so far: trial 0, train_seconds " in sent
+    shown = screen(sent)
     epochs = [line for line in shown if "loss" in line]
     assert len(epochs) == 6
     assert all(re.fullmatch(EPOCH, line) for line in epochs), epochs

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import optuna
 import pytest
@@ -278,12 +279,12 @@ def test_the_line_for_the_dashboard_shows_our_study_on_this_host_alone(
     """As Optuna's dashboard reads the line; the file's name has a space."""
     if kind == "postgresql":
         address = request.getfixturevalue("postgres").database()
-        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        monkeypatch.setenv("PGPASSWORD", unquote(PASSWORD))
     else:
         address = f"{kind}:///{tmp_path}/my study"
     optuna.create_study(study_name="mine", storage=open_storage(address))
     said = dashboard(address)
-    assert PASSWORD not in said
+    assert PASSWORD not in said and unquote(PASSWORD) not in said
     command, _, more = said.partition("  ")
     assert more == "(then http://127.0.0.1:8080)"
     config = pytest.importorskip("optuna_dashboard._config").DashboardConfig()

@@ -9,7 +9,6 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import optuna
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution
@@ -37,7 +36,7 @@ def make_sampler(node: Any) -> Any:
         _check_own(target)
     try:
         sampler = instantiate(node, _execution_whitelist_=KNOWN if known else (*KNOWN, target))
-    except InstantiationException as error:
+    except Exception as error:  # whatever a constructor raises
         raise UserError(f"{KEY}._target_={target}: {first_line(error.__cause__ or error)}") from error
     if not (known or isinstance(sampler, BaseSampler)):
         made = type(sampler).__name__
