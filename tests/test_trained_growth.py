@@ -26,13 +26,14 @@ UNPRUNED = (
     "prune.interval=1",
     "prune.stop_epoch=2",
 )
+HARD = ("data.noise=3", "epochs=12")  # so that there is something to learn, and time to see that nothing is learnt
 GROWTHS = {
     "wider": ("grow=wider", "grow.at_epochs=[1]"),
     "blocks": ("grow=deeper", "grow.at_epochs=[1]"),
     "layers": ("grow=deeper", "grow.at_epochs=[1]", "grow.operator=layer"),
     "selective": (*UNPRUNED, "grow=selective", "grow.at_epochs=[1]", "grow.target=1.5"),
     "morphnet": (*UNPRUNED, "grow=morphnet", "grow.round_epochs=2", "grow.target=1.5"),
-    "adaptive": ("grow=adaptive", "grow.patience=2", "grow.low_accuracy=1", "grow.high_accuracy=1"),
+    "adaptive": ("grow=adaptive", "grow.patience=2", "grow.low_accuracy=1", "grow.high_accuracy=1", *HARD),
 }
 
 
@@ -53,10 +54,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_what_grows_computes_what_was_trained(growth: str, base: Path) -> None:
     """A learning rate of nearly zero, so that whatever grows from the weights of the file is all that may change it."""
-    config = morphtrain.compose(*PLAIN, *GROWTHS[growth], *STILL, f"model.weights={base}", "epochs=5")
+    config = morphtrain.compose(*PLAIN, *STILL, f"model.weights={base}", "epochs=5", *GROWTHS[growth])
     run = new_run(config, torch.device("cpu"))
     assert_same(run.model.state_dict(), morphtrain.load(base).state_dict())
     start(run)
+    run.settle()
     params, (loss, accuracy) = run.params, evaluate(run)
     while not run.ended:
         begin_epoch(run)
@@ -64,7 +66,7 @@ def test_what_grows_computes_what_was_trained(growth: str, base: Path) -> None:
         record = finish_epoch(run)
     assert record["params"] > params, "it has grown"
     assert record["val_accuracy"] == pytest.approx(accuracy, abs=0.05)
-    assert record["val_loss"] == pytest.approx(loss, abs=0.1)
+    assert record["val_loss"] == pytest.approx(loss, rel=0.1, abs=0.1)
 
 
 def test_rounds_that_draw_all_weights_again_are_refused(base: Path) -> None:
