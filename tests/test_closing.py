@@ -240,8 +240,8 @@ def test_places_are_named_from_where_the_user_started(tmp_path: Path, monkeypatc
     """With hydra.job.chdir=true a run goes to its directory, and the user does not."""
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    monkeypatch.setattr(console, "home", lambda: tmp_path)
-    assert str(console._short(tmp_path / "run" / "last.pt")) == "run/last.pt"
+    monkeypatch.setattr(store, "home", lambda: tmp_path)
+    assert str(store.from_home(tmp_path / "run" / "last.pt")) == "run/last.pt"
 
 
 def test_make_ui_is_named_only_where_it_would_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
