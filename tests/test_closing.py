@@ -248,8 +248,8 @@ def test_places_are_named_from_where_the_user_started(tmp_path: Path, monkeypatc
     """With hydra.job.chdir=true a run goes to its directory, and the user does not."""
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    monkeypatch.setattr(console, "home", lambda: tmp_path)
-    assert str(console._short(tmp_path / "run" / "last.pt")) == "run/last.pt"
+    monkeypatch.setattr(store, "home", lambda: tmp_path)
+    assert str(store.from_home(tmp_path / "run" / "last.pt")) == "run/last.pt"
 
 
 def test_a_server_is_named_without_its_password() -> None:
