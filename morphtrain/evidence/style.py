@@ -83,7 +83,8 @@ def use() -> None:
     """Let what pyplot draws from now on have this look, on white paper; for notebooks."""
     import matplotlib
 
-    matplotlib.rcParams.update(settings() | {"figure.facecolor": PAPER, "savefig.facecolor": PAPER})
+    paper = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER}
+    matplotlib.rcParams.update(settings() | paper | {"text.parse_math": True})  # as ticks of logarithms are
 
 
 @contextmanager
@@ -127,12 +128,12 @@ def headline(figure: Any, text: str) -> None:
 
 
 def log_ticks(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten; where these are too few, wherever they fit."""
+    """Plain numbers at powers of ten, of few also between them; where these are too few, wherever they fit."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if decades < 1.3 else (1.0, 3.0) if decades < 3 else (1.0,)
     ticks = [tick for tick in LogLocator(subs=subs, numticks=12).tick_values(low, high) if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
@@ -176,8 +177,8 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, Look]]) -> bool:
         piece = Line2D([1.015, 1.065], [height] * 2, transform=axes.transAxes, clip_on=False)
         piece.set(color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=[1])
         axes.add_artist(piece)
-        end = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
-        axes.annotate(shortened(name), (1.075, height), fontsize=SMALL, **end)
+        end = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(shortened(name), (1.065, height), xytext=(8, 0), fontsize=SMALL, **end)
     return True
 
 
