@@ -33,7 +33,7 @@ class Theme:
 
 
 LIGHT = Theme("#1b1b1d", "#c8c8cc", "#fefefd", ("#0b4a8f", "#d55e00", "#117733", "#c2649f", "#5c4a00", "#3a93c9"))
-DARK = Theme("#e8e8ea", "#44464d", "#17181b", ("#7db0ff", "#ff8c42", "#8fe0a0", "#e59ac8", "#d9c35c", "#4fc3e8"))
+DARK = Theme("#e8e8ea", "#44464d", "#17181b", ("#7db0ff", "#ff8c42", "#5fc878", "#d071a8", "#f5f0c0", "#9be7f7"))
 INK, RULE, PAPER, SERIES = LIGHT.ink, LIGHT.rule, LIGHT.paper, LIGHT.series
 SHADES, SHADES_DOWN = "viridis_r", "viridis"  # of many ordered things: the last, or the first, the darkest
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
