@@ -54,10 +54,9 @@ def test_names_are_those_of_the_modules_as_they_are_now(case: str, tmp_path: Pat
             assert node.name in modules or node.name.startswith(node.op_type), node.name
     convolutions = {name for name, module in modules.items() if type(module) is nn.Conv2d}
     assert convolutions == {node.name for node in model.graph.node if node.op_type == "Conv"}
-    weights = {name: tensor for name, tensor in stored.items() if name in values}
-    assert len(weights) >= len(convolutions)
-    for name, weight in weights.items():
-        assert torch.equal(torch.from_numpy(weight.copy()), values[name]), name
+    for name in convolutions:  # batch norms may be folded into their values
+        assert stored[f"{name}.weight"].shape == tuple(values[f"{name}.weight"].shape)
+    assert torch.equal(torch.from_numpy(stored["classifier.weight"].copy()), values["classifier.weight"])
 
 
 @pytest.mark.parametrize("case", ["gated", "own"])

@@ -121,7 +121,8 @@ def _sizes(axes: Any, history: Sequence[Record], initial: Mapping[str, float]) -
     for key, name in SIZES.items():
         _over_epochs(axes, epochs, [1.0, *shares[key]], looks[name], name)
     changed = [record["epoch"] for record in history if record.get("changed")]
-    axes.plot(changed, [0.0] * len(changed), "|", color=INK, markersize=12, clip_on=False)
+    if changed:  # nothing, unclipped, would take all room in the layout
+        axes.plot(changed, [0.0] * len(changed), "|", color=INK, markersize=12, clip_on=False)
     axes.set_xlabel("after epoch (|: structure changed)" if changed else "after epoch")
     axes.set(title="Size", ylabel="multiple of the first network's", ylim=(0, None))
     style.label_ends(

@@ -191,7 +191,8 @@ def _marks(axes: Any, changes: Sequence[Change]) -> None:
     """A stroke above the bands after each epoch that changed the network, with its number where there is room."""
     epochs = list(dict.fromkeys(change["epoch"] for change in changes if change["event"]))
     above = axes.get_xaxis_transform()
-    axes.plot(epochs, [1.0] * len(epochs), "|", color=INK, markersize=9, clip_on=False, transform=above)
+    if epochs:
+        axes.plot(epochs, [1.0] * len(epochs), "|", color=INK, markersize=9, clip_on=False, transform=above)
     least = 0.04 * axes.get_xlim()[1]
     shown = -least
     for epoch in epochs:

@@ -33,7 +33,7 @@ class Theme:
 
 
 LIGHT = Theme("#1b1b1d", "#c8c8cc", "#fefefd", ("#0b4a8f", "#d55e00", "#117733", "#c2649f", "#5c4a00", "#3a93c9"))
-DARK = Theme("#e8e8ea", "#44464d", "#17181b", ("#7db0ff", "#ff8c42", "#8fe0a0", "#e59ac8", "#d9c35c", "#4fc3e8"))
+DARK = Theme("#e8e8ea", "#44464d", "#17181b", ("#7db0ff", "#ff8c42", "#5fc878", "#d071a8", "#f5f0c0", "#9be7f7"))
 INK, RULE, PAPER, SERIES = LIGHT.ink, LIGHT.rule, LIGHT.paper, LIGHT.series
 SHADES, SHADES_DOWN = "viridis_r", "viridis"  # of many ordered things: the last, or the first, the darkest
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
@@ -83,7 +83,8 @@ def use() -> None:
     """Let what pyplot draws from now on have this look, on white paper; for notebooks."""
     import matplotlib
 
-    matplotlib.rcParams.update(settings() | {"figure.facecolor": PAPER, "savefig.facecolor": PAPER})
+    paper = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER}
+    matplotlib.rcParams.update(settings() | paper | {"text.parse_math": True})  # as ticks of logarithms are
 
 
 @contextmanager
@@ -127,12 +128,12 @@ def headline(figure: Any, text: str) -> None:
 
 
 def log_ticks(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten; where these are too few, wherever they fit."""
+    """Plain numbers at powers of ten, of few also between them; where these are too few, wherever they fit."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if decades < 1.3 else (1.0, 3.0) if decades < 3 else (1.0,)
     ticks = [tick for tick in LogLocator(subs=subs, numticks=12).tick_values(low, high) if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
@@ -176,8 +177,8 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, Look]]) -> bool:
         piece = Line2D([1.015, 1.065], [height] * 2, transform=axes.transAxes, clip_on=False)
         piece.set(color=look.color, linestyle=look.linestyle, marker=look.marker, markevery=[1])
         axes.add_artist(piece)
-        end = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
-        axes.annotate(shortened(name), (1.075, height), fontsize=SMALL, **end)
+        end = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(shortened(name), (1.065, height), xytext=(8, 0), fontsize=SMALL, **end)
     return True
 
 

@@ -11,8 +11,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the paths of the modules around it, and its own name
-KEPT = ("namespace", "pkg.torch.onnx.class_hierarchy", SCOPES)  # others are paths of the machine, and torch's graph
+SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the paths of the modules around it from "" on, and its own name
 
 
 def name_by_modules(graph: Any) -> None:
@@ -32,15 +31,20 @@ def name_by_modules(graph: Any) -> None:
         for number, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = node.name if number == 0 else _free(f"{node.name}:{number}", taken)
-        for key in set(node.metadata_props) - set(KEPT):
-            del node.metadata_props[key]
+        node.metadata_props.clear()  # paths of the machine, and torch's own graph
     graph.metadata_props.clear()
 
 
 def _path(node: Any) -> str:
-    """That of the innermost module around a node; "" for the network itself, or if nothing says."""
+    """That of the module whose weight a node uses, or else of the innermost one around it; "" for the network itself.
+
+    A convolution into which the exporter has folded the batch norm after it is still called by its own name.
+    """
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and "." in value.name:
+            return str(value.name.rpartition(".")[0])
     *modules, _ = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
-    return modules[-1] if modules else ""
+    return str(modules[-1]) if modules and modules[0] == "" else ""
 
 
 def _parents(path: str) -> list[str]:

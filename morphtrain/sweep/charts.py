@@ -79,6 +79,8 @@ def _parallel(figure: Any, objective: str) -> None:
         down = lines.get_cmap().name.endswith("_r")
         lines.set_cmap(style.SHADES_DOWN if down else style.SHADES)  # the best are the darkest
     for place in others:
+        if place.get_yscale() == "log":
+            style.log_ticks(place.yaxis)
         place.spines["right"].set_visible(True)  # the axis of a key
         place.grid(False)
     axes.grid(False)
@@ -94,7 +96,7 @@ def _slices(figure: Any, objective: str) -> None:
             points.set_cmap(style.SHADES)
         if axes.get_xscale() == "log":
             style.log_ticks(axes.xaxis)
-    figure.suptitle(f"{objective} by each key: a point a trial, later ones darker")
+    style.headline(figure, f"{objective} by each key: a point a trial, later ones darker, infeasible ones pale")
 
 
 LEGIBLE = {"parallel": _parallel, "slices": _slices}  # what Optuna has drawn made so

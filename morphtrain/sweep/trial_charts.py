@@ -70,7 +70,7 @@ def history(axes: Any, study: optuna.Study, objective: str) -> None:
     for trial in completed(study):
         _named(axes, trial, (trial.number, trial.values[0]))
     style.whole_epochs(axes)
-    axes.set_xlabel("trial")
+    axes.set(xlabel="trial", xlim=(-0.6, len(study.get_trials(deepcopy=False)) - 0.4))
     style.label_y(axes, f"{words.metric(objective)} ({'less' if down else 'more'} is better)")
     axes.set_title(_found(objective, min(feasible, key=cost) if feasible else None))
     axes.figure.legend(loc="outside lower center", ncols=5)
