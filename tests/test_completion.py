@@ -218,7 +218,7 @@ def test_fish_completes(installed: Path, tmp_path: Path) -> None:
     for line, expected in (
         ("morphtrain run prune=pr", ["prune=prunetrain"]),
         ("morphtrain run prune=prunetrain prune.thre", ["prune.threshold="]),
-        ("python -m morphtrain.run loss=cr", ["loss=cross_entropy"]),
+        (f"{sys.executable} -m morphtrain.run loss=cr", ["loss=cross_entropy"]),
     ):
         text = f"source {installed}/module.fish; complete --do-complete {shlex.quote(line)}"
         assert by("fish", text, installed, tmp_path) == expected, line

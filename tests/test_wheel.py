@@ -136,12 +136,12 @@ def test_the_modules_are_those_of_the_wheel(installed: Path, tmp_path: Path) -> 
 def test_the_documented_commands_work_with_an_installed_sdist(wheel_of_sdist: Path, tmp_path: Path) -> None:
     installed, home = install(wheel_of_sdist, tmp_path / "installed"), tmp_path / "home"
     home.mkdir()
-    short = ("timing.reference=0", "model.width=4", "tracking=none")
-    small = ("data=digits", "epochs=1", *short)
+    narrow = ("data=digits", "model.width=4")
+    small = (*narrow, "epochs=1", "timing.reference=0", "tracking=none")
     run(installed, home, "run", *SMALL, "precision=o1", "epochs=2", "timing.reference=0", "hydra.run.dir=run")
     assert (home / "mlflow.db").exists()
     assert "trials" in run(installed, home, "sweep", "prunetrain", *small, "hydra.sweeper.n_trials=2")
-    assert "time" in run(installed, home, "compare", "prune=none", "--", "norm=weight", *small, "--steps", "4")
+    assert "time" in run(installed, home, "compare", *narrow, "--", "norm=batch", "--", "norm=weight", "--steps", "4")
     assert "rate" in run(installed, home, "lr_finder", "model.width=4", "--steps", "20", "--output", "rates")
     assert "largest batch" in run(installed, home, "maxbatch", "budget=1GiB", "throughput_seconds=0")
     assert "onnx" in run(installed, home, "export", "run/best.pt")
