@@ -54,7 +54,8 @@ def _with_value(line: str, found: re.Match[str], node: Any) -> str:
     if key not in set(node) or OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
         return line
     value = node[key]
-    if OmegaConf.create(f"x: {found['value']}").x == value:
+    default = OmegaConf.create(f"x: {found['value']}")
+    if not OmegaConf.is_missing(default, "x") and default.x == value:
         return line
     shown = OmegaConf.to_container(value) if isinstance(value, (DictConfig, ListConfig)) else value
     text = shown if isinstance(shown, str) else json.dumps(shown)

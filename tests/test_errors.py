@@ -561,17 +561,23 @@ prune=prunetrain   (there are custom, early, morphnet, none, prunetrain)
   interval: 5          # epochs from one reconfiguration to the next (the paper: 10 on CIFAR, 5 on ImageNet)
 model=resnet20   (there are
   blocks: 3
+  root: pictures
 """
 
 
+FROM_TABLES = ("data=hf", "data.root=pictures")  # a key without a default
+
+
 def test_help_explains_the_keys_of_the_command_line(command: Command) -> None:
-    result = command("--help", "prune=prunetrain", "prune.lasso_ratio=0.5", "model=resnet20", "grow=wider")
+    result = command(
+        "--help", "prune=prunetrain", "prune.lasso_ratio=0.5", "model=resnet20", "grow=wider", *FROM_TABLES
+    )
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     for line in HELP.strip().splitlines():
         assert any(shown.startswith(line) for shown in lines), line
     for group in ("model", "prune", "data", "grow", "optimizer", "tracking"):
-        option = {"model": "resnet", "prune": "prunetrain", "data": "digits", "grow": "wider"}.get(group)
+        option = {"model": "resnet", "prune": "prunetrain", "data": "hf", "grow": "wider"}.get(group)
         for key in names.keys(group, option) if option else ():
             assert any(shown.startswith(f"  {key}:") for shown in lines), f"{group}.{key}"
     assert "hydra:" not in result.stdout

@@ -57,7 +57,8 @@ def ends(run_dir: Path) -> dict[str, Any]:
 
 def assert_same(a: Any, b: Any, path: str = "") -> None:
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
+        odd = a != a  # what is no number equals nothing; an overflow of 16 bits may have left some, the same in both
+        assert torch.equal(odd, b != b) and torch.equal(a[~odd], b[~odd]), path
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
@@ -67,7 +68,7 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{path}[{i}]")
     else:
-        assert a == b, path
+        assert a == b or (a != a and b != b), path
 
 
 @pytest.fixture(scope="module")
