@@ -47,7 +47,7 @@ class Averages:
         if not self.values:
             self.values = {p: _copy(p) for p in model.parameters() if p.is_floating_point()}
             return
-        average = get_ema_multi_avg_fn(kept)  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(kept)
         short = [p for p, value in self.values.items() if p.dtype is not value.dtype]
         wide = [p for p, value in self.values.items() if p.dtype is value.dtype]
         for some in filter(None, (wide, *([p] for p in short))):  # each of these needs a copy of 32 bits
