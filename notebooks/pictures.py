@@ -71,6 +71,8 @@ def main() -> None:
     what = f"{', '.join(NAMES)}; without any, all of them"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)
     names = parser.parse_args().names or NAMES
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"{min(unknown)}: no such picture; there are {what}")
     with tempfile.TemporaryDirectory() as scratch:
         store = f"sqlite:///{scratch}/mlflow.db"
         fill(store, Path(scratch, "runs"))
