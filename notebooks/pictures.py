@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import screenshots
+from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 
 import morphtrain
@@ -20,7 +21,8 @@ from morphtrain import schema
 from morphtrain.evidence.records import FILE, read_records
 from morphtrain.schema.option import option_of
 from morphtrain.tracking import begin_sweep, end_sweep
-from morphtrain.tracking.mlflow import MLflowTracker
+from morphtrain.tracking.mlflow import PARENT_TAG, RUN_DIR_TAG, MLflowTracker
+from morphtrain.tracking.unsent import Record
 from morphtrain.trainer.checkpoint import flat
 
 RECORDS = Path(__file__).with_name("data") / "sweeps"
@@ -39,6 +41,7 @@ def fill(store: str, directory: Path, records: Path = RECORDS) -> None:
     tracking: Any = morphtrain.compose(f"tracking.uri={store}").tracking
     parent = begin_sweep(tracking, STUDY, {}, directory)
     assert parent is not None
+    client = MlflowClient(store)
     runs = sorted((path.parent for path in records.glob(f"*/{FILE}")), key=lambda run: int(run.name))
     for run in runs:
         config: Any = OmegaConf.to_container(OmegaConf.load(run / ".hydra" / "config.yaml"))
@@ -47,22 +50,33 @@ def fill(store: str, directory: Path, records: Path = RECORDS) -> None:
         tags = {group: str(option_of(config[group])) for group in schema.OPTIONS if group in config}
         tags |= json.loads((run / "environment.json").read_text())
         tags |= {"study": STUDY, "trial": run.name, "seed": str(config["seed"])}
-        tags["name"] = f"trial {run.name}: {' '.join(searched) or tags['prune']}"
         history = read_records(run)
         place = directory / run.name
         place.mkdir(parents=True)
-        tracker = MLflowTracker(store, tracking.experiment, parent_run_id=parent)
-        tracker.start(flat(config), tags, place, False, history)
+        began = int(1000 * (history[0]["timestamp"] - history[0]["epoch_seconds"]))
+        ended = int(1000 * history[-1]["timestamp"])
+        name = f"trial {run.name}: {' '.join(searched) or tags['prune']}"
+        params = {key: str(value) for key, value in flat(config).items()}
+        tags |= {RUN_DIR_TAG: str(place), PARENT_TAG: parent}
+        tracker = MLflowTracker(store, tracking.experiment)
+        record = Record(store, tracking.experiment, name, params, tags, began, history=history)
+        tracker.begin(record, place, resumed=False)
         tracker.finish("FINISHED", history)
+        client.set_terminated(tracker.run_id, "FINISHED", ended)  # when it was, and not now
     end_sweep(tracking, parent, {}, {}, [], "FINISHED")
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    what = f"{', '.join(NAMES)}; without any, all of them"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
+    names = parser.parse_args().names or NAMES
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"{min(unknown)}: no such picture; there are {what}")
     with tempfile.TemporaryDirectory() as scratch:
         store = f"sqlite:///{scratch}/mlflow.db"
         fill(store, Path(scratch, "runs"))
-        screenshots.take(store, STUDY)
+        screenshots.take(store, STUDY, names=names)
 
 
 if __name__ == "__main__":

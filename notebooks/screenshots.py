@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -123,8 +123,8 @@ def metrics(page: Browser, address: str) -> None:
 PICTURES = {"mlflow-runs": table, "mlflow-parallel": parallel, "mlflow-metrics": metrics}
 
 
-def take(store: str, study: str, experiment: str = "morphtrain") -> None:
-    """All pictures of a study in a store."""
+def take(store: str, study: str, experiment: str = "morphtrain", names: Collection[str] = tuple(PICTURES)) -> None:
+    """Pictures of a study in a store, by their names."""
     from mlflow.tracking import MlflowClient
 
     found = MlflowClient(store).get_experiment_by_name(experiment)
@@ -134,8 +134,8 @@ def take(store: str, study: str, experiment: str = "morphtrain") -> None:
     query = quote(f'tags.study = "{study}"')
     with ui(store) as address, browser() as page:
         runs = f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
-        for picture in PICTURES.values():
-            picture(page, f"{runs}&searchFilter={query}")
+        for name in names:
+            PICTURES[name](page, f"{runs}&searchFilter={query}")
 
 
 def main() -> None:

@@ -201,7 +201,8 @@ def _is_python(text: str) -> bool:
         body = ast.parse(text).body
     except SyntaxError:
         return False
-    return any(not isinstance(part, ast.Expr) or isinstance(part.value, ast.Call) for part in body)
+    names = (ast.Expr, ast.AnnAssign)  # such as those of a key in YAML
+    return any(not isinstance(part, names) or isinstance(part.value, ast.Call) for part in body)
 
 
 def _as_yaml(text: str) -> object:

@@ -51,13 +51,11 @@ def test_what_the_guides_include_is_there() -> None:
 TYPED = re.compile(r"\+{0,2}([a-z_]+)((?:\.\w+)*)(?:=(.*))?")
 PATH = re.compile(r"(?:tests|benchmarks|morphtrain|conf|docs|notebooks)/[\w./-]*")
 MODULE = re.compile(r"morphtrain(?:\.\w+)+")
-# Names that look like keys and are attributes of Python, and names of the reader's own or of the example in
+# Names that look like keys: attributes of Python, and what is completed; names of the reader, or of the example in
 # docs/adding-an-option.md.
-ATTRIBUTES = ("model.float", "loss.backward", "gradient.py")
+ATTRIBUTES = ("model.float", "loss.backward", "gradient.py", "prune.la")
 OWN = ("toy", "mine", "shapes", "signum", "weakest", "momentum", "Net", "...")
 PRESETS = ("sweep", "experiment", "launcher")
-# A page that names what comes with another change is expected to fail until then; after that pytest says so (XPASS).
-TO_COME = ("docs/guides/coming-from-a-template.md",)
 
 
 def words_of(page: Path) -> Iterator[tuple[int, str]]:
@@ -93,13 +91,7 @@ def check_key(group: str, rest: str, known: dict[str, set[str]], hydra: dict[str
     return first in known[group] or f"{group}.{first}" in ATTRIBUTES
 
 
-def marked(page: Path) -> Any:
-    name = str(page.relative_to(ROOT))
-    marks = [pytest.mark.xfail(strict=True, reason="names what comes with another change")] if name in TO_COME else []
-    return pytest.param(page, id=name, marks=marks)
-
-
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_keys_and_options_in_the_text_are_there(page: Path) -> None:
     known, hydra = known_keys(), of_hydra()
     top = {field.name for kind in (schema.Config, schema.MaxBatch) for field in fields(kind)}

@@ -35,20 +35,12 @@ from morphtrain.experiment.declaration import declared, typed
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 
-# What comes with another change: commands that have it are expected to fail until then. After that pytest says so
-# (XPASS), and its line goes.
-TO_COME = {
-    " loss.label_smoothing=": "label smoothing and mixup",
-    " ema=": "averaged weights",
-    "tracking=tensorboard": "other trackers",
-    "timing.profile=": "the profiler",
-}
 # Programs that are not ours: what follows them is not checked here.
 OF_OTHERS = (
     *("jupyter", "mkdocs", "mlflow", "optuna-dashboard", "tensorboard", "wandb", "netron", "twine"),
     *("export", "eval", "cd", "source"),
 )
-PACKAGES = ("jupyterlab", "netron")  # that `pip install` names beside our own
+PACKAGES = ("jupyterlab", "netron", "optuna-dashboard", "optunahub")  # that `pip install` names beside our own
 KINDS = {"commands", "python", "yaml", "toml", "file", "picture", "printed"}
 
 
@@ -63,12 +55,7 @@ def shown() -> list[Any]:
         for command in commands(page):
             found.setdefault((command.words, command.directory), command)
     assert len(found) > 120
-    return [pytest.param(command, id=command.where, marks=marks(command)) for command in found.values()]
-
-
-def marks(command: Command) -> list[Any]:
-    expected = [what for words, what in TO_COME.items() if words in command.text]
-    return [pytest.mark.xfail(strict=True, reason=f"comes with {what}") for what in expected[:1]]
+    return [pytest.param(command, id=command.where) for command in found.values()]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +121,9 @@ def check_module(name: str, words: Sequence[str], patch: pytest.MonkeyPatch) -> 
         "morphtrain.compare": check_compare,
         "morphtrain.lr_finder": check_lr_finder,
     }
-    if name == "pytest":
+    if name == "morphtrain":
+        check_console(words, patch)
+    elif name == "pytest":
         assert all((ROOT / word).exists() for word in words if not word.startswith("-"))
     elif name in own:
         own[name](words)

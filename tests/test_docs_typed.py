@@ -22,7 +22,7 @@ import pytest
 from documented import PAGES, ROOT, Command, blocks, commands, content, kind, make_files
 from fork_server import ForkServer
 from PIL import Image
-from test_docs_commands import OF_OTHERS, TO_COME, as_run
+from test_docs_commands import OF_OTHERS, as_run
 
 NOT_RUN = {  # a part of the command: why
     "make ": "sets up .venv, or takes minutes",
@@ -41,7 +41,6 @@ NOT_RUN = {  # a part of the command: why
     "postgresql://": "needs a server; tests/test_shared_study.py",
     "+experiment=": "a minute, shortened; tests/test_experiments.py runs one, test_docs_commands.py composes all arms",
     "morphtrain.ui": "a server; tests/test_ui.py",
-    "morphtrain ui": "a server; tests/test_ui.py",
     "python -m morphtrain.completion": "for shells; tests/test_completion.py",
     "morphtrain completion": "for shells; tests/test_completion.py",
     "-sc ": "for shells; tests/test_completion.py",
@@ -50,11 +49,6 @@ NOT_RUN = {  # a part of the command: why
     "data.root=pictures.parquet": "needs such a file",
     "compile=default": "compiles for half a minute; tests/test_compile.py",
 }
-# Of these, what no page shows yet.
-NOT_SHOWN = (
-    *("morphtrain.ui", "morphtrain ui", "python -m morphtrain.completion", "morphtrain completion", "-sc "),
-    *("tracking.project=mine", "data.root=uoft-cs", "data.root=pictures.parquet"),
-)
 PUBLISHED = ("data=fashion_mnist", "data=cifar10")  # which a test does not download
 SMALL_SET = ("data=synthetic", "data.train_samples=256", "data.val_samples=32", "data.image_size=16")
 LARGE = ("data.train_samples", "data.val_samples", "data.val_share")  # keys of published sets that are left out
@@ -125,8 +119,7 @@ def reason(command: Command) -> str | None:
 
 def runnable(page: Path) -> list[Command]:
     """The commands of a page that run, each once, in the order in which a reader types them."""
-    coming = [command for command in commands(page) if any(part in command.text for part in TO_COME)]
-    return list({(c.words, c.directory): c for c in commands(page) if reason(c) is None and c not in coming}.values())
+    return list({(c.words, c.directory): c for c in commands(page) if reason(c) is None}.values())
 
 
 def pages() -> list[Any]:
@@ -203,10 +196,11 @@ def prepare(page: Path, reader: Path, fork_server: ForkServer) -> None:
     if (name := str(page.relative_to(ROOT))) in RUNS:
         shutil.rmtree(reader / "outputs" / "stored")
         words = [*RUNS[name].split(), "epochs=1", "tracking=none", "hydra.run.dir=outputs/stored"]
-        assert fork_server.run(["-m", "morphtrain.run", *words], reader, {"PYTHONPATH": str(ROOT)}).returncode == 0
+        result = fork_server.run(["-m", "morphtrain.run", *words], reader, {"PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stderr
     if page.name == "comparing.md":
         (loop,) = (block for block in blocks(page) if "def epoch()" in block.text)
-        (reader / "my_loop.py").write_text(loop.text)
+        (reader / "my_loop.py").write_text(f"{loop.text}\n\nstep = epoch\n")
     if page.name == "trained-weights.md":
         code = "import my_nets, torch; torch.save(my_nets.Net(10, 3).state_dict(), 'mine.pth')"
         subprocess.run([sys.executable, "-c", code], cwd=reader, check=True)
@@ -228,10 +222,8 @@ def shortened(words: Sequence[str]) -> list[str]:
     """A command that takes seconds, of one that takes minutes."""
     if words[:2] == ("python", "-m"):
         return ["python", "-m", *_of_module(words[2], words[3:])]
-    if words[0] == "morphtrain" and words[1] in ("run", "sweep"):
-        command, *rest = as_run(words[1:])
-        short = _of_run(rest)
-        return ["morphtrain", command, *short]
+    if words[0] == "morphtrain":
+        return _of_module(words[0], words[1:])
     if words[0] == "torchrun":
         at = words.index("-m") + 2
         return [*words[:at], *_of_run(words[at:])]
@@ -239,6 +231,9 @@ def shortened(words: Sequence[str]) -> list[str]:
 
 
 def _of_module(name: str, words: Sequence[str]) -> list[str]:
+    if name == "morphtrain" and words[0] in ("run", "sweep"):
+        command, *rest = as_run(words)
+        return [name, command, *_of_run(rest)]
     if name == "morphtrain.run":
         return [name, *_of_run(words)]
     if name == "morphtrain.maxbatch":
@@ -342,8 +337,7 @@ def _without(words: Sequence[str], flag: str, count: int) -> list[str]:
 def test_what_is_not_run_is_shown() -> None:
     """A reason goes with the last command that it was for."""
     texts = [f"{command.text} {command.directory}".replace("'", "") for page in PAGES for command in commands(page)]
-    unused = {part for part in NOT_RUN if not any(part in text for text in texts)}
-    assert unused <= set(NOT_SHOWN)
+    assert [part for part in NOT_RUN if not any(part in text for text in texts)] == []
 
 
 def test_what_is_run_is_short() -> None:

@@ -62,6 +62,7 @@ def test_the_stored_search_is_in_the_store_as_it_was(
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["prune"] == ("none" if run.data.tags["trial"] == "0" else "prunetrain")
         assert run.data.params["epochs"] == "10"
+        assert run.info.end_time == int(1000 * records[-1]["timestamp"]), "when it was, and not now"
         metrics = client.get_metric_history(run.info.run_id, "train_seconds")
         assert [metric.value for metric in metrics] == [record["train_seconds"] for record in records]
 
