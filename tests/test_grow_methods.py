@@ -14,7 +14,7 @@ from conftest import SMALL, Command
 import morphtrain
 from morphtrain.cost import count_macs, count_params
 from morphtrain.errors import UserError
-from morphtrain.evidence.plots import plot_widths
+from morphtrain.evidence.strip import plot_widths
 from morphtrain.evidence.records import read_records
 from morphtrain.grow.decision import Rules, Situation, decide
 from morphtrain.grow.when import epochs_without_gain, smoothed

@@ -13,8 +13,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 import morphtrain
+from morphtrain.errors import UserError
 from morphtrain.evidence import style
 from morphtrain.evidence.strip import FULL, bands, draw_widths, plot_widths
+from morphtrain.trainer import checkpoint
 from morphtrain.trainer.build import build_run
 
 Change = dict[str, Any]
@@ -138,3 +140,11 @@ def test_a_run_notes_names_that_changed() -> None:
     run.note("numbered anew", {"b": "a", "c": "c"})
     assert "renamed" not in run.changes[-2]
     assert run.changes[-1]["renamed"] == {"b": "a", "c": "c"}
+
+
+def test_names_of_the_wrong_kind_make_no_checkpoint(tmp_path: Path) -> None:
+    run = build_run(morphtrain.compose(*SMALL))
+    run.changes[0]["renamed"] = {"a": 1}
+    checkpoint.save(run, tmp_path, None)
+    with pytest.raises(UserError, match="a change's renamed"):
+        checkpoint.Checkpoint(tmp_path / "last.pt").check_run()
