@@ -417,3 +417,15 @@ def test_help_and_cfg_do_not_load_optuna() -> None:
         "assert not {'optuna', 'torch', 'mlflow'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_in_two_processes(command: Command, tmp_path: Path) -> None:
+    sweep = ("+sweep=prunetrain", *SMALL, "processes=2", "epochs=3", "hydra.sweeper.n_trials=3", "tracking=none")
+    result = command(*sweep, "hydra.sweeper.min_accuracy=null")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert states(trials_in(tmp_path, "prunetrain")) == {"COMPLETE": 3}
+    for trial in trials_in(tmp_path, "prunetrain"):
+        assert trial.user_attrs["metrics"]["processes"] == 2
+        assert len(trial.intermediate_values) == 3
+    assert "   3/3 trial 2:  " in result.stdout
