@@ -14,8 +14,8 @@ from conftest import SMALL, Command
 import morphtrain
 from morphtrain.cost import count_macs, count_params
 from morphtrain.errors import UserError
-from morphtrain.evidence.strip import plot_widths
 from morphtrain.evidence.records import read_records
+from morphtrain.evidence.strip import plot_widths
 from morphtrain.grow.decision import Rules, Situation, decide
 from morphtrain.grow.when import epochs_without_gain, smoothed
 from morphtrain.state import Run
