@@ -21,8 +21,7 @@ STEPS_OF_TURN = 5
 def parts_of_epoch(runs: Collection[Run]) -> int:
     """In how many turns these started runs can take each epoch: whole blocks of them, or 1 if that cannot be.
 
-    Data that are read from files, or by code of the user's own, are read ahead: in the turns of the other side, too, so
-    that they would take no time.
+    Images that are not in memory may be read ahead, in the turns of the other side, too: they would take no time.
     """
     if not all(isinstance(run.data.train, Images) for run in runs):
         return 1
