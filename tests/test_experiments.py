@@ -232,6 +232,15 @@ def test_what_a_run_warns_of_is_printed_once_for_each_arm(tmp_path: Path, capsys
     assert said == [f"warning of b: ratio=7: limited to 2.{first.number}"]
 
 
+@pytest.mark.slow
+def test_an_experiment_of_runs_in_two_processes(own: Path, fork_server: ForkServer) -> None:
+    result = fork_server.run([KILLED_RUN, "never:0", *TYPED, "processes=2"], own, {"UNDISTURBED": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = histories(own / "experiments" / "quick-small")
+    assert len(found) == 8
+    assert {record["processes"] for history in found.values() for record in history} == {2}
+
+
 ARMS = {"a": Arm(role="dense"), "b": Arm(), "c": Arm(), "c_again": Arm(role="from_scratch", of="c"), "d": Arm()}
 
 
