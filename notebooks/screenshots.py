@@ -38,12 +38,14 @@ ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 
 
 def opened(page: Browser, address: str) -> None:
-    """Go to a list of runs, and put away what covers it."""
+    """Go to a list of runs, put away what covers it, and show the runs below that of their sweep."""
     page.open(address)
     page.find("Run Name")
     time.sleep(4)
     if page.there(ASSISTANT):
         page.click(ASSISTANT)
+    if page.there(EXPANDER):
+        page.click(EXPANDER)
     page.evaluate(
         "const style = document.createElement('style'); style.textContent = '.modebar {display: none !important}';"
         "document.head.append(style)"  # the charts' tools, which else cover what they show
@@ -89,8 +91,6 @@ def ui(store: str) -> Iterator[str]:
 def table(page: Browser, address: str) -> None:
     """The runs of a study, below that of their sweep, and the columns that matter."""
     opened(page, address)
-    if page.there(EXPANDER):
-        page.click(EXPANDER)
     page.click("Columns")
     for column in ("Dataset", "Source", "Models", *COLUMNS):  # the first three are shown at first
         page.write("input[placeholder='Search columns']", column)
@@ -132,10 +132,11 @@ def take(store: str, study: str, experiment: str = "morphtrain", names: Collecti
         sys.exit(f"--experiment {experiment}: not in {store}")
     IMAGES.mkdir(exist_ok=True)
     query = quote(f'tags.study = "{study}"')
-    with ui(store) as address, browser() as page:
+    with ui(store) as address:
         runs = f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
         for name in names:
-            PICTURES[name](page, f"{runs}&searchFilter={query}")
+            with browser() as page:  # a new one, since a page remembers what was opened
+                PICTURES[name](page, f"{runs}&searchFilter={query}")
 
 
 def main() -> None:

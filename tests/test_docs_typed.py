@@ -47,6 +47,7 @@ NOT_RUN = {  # a part of the command: why
     "tracking.project=mine": "needs wandb's server",
     "data.root=uoft-cs": "needs a network",
     "data.root=pictures.parquet": "needs such a file",
+    "evidence fit mine": "needs networks of several sizes, which short runs do not leave; tests/test_regressions.py",
     "compile=default": "compiles for half a minute; tests/test_compile.py",
 }
 PUBLISHED = ("data=fashion_mnist", "data=cifar10")  # which a test does not download
