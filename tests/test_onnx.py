@@ -24,6 +24,7 @@ from morphtrain.trainer.build import build_run
 onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
 
 SAID = Preprocessing([0.5] * 3, [0.2] * 3, 1, None, (3, 16, 16), 10, list("abcdefghij"))
+SLOWER = ("mobilenet", "ghost", "without blocks")
 OF_LAYER = {"Conv": nn.Conv2d, "Gemm": nn.Linear, "BatchNormalization": nn.modules.batchnorm._BatchNorm}
 
 
@@ -36,7 +37,7 @@ def properties(model: Any) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOWER)) for c in CASES])
 def test_names_are_those_of_the_modules_as_they_are_now(case: str, tmp_path: Path) -> None:
     network = pruned(case).eval()
     model = exported(network, tmp_path / "net.onnx")
