@@ -256,6 +256,22 @@ def test_images_without_a_class_are_named(tmp_path: Path) -> None:
         hf.build(config(floats))
 
 
+def test_files_that_number_the_classes_differently_are_refused(tmp_path: Path) -> None:
+    """The library would take the numbers of one file for those of all: the network would validate on wrong labels."""
+    images = [encoded(image) for image in noise([(20, 20)] * 4)]
+    turned, more = (datasets.ClassLabel(names=names) for names in (CLASSES[::-1], [*CLASSES, "class_2"]))
+    rows = table(images, [0, 1, 0, 1])
+    root = parquet(tmp_path / "set", train=rows, validation=table(images, [0, 1, 0, 1], turned))
+    said = r"class 0 of column label is class_0 in data/train-.* and class_1 in data/validation-.*; .* work"
+    with pytest.raises(UserError, match=rf"data\.root=.*set: {said}"):
+        hf.build(config(root))
+    longer = parquet(tmp_path / "longer", train=rows, validation=table(images, [0, 1, 0, 1], more))
+    with pytest.raises(UserError, match=r"class 2 of column label is none in .* and class_2 in "):
+        hf.build(config(longer))
+    same_names = parquet(tmp_path / "same", train=rows, validation=table(images, [1, 0, 0, 1]))
+    assert counts(same_names) == (4, 4, 0)
+
+
 @pytest.mark.parametrize("in_memory", [False, True], ids=["files", "memory"])
 def test_an_unreadable_image_is_named_by_its_row_and_no_path_in_a_row_is_followed(
     in_memory: bool, tmp_path: Path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +40,7 @@ def loaded(config: HuggingFace) -> Mapping[str, Table]:
         if (value := getattr(config, key)) is not None:
             raise UserError(f"data.{key}={value}: data.root={config.root} is no set of the hub; data.{key}=null works")
     wanted = "a Parquet file, a folder that holds some, or a folder with a folder of images for each class works"
-    return _tried(config, datasets, lambda: _local(datasets, place.absolute()), wanted)
+    return _tried(config, datasets, lambda: _local(config, datasets, place.absolute()), wanted)
 
 
 def _tried(
@@ -54,7 +56,7 @@ def _tried(
         raise UserError(f"data.root={config.root}: {said(cause or error)}; {wanted}") from error
 
 
-def _local(datasets: ModuleType, place: Path) -> Mapping[str, Table]:
+def _local(config: HuggingFace, datasets: ModuleType, place: Path) -> Mapping[str, Table]:
     """The Parquet files at a place, or its images; nothing else that lies there is read."""
     datasets.disable_progress_bars()
     found: Mapping[str, Table]
@@ -64,10 +66,36 @@ def _local(datasets: ModuleType, place: Path) -> Mapping[str, Table]:
         patterns = datasets.data_files.get_data_patterns(str(place))
         files = datasets.data_files.DataFilesDict.from_patterns(patterns, str(place), allowed_extensions=[".parquet"])
         by_split = {split: list(paths) for split, paths in files.items() if paths}
+        _check_numbers(config, datasets, [path for paths in by_split.values() for path in paths])
         found = datasets.load_dataset("parquet", data_files=by_split)
     else:
         found = datasets.load_dataset("imagefolder", data_dir=str(place))
     return found
+
+
+def _check_numbers(config: HuggingFace, datasets: ModuleType, paths: Sequence[str]) -> None:
+    """Raise a `UserError` if files number the classes differently: the library takes those of one file for all."""
+    from pyarrow import parquet
+
+    first: dict[str, tuple[str, Sequence[str]]] = {}  # by column: a file, and the names of its classes
+    for path in paths:
+        for column, feature in datasets.Features.from_arrow_schema(parquet.read_schema(path)).items():
+            if not isinstance(feature, datasets.ClassLabel) or config.label not in (None, column):
+                continue
+            other, names = first.setdefault(column, (path, feature.names))
+            pairs = itertools.zip_longest(names, feature.names, fillvalue="none")
+            for number, (there, here) in enumerate(pairs):
+                if there != here:
+                    places = f"{there} in {_below(config, other)} and {here} in {_below(config, path)}"
+                    raise UserError(
+                        f"data.root={config.root}: class {number} of column {column} is {places}; files with the same "
+                        "classes in the same order, or with text in place of numbers, work"
+                    )
+
+
+def _below(config: HuggingFace, path: str) -> str:
+    """A file's path from `data.root`."""
+    return os.path.relpath(path, Path(config.root).expanduser().resolve())
 
 
 def _of_hub(config: HuggingFace, datasets: ModuleType) -> Mapping[str, Table]:
