@@ -1,4 +1,4 @@
-"""The command: MLflow's UI on what runs have recorded, on this machine alone.
+"""The command: MLflow's UI on what runs have recorded, on this machine alone; of a sweep, on the view of its study.
 
 python -m morphtrain.ui
 python -m morphtrain.ui outputs/2026-01-31/12-00-00-000000 --port 5001
@@ -10,13 +10,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from morphtrain.flags import Parser
 from morphtrain.wording import command_name
 
+if TYPE_CHECKING:
+    from morphtrain.tracking.recorded import Recorded
+
 DESCRIPTION = (
     "Look at recorded runs in MLflow's UI, served on this machine alone until Ctrl-C: those of MLFLOW_TRACKING_URI or "
-    "of mlflow.db in the current directory, or of the store that a run recorded to."
+    "of mlflow.db in the current directory, or of the store that a run recorded to. A run of a sweep or an experiment, "
+    "and their directories, open on the runs of that study alone."
 )
 
 
@@ -43,7 +48,8 @@ def _show(options: argparse.Namespace) -> None:
     from morphtrain.schema import check
     from morphtrain.tracking import recorded, store, ui_server
 
-    uri = store.tracking_uri(options.uri) if options.run_dir is None else recorded.recorded(options.run_dir)
+    found = None if options.run_dir is None else recorded.recorded(options.run_dir)
+    uri = store.tracking_uri(options.uri) if found is None else found.uri
     if uri.startswith(store.SERVERS):
         print(f"{shown(uri)} is a server, which shows itself: open it in a browser")
         return
@@ -52,8 +58,21 @@ def _show(options: argparse.Namespace) -> None:
     port = ui_server.free_port(options.port)
     if port != options.port:
         print(f"port {options.port} is taken; {port} is free")
-    print(f"MLflow's UI on {shown(uri)} starts; in some seconds it is at")
-    ui_server.serve(uri, port)
+    print(f"MLflow's UI on {shown(uri)} starts; in some seconds it is at", flush=True)
+    ui_server.serve(uri, port, "/" if found is None else _page(found))
+
+
+def _page(found: Recorded) -> str:
+    """The page that shows the study of a run; MLflow's own where the store does not say."""
+    from morphtrain.addresses import shown
+    from morphtrain.errors import first_line
+    from morphtrain.tracking import view
+
+    try:
+        return view.page_of(found)
+    except Exception as error:  # noqa: BLE001 (databases fail in too many ways to name; the server may say more)
+        print(f"no view of the study: {shown(first_line(error))}", flush=True)
+        return view.PLAIN
 
 
 if __name__ == "__main__":

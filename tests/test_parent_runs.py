@@ -175,11 +175,12 @@ def test_a_study_ends_with_a_view_of_its_runs_and_of_what_differs(
         for key, value in params.items():
             client.log_param(run.info.run_id, key, value)
         trials.append(run.info.run_id)
-    end_sweep(config(), parent, {"best": 1.0}, {"objective": ["macs", "eval_seconds"]}, [], "FINISHED")
+    directory = tmp_path / "a sweep"
+    end_sweep(config(), parent, {"best": 1.0}, {"objective": ["macs", "eval_seconds"]}, [], "FINISHED", directory)
     tags = client.get_experiment("1").tags
     (tag,) = (key for key in tags if key.startswith(view.TAG))
     path = f"/#/experiments/1/runs?viewStateShareKey={tag.removeprefix(view.TAG)}"
-    assert f"then http://127.0.0.1:5000{path}" in caplog.text
+    assert "in MLflow: python -m morphtrain.ui 'a sweep'\n" in caplog.text
     saved = json.loads(tags[tag])
     assert saved["name"] == study
     state = json.loads(saved["state"])

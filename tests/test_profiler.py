@@ -103,10 +103,13 @@ def test_steps_are_counted_over_the_run_and_across_a_resume(tmp_path: Path) -> N
     assert [record["profiled"] for record in history] == [1, 1, 0]
 
 
-def test_steps_that_never_come_leave_nothing(tmp_path: Path) -> None:
+def test_steps_that_never_come_leave_nothing_and_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = trained(tmp_path / "run", "timing.profile=[1000,1001]", "data.infobatch=0.5")
     assert not (directory / "profile").exists()
     history = read_records(directory)
+    steps = sum(map(steps_of, history))
+    said = f"timing.profile=[1000, 1001]: none was profiled; the run had the steps 1 to {steps}"
+    assert caplog.messages.count(said) == 1
     assert [record["profiled"] for record in history] == [0, 0, 0]
     assert steps_of(history[1]) < STEPS, "infobatch has left images out"
 

@@ -136,7 +136,7 @@ def search(
             study=study,
             worker=worker,
             launcher=launcher,  # type: ignore[arg-type]
-            repeating=lambda trial: [f"x={trial.params['x']}"],
+            repeating=lambda trial: [f"x={trial.params['x']}", *keys.get("more", ())],
             composed=lambda overrides: OmegaConf.from_dotlist(list(overrides)),
             child=[],
             sweep_dir=directory,
@@ -179,6 +179,10 @@ def test_repeats_are_trained_if_they_are_asked_for(tmp_path: Path) -> None:
     assert ran == [0, 1, 2, 3]
     assert len({trial.values[0] for trial in study.trials}) == 4
     assert search(tmp_path, 1, 1, 2, 1)[1] == [], "it had its total"
+
+
+def test_a_value_that_goes_by_the_number_of_the_trial_makes_another_run(tmp_path: Path) -> None:
+    assert search(tmp_path, 1, 1, more=["seed=${trial}"])[1] == [0, 1]
 
 
 UNFIT: dict[str, Say] = {

@@ -79,6 +79,14 @@ def test_what_is_typed_replaces_what_a_preset_searches() -> None:
     assert suggested(narrowed, prune="prunetrain")["prune.interval"] in ("2", "4")
 
 
+@pytest.mark.parametrize("params", [{}, {"model.width": 8}])
+def test_of_a_key_that_is_typed_twice_the_last_counts(params: Mapping[str, Any]) -> None:
+    searched = space("model.width=8", "model.width=4,6", params=params)
+    assert (list(searched.distributions), searched.fixed) == (["model.width"], [])
+    fixed = space("model.width=4,6", "model.width=8", params=params)
+    assert (fixed.distributions, fixed.fixed) == ({}, ["model.width=8"])
+
+
 def test_shares_are_of_what_the_config_has() -> None:
     shares = {
         "epochs": "interval(0.2,1.0)",

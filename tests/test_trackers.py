@@ -268,6 +268,16 @@ def test_a_tracker_that_fails_leaves_the_run_and_the_others_alone(
     assert (tracker.heard[-1] == "finish") == (at != "start"), "what was begun is ended"
 
 
+@pytest.mark.parametrize("at", ["start", "update", "artifact", "finish"])
+def test_a_tracker_of_ones_own_that_is_the_only_one_cannot_stop_the_run(
+    at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = ["tracking=custom", "tracking._target_=test_trackers.Fragile", f"+tracking.at={at}"]
+    train(morphtrain.compose(*SMALL, "timing.reference=0", "epochs=2", *own), tmp_path, TAGS)
+    assert len(read_records(tmp_path)) == 2
+    assert caplog.text.count("tracking=test_trackers.Fragile failed, training goes on without it: no widgets") == 1
+
+
 def test_what_fails_is_tried_again_seldom_and_then_told_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
     inner = Fragile("start")

@@ -18,8 +18,9 @@ from conftest import SMALL, Command
 from fork_server import ForkServer
 from omegaconf import OmegaConf
 
+from morphtrain import ui
 from morphtrain.errors import UserError
-from morphtrain.tracking import recorded, store
+from morphtrain.tracking import recorded, store, ui_server, view
 from morphtrain.tracking.ui_server import free_port
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -29,11 +30,12 @@ Start = Callable[..., subprocess.Popen[str]]
 def run_dir(tmp_path: Path) -> Callable[..., Path]:
     """Makes the directory of a run as Hydra leaves it."""
 
-    def make(place: str, started: Path, **tracking: str | None) -> Path:
+    def make(place: str, started: Path, run_dir: str = "", **tracking: str | None) -> Path:
         hydras = tmp_path / place / ".hydra"
         hydras.mkdir(parents=True)
-        OmegaConf.save({"hydra": {"runtime": {"cwd": str(started)}}}, hydras / "hydra.yaml")
-        OmegaConf.save({"tracking": {"name": "mlflow", "uri": None, **tracking}}, hydras / "config.yaml")
+        OmegaConf.save({"hydra": {"runtime": {"cwd": str(started), "output_dir": run_dir}}}, hydras / "hydra.yaml")
+        tracked = {"name": "mlflow", "uri": None, **tracking}
+        OmegaConf.save({"tracking": tracked, "objective": ["macs"]}, hydras / "config.yaml")
         return tmp_path / place
 
     return make
@@ -46,11 +48,11 @@ def no_store_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_store_of_a_run_is_found(run_dir: Callable[..., Path], tmp_path: Path) -> None:
     home = tmp_path / "home"
-    assert recorded.recorded(run_dir("plain", home)) == f"sqlite:///{home}/mlflow.db"
-    assert recorded.recorded(run_dir("own", home, uri="sqlite:///own.db")) == f"sqlite:///{home}/own.db"
-    assert recorded.recorded(run_dir("far", home, uri="sqlite:////there/my.db")) == "sqlite:////there/my.db"
+    assert recorded.recorded(run_dir("plain", home)).uri == f"sqlite:///{home}/mlflow.db"
+    assert recorded.recorded(run_dir("own", home, uri="sqlite:///own.db")).uri == f"sqlite:///{home}/own.db"
+    assert recorded.recorded(run_dir("far", home, uri="sqlite:////there/my.db")).uri == "sqlite:////there/my.db"
     run_dir("sweep/3", home)
-    assert recorded.recorded(tmp_path / "sweep") == f"sqlite:///{home}/mlflow.db"
+    assert recorded.recorded(tmp_path / "sweep").uri == f"sqlite:///{home}/mlflow.db"
 
 
 def test_the_environment_says_where_runs_without_a_key_went(
@@ -58,8 +60,8 @@ def test_the_environment_says_where_runs_without_a_key_went(
 ) -> None:
     plain, own = run_dir("plain", tmp_path), run_dir("own", tmp_path, uri="sqlite:///own.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert recorded.recorded(plain) == "http://127.0.0.1:5000"
-    assert recorded.recorded(own) == f"sqlite:///{tmp_path}/own.db"
+    assert recorded.recorded(plain).uri == "http://127.0.0.1:5000"
+    assert recorded.recorded(own).uri == f"sqlite:///{tmp_path}/own.db"
 
 
 def test_a_received_directory_leads_to_no_other_place(
@@ -72,14 +74,52 @@ def test_a_received_directory_leads_to_no_other_place(
         with pytest.raises(UserError, match=r"recorded to .*elsewhere.*; --uri shows another store") as refused:
             recorded.recorded(run_dir(str(number), tmp_path, uri=uri))
         assert "my-secret" not in str(refused.value)
-    with pytest.raises(UserError, match="recorded nothing"):
-        recorded.recorded(run_dir("untracked", tmp_path, name="none"))
+    for name in ("none", "csv", "tensorboard"):
+        with pytest.raises(UserError, match=rf"recorded nothing in MLflow \(tracking={name}\)"):
+            recorded.recorded(run_dir(name, tmp_path, name=name))
     with pytest.raises(UserError, match="empty: no run is there"):
         recorded.recorded(tmp_path / "empty")
     broken = run_dir("broken", tmp_path)
     (broken / ".hydra" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml: damaged"):
         recorded.recorded(broken)
+
+
+def test_the_directory_of_a_sweep_opens_on_the_view_of_its_study(
+    run_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is now, and whichever run of it is found; a single run opens on MLflow's own page."""
+    monkeypatch.chdir(tmp_path)
+    client, experiment_id = store.connect(f"sqlite:///{tmp_path}/mlflow.db", "mine")
+    for place, study in (("sweep/0", "s"), ("sweep/confirm-1/3/plain", "s confirm-1"), ("single", "none")):
+        made = run_dir(place, tmp_path, experiment="mine", run_dir=f"/there/{place}")
+        if place != "sweep/0":
+            client.create_run(experiment_id, tags={"run_dir": f"/there/{place}", "study": study})
+        else:
+            client.create_run(experiment_id, tags={"run_dir": str(made), "study": "of others there"})
+            client.create_run(experiment_id, tags={"run_dir": f"/there/{place}", "study": study})
+    run_dir("elsewhere", tmp_path, experiment="not there", run_dir="/there/sweep/0")
+    opened: list[str] = []
+    monkeypatch.setattr(ui_server, "serve", lambda uri, port, page: opened.append(page))
+
+    def views() -> list[str]:
+        return [tag for tag in client.get_experiment(experiment_id).tags if tag.startswith(view.TAG)]
+
+    for place in ("single", "elsewhere"):
+        ui._show(ui.parse([place]))
+    assert (opened, views()) == (["/", "/"], [])
+    assert [experiment.name for experiment in client.search_experiments()] == ["mine", "Default"]
+    for place in ("sweep", "sweep/0"):
+        ui._show(ui.parse([place]))
+    (tag,) = views()
+    assert opened[2:] == [f"/#/experiments/{experiment_id}/runs?viewStateShareKey={tag.removeprefix(view.TAG)}"] * 2
+    saved = json.loads(client.get_experiment(experiment_id).tags[tag])
+    assert saved["name"] == "s"
+    assert json.loads(saved["state"])["selectedColumns"][0] == "metrics.`macs`", "the objective"
+    monkeypatch.setattr(view, "ready_view", lambda *_: 1 / 0)
+    ui._show(ui.parse(["sweep"]))
+    assert opened[4:] == ["/"]
+    assert "no view of the study: " in capsys.readouterr().out
 
 
 def test_where_nothing_is_recorded_nothing_is_made(fork_server: ForkServer, tmp_path: Path) -> None:

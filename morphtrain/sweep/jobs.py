@@ -105,7 +105,8 @@ class Jobs:
         searched = self.repeating(trial)
         overrides = [*searched, *self.target.overrides(self.study.trials)]
         trial.set_user_attr(OVERRIDES_ATTR, overrides)
-        trial.set_user_attr(SIGNATURE_ATTR, signature(self.composed(searched)))  # all trials have the same target
+        # All trials have the same target; keys may go by the trial's number, which by itself changes nothing.
+        trial.set_user_attr(SIGNATURE_ATTR, signature(self.composed([*searched, f"trial={trial.number}"])))
         return overrides
 
     def _may_take(self, trial: Trial) -> bool:

@@ -37,7 +37,8 @@ class SearchSpace:
     """The sweeper's `params` and the command line's overrides, sorted into searched and fixed ones.
 
     Args:
-        overrides: those in Hydra's sweep syntax (`key=interval(0,1)`, `key=a,b`) are searched, all others are fixed.
+        overrides: those in Hydra's sweep syntax (`key=interval(0,1)`, `key=a,b`) are searched, all others are fixed; of
+            a key that is there twice the last one counts.
         extend: the user's own search space: a function of the config and an Optuna trial that suggests more values.
         config: the sweep's composed config, for `extend`, for the default values of keys, and for shares of them.
         branches: keys that only some trials have; a typed range or value of such a key replaces that of all branches.
@@ -52,7 +53,7 @@ class SearchSpace:
         branches: Sequence[Branch] = (),
         shares: Mapping[str, Any] | None = None,
     ) -> None:
-        searched, plain, other = _sorted(overrides)
+        searched, plain, other = _sorted(merged(overrides))
         self.fixed = [*(f"{key}={value}" for key, value in plain.items()), *other]
         self.typed = {key.lstrip("+"): value for key, value in plain.items()}
         searched = {key: d for key, d in searched.items() if key not in self.typed}  # what is fixed is not searched

@@ -84,7 +84,7 @@ def end_sweep(
     tracker.begin(record, sweep_dir, resumed=True)
     tracker.finish(status, [{"epoch": 1, "timestamp": now, **metrics}])
     if status == "FINISHED" and tracker.client is not None:
-        view.say_view(tracker.uri, config.experiment, run_id, params.get("objective", ()))
+        view.say_view(tracker.uri, config.experiment, run_id, params.get("objective", ()), sweep_dir)
 
 
 def _parent(client: Any, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:

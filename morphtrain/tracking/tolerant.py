@@ -58,7 +58,8 @@ class Tolerant(Tracker):
 
     def finish(self, status: str, history: Sequence[Mapping[str, float]]) -> None:
         """As the tracker's own; nobody who has stopped a run waits for one that fails."""
-        whole = self._attempt(lambda: self._sync(history), patient=status == "KILLED")
+        lacks = not self.started or self.pace.failing or bool(self.files)
+        whole = not lacks or self._attempt(lambda: self._sync(history), patient=status == "KILLED")
         if self.started:  # what it has opened has to be closed
             whole = self._attempt(lambda: self.tracker.finish(status, history), patient=False) and whole
         if not whole:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from morphtrain import schema
 from morphtrain.addresses import shown
 from morphtrain.errors import first_line
 from morphtrain.tracking import store
+from morphtrain.tracking.mlflow import RUN_DIR_TAG
+from morphtrain.tracking.recorded import Recorded
+from morphtrain.wording import command_name
 
 TAG = "mlflow.sharedViewState."  # before the key that the address has
 ALL = "all"  # the key of the view of all runs
-LOCAL = "http://127.0.0.1:5000"  # where `make ui` shows a database
+PLAIN = "/"  # the path of MLflow's page without a view
+NO_STUDY = "none"  # as the tag `study` says it
 RESULTS = ("val_accuracy", "train_seconds", "macs", "params")
 MOST_SETTINGS = 8  # columns; more do not fit on a screen
 NO_SETTINGS = ("trial", "resume", "objective", "tracking.", "data.root")  # params that tell no runs apart
@@ -60,16 +66,41 @@ def ready_view(uri: str | None, experiment: str, study: str | None = None, objec
     return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={key}"
 
 
-def say_view(uri: str, experiment: str, run_id: str, objective: Sequence[str]) -> None:
-    """Log where the study of a sweep's own run is shown, or that no view of it could be kept."""
+def page_of(recorded: Recorded) -> str:
+    """The path of the page that is best for a run: `ready_view` of its study, or MLflow's own if it is in none.
+
+    Where the store does not have the run, nothing is made.
+
+    Raises:
+        Exception: whatever MLflow or the database raises.
+    """
+    store.load_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=recorded.uri)
+    found = client.get_experiment_by_name(recorded.experiment)
+    runs = [] if found is None else store.runs_tagged(client, found.experiment_id, RUN_DIR_TAG, recorded.run_dir)
+    study = runs[-1].data.tags.get("study", NO_STUDY) if runs else NO_STUDY
+    return PLAIN if study == NO_STUDY else ready_view(recorded.uri, recorded.experiment, study, recorded.objective)
+
+
+def say_view(uri: str, experiment: str, run_id: str, objective: Sequence[str], sweep_dir: Path | None) -> None:
+    """Log what shows the study of a sweep's own run, or that no view of it could be kept.
+
+    A server is shown by its address, a database by the command that serves it: from `sweep_dir`, it opens on the view.
+    """
     try:
         client, _ = store.connect(uri, experiment)
         path = ready_view(uri, experiment, client.get_run(run_id).data.tags["study"], objective)
     except Exception as error:  # noqa: BLE001 (databases and servers fail in too many ways to name)
         log.warning("MLflow (%s): no view of the study: %s", shown(uri), shown(first_line(error)))
         return
-    server = store.view(uri)
-    log.info("in MLflow: %s", f"{server}{path}" if "://" in server.split()[0] else f"{server}, then {LOCAL}{path}")
+    if uri.startswith(store.SERVERS):
+        log.info("in MLflow: %s%s", store.view(uri).rstrip("/"), path)
+    elif sweep_dir is not None and (store.database_file(uri) is not None or uri == store.tracking_uri(None)):
+        log.info("in MLflow: %s %s", command_name("ui"), shlex.quote(str(store.from_home(sweep_dir))))
+    else:
+        log.info("in MLflow: %s, and there %s", store.view(uri), path)
 
 
 def _differing(runs: Iterable[Any]) -> list[str]:

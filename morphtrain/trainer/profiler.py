@@ -116,6 +116,12 @@ class StepProfiler:
         self.taken = None  # which holds all events
         return [trace, text]
 
+    def warn_of_none(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Log a warning if the run has ended, and no step of it was profiled."""
+        if self.steps is not None and not any(record.get("profiled") for record in history):
+            steps = sum(map(steps_of, history))
+            log.warning("timing.profile=%s: none was profiled; the run had the steps 1 to %d", list(self.steps), steps)
+
 
 def steps_of(record: Mapping[str, float]) -> int:
     """How many training steps an epoch had, by its record."""

@@ -21,17 +21,16 @@ def tracker_of(config: Config, stored: str | None) -> Tracker:
         return NoTracker()
     main = config.tracking
     ids = run_ids(stored, main.name)
-    tracker: Tracker = options.build("tracking", main, run_id=ids.get(main.name))
+    tracker = _built(main, "tracking", ids.get(main.name))
     if isinstance(main, Custom) or not main.also:
         return tracker
-    further = {option.name: _beside(option, ids.get(option.name)) for option in main.also}
+    further = {option.name: _built(option, "tracking.also", ids.get(option.name)) for option in main.also}
     return Several({main.name: tracker, **further})
 
 
-def _beside(option: schema.Option | Custom, run_id: str | None) -> Tracker:
-    """A further tracker; a user's own is given no way to keep the others from their work."""
+def _built(option: schema.Option | Custom, key: str, run_id: str | None) -> Tracker:
+    """The tracker of a node below a key; a user's own is given no way to stop the run, or the others' work."""
     if isinstance(option, Custom):
-        made = options.build_custom("tracking", "tracking.also", option, run_id=run_id)
-        return Tolerant(option.name, made)
+        return Tolerant(option.name, options.build_custom("tracking", key, option, run_id=run_id))
     tracker: Tracker = options.build("tracking", option, run_id=run_id)
     return tracker

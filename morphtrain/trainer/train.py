@@ -127,6 +127,7 @@ def _train_on(
             unwanted = agree(on_epoch is not None and on_epoch(run.history[-1]))
         if run.is_enough(run.history[-1]["val_accuracy"]) and run.epoch < run.config.epochs:
             log.info("stop_at=%g: reached after epoch %d of %d", run.config.stop_at, run.epoch, run.config.epochs)
+        profiler.warn_of_none(run.history)
         interrupts.check()
         for hook in run.hooks("after_training"):
             hook(run)
