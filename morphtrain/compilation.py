@@ -150,7 +150,7 @@ class Compilation:
         elif self.active and not compiled:
             self._drop(f"no step on a whole batch had a pass of {self._usual} images")
         elif self.active and self.ratio is not None and self.ratio >= 1:
-            self._drop(f"steps take {self.ratio:.2f} of their time without it")
+            self._drop(f"steps are no faster with it ({self.ratio:.2f} of the time without)")
         elif not self.active and self.ratio is not None and self.seconds is not None:
             saved = (1 - self.ratio) * agree(seconds)
             left, lasted = epochs - epoch, epoch - self.since
@@ -181,7 +181,7 @@ class Compilation:
         if not new:
             return
         self.seconds, self.ratio = seconds, ratio
-        gain = f"; steps take {self.ratio:.2f} of their time" if self.ratio is not None else ""
+        gain = f"; steps take {self.ratio:.2f} of the time without it" if self.ratio is not None else ""
         log.info("compile=%s: took %.3g s%s", self.mode, self.seconds, gain)
 
     def _drop(self, why: str) -> None:

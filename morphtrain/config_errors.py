@@ -17,6 +17,7 @@ from morphtrain.schema.option import OPTIONS
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'\.\nTo append to your config use \+[^=]*=(?P<value>.*)")
 UNKNOWN_GROUP = re.compile(r"Could not override '(?P<key>[^']*)'\.\n")
+WITHOUT_PLUS = re.compile(r"Could not override '[^']*'\.\s+No match in .*list use (?P<override>\+\S+)", re.DOTALL)
 WRONG_KIND = re.compile(r"Error merging override (?P<override>.*)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(?P<key>[^=]*)=(?P<values>[^']*)'")
 NO_QUESTION = "; an experiment's file declares one, and its first line is `# @package _global_`"
@@ -55,6 +56,8 @@ def _composition(error: HydraException) -> str:
     text = str(error)
     if found := UNKNOWN_KEY.match(text):
         return no_such_key(found["key"], found["value"])
+    if found := WITHOUT_PLUS.match(text):
+        return f"{found['override'][1:]}: no run has this group by itself; {found['override']} adds it"
     if found := UNKNOWN_GROUP.match(text):
         return f"{found['key']}: no such group"
     if found := WRONG_KIND.match(text):

@@ -90,7 +90,7 @@ def _import(key: str, target: str, module_name: str) -> ModuleType:
 
 def _contents_hint(key: str, module: ModuleType, name: str) -> str:
     """A hint: names close to `name`, or else what `module` defines; for a model, its networks."""
-    close = difflib.get_close_matches(name, vars(module), n=3)
+    close = difflib.get_close_matches(name, [n for n in vars(module) if n.startswith("_") <= name.startswith("_")], n=3)
     if close:
         return f"did you mean {' or '.join(close)}?"
     defined = {n: v for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__}

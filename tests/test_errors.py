@@ -65,6 +65,25 @@ CASES = {
     "mistyped top-level key": (["epoch=3"], "epoch=3: no such key; did you mean epochs?"),
     "key of a group without it": (["infobatch=0.5"], "infobatch=0.5: no such key; did you mean data.infobatch?"),
     "added top-level key": (["+epoch=3"], "epoch=3: no such key; did you mean epochs?"),
+    "key of another group": (
+        ["data.batch_size=32"],
+        "data.batch_size=32: the chosen option of data has no such key; did you mean batch_policy.batch_size? A "
+        "keyword of a part of your own is added by +data.batch_size=32",
+    ),
+    "trainer's key": (["trainer.max_epochs=3"], "trainer.max_epochs=3: no such key; did you mean epochs?"),
+    "trainer's key with another name here": (
+        ["trainer.devices=2"],
+        "trainer.devices=2: no such key; did you mean processes?",
+    ),
+    "trainer's group": (["logger=wandb"], "logger=wandb: no such key; did you mean tracking?"),
+    "key of a callback": (
+        ["callbacks.early_stopping.patience=3"],
+        "callbacks.early_stopping.patience=3: no such key; did you mean methods?",
+    ),
+    "group without its plus": (
+        ["experiment=lasso_ratio"],
+        "experiment=lasso_ratio: no run has this group by itself; +experiment=lasso_ratio adds it",
+    ),
     "unknown key of Hydra's": (["hydra.foo=1"], "hydra.foo=1: no such key"),
     "mistyped key of Hydra's": (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir?"),
     "mistyped node of Hydra's": (

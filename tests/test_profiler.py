@@ -72,6 +72,9 @@ def test_the_ten_dearest_operations_are_printed_and_kept(run_dir: Path, caplog: 
     shares = [float(re.findall(r"([\d.]+)%", line)[0]) for line in lines[rules[1] + 1 : rules[2]]]
     assert len(shares) == 10
     assert shares == sorted(shares, reverse=True)
+    assert not re.search(r"^ *step \d", text, re.MULTILINE), "each step would be a row, and leave none for operations"
+    (steps,) = [line for line in lines if "a step, outside of operations" in line]
+    assert steps.split()[-1] == "3"
 
 
 def test_profiling_changes_nothing_that_is_computed(run_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,16 @@ from morphtrain.schema.files import CONF
 from morphtrain.schema.option import OPTIONS, option_of
 from morphtrain.wording import nearest
 
+OF_TEMPLATES = {  # what other templates call it: what it is called here
+    "trainer": "processes or device",
+    "trainer.devices": "processes",
+    "trainer.accelerator": "device",
+    "trainer.gradient_clip_val": "clip_norm",
+    "logger": "tracking",
+    "callbacks": "methods",
+    "ckpt_path": "resume or model.weights",
+    "hparams_search": "+sweep",
+}
 TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
 
 
@@ -26,29 +36,55 @@ def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
 
 def no_such_key(key: str, value: str) -> str:
     """The message for `key=value`, where the config has no such key."""
-    from morphtrain.schema.config import Config
-
     group, _, name = key.partition(".")
     if group == "hydra":
         return f"{key}={value}: no such key{_hydras(name)}"
     if group not in OPTIONS:
-        top = [*(field.name for field in fields(Config)), "hydra"]
-        inside = [f"{part}.{key}" for part in OPTIONS if any(key in keys(part, option) for option in OPTIONS[part])]
-        known = f"; did you mean {' or '.join(inside)}?" if inside else f"; {nearest(group, top)}"
-        known = known if group not in top else ""
-        return f"{key}={value}: no such key{known}"
+        return f"{key}={value}: no such key{_near_the_top(key)}"
     has = {option: keys(group, option) for option in OPTIONS[group]}
     owners = [option for option, names in has.items() if name in names]
+    others = _ending_in(key)
     close = difflib.get_close_matches(name, sorted({n for names in has.values() for n in names}), n=3)
+    added = f"a keyword of a part of your own is added by +{key}={value}"
     if len(owners) == len(has):
         hint = f"an option file of your own may leave it out; +{key}={value} adds it"
     elif owners:
         hint = f"add {' or '.join(f'{group}={option}' for option in owners)}"
+    elif others:
+        hint = f"did you mean {' or '.join(others)}? {added[0].upper()}{added[1:]}"
     elif close:
         hint = f"did you mean {' or '.join(f'{group}.{n}' for n in close)}?"
     else:
-        hint = f"--help shows its keys; a keyword of a part of your own is added by +{key}={value}"
+        hint = f"--help shows its keys; {added}"
     return f"{key}={value}: the chosen option of {group} has no such key; {hint}"
+
+
+def _near_the_top(key: str) -> str:
+    """A hint for a key that is in no group; "" below a key that has none below it."""
+    top = _top()
+    group, _, name = key.partition(".")
+    if group in top:
+        return ""
+    last = name.rpartition(".")[2]
+    if theirs := OF_TEMPLATES.get(key) or ("" if group == "trainer" and name else OF_TEMPLATES.get(group)):
+        return f"; did you mean {theirs}?"
+    if found := _ending_in(key) or difflib.get_close_matches(last, top, n=1, cutoff=0.7):
+        return f"; did you mean {' or '.join(found)}?"
+    return f"; {nearest(group, top)}"
+
+
+def _ending_in(key: str) -> list[str]:
+    """The keys whose last part is that of `key`: one without a group, or else those of groups."""
+    last = key.rpartition(".")[2]
+    if last in _top():
+        return [last]
+    return [f"{group}.{last}" for group in OPTIONS if any(last in keys(group, option) for option in OPTIONS[group])]
+
+
+def _top() -> list[str]:
+    from morphtrain.schema.config import Config
+
+    return [*(field.name for field in fields(Config)), "hydra"]
 
 
 def keys_of_file(group: str, option: str) -> list[str] | None:

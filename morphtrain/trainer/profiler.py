@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -25,6 +26,7 @@ from morphtrain.trainer.loop import training_steps
 
 FOLDER = "profile"
 ROWS = 10  # of the table
+BETWEEN = "a step, outside of operations"
 QUIET = "6"  # it would print that it starts and stops, and that there is no GPU
 
 log = logging.getLogger(__name__)
@@ -130,6 +132,19 @@ def steps_of(record: Mapping[str, float]) -> int:
 
 
 def _table(taken: profile, device: torch.device) -> str:
+    """The dearest operations; what a CPU's steps take outside of any, in Python, is one row of all steps.
+
+    On a device the spans of steps and of the optimizer are no operations: each would take what is in it, once more.
+    """
     averages: Any = taken.key_averages()
     kind = "cpu" if device.type in ("cpu", "mps") else "device"
+    steps = [row for row in averages if re.fullmatch(r"step \d+", row.key)]
+    for row in steps:
+        row.key = BETWEEN
+    for row in steps[1:]:
+        steps[0].add(row)
+        averages.remove(row)
+    if kind == "device":
+        for row in [row for row in averages if row.is_user_annotation or row.key == BETWEEN]:
+            averages.remove(row)
     return str(averages.table(sort_by=f"self_{kind}_time_total", row_limit=ROWS, max_name_column_width=40))
