@@ -372,15 +372,14 @@ def test_runs_of_different_numbers_of_processes_are_told_apart() -> None:
 
 
 FORKS = """
-import multiprocessing, time
-from morphtrain.processes import local
+import multiprocessing, os, time
+from morphtrain.processes.local import end_with_parent
 
-local.GRACE_SECONDS = 0.1
-local.end_with_parent()
+end_with_parent()
 time.sleep(0.5)  # the thread reads by now
 worker = multiprocessing.get_context("fork").Process(target=print, args=("read",), daemon=True)
 worker.start()
-worker.join(10)
+worker.join(20)
 print("ended" if worker.exitcode == 0 else "hangs", flush=True)
 if worker.exitcode is None:
     worker.kill()
@@ -396,6 +395,6 @@ def test_a_process_that_follows_can_fork_workers_and_ends_with_its_parent() -> N
         try:
             assert [process.stdout.readline() for _ in range(2)] == ["read\n", "ended\n"]
             process.stdin.close()
-            assert process.wait(10) == 1
+            assert process.wait(local.GRACE_SECONDS + 10) == 1
         finally:
             process.kill()
