@@ -369,3 +369,32 @@ def test_runs_of_different_numbers_of_processes_are_told_apart() -> None:
     assert formats.mixed_processes(table) == ["a: 2 runs in 2 processes and 1 run in one process"]
     assert formats.mixed_processes(table.drop(columns="processes")) == []
     assert formats.mixed(table) == []
+
+
+FORKS = """
+import multiprocessing, os, time
+from morphtrain.processes.local import end_with_parent
+
+end_with_parent()
+time.sleep(0.5)  # the thread reads by now
+worker = multiprocessing.get_context("fork").Process(target=print, args=("read",), daemon=True)
+worker.start()
+worker.join(20)
+print("ended" if worker.exitcode == 0 else "hangs", flush=True)
+if worker.exitcode is None:
+    worker.kill()
+time.sleep(60)
+"""
+
+
+def test_a_process_that_follows_can_fork_workers_and_ends_with_its_parent() -> None:
+    """Workers that decode images close standard input, which a thread of the process that forks them reads."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert [process.stdout.readline() for _ in range(2)] == ["read\n", "ended\n"]
+            process.stdin.close()
+            assert process.wait(local.GRACE_SECONDS + 10) == 1
+        finally:
+            process.kill()

@@ -117,7 +117,10 @@ def end_with_parent() -> None:
     """
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: a process that is forked meanwhile, as those that read images are, would find it locked
+        # by a thread that it does not have, and wait forever where it closes it.
+        while os.read(0, 1):
+            pass
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
