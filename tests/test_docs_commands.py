@@ -32,6 +32,7 @@ from morphtrain.compare.__main__ import parse as parse_comparison
 from morphtrain.compare.command import check_effect, sides_of
 from morphtrain.errors import Incompatible, UserError
 from morphtrain.experiment.declaration import declared, typed
+from morphtrain.schema.names import OF_TEMPLATES
 from morphtrain.sweep import launcher_errors
 from morphtrain.sweep.search_space import SearchSpace, as_space, branches_of
 
@@ -212,6 +213,16 @@ def check_pip(words: Sequence[str]) -> None:
         ours = re.fullmatch(r"(?:morphtrain|\.)(?:\[([\w,]+)\])?", word)
         assert word in PACKAGES or ours, word
         assert ours is None or set((ours[1] or "").split(",")) - {""} <= extras, word
+
+
+def test_the_guide_names_every_extra_and_what_templates_call_things() -> None:
+    text = section("project.optional-dependencies")
+    installing, coming = (
+        (ROOT / "docs" / "guides" / f"{page}.md").read_text() for page in ("installing", "coming-from-a-template")
+    )
+    extras = [line for line in installing.splitlines() if line.startswith("| `")]
+    assert [name for name in re.findall(r"^(\w+) = \[", text, re.MULTILINE) if f"`{name}`" not in str(extras)] == []
+    assert [name for name in OF_TEMPLATES if f"`{name}" not in coming] == []
 
 
 def check_run(words: Sequence[str]) -> None:

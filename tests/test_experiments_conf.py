@@ -81,7 +81,8 @@ def test_a_question_about_time_has_the_baselines_that_a_reviewer_asks_for(files:
 def test_a_test_has_five_seeds_or_more(files: dict[str, dict[str, Any]]) -> None:
     assert len(OF_THE_THESIS) == 23
     for name, keys in files.items():
-        assert set(keys["sizes"]) == ({"small", "thesis"} if name in OF_THE_THESIS else {"small", "medium", "full"})
+        sizes = {"small", "thesis"} if name in OF_THE_THESIS else {"small", "medium", "full"}
+        assert set(keys["sizes"]) == sizes | ({"medium"} if name == "lasso_ratio" else set())
         for size in keys["sizes"].values():
             assert len(size["seeds"]) >= 5 or name in ("blocks_params", "blocks_batch"), "which are exact"
 
@@ -107,6 +108,21 @@ def test_the_recipe_is_its_parts_everywhere(files: dict[str, dict[str, Any]]) ->
     for size, keys in recipe["sizes"].items():
         assert not set(keys["overrides"]) >= set(elsewhere["sizes"][size]["overrides"]), "another network"
         assert keys["seeds"] == elsewhere["sizes"][size]["seeds"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_arms_of_each_file_are_read(name: str, files: dict[str, dict[str, Any]]) -> None:
+    for size in SIZES[name]:
+        assert set(_arms(files[name]["arms"], size)) == set(files[name]["arms"])
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "full", "thesis"])
+def test_an_arm_has_the_overrides_of_its_size(size: str) -> None:
+    node = {
+        "overrides": ["epochs=7"],
+        **{other: [f"seed={len(other)}"] for other in ("small", "medium", "full", "thesis")},
+    }
+    assert sorted(_arms({"a": node}, size)["a"].overrides) == ["epochs=7", f"seed={len(size)}"]
 
 
 def test_an_arm_has_what_its_parts_have_and_its_own_wins() -> None:

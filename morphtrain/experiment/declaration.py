@@ -151,7 +151,8 @@ def _arms(nodes: Mapping[str, Any], size: str) -> dict[str, ArmKeys]:
         for key in ("epochs", "width"):
             share = getattr(arm, key)
             schema.check(share is None or share > 0, f"{at}.{key}", share, "above 0, a share of what it would be")
-        arm.overrides = merged(arm.overrides, {"small": arm.small, "thesis": arm.thesis}.get(size, []))
+        of_size = {"small": arm.small, "medium": arm.medium, "full": arm.full, "thesis": arm.thesis}
+        arm.overrides = merged(arm.overrides, of_size.get(size, []))
         arms[str(name)] = arm
     return {name: _with_parts(name, arm, arms) for name, arm in arms.items()}
 

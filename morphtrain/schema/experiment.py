@@ -15,7 +15,9 @@ class ArmKeys:
     overrides: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)  # arms whose overrides it has, too
     small: list[str] = field(default_factory=list)  # more overrides, at size=small
-    thesis: list[str] = field(default_factory=list)  # and at size=thesis
+    medium: list[str] = field(default_factory=list)  # and at each of the other sizes
+    full: list[str] = field(default_factory=list)
+    thesis: list[str] = field(default_factory=list)
     role: str = "method"
     of: str | None = None
     epochs: float | None = None  # as a share of those that it would have
