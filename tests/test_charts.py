@@ -56,6 +56,12 @@ def test_trials_keep_their_numbers(figures: dict[str, Any], study: optuna.Study)
     assert max(shown.values()) == 10
 
 
+def test_the_best_line_at_the_end_of_the_axes_is_whole(figures: dict[str, Any]) -> None:
+    axes = figures["parallel"].axes[0]
+    assert not any(lines.get_clip_on() for lines in axes.collections)
+    assert not any(place.spines["bottom"].get_visible() for place in figures["parallel"].axes)
+
+
 def test_parallel_coordinates_are_legible(figures: dict[str, Any]) -> None:
     figure = figures["parallel"]
     figure.canvas.draw()

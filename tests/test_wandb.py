@@ -20,6 +20,7 @@ from test_interrupts import at
 
 import morphtrain
 from morphtrain import interrupts
+from morphtrain.errors import UserError
 from morphtrain.evidence.records import read_records
 from morphtrain.tracking import wandb
 from morphtrain.tracking.tolerant import Tolerant
@@ -206,6 +207,18 @@ def test_disabled_it_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tracker.finish("FINISHED", history_of(3))
     assert tracker.view() == ""
     assert {path.name for path in tmp_path.iterdir()} <= {"a.png", "home"}
+
+
+@pytest.mark.parametrize(("given", "mode"), [("", "online"), ("dryrun", "offline"), ("run", "online")])
+def test_the_environment_says_the_mode_in_wandbs_own_words(
+    given: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", given)
+    assert WandbTracker(morphtrain.compose("tracking=wandb").tracking.mode, "morphtrain").mode == mode
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(UserError, match=r"^WANDB_MODE=nonsense: must be one of online, offline, disabled$"):
+        morphtrain.compose("tracking=wandb")
+    assert morphtrain.compose("tracking=wandb", "tracking.mode=offline").tracking.mode == "offline"
 
 
 def test_a_run_of_the_callers_own_goes_on(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from morphtrain.schema.option import Option
 
 VARIABLE = "MLFLOW_TRACKING_URI"  # takes the place of the key where that is null
 MODES = ("online", "offline", "disabled")
+MODE = "WANDB_MODE"  # takes the place of the key where that is null
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # which wandb takes there, too
 
 
 @dataclass
@@ -61,9 +63,17 @@ class Wandb(Tracking, option="wandb"):
     def __post_init__(self) -> None:
         _check_installed("wandb")
         check(self.mode in (None, *MODES), "tracking.mode", self.mode, f"one of {', '.join(MODES)}, or null")
+        if self.mode is None:
+            check(wandb_mode() in MODES, MODE, wandb_mode(), f"one of {', '.join(MODES)}")
         wanted = r"a name without / \ # ? % or :"
         check(self.project != "" and not set(self.project) & set("/\\#?%:"), "tracking.project", self.project, wanted)
         check(self.entity != "", "tracking.entity", self.entity, "a user or team, or null")
+
+
+def wandb_mode() -> str:
+    """The mode of wandb where the config has none."""
+    given = os.environ.get(MODE) or "online"
+    return OLD_MODES.get(given, given)
 
 
 def check_address(uri: str) -> None:

@@ -78,11 +78,14 @@ def _parallel(figure: Any, objective: str) -> None:
     for lines in axes.collections:
         down = lines.get_cmap().name.endswith("_r")
         lines.set_cmap(style.SHADES_DOWN if down else style.SHADES)  # the best are the darkest
+        lines.set(clip_on=False, zorder=3)  # the axes end at the best and the worst
     for place in others:
         if place.get_yscale() == "log":
             style.log_ticks(place.yaxis)
         place.spines["right"].set_visible(True)  # the axis of a key
         place.grid(False)
+    for place in figure.axes:
+        place.spines["bottom"].set_visible(False)  # where the best may lie
     axes.grid(False)
     figure.set_size_inches(10, 5)
     axes.set_title("A line a trial; the best are the darkest", y=1.03)

@@ -49,7 +49,7 @@ class WandbTracker(Tracker):
     """
 
     def __init__(self, mode: str | None, project: str, entity: str | None = None, run_id: str | None = None) -> None:
-        self.mode: Any = mode or os.environ.get("WANDB_MODE") or "online"
+        self.mode: Any = mode or schema.tracking.wandb_mode()
         self.project, self.entity = project, entity
         self.run_id = run_id if run_id is not None and RUN_ID.fullmatch(run_id) else None
         self.run: Any = None
