@@ -77,6 +77,7 @@ def in_bash(line: str, installed: Path, cwd: Path, breaks: str = BREAKS, form: s
         ("morphtrain run optimizer=adamw optimizer.bet", ["optimizer.betas="]),
         ("morphtrain run optimizer=adamw optimizer.betas=", []),
         ("morphtrain run obj", ["objective="]),
+        ("morphtrain run tracking.al", ["tracking.also="]),
         ("morphtrain run hydra.run=", []),
         ("morphtrain run hydra.run.d", ["hydra.run.dir="]),
         ("morphtrain run seed=", ["seed=1"]),

@@ -203,7 +203,7 @@ NAME = "r\N{LATIN SMALL LETTER E WITH ACUTE}seau \N{GREEK SMALL LETTER ALPHA}"
 
 
 def history(epochs: int) -> list[dict[str, float]]:
-    """A run that is pruned after the first epoch, with a warm-up epoch and a disturbed one."""
+    """A run that is pruned after the first epoch, with a warm-up epoch, a disturbed and a profiled one."""
     return [
         {
             "epoch": epoch,
@@ -211,6 +211,7 @@ def history(epochs: int) -> list[dict[str, float]]:
             "epoch_seconds": 1.0 + (epoch == 1),
             "contended": float(epoch == 3),
             "warmup": float(epoch == 1),
+            "profiled": float(epoch == 4),
             "changed": float(epoch == 1),
             "params": 10_000,
             "macs": 100_000,
@@ -239,6 +240,7 @@ def test_a_run_of_any_length_is_readable(epochs: int, name: str) -> None:
         kinds = {line.get_label(): list(line.get_xdata()) for line in seconds.lines}
         assert kinds["warm-up"] == [1]
         assert kinds["contended"] == ([3] if epochs >= 3 else [])
+        assert kinds["profiled"] == ([4] if epochs >= 4 else [])
 
 
 def test_the_title_says_what_came_of_it() -> None:

@@ -132,7 +132,12 @@ def _is_list(key: str) -> bool:
 
     group, _, name = key.partition(".")
     kinds = schema.OPTIONS[group].values() if name and group in schema.OPTIONS else (schema.Config, schema.MaxBatch)
-    return any("list" in str(get_type_hints(kind).get(name or group)) for kind in kinds)
+    key = name or group
+    return any(
+        "list" in str(get_type_hints(kind).get(key))
+        or any(field.name == key and field.default_factory is list for field in fields(kind))
+        for kind in kinds
+    )
 
 
 def _is_override(word: str) -> bool:

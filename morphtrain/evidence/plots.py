@@ -13,7 +13,7 @@ from morphtrain.wording import counted
 Record = Mapping[str, float]
 
 RUN_SIZE = (13.0, 4.0)  # inches
-KINDS = {"undisturbed": ".", "warm-up": "o", "contended": "x"}  # of epochs, and their marks
+KINDS = {"undisturbed": ".", "warm-up": "o", "profiled": "+", "contended": "x"}  # of epochs, and their marks
 SIZES = {"params": "parameters", "macs": "MACs", "channels": "live channels"}
 FEW = 30  # epochs that get a mark each
 BEYOND = 3.0  # times the longest usual epoch: longer ones would flatten all others
@@ -89,7 +89,7 @@ def _seconds(axes: Any, history: Sequence[Record]) -> None:
     most = BEYOND * max(usual)
     beyond = [r for r in history if r["epoch_seconds"] > most]
     top = 1.08 * max(r["epoch_seconds"] for r in history if r["epoch_seconds"] <= most)
-    for (kind, mark), colour in zip(KINDS.items(), (SERIES[0], SERIES[0], SERIES[1]), strict=True):
+    for (kind, mark), colour in zip(KINDS.items(), (*SERIES[:1] * 3, SERIES[1]), strict=True):
         shown = [r for r in history if _kind(r) == kind and r["epoch_seconds"] <= most]
         places = [r["epoch"] for r in shown], [r["epoch_seconds"] for r in shown]
         axes.plot(*places, mark, color=colour, markerfacecolor=colour if mark == "." else "none", label=kind)
@@ -106,6 +106,8 @@ def _seconds(axes: Any, history: Sequence[Record]) -> None:
 def _kind(record: Record) -> str:
     if record["contended"]:
         return "contended"
+    if record.get("profiled"):
+        return "profiled"
     return "warm-up" if record.get("warmup") else "undisturbed"
 
 
