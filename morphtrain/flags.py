@@ -42,7 +42,8 @@ def end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 def no_such_flag(flag: str, flags: Iterable[str]) -> str:
     """The message for a flag that is none of `flags`."""
     name = f"--{flag.lstrip('-').partition('=')[0]}"
-    return f"{flag}: no such flag; {nearest(name, [f for f in flags if f.startswith('--')])}"
+    known = [f for f in flags if f.startswith("--")]
+    return f"{flag}: no such flag; {nearest(name, [name] if name in known else known)}"
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, None]:

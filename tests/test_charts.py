@@ -22,6 +22,7 @@ from morphtrain.evidence.plots import draw_run
 from morphtrain.sweep import charts, trial_charts
 from morphtrain.sweep.attributes import BASELINE_ATTR, CONTENDED_ATTR
 from morphtrain.sweep.comparison import compared
+from morphtrain.sweep.importance import importances
 
 
 @pytest.fixture
@@ -156,7 +157,8 @@ def test_sweeps_of_any_size_are_drawn_in_one_style(trials: int, tmp_path: Path) 
         trial = study.ask(keys)
         study.tell(trial, [5.0 + number % 7, 0.9 + 0.01 * (number % 9)])
     before = {key: matplotlib.rcParams[key] for key in style.settings()}
-    paths = charts.draw(study, study, ["train_seconds", "val_accuracy"], tmp_path, trials > 4)
+    told = importances(study, ["train_seconds", "val_accuracy"])
+    paths = charts.draw(study, study, ["train_seconds", "val_accuracy"], tmp_path, told)
     assert {path.stem for path in paths} >= {"history", "parallel", "slices", "pareto"}
     for path in paths:
         with Image.open(path) as picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -199,7 +199,10 @@ def _shared(keys: type, plain: dict[Any, Any], at: str) -> dict[str, Any]:
 
 
 def _typed(kind: type, node: Any, group: str) -> Any:
-    """An instance of dataclass `kind`, its fields converted from `node` by OmegaConf's rules."""
+    """An instance of dataclass `kind`, its fields converted from `node` by OmegaConf's rules.
+
+    Fields with a default may be left out, as own option files do which are older than the key.
+    """
     prefix = f"{group}." if group else ""
     if not isinstance(node, DictConfig):
         raise UserError(f"{group}={node}: must be the name of an option")
@@ -207,11 +210,12 @@ def _typed(kind: type, node: Any, group: str) -> Any:
     for key in map(str, node):
         if key not in names:
             raise UserError(no_such_key(f"{prefix}{key}", str(node[key])))
+    needed = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
     for name in names:
-        if name not in node or OmegaConf.is_missing(node, name):
+        if OmegaConf.is_missing(node, name) or (name in needed and name not in node):
             raise UserError(f"{prefix}{name}: missing; give it a value")
     hints = get_type_hints(kind)
-    for name in names:
+    for name in filter(node.__contains__, names):
         _check_type(kind, node, name, f"{prefix}{name}", hints[name])
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))
 
