@@ -9,5 +9,8 @@ from rich.console import Console
 
 @functools.cache
 def drawing() -> Console:
-    """One for all: what rich draws at the same time has to share a console, or each would draw over the other."""
-    return Console(stderr=True)
+    """One for all: what rich draws at the same time has to share a console, or each would draw over the other.
+
+    Lines that are printed meanwhile go through it, and are left whole: a command among them can be copied.
+    """
+    return Console(stderr=True, soft_wrap=True)

@@ -98,7 +98,12 @@ def test_the_run_is_drawn_against_its_first_network_with_contended_epochs_marked
     assert drawn["live channels"][1] == [1.0, 0.75, 0.75, 0.75]
     assert {text.get_text() for text in size.texts} == {"parameters 0.5", "MACs 0.25", "live channels 0.75"}
     times = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in seconds.lines}
-    assert times == {"undisturbed": ([1, 3], [1.0, 3.0]), "warm-up": ([], []), "contended": ([2], [2.0])}
+    assert times == {
+        "undisturbed": ([1, 3], [1.0, 3.0]),
+        "warm-up": ([], []),
+        "profiled": ([], []),
+        "contended": ([2], [2.0]),
+    }
     assert [text.get_text() for text in seconds.get_legend().get_texts()] == ["undisturbed", "contended"]
 
 

@@ -210,7 +210,7 @@ def test_on_a_terminal_a_line_stays_below_what_trials_print(fork_server: ForkSer
     sweep = ["-m", "hydra/sweeper=morphtrain", "hydra.sweep.dir=sweep", "tracking=none", "epochs=3"]
     sweep += ["data=synthetic", "data.train_samples=2048", "data.image_size=8", "model.width=8,12"]
     sweep += ["hydra/sweeper/sampler=grid", "hydra.sweeper.baseline=null", "timing.reference=0"]
-    result = fork_server.run([ON_TERMINAL, "sent", "240", *sweep], tmp_path)
+    result = fork_server.run([ON_TERMINAL, "sent", "80", *sweep], tmp_path)
     sent = (tmp_path / "sent").read_bytes().decode()
     assert result.returncode == 0, sent + result.stderr
     assert "sweep: 0 of 2 trials" in sent
@@ -218,7 +218,9 @@ def test_on_a_terminal_a_line_stays_below_what_trials_print(fork_server: ForkSer
     shown = screen(sent)
     epochs = [line for line in shown if "loss" in line]
     assert len(epochs) == 6
-    assert all(re.fullmatch(EPOCH, line) for line in epochs), epochs
+    assert all(re.fullmatch(EPOCH, line) for line in epochs), "\n".join(epochs)
+    use = [line for line in shown if line.startswith("use it:")]
+    assert len(use) == 2 and all(len(line) > 80 and line.endswith("last.pt'))\"") for line in use), "left whole"
     rows = [line for line in shown if set(line) & set("┃│┏┡└")]
     assert len(rows) > 10, "closing tables"
     ends = {(line[0], line[-1]) for line in rows}
