@@ -54,6 +54,7 @@ MODULE = re.compile(r"morphtrain(?:\.\w+)+")
 # Names that look like keys: attributes of Python, and what is completed; names of the reader, or of the example in
 # docs/adding-an-option.md.
 ATTRIBUTES = ("model.float", "loss.backward", "gradient.py", "prune.la")
+OF_A_TEMPLATE = ("data.batch_size", "model.optimizer", "model.scheduler")  # lightning-hydra-template's own keys
 OWN = ("toy", "mine", "shapes", "signum", "weakest", "momentum", "Net", "...")
 PRESETS = ("sweep", "experiment", "launcher")
 
@@ -88,7 +89,7 @@ def check_key(group: str, rest: str, known: dict[str, set[str]], hydra: dict[str
     first, *more = rest.removeprefix(".").split(".")
     if group == "hydra":
         return first not in hydra or not more or more[0] in hydra[first]
-    return first in known[group] or f"{group}.{first}" in ATTRIBUTES
+    return first in known[group] or f"{group}.{first}" in (*ATTRIBUTES, *OF_A_TEMPLATE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
