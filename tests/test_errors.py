@@ -27,6 +27,8 @@ CASES = {
         ["prune=half"],
         "prune=half: no such option; there are custom, early, morphnet, none, prunetrain",
     ),
+    "another name of a format": (["precision=fp16"], "precision=fp16: no such option; did you mean o1?"),
+    "a format by its bits": (["precision=32"], "precision=32: no such option; did you mean o0?"),
     "no option": (["prune="], "prune=: no such option; there are custom, early, morphnet, none, prunetrain"),
     "null as option": (
         ["prune=null"],

@@ -24,13 +24,20 @@ OF_TEMPLATES = {  # what other templates call it: what it is called here
     "ckpt_path": "resume or model.weights",
     "hparams_search": "+sweep",
 }
+FORMATS = {  # likewise, options of precision
+    **dict.fromkeys(("fp16", "16", "16-mixed", "float16", "half", "amp"), "o1"),
+    **dict.fromkeys(("bf16-mixed", "bfloat16"), "bf16"),
+    **dict.fromkeys(("fp32", "32", "float32"), "o0"),
+}
 TORCHVISION = "; model=torchvision model.name={} takes torchvision's networks, model=custom your own"
 
 
 def no_such_option(group: str, name: str, options: Sequence[str]) -> str:
     """The message for `group=name`, where the group has `options`."""
     more = TORCHVISION.format(name or "...") if group == "model" else ""
-    known = f"; {nearest(name, options)}".rstrip("?" if more else "") if options else ""
+    theirs = FORMATS.get(name) if group == "precision" else None
+    hint = f"did you mean {theirs}?" if theirs else nearest(name, options)
+    known = f"; {hint}".rstrip("?" if more else "") if options else ""
     return f"{group}={name}: no such option{known}{more}"
 
 
