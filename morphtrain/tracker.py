@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+IN_EVERY_RECORD = "epoch_seconds"  # a metric that shows which epochs a store has
+
 
 class Tracker(ABC):
     """Where the records of a run go while it trains.

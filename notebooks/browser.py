@@ -94,7 +94,7 @@ class Browser:
         return answer["result"].get("value")
 
     def open(self, address: str) -> None:
-        """Load a page anew; addresses that differ only after the # are one page to the browser."""
+        """Load a page from scratch; addresses that differ only after the # are one page to the browser."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
 

@@ -49,7 +49,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]
 
 
 def config(root: Path | str, **changes: Any) -> HuggingFace:
-    """The option file's keys, but for small images that are read in this process."""
+    """The option file's keys, set for small images that this process reads itself."""
     keys: Any = OmegaConf.to_container(OmegaConf.load(schema.CONF / "data" / "hf.yaml"))
     small = {"root": str(root), "image_size": 16, "resize": 20, "in_memory": False, "num_workers": 0}
     return HuggingFace(**{**keys, **small, **changes})

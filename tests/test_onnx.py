@@ -1,4 +1,4 @@
-"""What ONNX says of a network: the names of its modules, what it takes and gives, and where it comes from."""
+"""What an ONNX file says about a network: the names of its modules, its inputs and outputs, and where it comes from."""
 
 from __future__ import annotations
 

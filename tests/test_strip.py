@@ -49,7 +49,7 @@ def test_a_layer_that_was_wrapped_keeps_its_band(new: str) -> None:
 
 
 def test_a_recorded_name_is_followed_and_not_taken_for_the_space_that_had_it() -> None:
-    """The first of three numbered spaces goes, so that the others are numbered anew."""
+    """The first of three numbered spaces goes, so that the others are renumbered."""
     first, later = change(0, "", **{"x 1": 1, "x 2": 2, "x 3": 3}), change(1, **{"x 1": 2, "x 2": 3})
     later["renamed"] = {"x 2": "x 1", "x 3": "x 2"}
     found = bands([first, later])
@@ -137,7 +137,7 @@ def test_names_do_not_cover_one_another(spaces: int, epochs: int, tmp_path: Path
 def test_a_run_notes_names_that_changed() -> None:
     run = build_run(morphtrain.compose(*SMALL))
     run.note("as they were", {"a": "a", "b": "b"})
-    run.note("numbered anew", {"b": "a", "c": "c"})
+    run.note("renumbered", {"b": "a", "c": "c"})
     assert "renamed" not in run.changes[-2]
     assert run.changes[-1]["renamed"] == {"b": "a", "c": "c"}
 

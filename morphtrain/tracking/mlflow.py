@@ -15,18 +15,16 @@ from typing import Any
 from morphtrain import schema
 from morphtrain.addresses import shown
 from morphtrain.errors import first_line
-from morphtrain.tracker import Tracker
+from morphtrain.tracker import IN_EVERY_RECORD, Tracker
 from morphtrain.tracking import store, unsent
-from morphtrain.tracking.pace import Pace
+from morphtrain.tracking.pace import SHARE, Pace
 from morphtrain.tracking.unsent import Record
 from morphtrain.wording import command_name
 
 BATCH = 900  # metrics per call; MLflow accepts 1000
 NAME_LENGTH = 250  # of a run's name, in MLflow's database
-SHARE = 0.005  # of the time, for failed attempts to send values, and the same again for files
 RUN_DIR_TAG = "run_dir"
 PARENT_TAG = "mlflow.parentRunId"
-IN_EVERY_RECORD = "epoch_seconds"  # the metric that shows which epochs a store has
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +57,7 @@ class MLflowTracker(Tracker):
         self.sent_epoch = 0  # the last epoch MLflow has
         self.last_flush = time.monotonic()
         self.client: Any = None  # None: not connected yet, or no longer
+        # Each has its share of the time.
         self.paces = {"values": Pace(SHARE), "files": Pace(SHARE)}
         store.load_mlflow()  # now, so that the seconds it takes do not count as part of an attempt
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+SHARE = 0.005  # of the time, for the failed attempts of a tracker
+
 
 class Pace:
     """Delays the next attempt so that failed ones take at most `share` of the time.

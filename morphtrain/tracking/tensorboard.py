@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from morphtrain import schema
-from morphtrain.tracker import Tracker
+from morphtrain.tracker import IN_EVERY_RECORD, Tracker
 from morphtrain.tracking.store import from_home
 from morphtrain.tracking.tolerant import Tolerant
 
 FOLDER = "tensorboard"
-IN_EVERY_RECORD = "epoch_seconds"  # the metric that shows which epochs the files hold
 NAME_LENGTH = 100  # of the folder that TensorBoard shows as the name of the run
 PNG_SIZE = slice(16, 24)  # width and height, in the header of every PNG
 

@@ -12,9 +12,7 @@ from typing import Any
 from morphtrain.addresses import shown
 from morphtrain.errors import first_line
 from morphtrain.tracker import Tracker
-from morphtrain.tracking.pace import Pace
-
-SHARE = 0.005  # of the time, for failed attempts
+from morphtrain.tracking.pace import SHARE, Pace
 
 log = logging.getLogger(__name__)
 
