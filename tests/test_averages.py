@@ -89,6 +89,18 @@ def test_in_16_bits_they_move_nevertheless() -> None:
     assert (model.weight == 1.5).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_written_in_place_of_the_weights_is_kept_and_costs_the_others_no_digit(dtype: torch.dtype) -> None:
+    """As pruning does, which folds constants into the network of the averages."""
+    layer = nn.Linear(3, 2).to(dtype)
+    averages = averages_of(SGD(layer.parameters(), lr=0.1))
+    averages.update(layer, 0.9)
+    averages.values[layer.bias].copy_(torch.tensor([0.1, 0.2]))  # no numbers of 16 bits
+    with averages.in_place(layer.parameters()), torch.no_grad():
+        layer.bias[0] = 0.5
+    assert averages.values[layer.bias].tolist() == torch.tensor([0.5, 0.2]).tolist()
+
+
 def test_in_place_of_the_weights_they_leave_no_trace() -> None:
     model = build(width=4).to(memory_format=torch.channels_last)
     optimizer = OPTIMIZERS["adamw"](model.parameters())

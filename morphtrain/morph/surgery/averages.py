@@ -57,16 +57,20 @@ class Averages:
     def in_place(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """Give parameters their averages within the block, each in its own number format.
 
-        What the block writes into one of 32 bits, it writes into the average.
+        What the block writes into them, it writes into the averages; what it leaves alone keeps all of its 32 bits.
         """
-        before = [(p, p.data) for p in parameters if p in self.values]
+        given = {p: self.values[p].to(p.dtype) for p in parameters if p in self.values}
+        before = {p: p.data for p in given}
+        short = {p for p, value in given.items() if value is not self.values[p]}
         try:
-            for p, _ in before:
-                p.data = self.values[p].to(p.dtype)
+            for p, value in given.items():
+                p.data = value.clone() if p in short else value
             yield
         finally:
-            for p, data in before:
-                p.data = data
+            for p, data in before.items():
+                written, p.data = p.data, data
+                if p in short:
+                    self.values[p].copy_(torch.where(written == given[p], self.values[p], written))
 
     def follow(
         self,
