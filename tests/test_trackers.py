@@ -371,6 +371,14 @@ def test_a_mistake_in_the_further_trackers_is_named(mistake: str) -> None:
         morphtrain.compose(f"tracking.also={value}")
 
 
+def test_beside_a_tracker_of_your_own_there_is_none_but_it_may_be_one_of_several() -> None:
+    own = "test_trackers.Fragile"
+    with pytest.raises(UserError, match=r"tracking.also=\['csv'\]: .*; tracking=none 'tracking.also=(.*)' has several"):
+        morphtrain.compose("tracking=custom", f"tracking._target_={own}", "+tracking.also=[csv]")
+    several = morphtrain.compose("tracking=none", f"tracking.also=[{{_target_: {own}}},csv]").tracking.also
+    assert [option.name for option in several] == [own, "csv"]
+
+
 def test_further_trackers_have_the_defaults_of_their_files() -> None:
     config = morphtrain.compose("tracking=none", "tracking.also=[{name: wandb, mode: offline},csv]")
     first, second = config.tracking.also

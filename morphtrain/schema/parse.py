@@ -127,6 +127,10 @@ def _option(group: str, node: Any, epochs: int | None) -> Option | Custom:
     option: Option | Custom = _custom(node, group, kind) if issubclass(kind, Custom) else _typed(kind, node, group)
     if isinstance(option, Tracking):
         option.also = _further_trackers(option)
+    elif group == "tracking" and isinstance(option, Custom) and "also" in option.arguments:
+        given = as_yaml(option.arguments["also"])
+        works = f"tracking=none 'tracking.also=[{{_target_: {option._target_}}},csv]'"
+        raise UserError(f"tracking.also={given}: there is none beside a tracker of your own; {works} has several")
     return option
 
 
