@@ -27,7 +27,7 @@ import morphtrain
 from morphtrain.errors import UserError
 from morphtrain.grow.net2deeper import insert_block_like
 from morphtrain.state import Run
-from morphtrain.trainer import checkpoint, checkpoint_file
+from morphtrain.trainer import checkpoint, checkpoint_file, stored_network
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.checkpoint import Checkpoint
 from morphtrain.trainer.differences import differences
@@ -218,7 +218,7 @@ WHOLE = {
     "nothing": b"",
     "a png": b"\x89PNG\r\n\x1a\n" + bytes(100),
     "only the end of an archive": b"PK\x05\x06" + bytes(18),
-    "a bare pickle": pickle.dumps({"format": checkpoint.FORMAT, "facts": "{}"}),
+    "a bare pickle": pickle.dumps({"format": stored_network.FORMAT, "facts": "{}"}),
     "a pickle with code": pickle.dumps(os.system),
     "a gzip file": b"\x1f\x8b" + bytes(100),
 }
@@ -243,9 +243,11 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "a whole module": lambda: saved_bytes(nn.Linear(2, 2)),
     "a tensor": lambda: saved_bytes(torch.zeros(2)),
     "a list": lambda: saved_bytes([1, 2]),
-    "the old format of torch": lambda: saved_bytes({"format": checkpoint.FORMAT}, _use_new_zipfile_serialization=False),
+    "the old format of torch": lambda: saved_bytes(
+        {"format": stored_network.FORMAT}, _use_new_zipfile_serialization=False
+    ),
     "another program's checkpoint": lambda: saved_bytes({"state_dict": {}, "epoch": 3, "optimizer": {}}),
-    "a path": lambda: saved_bytes({"format": checkpoint.FORMAT, "facts": Path("/")}),
+    "a path": lambda: saved_bytes({"format": stored_network.FORMAT, "facts": Path("/")}),
     "a number as format": lambda: saved_bytes({"format": 6}),
     "a list as format": lambda: saved_bytes({"format": []}),
     "a zip of something else": lambda: archive({"a.txt": b"text"}),
@@ -281,7 +283,7 @@ def expanded(content: Content, facts: Content) -> None:
 
 
 ARCHITECTURE = "architecture"
-FACTS = (*checkpoint.NETWORK_FACTS, *checkpoint.RUN_FACTS)
+FACTS = (*stored_network.NETWORK_FACTS, *checkpoint.RUN_FACTS)
 CHANGES: dict[str, Change] = {
     **{f"no {key}": (lambda c, f, key=key: c.pop(key)) for key in ("facts", "model", "optimizer", "methods", "parts")},
     **{f"no fact {key}": (lambda c, f, key=key: f.pop(key)) for key in FACTS},
@@ -403,7 +405,7 @@ def test_a_small_file_takes_neither_much_memory_nor_long(case: str, saved: Path,
         content = torch.load(saved, weights_only=True)
         expanded(content, json.loads(content["facts"]))
         path = tmp_path / "bomb.pt"
-        torch.save({**content, "format": checkpoint.WITHOUT_DIGEST}, path)
+        torch.save({**content, "format": stored_network.WITHOUT_DIGEST}, path)
     assert path.stat().st_size < 2**18
     before, began = peak_bytes(), time.perf_counter()
     assert refusals(path)

@@ -19,7 +19,7 @@ from morphtrain.cost import memory_model
 from morphtrain.errors import UserError
 from morphtrain.optimizer import fused
 from morphtrain.state import Run
-from morphtrain.trainer import checkpoint
+from morphtrain.trainer import checkpoint, stored_network
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
@@ -154,7 +154,7 @@ def test_checkpoints_from_before_these_keys_go_on(tmp_path: Path) -> None:
         del node[key]
     for key in ("chosen", "compilation"):
         del facts[key]
-    torch.save({**content, "facts": json.dumps(facts), "format": checkpoint.WITHOUT_DIGEST}, path)
+    torch.save({**content, "facts": json.dumps(facts), "format": stored_network.WITHOUT_DIGEST}, path)
     run = checkpoint.Checkpoint(path).restore(config_of("epochs=2"))
     assert run.epoch == 1
     with pytest.raises(UserError, match=r"optimizer\.fused=true: .* was written with optimizer\.fused=false"):

@@ -30,7 +30,7 @@ from morphtrain.errors import UserError
 from morphtrain.method import Method
 from morphtrain.optimizer.isgd import ISGD, LossQueue, Subproblem
 from morphtrain.state import Run
-from morphtrain.trainer import begin_epoch, checkpoint
+from morphtrain.trainer import begin_epoch, checkpoint, stored_network
 from morphtrain.trainer.loop import training_steps
 
 BATCHES = 13  # of 200 images, the last of which has 8
@@ -455,7 +455,7 @@ def test_checkpoints_from_before_the_key_go_on_shuffled(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     facts = json.loads(content["facts"])
     del facts["config"]["data"]["order"]
-    torch.save({**content, "facts": json.dumps(facts), "format": checkpoint.WITHOUT_DIGEST}, path)
+    torch.save({**content, "facts": json.dumps(facts), "format": stored_network.WITHOUT_DIGEST}, path)
     assert checkpoint.Checkpoint(path).restore(morphtrain.compose(*SMALL)).epoch == 1
     with pytest.raises(UserError, match=r"data\.order=cycle: .* was written with data\.order=shuffled"):
         checkpoint.Checkpoint(path).restore(morphtrain.compose(*CYCLE))

@@ -34,7 +34,7 @@ from morphtrain.precision import auto as precisions
 from morphtrain.precision.bf16_pure import Stochastic
 from morphtrain.precision.casting import Casting
 from morphtrain.precision.o3 import Short
-from morphtrain.trainer import auto, checkpoint
+from morphtrain.trainer import auto, checkpoint, stored_network
 from morphtrain.trainer.build import build_run
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.max_batch_report import show_max_batch
@@ -168,7 +168,7 @@ def test_older_checkpoints_go_on(tmp_path: Path) -> None:
     facts = json.loads(content["facts"])
     for metric in ("loss_scale", "skipped_steps", "underflow_share"):
         del facts["history"][0][metric]
-    written = {**content, "facts": json.dumps(facts), "format": checkpoint.WITHOUT_DIGEST}
+    written = {**content, "facts": json.dumps(facts), "format": stored_network.WITHOUT_DIGEST}
     torch.save(written, tmp_path / "last.pt")
     run = checkpoint.Checkpoint(tmp_path / "last.pt").restore(config)
     assert run.precision.state_dict()["scale"] == content["precision"]["scale"]

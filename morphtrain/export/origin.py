@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from morphtrain.plain_data import mismatch
-from morphtrain.trainer.checkpoint import RUN_FACTS, Checkpoint
+from morphtrain.trainer.checkpoint import RUN_FACTS
+from morphtrain.trainer.stored_network import StoredNetwork
 from morphtrain.wording import printable
 
 METRICS = ("val_accuracy", "test_accuracy")
 
 
-def origin(stored: Checkpoint) -> dict[str, str]:
+def origin(stored: StoredNetwork) -> dict[str, str]:
     """What tells a checkpoint's run apart, and how accurate it was then; nothing if the file is a network's alone.
 
     Neither paths nor hosts are among it, for an exported network is given away.

@@ -19,8 +19,9 @@ from morphtrain import custom, morph, schema
 from morphtrain.errors import UserError
 from morphtrain.preprocessing import Preprocessing
 from morphtrain.schema.custom import Custom
-from morphtrain.trainer import checkpoint, checkpoint_file
+from morphtrain.trainer import checkpoint_file, stored_network
 from morphtrain.trainer.build import FORMATS, in_format
+from morphtrain.trainer.stored_network import StoredNetwork
 
 FORMAT = "morphtrain network 1"
 ORIGIN = "_made_from"  # attribute of a network that `load` gave: the facts of its checkpoint that stay, plain data
@@ -46,21 +47,19 @@ def save(model: nn.Module, path: Path, preprocessing: Preprocessing | None = Non
         facts |= {**origin, "config": {**origin["config"], "memory_format": memory_format}}
     if preprocessing is not None:
         facts["preprocessing"] = asdict(preprocessing)
-    kind = FORMAT if origin is None else checkpoint.FORMAT
+    kind = FORMAT if origin is None else stored_network.FORMAT
     checkpoint_file.write(path, {"format": kind, "facts": json.dumps(facts), "model": model.state_dict()})
 
 
-def read(path: Path, name: str = "") -> checkpoint.Checkpoint:
+def read(path: Path, name: str = "") -> StoredNetwork:
     """The checkpoint of a run, or a file of `save`; messages call it `name`, by default its path."""
-    stored = checkpoint.Checkpoint(path, name, formats={**checkpoint.FORMATS_OF_RUNS, FORMAT: FACTS})
+    stored = StoredNetwork(path, name, formats={**stored_network.FORMATS_OF_RUNS, FORMAT: FACTS})
     if stored.content["format"] == FORMAT:
         schema.check_one_of(f"{path}: memory_format", stored.facts["memory_format"], tuple(FORMATS))
     return stored
 
 
-def load(
-    stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None, raw: bool = False
-) -> nn.Module:
+def load(stored: StoredNetwork, model: nn.Module | Callable[..., nn.Module] | None, raw: bool = False) -> nn.Module:
     """See `morphtrain.load`."""
     if raw:
         stored.take_raw()
@@ -68,12 +67,12 @@ def load(
         return in_format(stored.rebuild_alone(_dense(stored, model)), stored.facts["memory_format"]).eval()
     network = stored.model(model).eval()
     kept = {key: stored.facts[key] for key in ("num_classes", "in_channels")}
-    config = {key: stored.facts["config"][key] for key in checkpoint.NETWORK_FACTS["config"]}
+    config = {key: stored.facts["config"][key] for key in stored_network.NETWORK_FACTS["config"]}
     setattr(network, ORIGIN, {**kept, "config": config, "preprocessing": asdict(stored.preprocessing())})
     return network
 
 
-def _dense(stored: checkpoint.Checkpoint, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
+def _dense(stored: StoredNetwork, model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module:
     name = stored.facts["network"]
     if model is None:
         raise UserError(f"{stored.path}: holds a {name} without what makes it; pass model=, as it was before pruning")

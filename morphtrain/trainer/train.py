@@ -32,6 +32,7 @@ from morphtrain.trainer.epoch import begin_epoch, finish_epoch, start
 from morphtrain.trainer.loop import train_epoch
 from morphtrain.trainer.process import prepare_process
 from morphtrain.trainer.profiler import StepProfiler
+from morphtrain.trainer.stored_network import StoredNetwork
 from morphtrain.trainer.trackers import tracker_of
 from morphtrain.world import agree, decide, is_main
 
@@ -185,7 +186,7 @@ def new_run(config: Config, device: torch.device | None = None) -> Run:
     """
     morph = None
     if (path := config.architecture) is not None:
-        stored = decide(lambda: checkpoint.Checkpoint(Path(path), f"architecture={path}"))
+        stored = decide(lambda: StoredNetwork(Path(path), f"architecture={path}"))
         morph = stored.architecture(config)
     if config.model.weights is None:
         return build_run(config, morph=morph, device=device)

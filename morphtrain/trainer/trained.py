@@ -25,7 +25,7 @@ from morphtrain.plain_data import mismatch
 from morphtrain.preprocessing import of_data
 from morphtrain.state import derived_seed
 from morphtrain.trainer.build import build_model
-from morphtrain.trainer.checkpoint import OWN_SHARE, SPARE_BYTES
+from morphtrain.trainer.stored_network import OWN_SHARE, SPARE_BYTES
 from morphtrain.trainer.trained_file import Trained, digest, read
 from morphtrain.trainer.trained_fit import Head, check_computed, load
 from morphtrain.trainer.trained_images import differences

@@ -19,7 +19,7 @@ from morphtrain.errors import UserError, first_line
 from morphtrain.export.state_dict import SUFFIX
 from morphtrain.preprocessing import Preprocessing, of_json
 from morphtrain.trainer import checkpoint_file, networks
-from morphtrain.trainer.checkpoint import Checkpoint
+from morphtrain.trainer.stored_network import StoredNetwork
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -47,7 +47,7 @@ class Trained:
     bytes: int
     architecture: Mapping[str, Any] | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    checkpoint: Checkpoint | None = None
+    checkpoint: StoredNetwork | None = None
 
 
 def read(name: str, path: Path) -> Trained:
