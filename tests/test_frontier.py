@@ -92,7 +92,7 @@ def test_the_seeds_asked_for_would_tell() -> None:
         assert n is not None
         assert power_of_pairs(distance, deviation, n) >= 0.8 > power_of_pairs(distance, deviation, n - 1)
         assert f"cannot tell yet: accuracy {np.mean(gains):+.4f}" in str(judged(gains))
-        assert f"{n} seeds in a new experiment would tell with a probability of 80 %, if effect" in str(judged(gains))
+        assert f"; {n} seeds would tell" in str(judged(gains))
 
 
 def test_what_lies_outside_of_the_curve() -> None:

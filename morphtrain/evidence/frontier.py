@@ -18,6 +18,10 @@ PAYS, DOES_NOT_PAY, CANNOT_TELL = "pays", "does not pay", "cannot tell yet"
 WIDEST_GAP = 2.5  # between neighbouring dense arms, as a ratio of seconds: a chord far below a curve that levels off
 ROUNDING = 1e-9  # of accuracy, far below one image
 POWER = 0.8  # with which the seeds asked for would tell
+OUTLOOK = (
+    f"How many seeds would tell: those of a new experiment, with a probability of {100 * POWER:.0f} %, if effect and "
+    "scatter are as they seem."
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,8 @@ class Verdict:
 
     @property
     def outlook(self) -> str:
-        """How many seeds would tell; "" if that is not known, or not needed."""
-        if self.seeds_needed is None:
-            return ""
-        return (
-            f"{self.seeds_needed} seeds in a new experiment would tell with a probability of {100 * POWER:.0f} %, if "
-            "effect and scatter are as they seem"
-        )
+        """How many seeds would tell, as `OUTLOOK` explains; "" if that is not known, or not needed."""
+        return "" if self.seeds_needed is None else f"{self.seeds_needed} seeds would tell"
 
     def _notes(self) -> list[str]:
         notes = [note for note in (self.doubt, self.outlook) if note]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from morphtrain.evidence.analyses.pays import METHODS
+from morphtrain.evidence.frontier import OUTLOOK
 from morphtrain.report.question import Question
 from morphtrain.report.tables import Column, Link, Shown, shown
 
@@ -13,7 +14,8 @@ TEXT = (
     "A method pays if it is more accurate than the best the dense network gives for the same seconds, trained for "
     "fewer epochs or made narrower, each with its own full schedule. Differences are paired by seed; in brackets is "
     "the 95 % interval. Cannot tell yet: the interval lies neither above 0 nor below the margin, or "
-    "above 0 where the dense arms are no measure; its row says what would tell."
+    "above 0 where the dense arms are no measure; its row says what would tell. "
+    f"{OUTLOOK}"
 )
 NONE = "No experiment of the kind that compares methods with the dense network at equal seconds has runs here yet."
 

@@ -15,7 +15,18 @@ from morphtrain.evidence.analyses import values
 from morphtrain.evidence.analyses.values import ACCURACY
 from morphtrain.evidence.comparisons import DIFFERENCE
 from morphtrain.evidence.experiment import CURVE, Experiment
-from morphtrain.evidence.frontier import CANNOT_TELL, PAYS, ROUNDING, Point, Verdict, judge, mean, on_curve, read
+from morphtrain.evidence.frontier import (
+    CANNOT_TELL,
+    OUTLOOK,
+    PAYS,
+    ROUNDING,
+    Point,
+    Verdict,
+    judge,
+    mean,
+    on_curve,
+    read,
+)
 from morphtrain.evidence.margins import pairs_within
 from morphtrain.evidence.pictures import Picture
 from morphtrain.evidence.repeats import LEAST_FOR_INTERVAL, Estimate, estimate, geometric, paired_ratio, share
@@ -38,7 +49,8 @@ TEST = (
     "than every dense arm has no curve to be read at, one slower than all is read at the best of them, and a seed "
     "without all dense arms has no curve. The dense network that is as accurate as a method lies between two arms "
     "of the curve, by their means; a one-sided test at 5 % shows whether the method is no worse by the margin. Means "
-    "of seconds are geometric, with the interval of the logarithms; an interval of accuracies ends at 0 and 1."
+    "of seconds are geometric, with the interval of the logarithms; an interval of accuracies ends at 0 and 1. "
+    f"{OUTLOOK}"
 )
 
 
