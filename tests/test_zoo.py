@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,6 +50,13 @@ SMALL = (
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
 )
+
+
+@pytest.fixture(autouse=True)
+def no_network_stays() -> Iterator[None]:
+    """Networks of gigabytes are in cycles, of their graphs and of errors that were caught."""
+    yield
+    gc.collect()
 
 
 def network(name: str) -> nn.Module:
