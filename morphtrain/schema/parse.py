@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
@@ -221,7 +222,13 @@ def _typed(kind: type, node: Any, group: str) -> Any:
     hints = get_type_hints(kind)
     for name in filter(node.__contains__, names):
         _check_type(kind, node, name, f"{prefix}{name}", hints[name])
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), node))
+    return OmegaConf.to_object(OmegaConf.merge(_structured(kind), node))
+
+
+@functools.cache  # making one takes longer than all that is done with it; nothing changes it
+def _structured(kind: type) -> DictConfig:
+    found: DictConfig = OmegaConf.structured(kind)
+    return found
 
 
 def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -> None:
@@ -236,7 +243,7 @@ def _check_type(kind: type, node: DictConfig, name: str, path: str, hint: Any) -
     if name in getattr(kind, "epoch_keys", ()):
         wanted += " or [25%]" if get_origin(hint) is list else ", or a share of the run, as 25%"
     try:
-        typed = OmegaConf.select(OmegaConf.merge(OmegaConf.structured(kind), {name: value}), name)
+        typed = OmegaConf.select(OmegaConf.merge(_structured(kind), {name: value}), name)
     except (OmegaConfBaseException, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}={as_yaml(value)}: must be {wanted}") from error
     if bool in kinds:  # to OmegaConf any other number is true
