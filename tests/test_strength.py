@@ -97,6 +97,19 @@ def pull(*overrides: str) -> float:
     return method.penalty_weight * -(-len(run.data.train) // run.batch_size) * run.config.epochs
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+@pytest.mark.parametrize("prune", ["prunetrain", "morphnet"])
+def test_where_the_loss_is_zero_the_penalty_has_all_of_it_or_none(prune: str, weight: float) -> None:
+    """A hinge loss is exactly zero where the classes are far enough apart."""
+    run = build_run(morphtrain.compose(*SMALL, f"prune={prune}"))
+    start(run)
+    begin_epoch(run)
+    train_epoch(run)
+    method: Any = run.methods["prune"]
+    run.train_loss, method.penalty_weight = 0.0, weight
+    assert method.after_epoch(run)["lasso_ratio"] == (1.0 if weight else 0.0)
+
+
 def test_a_ratio_pulls_alike_in_networks_of_any_size_and_runs_of_any_length() -> None:
     """The paper's pulls ResNet-8 four times as hard as ResNet-32, and ten times as far in a run ten times as long."""
     loss = ("prune.lasso_ratio_of=loss", "prune.lasso_ratio=0.7")

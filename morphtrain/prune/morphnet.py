@@ -20,7 +20,7 @@ from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import reconfigure
 from morphtrain.prune.rounding import Rounding
 from morphtrain.prune.step_length import steps_ahead, warn_if_unknown
-from morphtrain.prune.strength import enough_for, first_penalty_weight
+from morphtrain.prune.strength import enough_for, first_penalty_weight, share_of_loss
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
 
@@ -77,7 +77,7 @@ class MorphNetPenalty(Method):
             warn_if_unknown(run.optimizer)
         removed = is_due(self.config, run.epoch) and self._reconfigure(run)
         self.outlook.after_epoch(run, removed, lambda last: self._reach(run, last))
-        return {"lasso_ratio": value / (run.train_loss + value)}
+        return {"lasso_ratio": share_of_loss(value, run.train_loss)}
 
     def measure(self, run: Run) -> dict[str, float]:
         return {"channel_density": self._live_channels(run.graph) / run.initial["channels"]}

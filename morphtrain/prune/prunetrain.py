@@ -28,7 +28,7 @@ from morphtrain.prune.outlook import Outlook
 from morphtrain.prune.reconfigure import Reconfiguration, live_channels, reconfigure
 from morphtrain.prune.rounding import Rounding
 from morphtrain.prune.step_length import steps_ahead, warn_if_unknown
-from morphtrain.prune.strength import enough_for, first_penalty_weight
+from morphtrain.prune.strength import enough_for, first_penalty_weight, share_of_loss
 from morphtrain.prune.when import check_reach, is_active, is_due
 from morphtrain.state import Run
 
@@ -82,7 +82,7 @@ class PruneTrain(Method):
         self.outlook.after_epoch(run, bool(change), lambda last: self._reach(run, last))
         if change:
             run.shape_changed(change.summary())
-        return {"lasso_ratio": value / (run.train_loss + value)}
+        return {"lasso_ratio": share_of_loss(value, run.train_loss)}
 
     def after_change(self, run: Run) -> None:
         self._find_groups(run)

@@ -50,6 +50,11 @@ def first_penalty_weight(option: Option, run: Run, penalty: float, norms: float,
     return most
 
 
+def share_of_loss(penalty: float, loss: float) -> float:
+    """The share of the penalty in itself and the loss: 0 where there is none, even if the loss is zero as well."""
+    return penalty / (loss + penalty) if penalty else 0.0
+
+
 def enough_for(option: Option, share: float) -> str:
     """The setting with which the penalty would take all, if it takes this share now."""
     if not share or option.lasso_ratio is None:
