@@ -99,6 +99,7 @@ def _slices(figure: Any, objective: str) -> None:
             points.set_cmap(style.SHADES)
         if axes.get_xscale() == "log":
             style.log_ticks(axes.xaxis)
+    figure.subplots_adjust(top=0.86)  # one key leaves the headline two lines
     style.headline(figure, f"{objective} by each key: a point a trial, later ones darker, infeasible ones pale")
 
 
