@@ -63,8 +63,8 @@ ACCEPTED = {
     "node": {"model.options"},
     "empty": {"tracking.parent_run_id", "tracking.uri"},
     "null": {
-        *("architecture", "chosen", "clip_norm", "data.train_samples", "model.dropout", "model.weights", "processes"),
-        *("resume_schedule", "stop_at", "timing.cores", "trial"),
+        *("architecture", "chosen", "clip_norm", "data.train_samples", "ema", "model.dropout", "model.weights"),
+        *("processes", "resume_schedule", "stop_at", "timing.cores", "trial"),
         *(f"data.{key}" for key in ("subset", "revision", "image", "label", "test_split")),
         *("batch_policy.budget", "batch_policy.max_batch_size", "batch_policy.max_micro_batch"),
         *("grow.max_macs", "grow.max_params", "grow.patience", "prune.stable", "prune.stop_epoch", "prune.strength"),
